@@ -1,0 +1,217 @@
+"""From flags to runs: the data, the network, and the four arms of the comparison."""
+
+import datetime
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+from absl import flags
+from rich.console import Console
+
+import wavg_jax as wavg
+from experiments.flags import ARMS, numbers, settings
+from wavg_jax import data, models, policy, report, timing, trainer, tree
+from wavg_jax.base import SettingsError
+from wavg_jax.records import FILE, Row, read_rows
+from wavg_jax.summary import summarise
+
+F = flags.FLAGS
+
+WEIGHTINGS: dict[str, Callable[[], wavg.Weighting]] = {
+    "accuracy": lambda: wavg.proportional("accuracy"),
+    "softmax_loss": lambda: wavg.softmax("loss", F.temperature),
+    "inverse_loss": lambda: wavg.inverse("loss"),
+    "inverse_grad_norm": lambda: wavg.inverse("grad_norm"),
+}
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
+OUTERS: dict[str, Callable[[], optax.GradientTransformation | None]] = {
+    "none": lambda: None,
+    "nesterov": lambda: wavg.outer.nesterov(F.outer_lr, F.outer_momentum),
+}
+POLICIES = {
+    "keep": policy.keep,
+    "average": policy.average,
+    "reset": policy.reset,
+    "reestimate": policy.reestimate(),
+}
+"""Made once: two runs of the same arm share their compiled programs only if they are given the same objects."""
+
+
+class Arm(NamedTuple):
+    """One arm of the comparison, as the arguments of `fit`.
+
+    Attributes:
+      name: of the arm.
+      averager, inner: of the run.
+      pooled: train one replica on all shards together.
+      local_steps, batch_size: of the run, such that all arms see the same number of samples in a round.
+    """
+
+    name: str
+    averager: wavg.Averager
+    inner: optax.GradientTransformation
+    pooled: bool
+    local_steps: int
+    batch_size: int
+
+
+def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
+    """Builds the arms at an equal budget of K*H*B training samples a round."""
+    replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
+    plain = wavg.averager(wavg.uniform(), outer=OUTERS[F.outer]())
+    weighted = wavg.averager(WEIGHTINGS[F.weighting](), outer=OUTERS[F.outer]())
+    alone = wavg.averager(wavg.uniform())
+    arms = {
+        "sequential": (alone, True, replicas * steps, batch),
+        "sync": (alone, True, steps, replicas * batch),
+        "plain": (plain, False, steps, batch),
+        "weighted": (weighted, False, steps, batch),
+    }
+    inner = {name: OPTIMIZERS[F.inner](float(F[f"lr_{name}"].value or 0)) for name in names}
+    return [Arm(name, arms[name][0], inner[name], *arms[name][1:]) for name in names]
+
+
+def make_task(dataset: data.Dataset) -> wavg.Task:
+    """Builds the network for a data set's images."""
+    stored = jax.ShapeDtypeStruct(dataset.train.x[:1].shape, dataset.train.x.dtype)
+    shape = jax.eval_shape(data.make_prepare(dataset), stored).shape[1:]
+    if F.model == "cnn" and len(shape) != 3:
+        raise SettingsError(
+            f"--model=cnn needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
+        )
+    networks = {
+        "mlp": lambda: models.MLP(hidden=numbers("hidden", int), classes=dataset.classes, dropout=F.dropout),
+        "cnn": lambda: models.CNN(classes=dataset.classes, batch_norm=F.batch_norm, dropout=F.dropout),
+    }
+    return models.from_linen(networks[F.model](), shape)
+
+
+def make_data(dataset: data.Dataset, seed: int) -> data.ShardedData:
+    """Holds out, cuts into shards, and spoils labels; the same for every arm of a seed."""
+    if F.noisy > F.replicas:
+        raise SettingsError(f"--noisy={F.noisy} is more than the {F.replicas} shards (--replicas)")
+    partitions: dict[str, Callable] = {
+        "iid": lambda split, seed: data.iid(len(split.y), F.replicas, seed),
+        "sized": lambda split, seed: data.sized(len(split.y), _proportions(), seed),
+        "dirichlet": lambda split, seed: data.dirichlet(split.y, F.replicas, F.alpha, seed),
+    }
+    return data.shard(
+        dataset,
+        partitions[F.partition],
+        heldout=F.heldout,
+        seed=seed,
+        noisy=tuple(range(F.noisy)),
+        augment=data.crop_flip if F.augment else None,
+    )
+
+
+def _proportions() -> tuple[float, ...]:
+    return tuple(itertools.islice(itertools.cycle(numbers("proportions", float)), F.replicas))
+
+
+def critical_path(task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row]:
+    """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
+
+    sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step.
+    """
+    alone, weighted = make_arms(("sequential", "weighted"))
+    pooled = data.pool(sharded)
+
+    def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
+        recipe = trainer.make_recipe(task, source, arm.averager, arm.inner, devices=1)
+        return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size)
+
+    one, all_steps = parts(weighted, sharded), parts(alone, pooled)
+    paths = {
+        "sequential": all_steps,
+        "sync": one._replace(score=0.0, blend=F.local_steps * one.blend),
+        "plain": one._replace(score=0.0),
+        "weighted": one,
+    }
+    return {name: path._asdict() | {"round": sum(path)} for name, path in paths.items()}
+
+
+def caption(row: Row) -> str:
+    """What the progress bar says after a round."""
+    return f"{row['run']}: test accuracy {100 * row['test_accuracy']:.1f} %"
+
+
+def run_arm(
+    arm: Arm,
+    task: wavg.Task,
+    sharded: data.ShardedData,
+    seed: int,
+    workdir: pathlib.Path,
+    path: Row | None,
+    on_round: Callable[[Row], None] | None,
+) -> trainer.Result:
+    """Runs one arm for one seed; its rows and checkpoints go to `workdir`."""
+    facts = {
+        "arm": arm.name,
+        "noisy_shards": list(range(F.noisy)),
+        "target_accuracy": F.target_accuracy,
+        "critical_path": path,
+        "weighting": F.weighting if arm.name == "weighted" else "uniform",
+    }
+    if arm.name == "sync":
+        gradients, _ = jax.eval_shape(task.init, jax.random.key(0))
+        facts["bytes_per_round"] = 2 * F.replicas * tree.nbytes(gradients) * arm.local_steps
+    return wavg.fit(
+        task,
+        data.pool(sharded) if arm.pooled else sharded,
+        arm.averager,
+        inner=arm.inner,
+        local_steps=arm.local_steps,
+        rounds=F.rounds,
+        batch_size=arm.batch_size,
+        seed=seed,
+        opt_state_at_sync=POLICIES[F.opt_state_at_sync],
+        stats_at_sync=POLICIES[F.stats_at_sync],
+        devices=1 if arm.pooled else F.devices,
+        workdir=workdir,
+        name=f"{arm.name}-seed{seed}",
+        checkpoint_every=F.checkpoint_every,
+        resume=F.resume,
+        facts=facts,
+        settings=settings(),
+        on_round=on_round,
+    )
+
+
+def choose_workdir(binary: str) -> pathlib.Path:
+    """Returns --workdir, or a new folder under runs/ named after the binary, the data set and the time.
+
+    Raises:
+      SettingsError: --resume is given without --workdir.
+    """
+    if F.workdir is not None:
+        return pathlib.Path(F.workdir)
+    if F.resume:
+        raise SettingsError("--resume needs --workdir, the folder that the first part of the run wrote")
+    name = pathlib.Path(F.dataset).stem
+    return pathlib.Path("runs") / f"{binary}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def rounds_done(workdir: pathlib.Path) -> int:
+    """How many rounds an earlier part of the run has recorded in `workdir`."""
+    if not F.resume or not (workdir / FILE).exists():
+        return 0
+    return sum(row["kind"] == "round" for row in read_rows(workdir))
+
+
+def write_report(workdir: pathlib.Path) -> None:
+    """Writes the report of all rows in `workdir`, and shows its table."""
+    rows = read_rows(workdir)
+    console = Console()
+    for summary in summarise(rows):
+        console.print(report.terminal_table(summary))
+    for path in report.write(workdir, rows):
+        console.print(f"wrote {path}")

@@ -1,0 +1,49 @@
+"""The comparison: one network trained sequentially, synchronously, with plain and with weighted averaging.
+
+All arms start from the same initial parameters and see the same number of training samples, over several seeds.
+
+  python -m experiments.compare
+  python -m experiments.compare --flagfile=experiments/presets/fashion_mnist.flags --noisy=2
+
+Leaves rows.jsonl, report.md, report.html, plots and checkpoints in --workdir.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments import app, arms
+from experiments import flags as shared_flags
+from experiments.flags import ARMS, numbers
+from wavg_jax import data, progress
+from wavg_jax.base import SettingsError
+
+flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
+flags.DEFINE_list("seeds", "0,1,2", "Seeds of data split, initial parameters and order; at least 3 for a comparison.")
+flags.adopt_module_key_flags(shared_flags)
+F = flags.FLAGS
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs every arm for every seed and writes the report."""
+    app.refuse_arguments(argv)
+    unknown = sorted(set(F.arms) - set(ARMS))
+    if unknown or not F.arms:
+        raise SettingsError(f"--arms={','.join(F.arms)}: choose from {', '.join(ARMS)}")
+    seeds = numbers("seeds", int, least=0)
+    dataset = data.load(F.dataset, F.data_dir)
+    task = arms.make_task(dataset)
+    chosen = arms.make_arms(tuple(F.arms))
+    workdir = arms.choose_workdir("compare")
+    done = arms.rounds_done(workdir)
+    with progress.bar(len(chosen) * len(seeds) * F.rounds, done) as advance:
+        paths = arms.critical_path(task, arms.make_data(dataset, seeds[0]))
+        for seed in seeds:  # the arms alternate, so that a machine that slows down slows them all
+            sharded = arms.make_data(dataset, seed)
+            for arm in chosen:
+                arms.run_arm(arm, task, sharded, seed, workdir, paths[arm.name], lambda row: advance(arms.caption(row)))
+    arms.write_report(workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)

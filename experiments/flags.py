@@ -1,0 +1,91 @@
+"""The flags that the binaries share. A preset is a file of them: `--flagfile=experiments/presets/fashion.flags`."""
+
+from absl import flags
+
+from wavg_jax.base import SettingsError
+
+ARMS = ("sequential", "sync", "plain", "weighted")
+
+# Data
+flags.DEFINE_string(
+    "dataset", "digits", "digits (embedded), mnist, fashion_mnist, cifar10, or a .npz file of your own."
+)
+flags.DEFINE_string(
+    "data_dir", "~/tensorflow_datasets", "Where TFDS sets are prepared, or their publishers' files lie."
+)
+flags.DEFINE_integer(
+    "heldout", 200, "Samples of the training data held out for scoring; never trained on.", lower_bound=0
+)
+flags.DEFINE_enum("partition", "iid", ["iid", "sized", "dirichlet"], "How the training data are cut into shards.")
+flags.DEFINE_list("proportions", "1,2,3,4", "partition=sized: relative sizes of the shards, repeated as needed.")
+flags.DEFINE_float("alpha", 0.3, "partition=dirichlet: concentration; small means few labels per shard.", lower_bound=0)
+flags.DEFINE_integer("noisy", 0, "The first so many shards get random labels.", lower_bound=0)
+flags.DEFINE_bool("augment", False, "Random crops and flips of the images, with a key per replica.")
+
+# Network
+flags.DEFINE_enum("model", "mlp", ["mlp", "cnn"], "The network.")
+flags.DEFINE_list("hidden", "128", "model=mlp: widths of the hidden layers.")
+flags.DEFINE_bool("batch_norm", False, "model=cnn: use BatchNorm.")
+flags.DEFINE_float("dropout", 0.0, "Dropout rate before the last layer.", lower_bound=0, upper_bound=0.9)
+
+# Training
+flags.DEFINE_integer("replicas", 4, "K, the number of replicas and of shards.", lower_bound=1)
+flags.DEFINE_integer("local_steps", 10, "H, the local steps between two blends.", lower_bound=1)
+flags.DEFINE_integer("rounds", 20, "How many blends.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 16, "Samples per replica and step.", lower_bound=1)
+flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
+for _arm, _rate in zip(ARMS, (0.1, 0.1, 0.1, 0.1), strict=True):
+    flags.DEFINE_float(f"lr_{_arm}", _rate, f"Learning rate of the arm {_arm}.", lower_bound=0)
+flags.DEFINE_enum("opt_state_at_sync", "keep", ["keep", "average", "reset"], "What becomes of the optimizer's state.")
+flags.DEFINE_enum(
+    "stats_at_sync", "average", ["average", "keep", "reset", "reestimate"], "What becomes of BatchNorm statistics."
+)
+
+# Averaging
+flags.DEFINE_enum(
+    "weighting",
+    "accuracy",
+    ["accuracy", "softmax_loss", "inverse_loss", "inverse_grad_norm"],
+    "How the arm weighted turns held-out scores into weights.",
+)
+flags.DEFINE_float("temperature", 0.2, "weighting=softmax_loss: the softmax's temperature, in nats.")
+flags.DEFINE_enum("outer", "none", ["none", "nesterov"], "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
+flags.DEFINE_float("outer_lr", 0.7, "outer=nesterov: learning rate.", lower_bound=0)
+flags.DEFINE_float("outer_momentum", 0.9, "outer=nesterov: momentum.", lower_bound=0, upper_bound=1)
+
+# The run
+flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")
+flags.DEFINE_bool("resume", False, "Go on from the checkpoints in --workdir.")
+flags.DEFINE_integer("checkpoint_every", 10, "Rounds between checkpoints.", lower_bound=1)
+flags.DEFINE_integer(
+    "devices", None, "How many devices to use; by default as many as divide the replicas.", lower_bound=1
+)
+flags.DEFINE_float(
+    "target_accuracy", 0.95, "Test accuracy that `time to target` refers to.", lower_bound=0, upper_bound=1
+)
+
+_BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "data_dir", "rounds")
+"""Flags that may differ when a run is resumed."""
+
+
+def settings() -> dict[str, object]:
+    """The flags that make a run what it is, for its first row."""
+    shared = {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[__name__]}
+    return {name: value for name, value in sorted(shared.items()) if name not in _BOOKKEEPING}
+
+
+def numbers(name: str, kind: type, least: float = 1e-9) -> tuple:
+    """Reads a list flag as numbers that are at least `least`.
+
+    Raises:
+      SettingsError: one is not.
+    """
+    texts = list(flags.FLAGS[name].value or ())
+    try:
+        values = tuple(kind(text) for text in texts)
+    except ValueError:
+        values = ()
+    wanted = "positive" if least > 0 else "non-negative"
+    if not values or min(values) < least:
+        raise SettingsError(f"--{name}={','.join(texts)}: give {wanted} numbers, such as 1,2,4")
+    return values

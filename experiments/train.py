@@ -1,0 +1,37 @@
+"""Trains one arm alone, for one seed.
+
+  python -m experiments.train --arm=weighted
+  python -m experiments.train --arm=plain --dataset=cifar10 --model=cnn --data_dir=DIR
+
+Leaves rows.jsonl, report.md, report.html, plots and checkpoints in --workdir.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments import app, arms
+from experiments import flags as shared_flags
+from wavg_jax import data, progress
+
+flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
+flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and order.", lower_bound=0)
+flags.adopt_module_key_flags(shared_flags)
+F = flags.FLAGS
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one arm and writes its report."""
+    app.refuse_arguments(argv)
+    dataset = data.load(F.dataset, F.data_dir)
+    task = arms.make_task(dataset)
+    (arm,) = arms.make_arms((F.arm,))
+    workdir = arms.choose_workdir("train")
+    with progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
+        sharded = arms.make_data(dataset, F.seed)
+        arms.run_arm(arm, task, sharded, F.seed, workdir, None, lambda row: advance(arms.caption(row)))
+    arms.write_report(workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)

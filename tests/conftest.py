@@ -1,0 +1,21 @@
+"""Strict JAX for every test: 8 emulated CPU devices, no silent promotion of dtypes or ranks."""
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import pytest  # noqa: E402 - jax must be configured before anything else
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("wavg", deadline=None, max_examples=25)  # the first example compiles
+settings.load_profile("wavg")
+
+
+@pytest.fixture
+def standard_promotion():
+    """For optax.adam, which raises a float to an integer power; strict promotion refuses that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

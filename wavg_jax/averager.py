@@ -1,0 +1,94 @@
+"""The averager: a weighting, then one reduction, then an optional outer optimizer."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from wavg_jax import tree
+from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
+from wavg_jax.reduce import Reduction, weighted_mean
+
+
+class AveragerState(NamedTuple):
+    """State of the weighting and of the outer optimizer."""
+
+    weighting: PyTree
+    outer: PyTree
+
+
+def _as_is(function: Callable) -> Callable:
+    return function
+
+
+def averager(
+    weighting: Weighting,
+    *,
+    outer: optax.GradientTransformation | None = None,
+    reduce: Reduction = weighted_mean,
+) -> Averager:
+    """Builds the averager that turns K replicas into the next global parameters.
+
+        blend  = sum_k w_k * stacked_k
+        params = blend                                           (outer=None)
+        params = params + outer.update(params - blend)           (with an outer optimizer)
+
+    The pseudo-gradient `params - blend` points uphill as a gradient does (Reddi et al. 2021, "Adaptive federated
+    optimization"), so any optax optimizer can be the outer one, and `optax.sgd(1.0)` is plain averaging.
+
+    A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
+    is left, the parameters and the state stay as they were. The update is pure and can be jitted.
+
+    Args:
+      weighting: how much each replica counts, such as `wavg_jax.softmax("loss", temperature=0.2)`.
+      outer: an optax optimizer, such as `wavg_jax.outer.nesterov(0.7, 0.9)` for DiLoCo.
+      reduce: the reduction over the replica axis, `(stacked, weights) -> blend`.
+
+    Returns:
+      An `Averager`. Its `update` raises SettingsError if a signal that the weighting needs is not given.
+
+    >>> import jax.numpy as jnp
+    >>> import wavg_jax as wavg
+    >>> params = {"w": jnp.zeros(2)}
+    >>> avg = averager(wavg.proportional("accuracy"))
+    >>> stacked = {"w": jnp.array([[1.0, 1.0], [5.0, 5.0]])}
+    >>> blend, state, weights = avg.update(stacked, avg.init(params), params, accuracy=jnp.array([0.9, 0.3]))
+    >>> weights.tolist(), blend["w"].tolist()
+    ([0.75, 0.25], [2.0, 2.0])
+    """
+
+    def init(params: PyTree) -> AveragerState:
+        return AveragerState(weighting.init(params), outer and outer.init(tree.as_accumulators(params)))
+
+    def step(blend: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        if outer is None:
+            return tree.cast_like(blend, params), state
+        masters = tree.as_accumulators(params)
+        pseudo_gradient = optax.tree.sub(masters, blend)
+        updates, state = outer.update(pseudo_gradient, state, masters)
+        return tree.cast_like(optax.apply_updates(masters, updates), params), state
+
+    def update(
+        stacked: PyTree,
+        state: AveragerState,
+        params: PyTree,
+        *,
+        alive: jax.Array | None = None,
+        place: Callable[[Callable], Callable] = _as_is,
+        **signals: jax.Array,
+    ) -> tuple[PyTree, AveragerState, PyTree]:
+        missing = sorted(set(weighting.needs) - set(signals))
+        if missing:
+            raise SettingsError(f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=<array [K]>")
+        finite = tree.all_finite(stacked)
+        alive = finite if alive is None else finite & jnp.asarray(alive, bool)
+        weights, weighting_state = weighting.update(stacked, state.weighting, params, alive=alive, **signals)
+        blend = place(reduce)(stacked, weights)
+        new_params, outer_state = step(blend, state.outer, params)
+        new = (new_params, AveragerState(weighting_state, outer_state))
+        new_params, new_state = tree.select(alive.any(), new, (params, state))
+        return new_params, new_state, weights
+
+    return Averager(init, update, weighting.needs)

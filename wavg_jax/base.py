@@ -1,0 +1,152 @@
+"""The nouns: what a weighting, an averager, a task and a training state are, and the errors the library raises.
+
+Every noun is a NamedTuple of pure functions or of arrays, as in optax. *Stacked* means: every leaf has a leading axis
+of length K, one entry per replica.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+PyTree = Any
+
+
+class WavgError(ValueError):
+    """Base of every error the library raises for bad input; the message names what is wrong and how to mend it."""
+
+
+class SettingsError(WavgError):
+    """An argument or flag has a value that cannot work."""
+
+
+class DataError(WavgError):
+    """A data set is missing, corrupt, or holds values that cannot be trained on."""
+
+
+class WorkdirError(WavgError):
+    """The folder for rows and checkpoints cannot be written, or ran full."""
+
+
+class ResumeError(WavgError):
+    """A run cannot be resumed: its settings differ, or what it left does not fit together."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM or Ctrl-C) and did so after a whole round."""
+
+
+class Batch(NamedTuple):
+    """What a task trains on.
+
+    Attributes:
+      x: inputs [B, ...], float, already normalised.
+      y: integer labels [B].
+    """
+
+    x: jax.Array
+    y: jax.Array
+
+
+class Task(NamedTuple):
+    """What a network is to the library. Build one with `wavg_jax.models`, or by hand over plain pytrees.
+
+    Attributes:
+      init: `rng -> (params, mutable)`. `mutable` holds what training changes without a gradient, such as BatchNorm
+        statistics; `{}` when there is none.
+      loss: `(params, mutable, batch, rng) -> (loss, (mutable, metrics))`: the mean training loss of a `Batch` (a
+        float32 scalar), the mutable collections after it, and a dict of float32 scalar metrics.
+      predict: `(params, mutable, x) -> logits`: [B, ...] -> [B, classes] float32, in evaluation mode.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[PyTree, Mapping[str, jax.Array]]]]
+    predict: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+
+
+class WeightingUpdate(Protocol):
+    """`update(stacked, state, params, *, alive, **signals) -> (weights, state)`; see `Weighting`."""
+
+    def __call__(
+        self, stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: jax.Array
+    ) -> tuple[PyTree, PyTree]: ...
+
+
+class Weighting(NamedTuple):
+    """How much each replica counts in the blend.
+
+    Attributes:
+      init: `params -> state`.
+      update: `(stacked, state, params, *, alive, **signals) -> (weights, state)`. `stacked` are the replicas'
+        parameters [K, ...], `params` the last global ones, `alive` a bool mask [K], and each signal an array [K].
+        `weights` is a prefix tree of `params` whose leaves are [K] or [K, *leaf.shape]; they are not negative and sum
+        to 1 over K, with 0 for every dead replica; all 0 when none is alive.
+      needs: names of the signals `update` reads; see `wavg_jax.signals`.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    update: WeightingUpdate
+    needs: tuple[str, ...] = ()
+
+
+class AveragerUpdate(Protocol):
+    """`update(stacked, state, params, *, alive=None, place=..., **signals) -> (params, state, weights)`."""
+
+    def __call__(
+        self,
+        stacked: PyTree,
+        state: PyTree,
+        params: PyTree,
+        *,
+        alive: jax.Array | None = None,
+        place: Callable[[Callable], Callable] = ...,
+        **signals: jax.Array,
+    ) -> tuple[PyTree, PyTree, PyTree]: ...
+
+
+class Averager(NamedTuple):
+    """A weighting, then one reduction, then an optional outer optimizer; see `wavg_jax.averager.averager`.
+
+    Attributes:
+      init: `params -> state`.
+      update: `(stacked, state, params, *, alive=None, **signals) -> (params, state, weights)`.
+      needs: names of the signals `update` reads.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    update: AveragerUpdate
+    needs: tuple[str, ...] = ()
+
+
+class Replicas(NamedTuple):
+    """K replicas of a network in training; every leaf has the leading axis K.
+
+    Attributes:
+      params: parameters [K, ...].
+      opt_state: state of the inner optimizer [K, ...].
+      mutable: collections such as BatchNorm statistics [K, ...].
+      rng: one key per replica [K], for dropout and augmentation.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    mutable: PyTree
+    rng: jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything a checkpoint holds, and nothing else.
+
+    Attributes:
+      params: the global parameters, after the last blend.
+      mutable: the global mutable collections, for evaluation.
+      replicas: the K replicas as they start the next round.
+      averager: state of the averager (weighting and outer optimizer).
+      round: rounds done, int32 scalar.
+    """
+
+    params: PyTree
+    mutable: PyTree
+    replicas: Replicas
+    averager: PyTree
+    round: jax.Array

@@ -1,0 +1,102 @@
+"""Checkpoints of a `TrainState` with Orbax: one tree, saved asynchronously, whole or not at all."""
+
+import contextlib
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(tree: PyTree) -> PyTree:
+    """Typed random keys as the integers they are made of, which is what can be stored."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _with_keys(stored: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jax.random.wrap_key_data(x) if _is_key(y) else x, stored, like)
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered by rounds done. Use `open_checkpoints`."""
+
+    def __init__(self, checkpointer: ocp.training.Checkpointer):
+        self._checkpointer = checkpointer
+
+    def latest(self) -> int | None:
+        """Rounds done at the newest whole checkpoint, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving; returns once the state may be donated. A round that is saved already is left alone."""
+        step = int(state.round)
+        if self.latest() == step:
+            return
+        try:
+            self._checkpointer.wait()
+            self._checkpointer.save_async(step, _without_keys(state), force=True)
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"the checkpoint of round {step} could not be written: {_first_line(error)}") from error
+
+    def wait(self) -> None:
+        """Blocks until every save is on disk."""
+        try:
+            self._checkpointer.wait()
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"a checkpoint could not be written: {_first_line(error)}") from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Returns the newest checkpoint with the structure, shapes, dtypes and shardings of `like`.
+
+        Raises:
+          ResumeError: there is none, it cannot be read, or it belongs to another network.
+        """
+        directory = self._checkpointer.directory
+        if self.latest() is None:
+            raise ResumeError(f"no whole checkpoint in {directory}; start without --resume")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _without_keys(like)
+        )
+        try:
+            return _with_keys(self._checkpointer.load(self.latest(), abstract), like)
+        except Exception as error:  # orbax raises many types for a damaged or foreign checkpoint
+            raise ResumeError(
+                f"the checkpoint {directory}/{self.latest()} cannot be read as this run's: {_first_line(error)}"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
+    """Opens (and makes) the folder of one run's checkpoints; leaving the block waits for the last save.
+
+    Args:
+      folder: where they are; each is a sub-folder named after the rounds done.
+      keep: how many of the newest stay.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save at INFO and WARNING
+    try:
+        checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        )
+    except OSError as error:
+        raise WorkdirError(f"the checkpoint folder {folder} cannot be made: {_first_line(error)}") from error
+    try:
+        yield Checkpoints(checkpointer)
+    finally:
+        try:
+            checkpointer.close()
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"a checkpoint could not be written: {_first_line(error)}") from error

@@ -1,0 +1,29 @@
+"""Names the hardware and the versions that a number was measured with."""
+
+import os
+import pathlib
+import platform
+from importlib import metadata
+
+import jax
+
+
+def hardware() -> dict[str, str | int]:
+    """The devices JAX uses and the processor they sit beside."""
+    device = jax.devices()[0]
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": device.platform,
+        "kind": device.device_kind,
+        "count": jax.device_count(),
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "wavg-jax")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}

@@ -1,0 +1,40 @@
+"""A progress bar with the time left."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextlib.contextmanager
+def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """Shows a bar on the terminal while the block runs; yields `advance(text)`, to be called once a round.
+
+    Args:
+      total: rounds in all.
+      done: rounds that an earlier part of the run has done.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("rounds,"),
+        TimeElapsedColumn(),
+        TextColumn("so far,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("starting", total=total, completed=done)
+
+        def advance(text: str) -> None:
+            progress.update(task, advance=1, description=text)
+
+        yield advance

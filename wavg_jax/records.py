@@ -1,0 +1,193 @@
+"""The rows of a run: one JSON object per line in `rows.jsonl`, from which every report is made.
+
+There are two kinds of rows. Times are in seconds, shares between 0 and 1, sizes in bytes; a number that is not finite
+is null.
+
+`kind="run"`, one per run, first:
+  run, arm, seed        the run's name, unique in the file; the arm it is a run of; its seed
+  dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+  replicas, local_steps, batch_size, rounds, samples_per_round
+  parameters            numbers in one replica's parameters
+  bytes_per_round       sent and received by all replicas together: parameters up, blend down
+  compile_seconds       tracing and compiling, apart from every other clock
+  critical_path         {local, score, blend, round}: what one of K devices would take for a round, computed from
+                        measured parts; null when not measured
+  target_accuracy       the test accuracy that "time to target" refers to; null when none is set
+  hardware, versions, settings    where and with what; `settings` must agree when a run is resumed
+
+`kind="round"`, one per round:
+  run, arm, seed, round (from 1), samples (trained on so far)
+  seconds, elapsed      measured wall time of this round and so far: feeding, training, scoring, blend; not compilation,
+                        not the test split
+  train_loss            mean over the living replicas and the local steps
+  test_accuracy, test_loss, test_macro_f1, test_ece     of the global parameters, for reporting only
+  weights, alive        [K]
+  effective_replicas    1 / sum(weights^2)
+  scores                {signal: [K]}, those that the weighting needed
+  confusion             [classes][classes] counts on the test split, rows true; on a run's last round only
+"""
+
+import errno
+import json
+import math
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from wavg_jax.base import DataError, ResumeError, WorkdirError
+
+FILE = "rows.jsonl"
+Row = dict[str, Any]
+
+
+def _plain(value: Any) -> Any:
+    """Turns arrays and NumPy scalars into what JSON knows, and what is not finite into null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """Reads the rows of a run folder (or of a `rows.jsonl`), leaving out a last line that was cut short.
+
+    Raises:
+      DataError: there are none, or a line in the middle is not JSON.
+    """
+    path = path / FILE if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"no rows in {path}: {error.strerror}; give a folder that a run has written") from error
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            row["kind"], row["run"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}: not a row ({error}); mend or delete the line") from error
+        rows.append(row)
+    if not rows:
+        raise DataError(f"no rows in {path}: the file is empty")
+    return rows
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Replaces a file as a whole or not at all.
+
+    Raises:
+      WorkdirError: the folder cannot be written or is full.
+    """
+    name = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            name = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # a temporary file is private, a run is not
+        os.replace(name, path)
+    except OSError as error:
+        if name is not None:
+            pathlib.Path(name).unlink(missing_ok=True)
+        raise WorkdirError(
+            f"{path} cannot be written: {error.strerror}; free the disk or choose another --workdir"
+        ) from error
+
+
+def _append_line(path: pathlib.Path, line: bytes) -> None:
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())  # a checkpoint must never be ahead of its rows
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, before)
+        raise WorkdirError(f"{path} cannot be written: {error.strerror}; free the disk and --resume") from error
+
+
+class Records:
+    """The rows of a run folder, appended one whole line at a time. Many runs may share a folder, one after another."""
+
+    def __init__(self, workdir: pathlib.Path | None):
+        """Opens (and makes) the folder; None keeps the rows in memory.
+
+        Raises:
+          WorkdirError: it cannot be made or written.
+        """
+        self.rows: list[Row] = []
+        self.path = None if workdir is None else workdir / FILE
+        if workdir is not None:
+            self._open(workdir, workdir / FILE)
+
+    def _open(self, workdir: pathlib.Path, path: pathlib.Path) -> None:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=workdir) as probe:  # fails now rather than after the first round
+                probe.write(b" " * 4096)
+        except OSError as error:
+            raise WorkdirError(
+                f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir"
+            ) from error
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole:
+            self.rows = read_rows(path)
+        if whole != content:  # a process was killed while it wrote its last line
+            write_atomically(path, whole)
+
+    def append(self, row: Row) -> None:
+        """Adds a row. If the disk is full, the file is as before.
+
+        Raises:
+          WorkdirError: it could not be written.
+        """
+        row = _plain(row)
+        if self.path is not None:
+            _append_line(self.path, (json.dumps(row) + "\n").encode())
+        self.rows.append(row)
+
+    def of(self, run: str) -> list[Row]:
+        """The rows of one run."""
+        return [row for row in self.rows if row["run"] == run]
+
+    def rewind(self, run: str, rounds: int) -> None:
+        """Drops what a run wrote after `rounds` rounds (its later rounds are done again); 0 drops the run itself.
+
+        Raises:
+          ResumeError: rows of the rounds before are missing.
+        """
+        present = {row["round"] for row in self.of(run) if row["kind"] == "round"}
+        missing = sorted(set(range(1, rounds + 1)) - present)
+        if missing:
+            raise ResumeError(f"{self.path} lacks round {missing[0]} of {run!r}, which its checkpoint is past")
+        keep = [r for r in self.rows if r["run"] != run or (rounds > 0 and r.get("round", 0) <= rounds)]
+        if self.path is not None:
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep).encode())
+        self.rows = keep
+
+
+def check_settings(before: Row, now: dict[str, Any]) -> None:
+    """Compares the settings of a recorded run with those of the one that resumes it.
+
+    Raises:
+      ResumeError: they differ; names the first difference.
+    """
+    now, then = _plain(now), before["settings"]
+    for name in sorted({*now, *then}):
+        if now.get(name) != then.get(name):
+            raise ResumeError(
+                f"cannot resume {before['run']!r}: it was started with --{name}={then.get(name)}, "
+                f"now it is {now.get(name)}; give the same value, or another --workdir"
+            )

@@ -1,0 +1,67 @@
+"""The critical path: what K devices would take for a round, computed from parts that are measured on this one."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wavg_jax import rounds, tree
+from wavg_jax.data import ShardedData, round_indices
+from wavg_jax.placement import put, single
+
+
+class Parts(NamedTuple):
+    """Seconds of the parts of a round: one replica's local phase, scoring one replica, the blend of all K."""
+
+    local: float
+    score: float
+    blend: float
+
+
+def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
+    """Median over `repeats` calls, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_parts(
+    recipe: rounds.Recipe, data: ShardedData, *, local_steps: int, batch_size: int, chunk: int = 1000, repeats: int = 5
+) -> Parts:
+    """Times the parts of a round with one replica alone on one device.
+
+    The device is not shared with other replicas meanwhile, as it would not be if there were K. The blend is timed on K
+    stacked copies; what the network between K devices would add is not in it.
+
+    Args:
+      recipe: what the round is made of; its placement does not matter.
+      data: the shards; the first is trained on.
+      local_steps, batch_size: of one replica's local phase.
+      chunk: samples at a time when scoring.
+      repeats: calls, of which the median counts.
+    """
+    recipe = recipe._replace(placement=single())
+    part = rounds.pieces(recipe)
+    first = data._replace(shards=data.shards[:1])
+    shared = rounds.put_shared(recipe, data, chunk)
+    state = rounds.programs(recipe, 1).init(jax.random.key(0))
+    host = round_indices(first.shards, seed=0, round=0, local_steps=local_steps, batch_size=batch_size)
+    indices = put(host, recipe.placement.stacked)
+    local = _seconds(jax.jit(part.train), ((state.replicas, indices), shared), repeats)
+    measured = jax.jit(part.score)(state.replicas, shared.held_out)
+    score = _seconds(jax.jit(part.score), (state.replicas, shared.held_out), repeats) if measured else 0.0
+    replicas = len(data.shards)
+    if replicas == 1:
+        return Parts(local, score, 0.0)
+    stacked = tree.replicate(tree.replica(state.replicas, 0), replicas)
+    signals = {name: jnp.repeat(value, replicas) for name, value in measured.items()}
+    signals["train_loss"] = jnp.ones(replicas, jnp.float32)
+    alive = jnp.ones(replicas, bool)
+    return Parts(local, score, _seconds(jax.jit(part.blend), (stacked, state, alive, signals), repeats))

@@ -1,0 +1,279 @@
+"""fit(): the whole run, round after round, with rows, checkpoints and resumption."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from wavg_jax import machine, metrics, policy, progress, rounds, signals, tree
+from wavg_jax.base import Averager, PyTree, SettingsError, Stopped, Task, TrainState
+from wavg_jax.data import ShardedData, round_indices
+from wavg_jax.interrupt import stop_requests
+from wavg_jax.journal import Journal, open_journal
+from wavg_jax.placement import place, put
+from wavg_jax.records import Row
+
+FIXED = ("seed", "dataset", "train_samples", "shard_sizes", "local_steps", "batch_size", "parameters")
+"""Entries of a run's first row that must be as they were when the run is resumed; `fit(settings=...)` adds to them."""
+
+
+class Result(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+      params: the global parameters after the last blend.
+      mutable: the global mutable collections, such as BatchNorm statistics.
+      state: the whole training state.
+      rows: the run's rows, as in `rows.jsonl`; see `wavg_jax.records`.
+    """
+
+    params: PyTree
+    mutable: PyTree
+    state: TrainState
+    rows: list[Row]
+
+
+class Plan(NamedTuple):
+    """The numbers of a run; see `fit` for each."""
+
+    local_steps: int
+    rounds: int
+    batch_size: int
+    seed: int
+    checkpoint_every: int
+    chunk: int
+
+
+def fit(
+    task: Task,
+    data: ShardedData,
+    averager: Averager,
+    *,
+    inner: optax.GradientTransformation,
+    local_steps: int = 50,
+    rounds: int = 20,
+    batch_size: int = 32,
+    seed: int = 0,
+    opt_state_at_sync: policy.Policy = policy.keep,
+    stats_at_sync: policy.Policy = policy.average,
+    devices: int | None = None,
+    workdir: str | pathlib.Path | None = None,
+    name: str = "run",
+    checkpoint_every: int = 10,
+    resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    on_round: Callable[[Row], None] | None = None,
+    chunk: int = 1000,
+) -> Result:
+    """Trains K replicas, one per shard of `data`, and blends them after every H local steps.
+
+    Args:
+      task: the network; see `wavg_jax.models`.
+      data: shards, held-out split and test split; see `wavg_jax.data.shard`. The held-out split alone is scored; the
+        test split is only reported.
+      averager: how the replicas become the next global parameters; see `wavg_jax.averager`.
+      inner: the inner optimizer, any optax transformation.
+      local_steps: H, steps between two blends.
+      rounds: how many blends.
+      batch_size: samples per replica and step.
+      seed: of the initial parameters, the order of samples, dropout and augmentation.
+      opt_state_at_sync: `policy.keep`, `average` or `reset` for the inner optimizer's state.
+      stats_at_sync: `policy.average`, `keep`, `reset` or `reestimate(steps)` for BatchNorm-style statistics.
+      devices: number of devices; by default as many of those at hand as divide K.
+      workdir: folder for `rows.jsonl` and `checkpoints/`; None keeps the rows in memory and saves nothing.
+      name: of this run within the folder.
+      checkpoint_every: rounds between checkpoints; one is also saved at the end and at SIGTERM or Ctrl-C.
+      resume: go on from the run's newest checkpoint in `workdir`, bit for bit; start if there is none.
+      facts: further entries of the run's first row, such as `arm`.
+      settings: further settings that must agree when the run is resumed.
+      on_round: called with every new row; None shows a progress bar.
+      chunk: samples at a time when scoring and testing, for memory.
+
+    Returns:
+      A `Result`.
+
+    Raises:
+      SettingsError, DataError, WorkdirError, ResumeError: bad input, before anything is trained or written where that
+        can be known.
+      Stopped: SIGTERM or Ctrl-C came; the round was finished and a checkpoint saved.
+    """
+    plan = Plan(local_steps, rounds, batch_size, seed, checkpoint_every, chunk)
+    recipe = make_recipe(task, data, averager, inner, opt_state_at_sync, stats_at_sync, devices)
+    _check(plan, recipe, data, resume and workdir is None)
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(open_journal(None if workdir is None else pathlib.Path(workdir), name))
+        stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
+        if on_round is None:
+            advance = stack.enter_context(progress.bar(rounds))
+            on_round = lambda row: advance(f"{name}: test accuracy {100 * row['test_accuracy']:.1f} %")  # noqa: E731
+        run = _Run(recipe, data, plan, name)
+        first = run.describe() | dict(facts or {})
+        first["settings"] = {key: first[key] for key in FIXED} | dict(settings or {})
+        state = journal.begin(first, run.initial, resume)
+        state = _train(run, journal, state, on_round, stopped)
+    return Result(state.params, state.mutable, state, journal.rows())
+
+
+def make_recipe(
+    task: Task,
+    data: ShardedData,
+    averager: Averager,
+    inner: optax.GradientTransformation,
+    opt_state_at_sync: policy.Policy = policy.keep,
+    stats_at_sync: policy.Policy = policy.average,
+    devices: int | None = None,
+) -> rounds.Recipe:
+    """Puts together what a round of `fit` with these arguments is made of."""
+    return rounds.Recipe(
+        task,
+        averager,
+        inner,
+        data.prepare,
+        data.augment,
+        opt_state_at_sync,
+        stats_at_sync,
+        place(len(data.shards), devices),
+    )
+
+
+def _check(plan: Plan, recipe: rounds.Recipe, data: ShardedData, resume_without_workdir: bool) -> None:
+    """Refuses what cannot work before anything is compiled."""
+    lowest = {"local_steps": 1, "rounds": 1, "batch_size": 1, "seed": 0, "checkpoint_every": 1, "chunk": 1}
+    for option, least in lowest.items():
+        if getattr(plan, option) < least:
+            raise SettingsError(f"--{option} is {getattr(plan, option)}; it must be at least {least}")
+    if resume_without_workdir:
+        raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
+    signals.measurable(recipe.averager.needs)
+    if signals.measured(recipe.averager.needs) and not len(data.heldout.y):
+        raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (--heldout)")
+    round_indices(
+        data.shards, seed=plan.seed, round=0, local_steps=plan.local_steps, batch_size=plan.batch_size
+    )  # for its errors
+    x = jax.eval_shape(recipe.prepare, jax.ShapeDtypeStruct((1, *data.train.x.shape[1:]), data.train.x.dtype))
+    logits = jax.eval_shape(lambda rng, x: recipe.task.predict(*recipe.task.init(rng), x), jax.random.key(0), x)
+    if logits.shape != (1, data.classes):
+        raise SettingsError(
+            f"the network puts out {logits.shape[1:]} for a sample, the data have {data.classes} classes"
+        )
+
+
+class _Run:
+    """One run's data on the devices, and its compiled programs."""
+
+    def __init__(self, recipe: rounds.Recipe, data: ShardedData, plan: Plan, name: str):
+        self.recipe, self.data, self.plan, self.name = recipe, data, plan, name
+        self.replicas = len(data.shards)
+        self.shared = rounds.put_shared(recipe, data, plan.chunk)
+        self.test = put(signals.chunked(data.test.x, data.test.y, plan.chunk), recipe.placement.shared)
+        first = self.indices(0)
+        programs = rounds.programs(recipe, self.replicas)
+        rng = put(jax.random.key(plan.seed), recipe.placement.shared)
+        self.initial: TrainState = programs.init(rng)
+        self.step = rounds.compiled(programs.run, self.initial, first, self.shared)
+        self.predict = rounds.compiled(programs.predict, self.initial.params, self.initial.mutable, self.test)
+
+    def indices(self, round: int) -> jax.Array:
+        """The batches of a round: int32 [K, H, B], on the devices."""
+        plan = self.plan
+        host = round_indices(
+            self.data.shards,
+            seed=plan.seed,
+            round=round,
+            local_steps=plan.local_steps,
+            batch_size=plan.batch_size,
+        )
+        return put(host, self.recipe.placement.stacked)
+
+    def evaluate(self, state: TrainState) -> metrics.Quality:
+        """Quality of the global parameters on the test split. Off the clock."""
+        labels = self.data.test.y
+        logits = np.asarray(self.predict.call(state.params, state.mutable, self.test))
+        return metrics.evaluate(logits.reshape(-1, logits.shape[-1])[: len(labels)], labels)
+
+    def describe(self) -> Row:
+        """The run's first row, but for what the caller adds."""
+        data, plan, initial = self.data, self.plan, self.initial
+        per_replica = tree.nbytes(initial.params) + tree.nbytes(initial.mutable)
+        if self.recipe.opt_state_at_sync is policy.average:
+            per_replica += tree.nbytes(self.recipe.inner.init(initial.params))
+        return {
+            "kind": "run",
+            "run": self.name,
+            "arm": self.name,
+            "seed": plan.seed,
+            "dataset": data.name,
+            "classes": data.classes,
+            "train_samples": len(data.train.y),
+            "heldout_samples": len(data.heldout.y),
+            "test_samples": len(data.test.y),
+            "shard_sizes": [len(shard) for shard in data.shards],
+            "noisy_shards": [],
+            "replicas": self.replicas,
+            "local_steps": plan.local_steps,
+            "batch_size": plan.batch_size,
+            "rounds": plan.rounds,
+            "samples_per_round": self.replicas * plan.local_steps * plan.batch_size,
+            "parameters": tree.count(initial.params),
+            "bytes_per_round": 2 * self.replicas * per_replica if self.replicas > 1 else 0,
+            "compile_seconds": self.step.seconds + self.predict.seconds,
+            "critical_path": None,
+            "target_accuracy": None,
+            "hardware": machine.hardware(),
+            "versions": machine.versions(),
+        }
+
+
+def _train(
+    run: _Run,
+    journal: Journal,
+    state: TrainState,
+    on_round: Callable[[Row], None],
+    stopped: Callable[[], bool],
+) -> TrainState:
+    """The loop over rounds; a round's clock stops when its blend is done."""
+    plan = run.plan
+    done = int(state.round)
+    elapsed = journal.rows()[-1]["elapsed"] if done else 0.0
+    for number in range(done + 1, plan.rounds + 1):
+        start = time.perf_counter()
+        state, log = run.step.call(state, run.indices(number - 1), run.shared)
+        jax.block_until_ready((state, log))
+        seconds = time.perf_counter() - start
+        elapsed += seconds
+        row = _round_row(run, number, jax.device_get(log), run.evaluate(state))
+        journal.append(row | {"seconds": seconds, "elapsed": elapsed})
+        if number % plan.checkpoint_every == 0 or number == plan.rounds or stopped():
+            journal.save(state)
+        on_round(journal.rows()[-1])
+        if stopped() and number < plan.rounds:
+            journal.wait()
+            raise Stopped(f"stopped after round {number} of {run.name!r}; a checkpoint is saved, go on with --resume")
+    return state
+
+
+def _round_row(run: _Run, number: int, log: rounds.RoundLog, quality: metrics.Quality) -> Row:
+    living = log.train_loss[log.alive]
+    row = {
+        "kind": "round",
+        "round": number,
+        "samples": number * run.replicas * run.plan.local_steps * run.plan.batch_size,
+        "train_loss": float(living.mean()) if len(living) else float("nan"),
+        "test_accuracy": quality.accuracy,
+        "test_loss": quality.loss,
+        "test_macro_f1": quality.macro_f1,
+        "test_ece": quality.ece,
+        "weights": log.weights,
+        "effective_replicas": float(log.effective_replicas),
+        "alive": log.alive,
+        "scores": log.scores,
+    }
+    if number == run.plan.rounds:
+        row["confusion"] = quality.confusion
+    return row

@@ -1,0 +1,93 @@
+"""Pytree arithmetic over the replica axis; everything that does not touch that axis is `optax.tree`'s business."""
+
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from wavg_jax.base import PyTree
+
+
+def replicate(tree: PyTree, replicas: int) -> PyTree:
+    """Copies every leaf K times: [...] -> [K, ...], each replica with memory of its own, so that it can be donated.
+
+    >>> import jax.numpy as jnp
+    >>> replicate({"w": jnp.ones((2, 3))}, 4)["w"].shape
+    (4, 2, 3)
+    """
+    return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], replicas, axis=0), tree)
+
+
+def replica(stacked: PyTree, k: int) -> PyTree:
+    """Takes replica `k` out of a stacked tree: [K, ...] -> [...]."""
+    return jax.tree.map(lambda x: x[k], stacked)
+
+
+def count_replicas(stacked: PyTree) -> int:
+    """Returns K, the length of the leading axis of a stacked tree's first leaf."""
+    return int(jax.tree.leaves(stacked)[0].shape[0])
+
+
+def all_finite(stacked: PyTree) -> jax.Array:
+    """Says for each replica whether all its floating-point numbers are finite: bool [K].
+
+    >>> import jax.numpy as jnp
+    >>> all_finite({"w": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}).tolist()
+    [True, False]
+    """
+    checks = [
+        jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
+        for x in jax.tree.leaves(stacked)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return functools.reduce(operator.and_, checks, jnp.ones(count_replicas(stacked), bool))
+
+
+def ordered_sum(values: jax.Array) -> jax.Array:
+    """Sums [K] numbers one after another.
+
+    XLA's own sum groups them by K, so that zeros for dead replicas would change the last bit of what the others sum to.
+    """
+    return functools.reduce(operator.add, [values[k] for k in range(values.shape[0])])
+
+
+def select_replicas(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    """Takes replica k from stacked tree `yes` where `mask[k]`, else from stacked tree `no`; `mask` is bool [K]."""
+    return jax.tree.map(lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b), yes, no)
+
+
+def select(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    """Takes the whole tree `yes` if the bool scalar `condition` holds, else `no`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which values of `dtype` are summed and updated: at least float32."""
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if wide else jnp.dtype(jnp.float32)
+
+
+def as_accumulators(tree: PyTree) -> PyTree:
+    """Casts every leaf to its accumulator dtype."""
+    return jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), tree)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts every leaf to the dtype of its counterpart in `like`; integers (step counters) are rounded."""
+
+    def cast(x: jax.Array, y: jax.Array) -> jax.Array:
+        return (x if jnp.issubdtype(y.dtype, jnp.inexact) else jnp.round(x)).astype(y.dtype)
+
+    return jax.tree.map(cast, tree, like)
+
+
+def count(tree: PyTree) -> int:
+    """Returns how many numbers a tree holds."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Returns how many bytes a tree holds."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
