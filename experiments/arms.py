@@ -10,14 +10,12 @@ from typing import NamedTuple
 import jax
 import optax
 from absl import flags
-from rich.console import Console
 
 import wavg_jax as wavg
 from experiments.flags import ARMS, numbers, settings
-from wavg_jax import data, models, policy, report, timing, trainer, tree
+from wavg_jax import data, models, policy, rounds, timing, trainer, tree
 from wavg_jax.base import SettingsError
 from wavg_jax.records import FILE, Row, read_rows
-from wavg_jax.summary import summarise
 
 F = flags.FLAGS
 
@@ -117,6 +115,19 @@ def _proportions() -> tuple[float, ...]:
     return tuple(itertools.islice(itertools.cycle(numbers("proportions", float)), F.replicas))
 
 
+def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> rounds.Recipe:
+    """What a round of an arm is made of."""
+    return trainer.make_recipe(
+        task,
+        data.pool(sharded) if arm.pooled else sharded,
+        arm.averager,
+        arm.inner,
+        POLICIES[F.opt_state_at_sync],
+        POLICIES[F.stats_at_sync],
+        1 if arm.pooled else F.devices,
+    )
+
+
 def critical_path(task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row]:
     """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
 
@@ -126,7 +137,7 @@ def critical_path(task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row]:
     pooled = data.pool(sharded)
 
     def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
-        recipe = trainer.make_recipe(task, source, arm.averager, arm.inner, devices=1)
+        recipe = make_recipe(arm, task, source)
         return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size)
 
     one, all_steps = parts(weighted, sharded), parts(alone, pooled)
@@ -149,7 +160,7 @@ def run_arm(
     task: wavg.Task,
     sharded: data.ShardedData,
     seed: int,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | None,
     path: Row | None,
     on_round: Callable[[Row], None] | None,
 ) -> trainer.Result:
@@ -205,13 +216,3 @@ def rounds_done(workdir: pathlib.Path) -> int:
     if not F.resume or not (workdir / FILE).exists():
         return 0
     return sum(row["kind"] == "round" for row in read_rows(workdir))
-
-
-def write_report(workdir: pathlib.Path) -> None:
-    """Writes the report of all rows in `workdir`, and shows its table."""
-    rows = read_rows(workdir)
-    console = Console()
-    for summary in summarise(rows):
-        console.print(report.terminal_table(summary))
-    for path in report.write(workdir, rows):
-        console.print(f"wrote {path}")

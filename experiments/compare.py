@@ -17,6 +17,7 @@ from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
 from wavg_jax import data, progress
 from wavg_jax.base import SettingsError
+from wavg_jax.records import read_rows
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
 flags.DEFINE_list("seeds", "0,1,2", "Seeds of data split, initial parameters and order; at least 3 for a comparison.")
@@ -31,18 +32,23 @@ def main(argv: Sequence[str]) -> None:
     if unknown or not F.arms:
         raise SettingsError(f"--arms={','.join(F.arms)}: choose from {', '.join(ARMS)}")
     seeds = numbers("seeds", int, least=0)
+    if len(set(seeds)) < len(seeds):
+        raise SettingsError(f"--seeds={','.join(F.seeds)}: each seed once")
     dataset = data.load(F.dataset, F.data_dir)
     task = arms.make_task(dataset)
     chosen = arms.make_arms(tuple(F.arms))
+    first = arms.make_data(dataset, seeds[0])
+    for arm in chosen:  # so that what cannot work is found before the first of them runs
+        arms.make_recipe(arm, task, first)
     workdir = arms.choose_workdir("compare")
     done = arms.rounds_done(workdir)
     with progress.bar(len(chosen) * len(seeds) * F.rounds, done) as advance:
-        paths = arms.critical_path(task, arms.make_data(dataset, seeds[0]))
+        paths = arms.critical_path(task, first)
         for seed in seeds:  # the arms alternate, so that a machine that slows down slows them all
             sharded = arms.make_data(dataset, seed)
             for arm in chosen:
                 arms.run_arm(arm, task, sharded, seed, workdir, paths[arm.name], lambda row: advance(arms.caption(row)))
-    arms.write_report(workdir)
+    app.publish(read_rows(workdir), workdir)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ PARAMS = wavg.replica(stacked_trees(1, seed=7), 0)
 
 
 def close(actual, expected, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **({"rtol": 1e-6, "atol": 1e-6} | tolerance)), actual, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **({"rtol": 1e-6, "atol": 1e-6} | tolerance)), actual, expected
+    )
 
 
 def numpy_mean(stacked, weights=None):

@@ -44,7 +44,7 @@ class Journal:
             raise ResumeError(f"{self._name!r} has done {done} rounds already, more than --rounds={first['rounds']}")
         # Read before the rows are touched: if it cannot be read, nothing is lost.
         state = self._checkpoints.restore(initial) if self._checkpoints is not None and done else initial
-        self._records.rewind(self._name, done)
+        self._records.rewind(self._name, done, first["rounds"])
         if not done:
             self._records.append(first)
         return state

@@ -27,8 +27,8 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
 
     Returns:
       `(replica, items, shared) -> (replica, loss)`: `replica` is a `Replicas` of one replica (no leading axis), the
-      leaves of `items` have a leading axis H, and `loss` is the mean training loss over the H steps, a float32 scalar. The
-      function is pure; `jax.vmap` or `wavg_jax.placement` map it over the replicas.
+      leaves of `items` have a leading axis H, and `loss` is the mean training loss over the H steps, a float32 scalar.
+      The function is pure; `jax.vmap` or `wavg_jax.placement` map it over the replicas.
     """
 
     def step(replica: Replicas, item: PyTree, shared: PyTree) -> tuple[Replicas, jax.Array]:

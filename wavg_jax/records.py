@@ -162,17 +162,23 @@ class Records:
         """The rows of one run."""
         return [row for row in self.rows if row["run"] == run]
 
-    def rewind(self, run: str, rounds: int) -> None:
-        """Drops what a run wrote after `rounds` rounds (its later rounds are done again); 0 drops the run itself.
+    def rewind(self, run: str, done: int, planned: int) -> None:
+        """Drops what a run wrote after `done` rounds (its later rounds are done again); 0 drops the run itself.
+
+        Args:
+          run: the run's name.
+          done: rounds to keep.
+          planned: rounds that the run is to have now.
 
         Raises:
           ResumeError: rows of the rounds before are missing.
         """
         present = {row["round"] for row in self.of(run) if row["kind"] == "round"}
-        missing = sorted(set(range(1, rounds + 1)) - present)
+        missing = sorted(set(range(1, done + 1)) - present)
         if missing:
             raise ResumeError(f"{self.path} lacks round {missing[0]} of {run!r}, which its checkpoint is past")
-        keep = [r for r in self.rows if r["run"] != run or (rounds > 0 and r.get("round", 0) <= rounds)]
+        keep = [r for r in self.rows if r["run"] != run or (done > 0 and r.get("round", 0) <= done)]
+        keep = [r | {"rounds": planned} if r["run"] == run and r["kind"] == "run" else r for r in keep]
         if self.path is not None:
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep).encode())
         self.rows = keep

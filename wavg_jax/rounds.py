@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from wavg_jax import local, policy, signals, tree
-from wavg_jax.base import Averager, Batch, PyTree, Replicas, Task, TrainState
+from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Task, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.placement import Placement, put
 from wavg_jax.reduce import weighted_mean
@@ -70,6 +70,8 @@ class Recipe(NamedTuple):
 def put_shared(recipe: Recipe, data: ShardedData, chunk: int) -> Shared:
     """Copies what every replica reads to the devices; the held-out split only if a weighting needs it."""
     scored = signals.measured(recipe.averager.needs)
+    if scored and not len(data.heldout.y):
+        raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (--heldout)")
     held_out = signals.chunked(data.heldout.x, data.heldout.y, chunk) if scored else None
     return put(Shared(data.train.x, data.train.y.astype(np.int32), held_out), recipe.placement.shared)
 

@@ -106,13 +106,14 @@ def fit(
     plan = Plan(local_steps, rounds, batch_size, seed, checkpoint_every, chunk)
     recipe = make_recipe(task, data, averager, inner, opt_state_at_sync, stats_at_sync, devices)
     _check(plan, recipe, data, resume and workdir is None)
+    run = _Run(recipe, data, plan, name)
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(open_journal(None if workdir is None else pathlib.Path(workdir), name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         if on_round is None:
             advance = stack.enter_context(progress.bar(rounds))
             on_round = lambda row: advance(f"{name}: test accuracy {100 * row['test_accuracy']:.1f} %")  # noqa: E731
-        run = _Run(recipe, data, plan, name)
+        run.compile()
         first = run.describe() | dict(facts or {})
         first["settings"] = {key: first[key] for key in FIXED} | dict(settings or {})
         state = journal.begin(first, run.initial, resume)
@@ -151,8 +152,6 @@ def _check(plan: Plan, recipe: rounds.Recipe, data: ShardedData, resume_without_
     if resume_without_workdir:
         raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
     signals.measurable(recipe.averager.needs)
-    if signals.measured(recipe.averager.needs) and not len(data.heldout.y):
-        raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (--heldout)")
     round_indices(
         data.shards, seed=plan.seed, round=0, local_steps=plan.local_steps, batch_size=plan.batch_size
     )  # for its errors
@@ -176,7 +175,14 @@ class _Run:
         programs = rounds.programs(recipe, self.replicas)
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = programs.init(rng)
-        self.step = rounds.compiled(programs.run, self.initial, first, self.shared)
+        # Tracing alone finds what does not fit together, before anything is written.
+        programs.run.trace(self.initial, first, self.shared)
+        self._programs = programs
+
+    def compile(self) -> None:
+        """Compiles the round and the evaluation, or finds them compiled by an earlier run."""
+        programs = self._programs
+        self.step = rounds.compiled(programs.run, self.initial, self.indices(0), self.shared)
         self.predict = rounds.compiled(programs.predict, self.initial.params, self.initial.mutable, self.test)
 
     def indices(self, round: int) -> jax.Array:
@@ -249,10 +255,11 @@ def _train(
         elapsed += seconds
         row = _round_row(run, number, jax.device_get(log), run.evaluate(state))
         journal.append(row | {"seconds": seconds, "elapsed": elapsed})
-        if number % plan.checkpoint_every == 0 or number == plan.rounds or stopped():
-            journal.save(state)
         on_round(journal.rows()[-1])
-        if stopped() and number < plan.rounds:
+        stop = stopped()
+        if number % plan.checkpoint_every == 0 or number == plan.rounds or stop:
+            journal.save(state)
+        if stop and number < plan.rounds:
             journal.wait()
             raise Stopped(f"stopped after round {number} of {run.name!r}; a checkpoint is saved, go on with --resume")
     return state

@@ -1,0 +1,62 @@
+"""Tunes the learning rate of each arm: a grid, over seeds that are not reported, judged on the held-out split.
+
+  python -m experiments.tune --flagfile=experiments/presets/fashion.flags
+
+The test split is not touched. Prints the held-out accuracy of every rate and the flags of the best, for a preset.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import app, arms
+from experiments import flags as shared_flags
+from experiments.flags import ARMS, numbers
+from wavg_jax import data, progress
+from wavg_jax.base import Task
+from wavg_jax.records import Row
+
+flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")
+flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
+flags.adopt_module_key_flags(shared_flags)
+F = flags.FLAGS
+
+
+def accuracy(
+    name: str, rate: float, task: Task, spaces: dict[int, data.ShardedData], on_round: Callable[[Row], None]
+) -> float:
+    """Mean held-out accuracy over the tuning seeds after the last round of one arm at one rate."""
+    F[f"lr_{name}"].value = rate
+    (arm,) = arms.make_arms((name,))
+    finals = [arms.run_arm(arm, task, sharded, seed, None, None, on_round).rows[-1] for seed, sharded in spaces.items()]
+    return float(np.mean([row["test_accuracy"] for row in finals]))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Tries every rate for every arm and prints what came out."""
+    app.refuse_arguments(argv)
+    rates, seeds = numbers("rates", float), numbers("tuning_seeds", int, least=0)
+    dataset = data.load(F.dataset, F.data_dir)
+    task = arms.make_task(dataset)
+    spaces = {seed: arms.make_data(dataset, seed) for seed in seeds}
+    # What a run calls its test split is here the held-out one.
+    spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
+    with progress.bar(len(ARMS) * len(rates) * len(seeds) * F.rounds) as advance:
+        found = {
+            name: [accuracy(name, rate, task, spaces, lambda row: advance(arms.caption(row))) for rate in rates]
+            for name in ARMS
+        }
+    table = Table("arm", *(f"{rate:g}" for rate in rates), title=f"held-out accuracy (%) over {len(seeds)} seeds")
+    for name, values in found.items():
+        table.add_row(name, *(f"{100 * value:.2f}" for value in values))
+    console = Console()
+    console.print(table)
+    for name, values in found.items():
+        console.print(f"--lr_{name}={rates[int(np.argmax(values))]:g}", highlight=False)
+
+
+if __name__ == "__main__":
+    app.run(main)

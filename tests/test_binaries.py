@@ -1,0 +1,177 @@
+"""The binaries as a user meets them: what bad input says, that it writes nothing, and that the main job works."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from experiments import app, compare, report, train
+from wavg_jax import records
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+QUICK = ("--rounds=2", "--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1")
+
+
+def invoke(main, *arguments):
+    """Runs a binary in this process; returns its exit code."""
+    with flagsaver.flagsaver():
+        try:
+            app.call(main, app.parse(["binary", *arguments]))
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data files, good and bad, and a finished run."""
+    folder = tmp_path_factory.mktemp("input")
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (300, 6), dtype=np.uint8), rng.integers(0, 3, 300)
+    good = {"x_train": x, "y_train": y, "x_test": x[:50], "y_test": y[:50]}
+    spoilt = x.astype(np.float32)
+    spoilt[17, 2] = np.nan
+    files = {
+        "good": good,
+        "negative_label": good | {"y_train": np.where(np.arange(300) == 5, -1, y)},
+        "nan_image": good | {"x_train": spoilt},
+        "no_labels": {"x_train": x},
+    }
+    for name, arrays in files.items():
+        np.savez(folder / f"{name}.npz", **arrays)
+    (folder / "torn.npz").write_bytes((folder / "good.npz").read_bytes()[:1000])
+    (folder / "file").write_text("not a folder")
+    (folder / "empty").mkdir()
+    corrupt = folder / "corrupt" / "mnist"
+    corrupt.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (corrupt / f"{part}-{kind}-ubyte.gz").write_bytes(b"\x1f\x8b not what was published")
+    assert invoke(train.main, *QUICK, f"--workdir={folder / 'done'}") == 0
+    return folder
+
+
+BAD = [
+    (compare, ["--rundes=3"], "rundes"),
+    (compare, ["--weighting=acuracy"], "acuracy"),
+    (compare, ["--rounds=0"], "rounds"),
+    (compare, ["--rounds=ten"], "ten"),
+    (compare, ["--flagfile={folder}/nowhere.flags"], "nowhere.flags"),
+    (compare, ["rounds=3"], "--name=value"),
+    (compare, ["--arms=weighted,median"], "--arms"),
+    (compare, ["--seeds=1,x"], "--seeds"),
+    (compare, ["--seeds=1,1"], "--seeds"),
+    (compare, ["--dataset=imagenet"], "--dataset"),
+    (compare, ["--dataset={folder}/nowhere.npz"], "nowhere.npz"),
+    (compare, ["--dataset={folder}/torn.npz"], "torn.npz"),
+    (compare, ["--dataset={folder}/no_labels.npz"], "y_train"),
+    (compare, ["--dataset={folder}/negative_label.npz"], "label"),
+    (compare, ["--dataset={folder}/nan_image.npz"], "17"),
+    (compare, ["--dataset={folder}/good.npz", "--heldout=50", "--model=cnn"], "--model"),
+    (compare, ["--dataset=mnist", "--data_dir={folder}/empty"], "--data_dir"),
+    (compare, ["--dataset=mnist", "--data_dir={folder}/corrupt"], "train-images-idx3-ubyte.gz"),
+    (compare, ["--replicas=5000", "--batch_size=1"], "--replicas"),
+    (compare, ["--batch_size=1000"], "--batch_size"),
+    (compare, ["--heldout=5000"], "--heldout"),
+    (compare, ["--heldout=0"], "--heldout"),
+    (compare, ["--noisy=9"], "--noisy"),
+    (compare, ["--weighting=softmax_loss", "--temperature=0"], "--temperature"),
+    (compare, ["--hidden=-3"], "--hidden"),
+    (compare, ["--partition=sized", "--proportions=0,1"], "--proportions"),
+    (compare, ["--partition=dirichlet", "--alpha=0"], "--alpha"),
+    (compare, ["--devices=64"], "--devices"),
+    (compare, ["--workdir={folder}/file"], "--workdir"),
+    (compare, ["--workdir=/proc/run"], "--workdir"),
+    (compare, ["--resume"], "--workdir"),
+    (train, ["--arm=median"], "median"),
+    (train, [*QUICK, "--workdir={folder}/done"], "--resume"),
+    (train, [*QUICK, "--workdir={folder}/done", "--resume", "--lr_weighted=0.7"], "--lr_weighted=0.1"),
+    (train, [*QUICK, "--workdir={folder}/done", "--resume", "--rounds=1"], "--rounds=1"),
+    (report, [], "RUN"),
+    (report, ["{folder}/empty"], "rows.jsonl"),
+    (report, ["{folder}/done", "--out={folder}/file"], "file"),
+]
+
+
+@pytest.mark.parametrize(("binary", "arguments", "says"), BAD, ids=[" ".join(case[1]) or "nothing" for case in BAD])
+def test_bad_input_is_one_clear_line_exit_code_2_and_nothing_written(
+    binary, arguments, says, folder, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where runs/ would be
+    arguments = [argument.format(folder=folder) for argument in arguments]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert invoke(binary.main, *arguments) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert list(tmp_path.iterdir()) == []
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_user_s_own_arrays_train_from_the_command_line(folder, tmp_path):
+    arguments = (*QUICK, f"--dataset={folder}/good.npz", "--heldout=50", "--partition=sized", "--proportions=1,3")
+    assert invoke(train.main, *arguments, f"--workdir={tmp_path}") == 0
+    first = records.read_rows(tmp_path)[0]
+    assert (first["dataset"], first["shard_sizes"]) == ("good", [63, 187])
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
+    command = ("experiments.train", *QUICK[1:], "--rounds=40", f"--workdir={tmp_path}", "--checkpoint_every=50")
+    limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "bash", sys.executable, "-m", *command]  # no file over 12 KiB
+    full = subprocess.run(limited, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in full.stderr
+    whole = records.read_rows(tmp_path)  # every line is whole
+    assert (tmp_path / "rows.jsonl").read_bytes().endswith(b"\n")
+    assert 1 < len(whole) < 41
+    again = run(*command, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert [row["round"] for row in records.read_rows(tmp_path)[1:]] == list(range(1, 41))
+
+
+def test_compare_leaves_rows_plots_and_a_report_and_resumes(tmp_path):
+    arguments = (*QUICK, "--seeds=0,1,2", f"--workdir={tmp_path}")
+    assert invoke(compare.main, *arguments) == 0
+    rows = records.read_rows(tmp_path)
+    assert len(rows) == 4 * 3 * (1 + 2)
+    assert len({row["samples"] for row in rows if row.get("round") == 2}) == 1  # an equal budget
+    assert all(row["critical_path"]["round"] > 0 for row in rows if row["kind"] == "run")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.jsonl",
+        "report.md",
+        "report.html",
+        "plots",
+        "checkpoints",
+    }
+    written = (tmp_path / "report.md").read_bytes()
+    assert invoke(compare.main, *arguments, "--resume") == 0
+    assert records.read_rows(tmp_path) == rows
+    assert (tmp_path / "report.md").read_bytes() == written
+
+
+@pytest.mark.parametrize("binary", ["compare", "train", "report", "tune"])
+def test_help_says_what_the_binary_is_for_and_shows_its_flags(binary):
+    said = run(f"experiments.{binary}", "--help").stdout
+    assert f"python -m experiments.{binary}" in said
+    for flag in {"report": ["--out"]}.get(binary, ["--dataset", "--replicas", "--weighting", "--lr_plain"]):
+        assert flag in said
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "experiments" / "presets").glob("*.flags")), ids=lambda path: path.stem
+)
+def test_every_preset_is_understood(preset):
+    with flagsaver.flagsaver():
+        app.parse(["binary", f"--flagfile={preset}"])

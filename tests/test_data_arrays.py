@@ -1,0 +1,194 @@
+"""Arrays in: what is accepted, what is refused and how, the held-out split, and standardising on the device."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wavg_jax.base import DataError, SettingsError
+from wavg_jax.data import Split, from_arrays, from_npz, hold_out, make_prepare
+
+X = np.arange(24, dtype=np.float32).reshape(6, 4)
+Y = np.array([0, 1, 2, 0, 1, 2])
+
+
+def images(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("uint8", "uint8"), ("float64", "float32"), ("float16", "float32"), ("int64", "float32"), ("bool", "float32")],
+)
+def test_input_types(given, kept):
+    data = from_arrays(X.astype(given), Y, X[:1].astype(given), Y[:1])
+    assert data.train.x.dtype == data.test.x.dtype == kept
+    np.testing.assert_array_equal(data.train.x, X.astype(given).astype(kept))
+
+
+@pytest.mark.parametrize("labels", [Y, Y.astype(np.uint8), Y.astype(float), Y.tolist()])
+def test_labels_that_are_whole_numbers_become_int32(labels):
+    data = from_arrays(X, labels, X[:1], [0], name="mine")
+    assert data.train.y.dtype == np.int32
+    assert data.train.y.tolist() == Y.tolist()
+    assert (data.name, data.classes) == ("mine", 3)
+
+
+def spoilt(x, index, value):
+    x = x.copy()
+    x[index] = value
+    return x
+
+
+NAN = spoilt(spoilt(X, (2, 1), np.nan), (5, 3), np.inf)
+REFUSED = {
+    "lengths": ({"y_train": Y[:5]}, "6 train inputs but 5 labels"),
+    "test lengths": ({"y_test": Y[:2]}, "1 test inputs but 2 labels"),
+    "empty": ({"x_train": X[:0], "y_train": Y[:0]}, r"train inputs have shape \(0, 4\).*at least one"),
+    "empty test": ({"x_test": X[:0], "y_test": Y[:0]}, r"test inputs have shape \(0, 4\)"),
+    "no feature axis": ({"x_train": X[:, 0]}, r"shape \(6,\)"),
+    "nan": ({"x_train": NAN}, r"2 values that are NaN or infinite.*first at index \[2, 1\]"),
+    "overflow": ({"x_train": X.astype(float) * 1e38}, "infinite in float32"),
+    "test nan": ({"x_test": NAN[2:3]}, r"test inputs hold 1 values.*\[0, 1\]"),
+    "text": ({"x_train": X.astype(str)}, "inputs are of type <U"),
+    "one-hot": ({"y_train": np.eye(6)}, r"labels have shape \(6, 6\): give one class number"),
+    "half a label": ({"y_train": Y + 0.5}, "6 values that are no class numbers, the first at index 0 is 0.5"),
+    "nan label": ({"y_train": [0, 1, np.nan, 0, 1, 2]}, "1 values that are no class numbers.*index 2 is nan"),
+    "huge label": ({"y_train": Y + 2**40}, "6 values that are no class numbers"),
+    "text label": ({"y_train": list("abcdef")}, "labels are of type <U1"),
+    "negative label": ({"y_train": Y - 1}, r"2 train labels are not in \[0, 2\), the first at index 0 is -1"),
+    "label too large": ({"classes": 2}, r"2 train labels are not in \[0, 2\), the first at index 2 is 2"),
+    "test label too large": ({"y_test": [3], "classes": 3}, r"1 test labels are not in \[0, 3\)"),
+    "sample shape": ({"x_test": X[:1, :3]}, r"test sample is float32\(3,\), a training sample float32\(4,\)"),
+    "sample type": ({"x_test": X[:1].astype(np.uint8)}, "give both in one shape and type"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    changed, message = REFUSED[case]
+    arguments = {"x_train": X, "y_train": Y, "x_test": X[:1], "y_test": Y[:1]} | changed
+    with pytest.raises(DataError, match=message) as caught:
+        from_arrays(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_npz_round_trip(tmp_path):
+    np.savez(tmp_path / "mine.npz", x_train=X, y_train=Y, x_test=X[:1], y_test=Y[:1])
+    data = from_npz(tmp_path / "mine.npz")
+    assert (data.name, data.classes) == ("mine", 3)
+    np.testing.assert_array_equal(data.train.x, X)
+
+
+def archive(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def one_array():
+    buffer = io.BytesIO()
+    np.save(buffer, X)
+    return buffer.getvalue()
+
+
+OBJECTS = dict.fromkeys(("x_train", "y_train", "x_test", "y_test"), np.array([{}]))
+NOT_NPZ = {
+    "text": (b"hello", "cannot be read as an npz file"),
+    "empty": (b"", "cannot be read as an npz file"),
+    "one array": (one_array(), "cannot be read as an npz file"),
+    "truncated": (archive(x_train=X)[:-100], "cannot be read as an npz file"),
+    "objects": (archive(**OBJECTS), "cannot be read as an npz file"),
+    "lacks arrays": (archive(x_train=X, y_train=Y), "lacks x_test, y_test: write x_train, y_train, x_test, y_test"),
+    "refused": (archive(x_train=X, y_train=Y[1:], x_test=X, y_test=Y), "mine: 6 train inputs but 5 labels"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_NPZ)
+def test_npz_refused(case, tmp_path):
+    content, message = NOT_NPZ[case]
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        from_npz(tmp_path / "mine.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_npz_that_is_no_file(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*none.npz: check the path"):
+        from_npz(tmp_path / "none.npz")
+    with pytest.raises(DataError, match="cannot be read as an npz file"):
+        from_npz(tmp_path)
+
+
+def test_hold_out_splits_without_loss_and_repeats():
+    split = Split(np.arange(50, dtype=np.float32)[:, None], np.arange(50, dtype=np.int32))
+    train, held = hold_out(split, 20, seed=3)
+    assert (len(train.y), len(held.y)) == (30, 20)
+    assert sorted([*train.y, *held.y]) == list(range(50))
+    np.testing.assert_array_equal(held.x[:, 0], held.y)
+    np.testing.assert_array_equal(hold_out(split, 20, seed=3)[1].y, held.y)
+    assert set(hold_out(split, 20, seed=4)[1].y) != set(held.y)
+    assert held.y.tolist() != list(range(20))
+
+
+def test_more_held_out_samples_keep_the_first_ones():
+    split = Split(np.zeros((50, 1), np.float32), np.arange(50, dtype=np.int32))
+    assert set(hold_out(split, 10, seed=0)[1].y) < set(hold_out(split, 20, seed=0)[1].y)
+
+
+def test_holding_out_nothing_keeps_everything():
+    split = Split(X, Y.astype(np.int32))
+    train, held = hold_out(split, 0, seed=0)
+    assert (len(train.y), held.x.shape) == (6, (0, 4))
+
+
+@pytest.mark.parametrize(("n", "seed", "flag"), [(6, 0, "--heldout"), (-1, 0, "--heldout"), (2, -1, "--seed")])
+def test_hold_out_refused(n, seed, flag):
+    with pytest.raises(SettingsError, match=flag):
+        hold_out(Split(X, Y.astype(np.int32)), n, seed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "axes"),
+    [
+        ((40, 5, 6), (40, 5, 6, 1), (0, 1, 2, 3)),
+        ((40, 5, 6, 3), (40, 5, 6, 3), (0, 1, 2)),
+        ((40, 7), (40, 7), (0, 1)),
+        ((40, 2, 5, 6, 3), (40, 2, 5, 6, 3), (0, 1, 2, 3)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_prepared_training_data_has_mean_0_and_std_1(shape, out, axes, dtype):
+    x = images(*shape, dtype=dtype)
+    data = from_arrays(x, np.zeros(40), x[:1], [0])
+    prepared = jax.jit(make_prepare(data))(jnp.asarray(data.train.x))
+    assert prepared.shape == out
+    assert prepared.dtype == jnp.float32
+    np.testing.assert_allclose(np.mean(prepared, axes), 0, atol=1e-5)
+    np.testing.assert_allclose(np.std(prepared, axes), 1, atol=1e-5)
+
+
+def test_prepare_in_numbers():
+    # Values 0 and 255 in equal parts: mean 1/2, std 1/2, so they become -1 and 1.
+    x = np.array([0, 255, 255, 0], np.uint8).reshape(1, 2, 2)
+    prepare = make_prepare(from_arrays(x, [0], x, [0]))
+    assert (prepare.mean, prepare.std) == ((0.5,), (0.5,))
+    np.testing.assert_allclose(prepare(jnp.asarray(x))[0, :, :, 0], [[-1, 1], [1, -1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.uint8(7), np.float32(0.1)])
+def test_constant_inputs_become_0(value):
+    x = np.full((30, 4, 4), value)
+    prepared = make_prepare(from_arrays(x, np.zeros(30), x, np.zeros(30)))(jnp.asarray(x))
+    np.testing.assert_allclose(prepared, 0, atol=1e-6)
+
+
+def test_prepare_uses_the_training_split_alone_and_maps_over_replicas():
+    data = from_arrays(images(40, 5, 6, 3), np.zeros(40), images(10, 5, 6, 3) // 4, np.zeros(10))
+    prepare = make_prepare(data)
+    assert prepare == make_prepare(data._replace(test=data.train))
+    assert hash(prepare) == hash(make_prepare(data))
+    stacked = jnp.asarray(data.train.x).reshape(4, 10, 5, 6, 3)
+    np.testing.assert_array_equal(jax.vmap(prepare)(stacked).reshape(40, 5, 6, 3), prepare(data.train.x))

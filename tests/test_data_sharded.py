@@ -1,0 +1,86 @@
+"""The bundle for training, the small data set, and loading by name."""
+
+import numpy as np
+import pytest
+
+from wavg_jax.base import DataError, SettingsError
+from wavg_jax.data import crop_flip, digits, dirichlet, iid, load, pool, shard
+
+
+def split_iid(split, seed):
+    return iid(len(split.y), 4, seed)
+
+
+def test_digits_as_published():
+    data = digits()
+    assert data.train.x.shape == (1437, 8, 8)
+    assert data.test.x.shape == (360, 8, 8)
+    assert (data.train.x.dtype, data.train.x.min(), data.train.x.max()) == (np.uint8, 0, 16)
+    shares = [np.bincount(split.y) / len(split.y) for split in (data.train, data.test)]
+    np.testing.assert_allclose(*shares, atol=0.002)
+    np.testing.assert_array_equal(data.test.y, digits().test.y)
+
+
+def test_load_by_name_or_path(tmp_path):
+    assert load("digits").name == "digits"
+    np.savez(tmp_path / "own.npz", x_train=np.zeros((4, 2)), y_train=[0, 1, 0, 1], x_test=np.zeros((1, 2)), y_test=[0])
+    assert load(tmp_path / "own.npz").classes == 2
+    with pytest.raises(DataError, match=r"there is no file .*none.npz"):
+        load(str(tmp_path / "none.npz"))
+    with pytest.raises(SettingsError, match="'imagenet': set --dataset to digits, mnist, fashion_mnist, cifar10, or"):
+        load("imagenet")
+
+
+def test_shard_holds_out_partitions_and_spoils():
+    data = shard(digits(), split_iid, heldout=237, seed=5, noisy=(2,), augment=crop_flip)
+    clean = shard(digits(), split_iid, heldout=237, seed=5)
+    assert [len(s) for s in data.shards] == [300] * 4
+    assert (data.name, data.classes, data.augment) == ("digits", 10, crop_flip)
+    assert clean.augment is None
+    wrong = data.train.y != clean.train.y
+    assert not wrong[np.concatenate([data.shards[k] for k in (0, 1, 3)])].any()
+    assert wrong[data.shards[2]].mean() > 0.8
+    np.testing.assert_array_equal(data.heldout.y, clean.heldout.y)
+
+
+def test_the_seed_decides_for_every_arm_alike():
+    def deal(split, seed):
+        return dirichlet(split.y, 3, 0.5, seed)
+
+    one, two = (shard(digits(), deal, heldout=100, seed=1, noisy=(0,)) for _ in range(2))
+    other = shard(digits(), deal, heldout=100, seed=2, noisy=(0,))
+    for a, b in zip(one.shards, two.shards, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(one.train.y, two.train.y)
+    np.testing.assert_array_equal(one.heldout.x, two.heldout.x)
+    assert one.prepare == two.prepare == other.prepare  # so that arms share compiled programs
+    assert (one.heldout.x != other.heldout.x).any()
+
+
+def test_pool_is_one_shard_of_all_with_the_same_labels():
+    data = shard(digits(), split_iid, heldout=237, seed=5, noisy=(2,))
+    pooled = pool(data)
+    assert len(pooled.shards) == 1
+    np.testing.assert_array_equal(pooled.shards[0], np.arange(1200))
+    assert pooled._replace(shards=data.shards) is not data
+    assert pooled.train.y is data.train.y
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (lambda split, seed: (), "no shards, or a sample in two"),
+        (lambda split, seed: (np.arange(5), np.arange(4, 9)), "a sample in two"),
+        (lambda split, seed: (np.arange(5), np.arange(0)), "shard 1 is empty"),
+        (lambda split, seed: (np.arange(5000),), "shard 0 is empty or not within 0 to 1336"),
+        (lambda split, seed: iid(len(split.y), 2000, seed), "2000 replicas for 1337 .*--replicas"),
+    ],
+)
+def test_partition_refused(partition, message):
+    with pytest.raises(SettingsError, match=message):
+        shard(digits(), partition, heldout=100, seed=0)
+
+
+def test_too_many_held_out():
+    with pytest.raises(SettingsError, match="--heldout between 0 and 1436"):
+        shard(digits(), split_iid, heldout=1437, seed=0)

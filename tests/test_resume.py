@@ -1,0 +1,212 @@
+"""Checkpoints and resumption, with real processes and a real kill -9."""
+
+import gc
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_trainer import leaves, run, sharded, without_clocks
+
+import wavg_jax as wavg
+from wavg_jax import records
+
+HERE = pathlib.Path(__file__).parent
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+AVERAGER = wavg.averager(wavg.softmax("loss", 0.5), outer=wavg.outer.nesterov())
+OPTIONS = {"rounds": 6, "checkpoint_every": 3}
+
+CHILD = """
+    import os, pathlib, signal, sys, time
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    from test_resume import AVERAGER, OPTIONS, run, sharded
+
+    workdir = pathlib.Path(sys.argv[1])
+
+    def on_round(row):
+        if row["round"] == 4:
+            while not (workdir / "checkpoints" / "run" / "3").exists():  # saved asynchronously
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(sharded(), AVERAGER, workdir=workdir, on_round=on_round, **OPTIONS)
+"""
+
+
+def same(a, b):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_six_rounds_equal_three_then_kill_9_then_three_more(tmp_path):
+    straight = run(sharded(), AVERAGER, workdir=tmp_path / "straight", **OPTIONS)
+    killed = tmp_path / "killed"
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(killed)], env=ENVIRONMENT, capture_output=True, check=False
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert [row["round"] for row in records.read_rows(killed)[1:]] == [1, 2, 3, 4]
+    rows_file = killed / "rows.jsonl"
+    rows_file.write_bytes(rows_file.read_bytes() + b'{"kind": "rou')  # as if killed while it wrote a line
+    resumed = run(sharded(), AVERAGER, workdir=killed, resume=True, **OPTIONS)
+    same(straight, resumed)
+    assert without_clocks(resumed.rows) == without_clocks(straight.rows)
+    assert without_clocks(records.read_rows(killed)) == without_clocks(straight.rows)
+
+
+def test_a_finished_run_can_be_resumed_for_more_rounds(tmp_path):
+    straight = run(sharded(), AVERAGER, **OPTIONS)
+    run(sharded(), AVERAGER, workdir=tmp_path, **(OPTIONS | {"rounds": 2}))
+    more = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    same(straight, more)
+    again = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    same(straight, again)
+    assert len(again.rows) == 7
+    assert again.rows[0]["rounds"] == 6
+
+
+def test_many_runs_share_a_folder_and_keep_apart(tmp_path):
+    first = run(sharded(), AVERAGER, workdir=tmp_path, name="a", **OPTIONS)
+    second = run(sharded(seed=1), AVERAGER, workdir=tmp_path, name="b", seed=1, **OPTIONS)
+    assert records.read_rows(tmp_path) == first.rows + second.rows
+    resumed = run(sharded(), AVERAGER, workdir=tmp_path, name="a", resume=True, **OPTIONS)
+    same(first, resumed)
+    assert len(records.read_rows(tmp_path)) == 14
+
+
+def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
+    straight = run(sharded(), AVERAGER, devices=4, **OPTIONS)
+    run(sharded(), AVERAGER, workdir=tmp_path, **(OPTIONS | {"rounds": 3}))
+    resumed = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, devices=4, **OPTIONS)
+    for x, y in zip(leaves(straight), leaves(resumed), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch_size": 4}, "--batch_size=8"),
+        ({"local_steps": 5}, "--local_steps=4"),
+        ({"seed": 3}, "--seed=0"),
+        ({"settings": {"lr_plain": 0.3}}, "--lr_plain=0.1"),
+        ({"rounds": 2}, "--rounds=2"),
+        ({"sharded_data": sharded(heldout=24)}, "--shard_sizes"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_and_loses_nothing(change, says, tmp_path):
+    settings = {"settings": {"lr_plain": 0.1}}
+    run(sharded(), AVERAGER, workdir=tmp_path, **(OPTIONS | {"rounds": 3} | settings))
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(wavg.ResumeError, match=says) as raised:
+        run(
+            **(
+                {"sharded_data": sharded(), "averager": AVERAGER, "workdir": tmp_path, "resume": True}
+                | settings
+                | change
+            )
+        )
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+def test_starting_over_a_run_that_is_there_is_refused_and_loses_nothing(tmp_path):
+    run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(wavg.SettingsError, match="--resume"):
+        run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+# Orbax leaves an unfinished coroutine behind when a checkpoint cannot be read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named_and_loses_nothing(tmp_path):
+    run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    for file in (tmp_path / "checkpoints" / "run" / "6").rglob("*"):
+        if file.is_file() and "METADATA" not in file.name and file.name != "commit_success.txt":
+            file.write_bytes(b"not what orbax wrote")
+    with pytest.raises(wavg.ResumeError, match="cannot be read") as raised:
+        run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    del raised
+    gc.collect()
+
+
+def test_rows_without_their_checkpoints_start_over_and_checkpoints_without_rows_do_not(tmp_path):
+    straight = run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(wavg.ResumeError, match="lacks round 1"):
+        run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    (tmp_path / "elsewhere").rename(tmp_path / "rows.jsonl")
+    (tmp_path / "checkpoints").rename(tmp_path / "gone")
+    again = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    same(straight, again)
+    assert len(again.rows) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_ends_after_a_round_with_a_checkpoint(number, tmp_path):
+    straight = run(sharded(), AVERAGER, **OPTIONS)
+
+    def on_round(row):
+        if row["round"] == 2:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(wavg.Stopped, match="--resume"):
+        run(sharded(), AVERAGER, workdir=tmp_path, on_round=on_round, **(OPTIONS | {"checkpoint_every": 100}))
+    stopped_after = len(records.read_rows(tmp_path)) - 1
+    assert stopped_after in (2, 3)
+    assert (tmp_path / "checkpoints" / "run" / str(stopped_after)).exists()
+    same(straight, run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS))
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_binary_leaves_a_checkpoint_and_exit_code_143(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        f"--workdir={tmp_path}",
+        "--rounds=100000",
+        "--local_steps=50",
+    ]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=HERE.parent, stderr=subprocess.PIPE)
+    rows = tmp_path / "rows.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not rows.exists() or rows.read_bytes().count(b"\n") < 4):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr.decode()
+    assert b"--resume" in stderr
+    recorded = records.read_rows(tmp_path)
+    assert (tmp_path / "checkpoints" / "weighted-seed0" / str(recorded[-1]["round"])).exists()
+    more = recorded[-1]["round"] + 2
+    command[-2:] = [f"--rounds={more}", "--local_steps=50", "--resume"]
+    subprocess.run(command, env=ENVIRONMENT, cwd=HERE.parent, check=True, capture_output=True)
+    assert [row["round"] for row in records.read_rows(tmp_path)[1:]] == list(range(1, more + 1))
+
+
+def test_a_checkpoint_holds_everything_and_nothing_else(tmp_path):
+    result = run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
+    size = sum(np.asarray(x).nbytes for x in leaves(result))
+    assert size < 4096  # 15 parameters, 4 replicas, momenta
+    metadata = json.loads((tmp_path / "checkpoints" / "run" / "6" / "state" / "_METADATA").read_text())
+    entries = {
+        key: value
+        for key, value in metadata["tree_metadata"].items()
+        if value["value_metadata"]["value_type"] == "jax.Array"
+    }
+    names = {key.split("'")[1] for key in entries}
+    assert names == {"params", "mutable", "replicas", "averager", "round"}
+    assert len(jax.tree.leaves(result.state)) == len(entries)

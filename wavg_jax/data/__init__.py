@@ -1,0 +1,29 @@
+"""Data sets in, shards out: what replicas are trained, scored and tested on."""
+
+from wavg_jax.data.arrays import Dataset, Split, from_arrays, from_npz, hold_out, make_prepare
+from wavg_jax.data.augment import crop_flip
+from wavg_jax.data.digits import digits
+from wavg_jax.data.feed import round_indices
+from wavg_jax.data.sharded import ShardedData, pool, shard
+from wavg_jax.data.shards import dirichlet, iid, label_noise, sized
+from wavg_jax.data.sources import load
+
+__all__ = [
+    "Dataset",
+    "ShardedData",
+    "Split",
+    "crop_flip",
+    "digits",
+    "dirichlet",
+    "from_arrays",
+    "from_npz",
+    "hold_out",
+    "iid",
+    "label_noise",
+    "load",
+    "make_prepare",
+    "pool",
+    "round_indices",
+    "shard",
+    "sized",
+]

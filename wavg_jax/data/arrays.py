@@ -1,0 +1,282 @@
+"""Data sets as numpy arrays: checked once when they come in, standardised on the device when they are used."""
+
+import dataclasses
+import zipfile
+import zlib
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from wavg_jax.base import DataError, SettingsError
+
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class Split(NamedTuple):
+    """One part of a data set.
+
+    Attributes:
+      x: inputs [N, ...], uint8 or float32, as stored: not yet standardised.
+      y: labels [N], int32.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Dataset(NamedTuple):
+    """A data set for classification.
+
+    Attributes:
+      name: what rows and reports call it.
+      train: training split.
+      test: test split, never used in training or scoring.
+      classes: number of classes; labels lie in [0, classes).
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+
+
+def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
+    """A numpy generator (PCG64) of its own for each purpose, so that no two uses of one seed share random numbers.
+
+    Args:
+      seed: not negative.
+      purpose: name of the use.
+      which: further numbers that tell streams of one purpose apart, such as the shard.
+
+    Returns:
+      The generator; the same arguments always give the same one.
+
+    Raises:
+      SettingsError: the seed is negative.
+    """
+    if seed < 0:
+        raise SettingsError(f"the seed is {seed}, but seeds are not negative: set --seed to 0 or more")
+    # A spawn key is padded apart from the seed; plain [seed, 0] would be the same stream as [seed].
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *which)))
+
+
+def from_arrays(
+    x_train: ArrayLike,
+    y_train: ArrayLike,
+    x_test: ArrayLike,
+    y_test: ArrayLike,
+    *,
+    name: str = "arrays",
+    classes: int | None = None,
+) -> Dataset:
+    """Builds a data set from arrays and checks all of it.
+
+    Args:
+      x_train: inputs [N, ...]: feature vectors [N, F], images [N, H, W] or [N, H, W, C]. uint8 is kept, which takes a
+        quarter of the memory; every other number type becomes float32.
+      y_train: labels [N], whole numbers in [0, classes).
+      x_test: inputs [M, ...] with the sample shape and type of `x_train`.
+      y_test: labels [M].
+      name: what rows and reports call the data set.
+      classes: number of classes; by default the largest label plus one.
+
+    Returns:
+      The data set.
+
+    Raises:
+      DataError: lengths, shapes or types do not fit, an array is empty, an input is NaN or infinite, or a label is no
+        whole number in [0, classes).
+
+    >>> import numpy as np
+    >>> data = from_arrays(np.zeros((3, 2)), [0, 1, 1], np.zeros((1, 2)), [0])
+    >>> data.classes, data.train.x.dtype.name, data.train.y.dtype.name
+    (2, 'float32', 'int32')
+    """
+    splits = {"train": (x_train, y_train), "test": (x_test, y_test)}
+    train, test = (Split(_inputs(part, x), _labels(part, y)) for part, (x, y) in splits.items())
+    for part, split in (("train", train), ("test", test)):
+        if len(split.x) != len(split.y):
+            raise DataError(f"{name}: {len(split.x)} {part} inputs but {len(split.y)} labels: give one label per input")
+    if test.x.shape[1:] != train.x.shape[1:] or test.x.dtype != train.x.dtype:
+        raise DataError(
+            f"{name}: a test sample is {test.x.dtype}{test.x.shape[1:]}, a training sample "
+            f"{train.x.dtype}{train.x.shape[1:]}: give both in one shape and type"
+        )
+    if classes is None:
+        classes = int(max(train.y.max(), test.y.max())) + 1
+    for part, split in (("train", train), ("test", test)):
+        wrong = np.flatnonzero((split.y < 0) | (split.y >= classes))
+        if len(wrong):
+            raise DataError(
+                f"{name}: {len(wrong)} {part} labels are not in [0, {classes}), the first at index {wrong[0]} is "
+                f"{split.y[wrong[0]]}: number the classes from 0"
+            )
+    return Dataset(name, train, test, classes)
+
+
+def _inputs(part: str, x: ArrayLike) -> np.ndarray:
+    x = np.asarray(x)
+    if x.dtype.kind not in "buif":
+        raise DataError(f"{part} inputs are of type {x.dtype}: give uint8 or floating-point numbers")
+    if x.ndim < 2 or not x.size:
+        raise DataError(f"{part} inputs have shape {x.shape}: give [N, ...] with at least one sample and one feature")
+    if x.dtype == np.uint8:
+        return x
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32)
+    finite = np.isfinite(x)
+    if not finite.all():
+        first = ", ".join(str(i) for i in np.unravel_index(int(np.argmin(finite)), x.shape))
+        raise DataError(
+            f"{part} inputs hold {x.size - np.count_nonzero(finite)} values that are NaN or infinite in float32, "
+            f"the first at index [{first}]: mend or drop those samples"
+        )
+    return x
+
+
+def _labels(part: str, y: ArrayLike) -> np.ndarray:
+    y = np.asarray(y)
+    if y.ndim != 1:
+        raise DataError(f"{part} labels have shape {y.shape}: give one class number per sample, [N]")
+    if y.dtype.kind not in "buif":
+        raise DataError(f"{part} labels are of type {y.dtype}: give whole numbers from 0")
+    with np.errstate(invalid="ignore", over="ignore"):
+        whole = y.astype(np.int32)
+    wrong = np.flatnonzero(whole != y)
+    if len(wrong):
+        raise DataError(
+            f"{part} labels hold {len(wrong)} values that are no class numbers, the first at index {wrong[0]} is "
+            f"{y[wrong[0]]}: give whole numbers from 0"
+        )
+    return whole
+
+
+def from_npz(path: str | PathLike[str]) -> Dataset:
+    """Reads a data set of your own from a `.npz` file with the arrays x_train, y_train, x_test and y_test.
+
+    `numpy.savez("mine.npz", x_train=..., y_train=..., x_test=..., y_test=...)` writes one; see `from_arrays` for what
+    the arrays may be.
+
+    Args:
+      path: the file; the data set gets its name without the ending.
+
+    Returns:
+      The data set.
+
+    Raises:
+      DataError: the file is missing, is no npz file, lacks an array, or `from_arrays` refuses what it holds.
+    """
+    path = Path(path).expanduser()
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
+            missing = [key for key in NPZ_KEYS if key not in loaded]
+            arrays = [] if missing else [loaded[key] for key in NPZ_KEYS]
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}: check the path (--dataset)") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # TypeError: a lone .npy array is no context manager.
+        raise DataError(
+            f"{path} cannot be read as an npz file of number arrays ({_one_line(error)}): write it with numpy.savez"
+        ) from None
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}: write {', '.join(NPZ_KEYS)} with numpy.savez")
+    return from_arrays(*arrays, name=path.stem)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
+    """Splits n random samples off the training data, on which replicas and blends are scored.
+
+    Args:
+      split: training split of N samples.
+      n: number of samples to hold out, 0 <= n < N.
+      seed: decides which.
+
+    Returns:
+      The N - n samples left to train on and the n held-out ones, both in their old order.
+
+    Raises:
+      SettingsError: n is negative or leaves nothing to train on.
+    """
+    if not 0 <= n < len(split.y):
+        raise SettingsError(
+            f"{n} held-out samples asked for, out of {len(split.y)} training samples: "
+            f"set --heldout between 0 and {len(split.y) - 1}"
+        )
+    held = np.zeros(len(split.y), bool)
+    held[generator(seed, "hold_out").permutation(len(split.y))[:n]] = True
+    return Split(split.x[~held], split.y[~held]), Split(split.x[held], split.y[held])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """A function from stored inputs to the network's; equal by value, so that equal data share compiled programs.
+
+    Attributes:
+      mean: of each channel, or one for all features; of uint8 values divided by 255.
+      std: likewise; 1 where the values are constant.
+      add_channel: whether samples are images [H, W] that need a channel axis.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    add_channel: bool
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Standardises a batch: `(x - mean) / std`, after `x / 255` for uint8.
+
+        Args:
+          x: stored inputs [B, ...].
+
+        Returns:
+          Inputs [B, ...], float32; images [B, H, W] become [B, H, W, 1].
+        """
+        scale = 1 / 255 if x.dtype == jnp.uint8 else 1.0
+        if self.add_channel:
+            x = x[..., None]
+        axes = (1,) * (x.ndim - 1) + (-1,)
+        mean, std = (jnp.asarray(v, jnp.float32).reshape(axes) for v in (self.mean, self.std))
+        return (x.astype(jnp.float32) * scale - mean) / std
+
+
+def make_prepare(dataset: Dataset) -> Prepare:
+    """Measures the training split and returns the function that standardises inputs with it, on the device.
+
+    Images [N, H, W] have one channel, [N, H, W, C] and more axes one per entry of the last axis; feature vectors
+    [N, F] get one mean and one standard deviation for all features.
+
+    Args:
+      dataset: whose training split is measured, in float64.
+
+    Returns:
+      `x [B, ...] -> float32 [B, ...]`, to be called inside jit.
+
+    >>> import numpy as np
+    >>> data = from_arrays(np.array([[0.0, 2.0], [4.0, 6.0]]), [0, 1], np.zeros((1, 2)), [0])
+    >>> prepare = make_prepare(data)
+    >>> prepare.mean, round(prepare.std[0], 4)
+    ((3.0,), 2.2361)
+    """
+    x = dataset.train.x
+    channels = x.shape[-1] if x.ndim > 3 else 1
+    rows = x.reshape(len(x), -1)
+    # In pieces, so that the float64 copies stay small, and per position first, which numpy adds up fastest.
+    pieces = [rows[i : i + 1000] for i in range(0, len(rows), 1000)]
+    per_position = sum(p.sum(0, dtype=np.float64) for p in pieces) / len(rows)
+    mean = per_position.reshape(-1, channels).mean(0)
+    centre = np.tile(mean, rows.shape[1] // channels)
+    square = sum(np.square(p - centre).sum(0) for p in pieces) / len(rows)
+    std = np.sqrt(square.reshape(-1, channels).mean(0))
+    # What rounding leaves of a constant channel must not be blown up to noise.
+    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0 if x.dtype != np.uint8 else 255.0)
+    if x.dtype == np.uint8:
+        mean, std = mean / 255, std / 255
+    return Prepare(tuple(mean.tolist()), tuple(std.tolist()), add_channel=x.ndim == 3)

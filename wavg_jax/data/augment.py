@@ -1,0 +1,43 @@
+"""Random changes to training images, inside the compiled training step."""
+
+import jax
+import jax.numpy as jnp
+
+from wavg_jax.base import DataError, SettingsError
+
+
+def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
+    """Shifts every image by a random offset and mirrors half of them, as is usual for CIFAR-10.
+
+    Each image is padded with zeros on all sides and cropped back to its size at a random place, then flipped left to
+    right with probability 1/2. After `prepare` zero is the mean of the training data.
+
+    Args:
+      rng: a key; one per replica and step.
+      x: images [B, H, W, C], float, already prepared.
+      padding: rows and columns added on each side; offsets lie in [-padding, padding].
+
+    Returns:
+      Images [B, H, W, C] in the dtype of `x`.
+
+    Raises:
+      DataError: `x` are no images [B, H, W, C].
+      SettingsError: the padding is negative.
+
+    Reference: He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385), section 4.2.
+    """
+    if x.ndim != 4:
+        raise DataError(f"crop_flip got inputs of shape {x.shape}: it takes images [B, H, W, C], train without it")
+    if padding < 0:
+        raise SettingsError(f"crop_flip got padding {padding}: give 0 or more")
+    batch, *image = x.shape
+    crop_rng, flip_rng = jax.random.split(rng)
+    offsets = jax.random.randint(crop_rng, (batch, 2), 0, 2 * padding + 1)
+    flips = jax.random.bernoulli(flip_rng, shape=(batch, 1, 1, 1))
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def crop(sample: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(sample, (offset[0], offset[1], jnp.zeros_like(offset[0])), image)
+
+    cropped = jax.vmap(crop)(padded, offsets)
+    return jnp.where(flips, cropped[:, :, ::-1], cropped)

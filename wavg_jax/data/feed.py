@@ -1,0 +1,64 @@
+"""Which samples each replica trains on in a round: a pure function, so that nothing about it needs saving."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from wavg_jax.base import SettingsError
+
+
+def round_indices(
+    shards: Sequence[np.ndarray], *, seed: int, round: int, local_steps: int, batch_size: int
+) -> np.ndarray:
+    """The batches of one round, as indices into the training split.
+
+    Replica k reads an endless stream: one permutation of its shard after another, that of epoch e drawn from
+    `SeedSequence([seed, k, e])`. Round r takes positions `r*H*B` to `(r+1)*H*B` of it, so that each epoch shows every
+    sample once, also where a batch straddles two. Every call with the same arguments gives the same batches; a
+    resumed run goes on where it stopped. The rounds of a run must have one H and B.
+
+    Args:
+      shards: K index arrays.
+      seed: decides the permutations.
+      round: r, from 0.
+      local_steps: H, batches per replica.
+      batch_size: B, at most the size of the smallest shard.
+
+    Returns:
+      Indices [K, H, B], int32.
+
+    Raises:
+      SettingsError: an argument is out of range.
+
+    >>> import numpy as np
+    >>> indices = round_indices([np.arange(4), np.arange(4, 8)], seed=0, round=0, local_steps=2, batch_size=2)
+    >>> indices.shape, np.sort(indices.reshape(2, 4)).tolist()
+    ((2, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    """
+    for flag, value, least in (("local_steps", local_steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise SettingsError(f"{flag} is {value}: set --{flag} to {least} or more")
+    if round < 0:
+        raise SettingsError(f"round is {round}: rounds are counted from 0")
+    sizes = [len(shard) for shard in shards]
+    smallest = int(np.argmin(sizes))
+    if batch_size > sizes[smallest]:
+        raise SettingsError(
+            f"batches of {batch_size} do not fit shard {smallest}, which has {sizes[smallest]} samples: "
+            f"set --batch_size to {sizes[smallest]} or less, or use fewer replicas"
+        )
+    count = local_steps * batch_size
+    streams = [_stream(shard, seed, k, round * count, count) for k, shard in enumerate(shards)]
+    return np.stack(streams).reshape(len(streams), local_steps, batch_size)
+
+
+def _stream(shard: np.ndarray, seed: int, replica: int, start: int, count: int) -> np.ndarray:
+    """Positions `start` to `start + count` of a replica's stream, drawing only the epochs they touch."""
+    shard = shard.astype(np.int32)
+    first, last = start // len(shard), (start + count - 1) // len(shard)
+    epochs = [
+        np.random.default_rng(np.random.SeedSequence([seed, replica, epoch])).permutation(shard)
+        for epoch in range(first, last + 1)
+    ]
+    skip = start - first * len(shard)
+    return np.concatenate(epochs)[skip : skip + count]

@@ -1,0 +1,97 @@
+"""The bundle that training takes: the training split cut into shards, a held-out split and a test split."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from wavg_jax.base import SettingsError
+from wavg_jax.data.arrays import Dataset, Split, hold_out, make_prepare
+from wavg_jax.data.shards import Shards, label_noise
+
+
+class ShardedData(NamedTuple):
+    """What `wavg_jax.fit` trains on.
+
+    Attributes:
+      name: of the data set.
+      train: the training samples that are left after holding some out, with label noise where a shard has it.
+      heldout: samples with true labels on which replicas and blends are scored.
+      test: the test split, for the final numbers alone.
+      shards: K index arrays into `train`, none of them empty, no sample in two.
+      classes: number of classes.
+      prepare: stored inputs [B, ...] -> the network's inputs [B, ...] float32, inside jit.
+      augment: `(rng, prepared x) -> x`, applied in training; or None.
+    """
+
+    name: str
+    train: Split
+    heldout: Split
+    test: Split
+    shards: Shards
+    classes: int
+    prepare: Callable[[jax.Array], jax.Array]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def shard(
+    dataset: Dataset,
+    partition: Callable[[Split, int], Shards],
+    *,
+    heldout: int,
+    seed: int,
+    noisy: Sequence[int] = (),
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> ShardedData:
+    """Holds samples out, deals the rest out to replicas and spoils the labels of the noisy shards.
+
+    The same arguments give the same data, whatever is trained on them.
+
+    Args:
+      dataset: the whole.
+      partition: `(training split, seed) -> shards`, such as `lambda split, seed: iid(len(split.y), 8, seed)`.
+      heldout: number of training samples to hold out.
+      seed: decides the held-out samples, the shards and the noise.
+      noisy: numbers of the shards that get random labels.
+      augment: `(rng, prepared x) -> x` for training, such as `crop_flip`; or None.
+
+    Returns:
+      The sharded data.
+
+    Raises:
+      SettingsError: too many samples held out, more replicas than samples, a noisy shard that there is not, or a
+        partition with an empty shard or with a sample in two.
+
+    >>> from wavg_jax.data import digits, iid
+    >>> data = shard(digits(), lambda split, seed: iid(len(split.y), 4, seed), heldout=237, seed=0)
+    >>> [len(s) for s in data.shards], len(data.heldout.y), data.prepare(data.test.x[:2]).shape
+    ([300, 300, 300, 300], 237, (2, 8, 8, 1))
+    """
+    train, held = hold_out(dataset.train, heldout, seed)
+    shards = tuple(partition(train, seed))
+    _check(shards, len(train.y))
+    labels = label_noise(train.y, shards, noisy, dataset.classes, seed)
+    prepare = make_prepare(dataset)
+    train = Split(train.x, labels)
+    return ShardedData(dataset.name, train, held, dataset.test, shards, dataset.classes, prepare, augment)
+
+
+def pool(data: ShardedData) -> ShardedData:
+    """The same data as one shard, for sequential training and training that averages every step.
+
+    Args:
+      data: sharded data.
+
+    Returns:
+      The same with one shard that holds the samples of all, with the labels they have there, noisy ones included.
+    """
+    return data._replace(shards=(np.sort(np.concatenate(data.shards)),))
+
+
+def _check(shards: Shards, n: int) -> None:
+    for k, indices in enumerate(shards):
+        if not len(indices) or indices.min() < 0 or indices.max() >= n:
+            raise SettingsError(f"the partition's shard {k} is empty or not within 0 to {n - 1}: mend the partition")
+    if not shards or np.bincount(np.concatenate(shards)).max() > 1:
+        raise SettingsError("the partition has no shards, or a sample in two of them: mend the partition")

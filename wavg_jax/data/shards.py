@@ -1,0 +1,167 @@
+"""How the training samples are dealt out to K replicas: partitions of range(n), each decided by its seed alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from wavg_jax.base import SettingsError
+from wavg_jax.data.arrays import generator
+
+Shards = tuple[np.ndarray, ...]
+
+
+def iid(n: int, replicas: int, seed: int) -> Shards:
+    """Deals n samples out at random, in sizes that differ by at most 1.
+
+    Args:
+      n: number of samples.
+      replicas: K.
+      seed: decides who gets which.
+
+    Returns:
+      K index arrays, int32, ascending.
+
+    Raises:
+      SettingsError: fewer than one replica, or more replicas than samples.
+
+    >>> [len(shard) for shard in iid(10, 3, seed=0)]
+    [4, 3, 3]
+    """
+    _check_replicas(n, replicas)
+    return _cut(generator(seed, "iid").permutation(n), _even(n, replicas))
+
+
+def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
+    """Deals n samples out at random in unequal sizes, each as near its proportion as whole numbers get.
+
+    Args:
+      n: number of samples.
+      proportions: one positive number per replica, such as (1, 2, 16); they need not sum to 1.
+      seed: decides who gets which.
+
+    Returns:
+      K index arrays, int32, ascending, none empty.
+
+    Raises:
+      SettingsError: a proportion is not positive, or there are more replicas than samples.
+
+    >>> [len(shard) for shard in sized(38, (1, 2, 16), seed=0)]
+    [2, 4, 32]
+    """
+    share = np.asarray(proportions, np.float64)
+    if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
+        raise SettingsError(f"shard proportions {tuple(proportions)}: give one positive number per replica")
+    _check_replicas(n, len(share))
+    # Every shard has one sample before the rest is shared out, so the targets shrink by what is not there to give.
+    exact = np.maximum(n * (share / share.sum()), 1)
+    exact = 1 + (exact - 1) * ((n - len(share)) / max((exact - 1).sum(), 1e-300))
+    sizes = np.floor(exact).astype(int)
+    largest_remainders = np.argsort(-(exact - sizes), kind="stable")
+    sizes[largest_remainders[: n - sizes.sum()]] += 1
+    return _cut(generator(seed, "sized").permutation(n), sizes)
+
+
+def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_size: int = 1) -> Shards:
+    """Deals samples out with skewed labels: replica k draws by class from `q_k ~ Dirichlet(alpha * classes * p)`.
+
+    p is the class distribution of the whole; where it is uniform, that is a concentration of alpha for every class. The
+    shards are equal in size (to within 1), so that the labels alone differ. A class that has run out is left out of
+    `q_k`, which keeps its proportions among the others; when nothing that `q_k` allows is left, the replica draws from
+    all that remains. Small alpha: few classes per replica; large alpha: nearly IID.
+
+    Args:
+      labels: integer labels [N].
+      replicas: K.
+      alpha: concentration per class, > 0; 0.1 is a strong skew, 100 hardly one.
+      seed: decides the distributions and who gets which.
+      min_size: the smallest shard that is of use. Equal sizes have N // K at least, so nothing needs to be moved.
+
+    Returns:
+      K index arrays, int32, ascending.
+
+    Raises:
+      SettingsError: alpha is not positive, or N // K is less than `min_size`.
+
+    Reference: Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification", 2019 (arXiv:1909.06335).
+
+    >>> import numpy as np
+    >>> shards = dirichlet(np.repeat([0, 1], 50), replicas=4, alpha=0.1, seed=0)
+    >>> [len(shard) for shard in shards], sorted(np.concatenate(shards)) == list(range(100))
+    ([25, 25, 25, 25], True)
+    """
+    labels = np.asarray(labels)
+    _check_replicas(len(labels), replicas)
+    if not 0 < alpha < np.inf:
+        raise SettingsError(f"the Dirichlet concentration is {alpha} (--alpha): give a number > 0")
+    if len(labels) // replicas < min_size:
+        raise SettingsError(
+            f"{len(labels)} samples give {replicas} replicas {len(labels) // replicas} each, fewer than the {min_size} "
+            f"asked for: set --replicas to {max(len(labels) // min_size, 1)} or less"
+        )
+    rng = generator(seed, "dirichlet")
+    by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    left = np.array([len(samples) for samples in by_class])
+    mixes = rng.dirichlet(alpha * len(left) * left / left.sum(), replicas)
+    taken = np.zeros_like(left)
+    shards = []
+    for mix, size in zip(mixes, _even(len(labels), replicas), strict=True):
+        counts = _draw_counts(rng, mix, left - taken, int(size))
+        parts = [s[t : t + c] for s, t, c in zip(by_class, taken, counts, strict=True)]
+        shards.append(np.sort(np.concatenate(parts)).astype(np.int32))
+        taken += counts
+    return tuple(shards)
+
+
+def _draw_counts(rng: np.random.Generator, mix: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
+    """How many of each class to take: draws from `mix`, and draws again what a class cannot give."""
+    counts = np.zeros_like(left)
+    while (missing := size - counts.sum()) > 0:
+        open_mix = np.where(left > counts, mix, 0)
+        if open_mix.sum() < 1e-12:
+            open_mix = (left - counts).astype(np.float64)
+        drawn = rng.multinomial(missing, open_mix / open_mix.sum())
+        counts += np.minimum(drawn, left - counts)
+    return counts
+
+
+def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classes: int, seed: int) -> np.ndarray:
+    """Replaces every label on the noisy shards by a class drawn uniformly at random, the true one included.
+
+    A shard's noise depends on the seed and its number alone, whichever others are noisy too.
+
+    Args:
+      labels: labels [N]; they are left as they are.
+      shards: index arrays into `labels`.
+      noisy: numbers of the shards to spoil.
+      classes: number of classes.
+      seed: decides the labels.
+
+    Returns:
+      New labels [N], int32.
+
+    Raises:
+      SettingsError: a number in `noisy` is no shard.
+    """
+    if unknown := [k for k in noisy if not 0 <= k < len(shards)]:
+        raise SettingsError(
+            f"noisy shards {unknown}: there are {len(shards)}, give numbers from 0 to {len(shards) - 1}"
+        )
+    labels = np.array(labels, np.int32)
+    for k in set(noisy):
+        labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
+    return labels
+
+
+def _check_replicas(n: int, replicas: int) -> None:
+    if not 1 <= replicas <= n:
+        raise SettingsError(f"{replicas} replicas for {n} training samples: set --replicas between 1 and {n}")
+
+
+def _even(n: int, replicas: int) -> np.ndarray:
+    return np.full(replicas, n // replicas) + (np.arange(replicas) < n % replicas)
+
+
+def _cut(order: np.ndarray, sizes: np.ndarray) -> Shards:
+    # Ascending, because gathering in memory order is faster and the feed shuffles anyway.
+    return tuple(np.sort(part).astype(np.int32) for part in np.split(order, np.cumsum(sizes)[:-1]))

@@ -1,0 +1,62 @@
+"""Flax Linen modules as tasks."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wavg_jax.base import PyTree, SettingsError, Task
+from wavg_jax.models.task import classifier
+
+
+def from_linen(module: nn.Module, input_shape: Sequence[int]) -> Task:
+    """Makes a task of a Linen module.
+
+    Every collection but `params` (BatchNorm's `batch_stats`, say) is `mutable`: updated by the loss, read by predict.
+    The key given to the loss feeds every random stream of the module, `dropout` or any other name.
+
+    Args:
+      module: a module whose `__call__` takes `(x [B, *input_shape], train: bool)` and returns logits [B, classes].
+      input_shape: shape of one input, without the batch axis.
+
+    Returns:
+      A `Task` over plain dicts.
+
+    Raises:
+      SettingsError: if `module` is no Linen module, or its `__call__` takes no `train`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from wavg_jax.models import MLP
+      >>> task = from_linen(MLP(hidden=(16,), classes=3), input_shape=(8, 8, 1))
+      >>> params, mutable = task.init(jax.random.key(0))
+      >>> mutable
+      {}
+      >>> task.predict(params, mutable, jnp.ones((5, 8, 8, 1))).shape
+      (5, 3)
+    """
+    name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise SettingsError(f"from_linen needs a flax.linen.Module, got a {name}; for NNX there is from_nnx")
+    if "train" not in inspect.signature(type(module).__call__).parameters:
+        raise SettingsError(f"{name}.__call__ takes no `train`; write it as __call__(self, x, train: bool)")
+
+    def init(rng: jax.Array) -> tuple[PyTree, PyTree]:
+        mutable = dict(module.init(rng, jnp.zeros((1, *input_shape)), train=False))
+        return mutable.pop("params", {}), mutable
+
+    def apply(
+        params: PyTree, mutable: PyTree, x: jax.Array, *, train: bool, rng: jax.Array | None
+    ) -> tuple[jax.Array, PyTree]:
+        variables = {"params": params, **mutable}
+        if not train:
+            logits: Any = module.apply(variables, x, train=False)
+            return logits, mutable
+        # A bare key is what Linen falls back to for a stream of any name, so no stream has to be listed here.
+        logits, updated = module.apply(variables, x, train=True, rngs=rng, mutable=list(mutable))
+        return logits, {**mutable, **updated}
+
+    return classifier(init, apply)

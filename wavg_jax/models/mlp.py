@@ -1,0 +1,47 @@
+"""A multilayer perceptron."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from wavg_jax.base import SettingsError
+
+
+class MLP(nn.Module):
+    """Flattens its input, then dense layers with ReLU and dropout, then the logits.
+
+    Attributes:
+      hidden: width of each hidden layer.
+      classes: number of logits.
+      dropout: share of each hidden layer that is dropped in training, in [0, 1).
+      dtype: dtype of the computation and of the logits; parameters are float32 unless cast.
+
+    Raises:
+      SettingsError: when called, if `dropout` is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> net = MLP(hidden=(16,), classes=3)
+      >>> params = net.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
+      >>> net.apply(params, jnp.ones((5, 8, 8, 1)), train=False).shape
+      (5, 3)
+    """
+
+    hidden: Sequence[int] = (256, 256)
+    classes: int = 10
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Computes logits [B, classes] of inputs [B, ...]; `train` switches dropout on."""
+        if not 0 <= self.dropout < 1:
+            raise SettingsError(f"dropout must be in [0, 1), got {self.dropout}")
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, dtype=self.dtype)(x)
