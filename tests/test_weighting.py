@@ -25,7 +25,7 @@ SCHEMES = {
 def weights_of(scheme, scores, alive=ALL):
     scores = jnp.asarray(scores, jnp.float32)
     stacked = {"w": jnp.zeros((len(scores), 2))}
-    signals = {name: scores for name in ("accuracy", "loss", "grad_norm")}
+    signals = dict.fromkeys(("accuracy", "loss", "grad_norm"), scores)
     weights, _ = scheme.update(stacked, scheme.init(None), {"w": jnp.zeros(2)}, alive=alive, **signals)
     return np.asarray(weights)
 
@@ -108,7 +108,7 @@ def test_weights_are_float32_and_jit_changes_nothing(name):
     scores = jnp.array([0.3, 0.9, 0.7, 0.4], jnp.bfloat16)
 
     def run(scores):
-        signals = {name: scores for name in scheme.needs}
+        signals = dict.fromkeys(scheme.needs, scores)
         return scheme.update({"w": jnp.zeros((4, 2))}, (), {"w": jnp.zeros(2)}, alive=ALL, **signals)[0]
 
     assert run(scores).dtype == jnp.float32

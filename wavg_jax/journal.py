@@ -35,7 +35,7 @@ class Journal:
                 f"the folder already holds the run {self._name!r}; go on with --resume, or choose another --workdir"
             )
         if before:
-            check_settings(before[0], first["settings"])
+            check_settings(before[0], first)
         done = 0
         if self._folder is not None:
             self._checkpoints = self._stack.enter_context(open_checkpoints(self._folder))

@@ -13,7 +13,8 @@ is null.
   critical_path         {local, score, blend, round}: what one of K devices would take for a round, computed from
                         measured parts; null when not measured
   target_accuracy       the test accuracy that "time to target" refers to; null when none is set
-  hardware, versions, settings    where and with what; `settings` must agree when a run is resumed
+  hardware, versions    where and with what
+  settings              the flags, or what `fit(settings=...)` was given; must agree when a run is resumed
 
 `kind="round"`, one per round:
   run, arm, seed, round (from 1), samples (trained on so far)
@@ -184,13 +185,18 @@ class Records:
         self.rows = keep
 
 
-def check_settings(before: Row, now: dict[str, Any]) -> None:
-    """Compares the settings of a recorded run with those of the one that resumes it.
+FIXED = ("seed", "dataset", "train_samples", "shard_sizes", "local_steps", "batch_size", "parameters")
+"""Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
+
+
+def check_settings(before: Row, first: Row) -> None:
+    """Compares the first row of a recorded run with that of the one that resumes it.
 
     Raises:
       ResumeError: they differ; names the first difference.
     """
-    now, then = _plain(now), before["settings"]
+    # The settings last: a flag of that name is what the user can mend.
+    then, now = ({key: row[key] for key in FIXED} | row["settings"] for row in (before, _plain(first)))
     for name in sorted({*now, *then}):
         if now.get(name) != then.get(name):
             raise ResumeError(

@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +212,8 @@ class Programs(NamedTuple):
     """
 
     init: Callable
-    run: Callable
-    predict: Callable
+    run: jax.stages.Wrapped
+    predict: jax.stages.Wrapped
 
 
 _QUICKLY = {"xla_backend_optimization_level": 0}
@@ -251,7 +251,7 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def compiled(program: Any, *arguments: PyTree) -> Compiled:
+def compiled(program: jax.stages.Wrapped, *arguments: PyTree) -> Compiled:
     """Compiles a jitted program for the shapes, dtypes and shardings of `arguments`.
 
     What it returns cannot recompile: called with anything else it raises. Asked again for the same, it returns the
@@ -259,7 +259,7 @@ def compiled(program: Any, *arguments: PyTree) -> Compiled:
     """
     leaves, structure = jax.tree.flatten(arguments)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
-    return _compile(program, structure, shapes)
+    return _compile(cast(Hashable, program), structure, shapes)
 
 
 @functools.lru_cache(maxsize=16)

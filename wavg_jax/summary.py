@@ -24,10 +24,8 @@ SHOWN = (  # fields of a run row that only the reader needs
     *("run", "arm", "seed", "classes", "heldout_samples", "test_samples", "shard_sizes", "local_steps"),
     *("batch_size", "samples_per_round", "hardware", "versions"),
 )
-# What else may differ within a scenario: which run it is, its shards, where files lie; and two facts, no flags.
-BOOKKEEPING = frozenset({"arm", "arms", "seed", "seeds", "shard_sizes", "parameters", "train_samples"}).union(
-    {"workdir", "data_dir", "out", "resume", "flagfile"}
-)
+# Settings that may differ within a scenario: which run it is, and where files lie.
+BOOKKEEPING = frozenset({"arm", "arms", "seed", "seeds", "workdir", "data_dir", "out", "resume", "flagfile"})
 
 
 class Statistic(NamedTuple):
@@ -254,7 +252,15 @@ def summarise(rows: Sequence[Row]) -> tuple[Summary, ...]:
 
 
 def _identity(header: Row) -> dict[str, Any]:
-    fields = ("dataset", "noisy_shards", "parameters", "train_samples", "target_accuracy", "rounds")
+    fields = (
+        "dataset",
+        "noisy_shards",
+        "parameters",
+        "train_samples",
+        "samples_per_round",
+        "target_accuracy",
+        "rounds",
+    )
     return _flags(header) | {name: header[name] for name in fields}
 
 

@@ -18,9 +18,6 @@ from wavg_jax.journal import Journal, open_journal
 from wavg_jax.placement import place, put
 from wavg_jax.records import Row
 
-FIXED = ("seed", "dataset", "train_samples", "shard_sizes", "local_steps", "batch_size", "parameters")
-"""Entries of a run's first row that must be as they were when the run is resumed; `fit(settings=...)` adds to them."""
-
 
 class Result(NamedTuple):
     """What a run leaves.
@@ -115,7 +112,7 @@ def fit(
             on_round = lambda row: advance(f"{name}: test accuracy {100 * row['test_accuracy']:.1f} %")  # noqa: E731
         run.compile()
         first = run.describe() | dict(facts or {})
-        first["settings"] = {key: first[key] for key in FIXED} | dict(settings or {})
+        first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
         state = _train(run, journal, state, on_round, stopped)
     return Result(state.params, state.mutable, state, journal.rows())

@@ -1,0 +1,90 @@
+"""The house: imports go down only, the core knows no flax and no devices, and files stay readable."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "wavg_jax"
+
+# From the ground up; a module imports from floors below its own alone.
+FLOORS = [
+    {"base", "interrupt", "machine", "metrics", "progress"},
+    {"tree"},
+    {"signals", "reduce", "outer", "data", "models"},
+    {"weighting", "policy", "placement"},
+    {"averager", "local"},
+    {"rounds", "checkpoint", "records"},
+    {"timing", "journal", "summary"},
+    {"trainer", "plots"},
+    {"report"},
+]
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def home(path):
+    """`wavg_jax/data/feed.py` lives in `data`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """The names of what a file imports, in full."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_a_floor():
+    assert {home(path) for path in MODULES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    here = home(path)
+    for name in imported(path):
+        parts = name.split(".")
+        assert parts[0] != "experiments", f"{path} imports a binary"
+        if parts[0] == "wavg_jax" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != here:
+            assert FLOOR[parts[1]] < FLOOR[here], f"{path}: {here} may not import {parts[1]}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_core_needs_no_flax_and_only_placement_knows_devices(path):
+    text, names = path.read_text(), set(imported(path))
+    if home(path) != "models":
+        assert not any(name.split(".")[0] == "flax" for name in names)
+    if home(path) not in {"placement", "machine"}:
+        for word in ("shard_map", "PartitionSpec", "jax.devices(", "pmap("):
+            assert word not in text, f"{path} speaks of {word}"
+    if home(path) != "checkpoint":
+        assert not any(name.split(".")[0] == "orbax" for name in names)
+    assert not any(name.split(".")[0] == "tensorflow" for name in names)
+
+
+def test_importing_the_library_imports_no_tensorflow_and_no_tfds():
+    code = (
+        "import sys, wavg_jax; print([m for m in ('tensorflow', 'tensorflow_datasets', 'torch') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "path", [*MODULES, *(ROOT / "experiments").rglob("*.py")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 50, f"{path}: {node.name} has {lines} lines"
