@@ -3,9 +3,10 @@
 import datetime
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,7 +16,7 @@ import wavg_jax as wavg
 from experiments.flags import ARMS, numbers, settings
 from wavg_jax import data, models, policy, rounds, timing, trainer, tree
 from wavg_jax.base import SettingsError
-from wavg_jax.records import FILE, Row, read_rows
+from wavg_jax.records import FILE, Records, Row
 
 F = flags.FLAGS
 
@@ -61,6 +62,18 @@ class Arm(NamedTuple):
     batch_size: int
 
 
+def chosen(flag: str) -> tuple[str, ...]:
+    """Reads a list flag as names of arms.
+
+    Raises:
+      SettingsError: one is not an arm, or there is none.
+    """
+    names = tuple(F[flag].value or ())
+    if not names or set(names) - set(ARMS):
+        raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(ARMS)}")
+    return names
+
+
 def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
     """Builds the arms at an equal budget of K*H*B training samples a round."""
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
@@ -73,7 +86,11 @@ def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
         "plain": (plain, False, steps, batch),
         "weighted": (weighted, False, steps, batch),
     }
-    inner = {name: OPTIMIZERS[F.inner](float(F[f"lr_{name}"].value or 0)) for name in names}
+    rates = {name: float(F[f"lr_{name}"].value or 0) for name in names}
+    for name, rate in rates.items():
+        if not math.isfinite(rate):
+            raise SettingsError(f"--lr_{name} is {rate}; give a finite learning rate")
+    inner = {name: OPTIMIZERS[F.inner](rate) for name, rate in rates.items()}
     return [Arm(name, arms[name][0], inner[name], *arms[name][1:]) for name in names]
 
 
@@ -122,32 +139,49 @@ def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> rounds.
         data.pool(sharded) if arm.pooled else sharded,
         arm.averager,
         arm.inner,
-        POLICIES[F.opt_state_at_sync],
-        POLICIES[F.stats_at_sync],
-        1 if arm.pooled else F.devices,
+        **_at_sync(arm),
     )
 
 
-def critical_path(task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row]:
+def _at_sync(arm: Arm) -> dict[str, Any]:
+    """Where an arm runs and what happens at its syncs; the pooled arms have none, so they keep what they have."""
+    if arm.pooled:
+        return {"opt_state_at_sync": policy.keep, "stats_at_sync": policy.keep, "devices": 1}
+    return {
+        "opt_state_at_sync": POLICIES[F.opt_state_at_sync],
+        "stats_at_sync": POLICIES[F.stats_at_sync],
+        "devices": F.devices,
+    }
+
+
+def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row]:
     """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
 
     sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step.
     """
-    alone, weighted = make_arms(("sequential", "weighted"))
-    pooled = data.pool(sharded)
+    by_name = {arm.name: arm for arm in arms}
 
     def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
         recipe = make_recipe(arm, task, source)
         return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size)
 
-    one, all_steps = parts(weighted, sharded), parts(alone, pooled)
-    paths = {
-        "sequential": all_steps,
-        "sync": one._replace(score=0.0, blend=F.local_steps * one.blend),
-        "plain": one._replace(score=0.0),
-        "weighted": one,
-    }
-    return {name: path._asdict() | {"round": sum(path)} for name, path in paths.items()}
+    measured: dict[str, timing.Parts] = {}
+    if "sequential" in by_name:
+        measured["sequential"] = parts(by_name["sequential"], data.pool(sharded))
+    if set(by_name) - {"sequential"}:
+        (reference,) = make_arms(("weighted" if "weighted" in by_name else "plain",))
+        one = parts(reference, sharded)
+        measured |= {
+            "sync": one._replace(score=0.0, blend=F.local_steps * one.exchange),
+            "plain": one._replace(score=0.0),
+            "weighted": one,
+        }
+    return {name: _path(measured[name]) for name in by_name}
+
+
+def _path(parts: timing.Parts) -> Row:
+    path = {"local": parts.local, "score": parts.score, "blend": parts.blend}
+    return path | {"round": sum(path.values())}
 
 
 def caption(row: Row) -> str:
@@ -167,7 +201,6 @@ def run_arm(
     """Runs one arm for one seed; its rows and checkpoints go to `workdir`."""
     facts = {
         "arm": arm.name,
-        "noisy_shards": list(range(F.noisy)),
         "target_accuracy": F.target_accuracy,
         "critical_path": path,
         "weighting": F.weighting if arm.name == "weighted" else "uniform",
@@ -184,9 +217,7 @@ def run_arm(
         rounds=F.rounds,
         batch_size=arm.batch_size,
         seed=seed,
-        opt_state_at_sync=POLICIES[F.opt_state_at_sync],
-        stats_at_sync=POLICIES[F.stats_at_sync],
-        devices=1 if arm.pooled else F.devices,
+        **_at_sync(arm),
         workdir=workdir,
         name=f"{arm.name}-seed{seed}",
         checkpoint_every=F.checkpoint_every,
@@ -215,4 +246,4 @@ def rounds_done(workdir: pathlib.Path) -> int:
     """How many rounds an earlier part of the run has recorded in `workdir`."""
     if not F.resume or not (workdir / FILE).exists():
         return 0
-    return sum(row["kind"] == "round" for row in read_rows(workdir))
+    return sum(row["kind"] == "round" for row in Records(workdir).rows)

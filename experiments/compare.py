@@ -3,7 +3,7 @@
 All arms start from the same initial parameters and see the same number of training samples, over several seeds.
 
   python -m experiments.compare
-  python -m experiments.compare --flagfile=experiments/presets/fashion_mnist.flags --noisy=2
+  python -m experiments.compare --flagfile=experiments/presets/fashion_noisy2.flags
 
 Leaves rows.jsonl, report.md, report.html, plots and checkpoints in --workdir.
 """
@@ -28,22 +28,19 @@ F = flags.FLAGS
 def main(argv: Sequence[str]) -> None:
     """Runs every arm for every seed and writes the report."""
     app.refuse_arguments(argv)
-    unknown = sorted(set(F.arms) - set(ARMS))
-    if unknown or not F.arms:
-        raise SettingsError(f"--arms={','.join(F.arms)}: choose from {', '.join(ARMS)}")
     seeds = numbers("seeds", int, least=0)
     if len(set(seeds)) < len(seeds):
         raise SettingsError(f"--seeds={','.join(F.seeds)}: each seed once")
     dataset = data.load(F.dataset, F.data_dir)
     task = arms.make_task(dataset)
-    chosen = arms.make_arms(tuple(F.arms))
+    chosen = arms.make_arms(arms.chosen("arms"))
     first = arms.make_data(dataset, seeds[0])
     for arm in chosen:  # so that what cannot work is found before the first of them runs
         arms.make_recipe(arm, task, first)
     workdir = arms.choose_workdir("compare")
     done = arms.rounds_done(workdir)
     with progress.bar(len(chosen) * len(seeds) * F.rounds, done) as advance:
-        paths = arms.critical_path(task, first)
+        paths = arms.critical_path(chosen, task, first)
         for seed in seeds:  # the arms alternate, so that a machine that slows down slows them all
             sharded = arms.make_data(dataset, seed)
             for arm in chosen:

@@ -1,5 +1,7 @@
 """The flags that the binaries share. A preset is a file of them: `--flagfile=experiments/presets/fashion.flags`."""
 
+import math
+
 from absl import flags
 
 from wavg_jax.base import SettingsError
@@ -34,7 +36,7 @@ flags.DEFINE_integer("local_steps", 10, "H, the local steps between two blends."
 flags.DEFINE_integer("rounds", 20, "How many blends.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 16, "Samples per replica and step.", lower_bound=1)
 flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
-for _arm, _rate in zip(ARMS, (0.1, 0.1, 0.1, 0.1), strict=True):
+for _arm, _rate in zip(ARMS, (0.4, 0.4, 0.4, 0.4), strict=True):
     flags.DEFINE_float(f"lr_{_arm}", _rate, f"Learning rate of the arm {_arm}.", lower_bound=0)
 flags.DEFINE_enum("opt_state_at_sync", "keep", ["keep", "average", "reset"], "What becomes of the optimizer's state.")
 flags.DEFINE_enum(
@@ -86,6 +88,6 @@ def numbers(name: str, kind: type, least: float = 1e-9) -> tuple:
     except ValueError:
         values = ()
     wanted = "positive" if least > 0 else "non-negative"
-    if not values or min(values) < least:
+    if not values or not all(least <= value < math.inf for value in values):
         raise SettingsError(f"--{name}={','.join(texts)}: give {wanted} numbers, such as 1,2,4")
     return values

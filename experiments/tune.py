@@ -16,9 +16,10 @@ from experiments import app, arms
 from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
 from wavg_jax import data, progress
-from wavg_jax.base import Task
+from wavg_jax.base import SettingsError, Task
 from wavg_jax.records import Row
 
+flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
 flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")
 flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
 flags.adopt_module_key_flags(shared_flags)
@@ -39,15 +40,18 @@ def main(argv: Sequence[str]) -> None:
     """Tries every rate for every arm and prints what came out."""
     app.refuse_arguments(argv)
     rates, seeds = numbers("rates", float), numbers("tuning_seeds", int, least=0)
+    names = arms.chosen("tune")
+    if F.heldout < 1:
+        raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
     dataset = data.load(F.dataset, F.data_dir)
     task = arms.make_task(dataset)
     spaces = {seed: arms.make_data(dataset, seed) for seed in seeds}
     # What a run calls its test split is here the held-out one.
     spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
-    with progress.bar(len(ARMS) * len(rates) * len(seeds) * F.rounds) as advance:
+    with progress.bar(len(names) * len(rates) * len(seeds) * F.rounds) as advance:
         found = {
             name: [accuracy(name, rate, task, spaces, lambda row: advance(arms.caption(row))) for rate in rates]
-            for name in ARMS
+            for name in names
         }
     table = Table("arm", *(f"{rate:g}" for rate in rates), title=f"held-out accuracy (%) over {len(seeds)} seeds")
     for name, values in found.items():
@@ -55,7 +59,9 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     for name, values in found.items():
-        console.print(f"--lr_{name}={rates[int(np.argmax(values))]:g}", highlight=False)
+        best = rates[int(np.argmax(values))]
+        edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
+        console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
 
 
 if __name__ == "__main__":

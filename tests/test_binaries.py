@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import app, compare, report, train
-from wavg_jax import records
+from experiments import app, compare, report, train, tune
+from wavg_jax import data, records
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     files = {
         "good": good,
         "negative_label": good | {"y_train": np.where(np.arange(300) == 5, -1, y)},
+        "stray_label": good | {"y_train": np.where(np.arange(300) == 5, 250, y)},
         "nan_image": good | {"x_train": spoilt},
         "no_labels": {"x_train": x},
     }
@@ -79,6 +80,11 @@ BAD = [
     (compare, ["--batch_size=1000"], "--batch_size"),
     (compare, ["--heldout=5000"], "--heldout"),
     (compare, ["--heldout=0"], "--heldout"),
+    (tune, ["--heldout=0"], "--heldout"),
+    (tune, ["--rates=nan"], "--rates"),
+    (compare, ["--lr_plain=nan"], "--lr_plain"),
+    (compare, ["--seeds=4294967296"], "--seed"),
+    (compare, ["--dataset={folder}/stray_label.npz"], "250"),
     (compare, ["--noisy=9"], "--noisy"),
     (compare, ["--weighting=softmax_loss", "--temperature=0"], "--temperature"),
     (compare, ["--hidden=-3"], "--hidden"),
@@ -90,7 +96,7 @@ BAD = [
     (compare, ["--resume"], "--workdir"),
     (train, ["--arm=median"], "median"),
     (train, [*QUICK, "--workdir={folder}/done"], "--resume"),
-    (train, [*QUICK, "--workdir={folder}/done", "--resume", "--lr_weighted=0.7"], "--lr_weighted=0.1"),
+    (train, [*QUICK, "--workdir={folder}/done", "--resume", "--lr_weighted=0.7"], "--lr_weighted=0.4"),
     (train, [*QUICK, "--workdir={folder}/done", "--resume", "--rounds=1"], "--rounds=1"),
     (report, [], "RUN"),
     (report, ["{folder}/empty"], "rows.jsonl"),
@@ -159,6 +165,46 @@ def test_compare_leaves_rows_plots_and_a_report_and_resumes(tmp_path):
     assert invoke(compare.main, *arguments, "--resume") == 0
     assert records.read_rows(tmp_path) == rows
     assert (tmp_path / "report.md").read_bytes() == written
+
+
+def test_a_disk_that_runs_full_in_a_checkpoint_leaves_none_half_written(tmp_path):
+    command = ("experiments.train", *QUICK[:3], "--hidden=512", f"--workdir={tmp_path}", "--checkpoint_every=1")
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", sys.executable, "-m", *command]
+    full = subprocess.run(limited, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert [line for line in full.stderr.splitlines() if line.startswith("error: ")] != []
+    assert "Traceback" not in full.stderr
+    assert list((tmp_path / "checkpoints" / "weighted-seed0").iterdir()) == []
+
+
+OTHER = [
+    ["--partition=dirichlet", "--weighting=inverse_grad_norm", "--inner=adam", "--lr_weighted=0.01"],
+    ["--weighting=softmax_loss", "--temperature=0.5", "--outer=nesterov", "--opt_state_at_sync=average"],
+    ["--weighting=inverse_loss", "--augment", "--opt_state_at_sync=reset", "--dropout=0.1", "--noisy=1"],
+]
+
+
+@pytest.mark.parametrize("arguments", OTHER, ids=" ".join)
+def test_the_other_options_work_too(arguments, tmp_path):
+    assert invoke(train.main, *QUICK, *arguments, f"--workdir={tmp_path}") == 0
+    first, *_, last = records.read_rows(tmp_path)
+    assert np.isfinite(last["test_loss"])
+    assert first["settings"]["weighting"] in arguments[0] + arguments[1]
+    assert first["noisy_shards"] == ([0] if "--noisy=1" in arguments else [])
+
+
+def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(capfd, monkeypatch):
+    def poisoned(name, folder, load=data.load):
+        dataset = load(name, folder)
+        return dataset._replace(test=dataset.test._replace(y=np.zeros_like(dataset.test.y)))
+
+    arguments = (*QUICK, "--tune=plain", "--rates=0.1,0.4", "--tuning_seeds=7")
+    assert invoke(tune.main, *arguments) == 0
+    honest = capfd.readouterr().out
+    monkeypatch.setattr(data, "load", poisoned)
+    assert invoke(tune.main, *arguments) == 0
+    assert capfd.readouterr().out == honest
+    assert "--lr_plain=0.4 (at the edge of the rates tried: try more)" in honest
 
 
 @pytest.mark.parametrize("binary", ["compare", "train", "report", "tune"])

@@ -19,7 +19,7 @@ FLOORS = [
     {"averager", "local"},
     {"rounds", "checkpoint", "records"},
     {"timing", "journal", "summary"},
-    {"trainer", "plots"},
+    {"trainer", "plots", "findings"},
     {"report"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -17,7 +17,7 @@ from matplotlib._pylab_helpers import Gcf
 from rich.console import Console
 
 from experiments import report as binary
-from wavg_jax import plots, report
+from wavg_jax import findings, plots, report
 from wavg_jax.base import DataError, WavgError, WorkdirError
 from wavg_jax.summary import summarise
 
@@ -112,7 +112,7 @@ def cells(rows: list[Row], title: str, name: str) -> tuple[str, ...]:
 
 def sentences(rows: list[Row]) -> str:
     (one,) = summarise(rows)
-    return "\n".join(report.findings(one))
+    return "\n".join(findings.findings(one))
 
 
 def small(values: dict[tuple[str, int], list[float]], **header: Any) -> list[Row]:

@@ -98,6 +98,7 @@ def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
         ({"seed": 3}, "--seed=0"),
         ({"settings": {"lr_plain": 0.3}}, "--lr_plain=0.1"),
         ({"rounds": 2}, "--rounds=2"),
+        ({"sharded_data": sharded(noisy=(1,))}, "--noisy_shards|--data_crc"),
         ({"sharded_data": sharded(heldout=24)}, "--shard_sizes"),
     ],
 )
@@ -141,13 +142,18 @@ def test_a_damaged_checkpoint_is_named_and_loses_nothing(tmp_path):
     gc.collect()
 
 
-def test_rows_without_their_checkpoints_start_over_and_checkpoints_without_rows_do_not(tmp_path):
+def test_rows_and_checkpoints_belong_together(tmp_path):
     straight = run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
     (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere")
     with pytest.raises(wavg.ResumeError, match="lacks round 1"):
         run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
     (tmp_path / "elsewhere").rename(tmp_path / "rows.jsonl")
     (tmp_path / "checkpoints").rename(tmp_path / "gone")
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(wavg.ResumeError, match="no checkpoints"):
+        run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    (tmp_path / "checkpoints" / "run").mkdir(parents=True)  # as if killed before the first save
     again = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
     same(straight, again)
     assert len(again.rows) == 7
@@ -168,6 +174,16 @@ def test_a_stop_request_ends_after_a_round_with_a_checkpoint(number, tmp_path):
     assert (tmp_path / "checkpoints" / "run" / str(stopped_after)).exists()
     same(straight, run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS))
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_stop_request_in_the_last_round_stops_what_comes_after(tmp_path):
+    def on_round(row):
+        if row["round"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(wavg.Stopped):
+        run(sharded(), AVERAGER, workdir=tmp_path, on_round=on_round, **OPTIONS)
+    assert (tmp_path / "checkpoints" / "run" / "6").exists()
 
 
 @pytest.mark.slow

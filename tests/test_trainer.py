@@ -85,10 +85,14 @@ def test_the_state_is_donated():
     assert int(after.round) == 1
 
 
-def test_test_labels_cannot_reach_the_weights():
+WEIGHTINGS = [wavg.proportional("accuracy"), wavg.softmax("loss", 0.5), wavg.inverse("loss"), wavg.inverse("grad_norm")]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=["accuracy", "softmax", "inverse", "grad_norm"])
+def test_the_test_split_cannot_reach_the_weights(weighting):
     honest = sharded(noisy=(0, 1))
-    lied_to = honest._replace(test=honest.test._replace(y=np.zeros_like(honest.test.y)))
-    results = [run(source) for source in (honest, lied_to)]
+    lied_to = honest._replace(test=honest.test._replace(x=honest.test.x[::-1] * 2, y=np.zeros_like(honest.test.y)))
+    results = [run(source, wavg.averager(weighting)) for source in (honest, lied_to)]
     for a, b in zip(leaves(results[0]), leaves(results[1]), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(results[0].rows[1:], results[1].rows[1:], strict=True):
@@ -128,6 +132,31 @@ def test_a_replica_that_diverges_has_no_part_in_the_blend_and_restarts():
         np.testing.assert_allclose(row["weights"], [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
         assert np.isfinite(row["train_loss"])
     assert all(np.isfinite(x).all() for x in leaves(result) if x.dtype.kind == "f")
+
+
+def test_a_constant_that_is_infinite_is_not_held_against_the_replicas():
+    def init(rng):
+        params, mutable = TASK.init(rng)
+        return params, mutable | {"mask": jnp.array([-jnp.inf, 0.0])}
+
+    def loss(params, mutable, batch, rng):
+        value, (changed, measured) = TASK.loss(params, {"seen": mutable["seen"]}, batch, rng)
+        return value, (changed | {"mask": mutable["mask"]}, measured)
+
+    task = TASK._replace(init=init, loss=loss, predict=lambda p, m, x: TASK.predict(p, {"seen": m["seen"]}, x))
+    result = run(sharded(), task=task)
+    assert result.rows[-1]["alive"] == [True] * 4
+    assert result.mutable["mask"].tolist() == [-np.inf, 0.0]
+    assert result.rows[-1]["test_loss"] < result.rows[1]["test_loss"]
+
+
+def test_a_reduction_of_one_s_own_works_on_one_device_and_on_eight():
+    def doubled(stacked, weights, *, sum_over=None):
+        return jax.tree.map(lambda x: 2 * x, wavg.weighted_mean(stacked, weights, sum_over=sum_over))
+
+    averager = wavg.averager(wavg.uniform(), reduce=doubled)
+    results = [run(sharded(replicas=8), averager, devices=devices, rounds=1) for devices in (1, 8)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), results[0].params, results[1].params)
 
 
 def test_when_every_replica_diverges_the_parameters_stay():
@@ -172,7 +201,7 @@ def test_averaged_optimizer_state_is_the_weighted_mean_and_is_paid_for():
 
 @pytest.mark.parametrize(
     ("how", "replicas_saw", "global_saw"),
-    [(policy.keep, 12, 12), (policy.average, 12, 12), (policy.reset, 0, 0), (policy.reestimate(2), 3 * (4 + 2), 18)],
+    [(policy.keep, 12, 12), (policy.average, 12, 12), (policy.reset, 0, 4), (policy.reestimate(2), 3 * (4 + 2), 18)],
     ids=["keep", "average", "reset", "reestimate"],
 )
 def test_policies_for_statistics(how, replicas_saw, global_saw):
@@ -206,12 +235,20 @@ def test_re_estimated_batchnorm_statistics_are_those_of_the_blended_network():
     np.testing.assert_allclose(mean, x.mean(axis=0), atol=0.5)
 
 
-def test_dropout_keys_differ_between_replicas_and_are_the_same_from_run_to_run():
-    results = [run(sharded(), rounds=2) for _ in range(2)]
-    for a, b in zip(leaves(results[0]), leaves(results[1]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    keys = np.asarray(jax.random.key_data(results[0].state.replicas.rng))
-    assert len(np.unique(keys, axis=0)) == 4
+def test_dropout_differs_between_replicas_and_is_the_same_from_run_to_run():
+    # All replicas see the same samples, so that only their keys can make them differ.
+    source = sharded()
+    alike = source._replace(shards=source.shards[:1] * 2)
+    one_sample = alike._replace(shards=tuple(shard[:8] for shard in alike.shards))
+    for rate in (0.0, 0.5):
+        task = models.from_linen(models.MLP(hidden=(16,), classes=3, dropout=rate), (4,))
+        options = {"task": task, "local_steps": 1, "rounds": 1, "inner": optax.sgd(0.1, momentum=0.9)}
+        results = [run(one_sample, **options) for _ in range(2)]
+        for a, b in zip(leaves(results[0]), leaves(results[1]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        gradients = jax.tree.leaves(results[0].state.replicas.opt_state[0].trace)
+        spread = max(np.ptp(np.asarray(g), axis=0).max() for g in gradients)
+        assert (spread > 1e-3) == (rate > 0)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +264,8 @@ def test_dropout_keys_differ_between_replicas_and_are_the_same_from_run_to_run()
         ({"averager": wavg.averager(wavg.softmax("cosine", higher_is_better=True))}, "'cosine'"),
         ({"sharded_data": sharded(heldout=0)}, "--heldout"),
         ({"opt_state_at_sync": policy.reestimate(2)}, "keep, average or reset"),
+        ({"stats_at_sync": policy.reestimate(5)}, "--local_steps is 4"),
+        ({"seed": 2**32}, "--seed"),
     ],
 )
 def test_bad_settings_are_one_clear_line_before_anything_is_written(options, says, tmp_path):

@@ -127,6 +127,8 @@ def test_effective_replicas():
         (lambda: wavg.softmax("loss", 0.0), "greater than 0"),
         (lambda: wavg.softmax("loss", NAN), "greater than 0"),
         (lambda: wavg.softmax("cosine"), "higher_is_better"),
+        (lambda: wavg.proportional("loss"), "inverse"),
+        (lambda: wavg.inverse("accuracy"), "proportional"),
     ],
 )
 def test_bad_arguments_are_refused(make, says):

@@ -44,10 +44,12 @@ def averager(
     Args:
       weighting: how much each replica counts, such as `wavg_jax.softmax("loss", temperature=0.2)`.
       outer: an optax optimizer, such as `wavg_jax.outer.nesterov(0.7, 0.9)` for DiLoCo.
-      reduce: the reduction over the replica axis, `(stacked, weights) -> blend`.
+      reduce: the reduction over the replica axis; see `wavg_jax.reduce.Reduction`.
 
     Returns:
-      An `Averager`. Its `update` raises SettingsError if a signal that the weighting needs is not given.
+      An `Averager`. Its `update` takes, beside the signals, `alive` (bool [K]) and `place`, a function that lays the
+      reduction out over several devices, as `wavg_jax.placement.Placement.reduce` does. It raises SettingsError if a
+      signal that the weighting needs is not given.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg

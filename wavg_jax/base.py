@@ -109,7 +109,8 @@ class Averager(NamedTuple):
 
     Attributes:
       init: `params -> state`.
-      update: `(stacked, state, params, *, alive=None, **signals) -> (params, state, weights)`.
+      update: `(stacked, state, params, *, alive=None, place=identity, **signals) -> (params, state, weights)`; `place`
+        lays the reduction out over devices.
       needs: names of the signals `update` reads.
     """
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -40,18 +41,14 @@ class Checkpoints:
         step = int(state.round)
         if self.latest() == step:
             return
-        try:
+        with _writing(pathlib.Path(self._checkpointer.directory)):
             self._checkpointer.wait()
             self._checkpointer.save_async(step, _without_keys(state), force=True)
-        except (OSError, ValueError) as error:
-            raise WorkdirError(f"the checkpoint of round {step} could not be written: {_first_line(error)}") from error
 
     def wait(self) -> None:
         """Blocks until every save is on disk."""
-        try:
+        with _writing(pathlib.Path(self._checkpointer.directory)):
             self._checkpointer.wait()
-        except (OSError, ValueError) as error:
-            raise WorkdirError(f"a checkpoint could not be written: {_first_line(error)}") from error
 
     def restore(self, like: TrainState) -> TrainState:
         """Returns the newest checkpoint with the structure, shapes, dtypes and shardings of `like`.
@@ -78,25 +75,41 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write into one clear line, and removes what is half written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise WorkdirError(
+            f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and --resume, or choose "
+            "another --workdir"
+        ) from error
+
+
+@contextlib.contextmanager
 def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
     """Opens (and makes) the folder of one run's checkpoints; leaving the block waits for the last save.
 
     Args:
       folder: where they are; each is a sub-folder named after the rounds done.
       keep: how many of the newest stay.
+
+    Raises:
+      WorkdirError: the folder cannot be made, or a save failed.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save at INFO and WARNING
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # orbax logs every save, and the traceback of what is raised here anyway
     try:
-        checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        )
-    except OSError as error:
-        raise WorkdirError(f"the checkpoint folder {folder} cannot be made: {_first_line(error)}") from error
-    try:
-        yield Checkpoints(checkpointer)
-    finally:
+        with _writing(folder):
+            policy = ocp.training.preservation_policies.LatestN(keep)
+            checkpointer = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy)
         try:
-            checkpointer.close()
-        except (OSError, ValueError) as error:
-            raise WorkdirError(f"a checkpoint could not be written: {_first_line(error)}") from error
+            yield Checkpoints(checkpointer)
+        finally:
+            with _writing(folder):
+                checkpointer.close()
+    finally:
+        logger.setLevel(level)

@@ -36,6 +36,11 @@ class Journal:
             )
         if before:
             check_settings(before[0], first)
+            if self._folder is not None and not self._folder.exists():
+                raise ResumeError(
+                    f"{self._name!r} has rows but no checkpoints ({self._folder} is not there); put them back, or "
+                    "start over in another --workdir"
+                )
         done = 0
         if self._folder is not None:
             self._checkpoints = self._stack.enter_context(open_checkpoints(self._folder))

@@ -26,4 +26,10 @@ def hardware() -> dict[str, str | int]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "wavg-jax")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            found[name] = "not installed"
+    return found

@@ -15,42 +15,45 @@ from wavg_jax.base import PyTree, SettingsError
 
 
 class Sync(NamedTuple):
-    """What a policy may use; every tree but `mean` is stacked [K, ...].
+    """What a policy may use.
 
     Attributes:
       alive: bool [K], the replicas that took part in the blend.
       mean: the weighted mean over the living [...], with the weights of the blend.
-      initial: the tree as at the start of training.
-      restart: what a dead replica gets: a fresh optimizer state, or the mean statistics.
-      refresh: `(stacked, steps) -> stacked`: runs the blended network in training mode over each replica's last batches
-        of the round and returns what the mutable collections became.
+      initial: what training starts from, stacked [K, ...]: a fresh optimizer state, or `Task.init`'s collections (those
+        of key 0, which matters only where they are random).
+      restart: what a dead replica gets, stacked [K, ...]: a fresh optimizer state, or the mean statistics.
+      refresh: `steps -> tree`: runs the blended network in training mode over each replica's last batches of the round,
+        from the mean on, and returns the equal mean of what the collections became.
     """
 
     alive: jax.Array
     mean: PyTree
     initial: PyTree
     restart: PyTree
-    refresh: Callable[[PyTree, int], PyTree] | None
+    refresh: Callable[[int], PyTree] | None
 
 
-Policy = Callable[[PyTree, Sync], PyTree]
+Policy = Callable[[PyTree, Sync], tuple[PyTree, PyTree]]
+"""`(stacked, sync) -> (stacked, evaluated)`: what the replicas start the next round with, and what the global
+parameters are evaluated with."""
 
 
-def keep(stacked: PyTree, sync: Sync) -> PyTree:
-    """Every replica keeps its own; a dead one restarts."""
-    return tree.select_replicas(sync.alive, stacked, sync.restart)
+def keep(stacked: PyTree, sync: Sync) -> tuple[PyTree, PyTree]:
+    """Every replica keeps its own; a dead one restarts. Evaluation uses the weighted mean."""
+    return tree.select_replicas(sync.alive, stacked, sync.restart), sync.mean
 
 
-def average(stacked: PyTree, sync: Sync) -> PyTree:
+def average(stacked: PyTree, sync: Sync) -> tuple[PyTree, PyTree]:
     """Every replica gets the weighted mean, with the weights of the blend."""
     del stacked
-    return tree.replicate(sync.mean, sync.alive.shape[0])
+    return tree.replicate(sync.mean, sync.alive.shape[0]), sync.mean
 
 
-def reset(stacked: PyTree, sync: Sync) -> PyTree:
-    """Every replica starts afresh."""
+def reset(stacked: PyTree, sync: Sync) -> tuple[PyTree, PyTree]:
+    """Every replica starts afresh. Evaluation uses the weighted mean of what they had."""
     del stacked
-    return sync.initial
+    return sync.initial, sync.mean
 
 
 def reestimate(steps: int = 8) -> Policy:
@@ -60,7 +63,7 @@ def reestimate(steps: int = 8) -> Policy:
     the results are averaged equally over the living. With BatchNorm's momentum m the old statistics count m^steps.
 
     Args:
-      steps: batches per replica, at most the local steps H.
+      steps: batches per replica, at most the local steps H (`fit` raises SettingsError otherwise).
 
     Raises:
       SettingsError: `steps` is not positive.
@@ -68,9 +71,11 @@ def reestimate(steps: int = 8) -> Policy:
     if steps < 1:
         raise SettingsError(f"reestimate(steps={steps}): at least 1 batch is needed")
 
-    def policy(stacked: PyTree, sync: Sync) -> PyTree:
+    def policy(stacked: PyTree, sync: Sync) -> tuple[PyTree, PyTree]:
+        del stacked
         if sync.refresh is None:
             raise SettingsError("reestimate is for BatchNorm-style statistics; use keep, average or reset here")
-        return sync.refresh(average(stacked, sync), steps)
+        refreshed = sync.refresh(steps)
+        return tree.replicate(refreshed, sync.alive.shape[0]), refreshed
 
     return policy

@@ -6,10 +6,13 @@ is null.
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it is a run of; its seed
   dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+  data_crc              of labels and shards, to tell data apart
+  devices               how many the replicas were spread over
   replicas, local_steps, batch_size, rounds, samples_per_round
   parameters            numbers in one replica's parameters
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
-  compile_seconds       tracing and compiling, apart from every other clock
+  compile_seconds       tracing and compiling the round and the evaluation, the first time in the process; apart from
+                        every other clock
   critical_path         {local, score, blend, round}: what one of K devices would take for a round, computed from
                         measured parts; null when not measured
   target_accuracy       the test accuracy that "time to target" refers to; null when none is set
@@ -48,12 +51,10 @@ def _plain(value: Any) -> Any:
     """Turns arrays and NumPy scalars into what JSON knows, and what is not finite into null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    if hasattr(value, "__array__"):
+        value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -118,6 +119,20 @@ def _append_line(path: pathlib.Path, line: bytes) -> None:
         raise WorkdirError(f"{path} cannot be written: {error.strerror}; free the disk and --resume") from error
 
 
+def check_writable(workdir: pathlib.Path | None) -> None:
+    """Raises WorkdirError if a folder cannot be made or written, without making it; None is fine."""
+    if workdir is None:
+        return
+    there = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there) as probe:
+            probe.write(b" " * 4096)
+    except OSError as error:
+        raise WorkdirError(
+            f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir"
+        ) from error
+
+
 class Records:
     """The rows of a run folder, appended one whole line at a time. Many runs may share a folder, one after another."""
 
@@ -135,13 +150,11 @@ class Records:
     def _open(self, workdir: pathlib.Path, path: pathlib.Path) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=workdir) as probe:  # fails now rather than after the first round
-                probe.write(b" " * 4096)
+            content = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise WorkdirError(
-                f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir"
+                f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another --workdir"
             ) from error
-        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole:
             self.rows = read_rows(path)
@@ -185,7 +198,10 @@ class Records:
         self.rows = keep
 
 
-FIXED = ("seed", "dataset", "train_samples", "shard_sizes", "local_steps", "batch_size", "parameters")
+FIXED = (
+    *("seed", "dataset", "train_samples", "shard_sizes", "noisy_shards"),
+    *("local_steps", "batch_size", "parameters", "data_crc"),
+)
 """Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
 
 

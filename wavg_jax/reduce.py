@@ -1,7 +1,7 @@
 """The reductions over the replica axis: the only code that sums over replicas."""
 
 import functools
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from wavg_jax.base import PyTree
 from wavg_jax.tree import accumulator_dtype
 
-Reduction = Callable[..., PyTree]
+
+class Reduction(Protocol):
+    """`reduce(stacked, weights, *, sum_over=None) -> tree`; see `weighted_mean` for the shapes.
+
+    With replicas on several devices it is called on each device's own, and `sum_over` names the mapped axis over which
+    it has to add up, with `jax.lax.psum`, what each has summed.
+    """
+
+    def __call__(self, stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree: ...
 
 
 def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:

@@ -111,7 +111,8 @@ def _sync_opt_state(recipe: Recipe, opt_state: PyTree, params: PyTree, log: Roun
     fresh = recipe.inner.init(params)
     stacked_fresh = tree.replicate(fresh, log.alive.shape[0])
     mean = _mean_over_living(recipe, opt_state, log.weights, fresh)
-    return recipe.opt_state_at_sync(opt_state, policy.Sync(log.alive, mean, stacked_fresh, stacked_fresh, None))
+    sync = policy.Sync(log.alive, mean, stacked_fresh, stacked_fresh, None)
+    return recipe.opt_state_at_sync(opt_state, sync)[0]
 
 
 def _sync_stats(
@@ -128,21 +129,27 @@ def _sync_stats(
     mean = _mean_over_living(recipe, after.mutable, log.weights, before.mutable)
     rerun = local.refresh(recipe.task, fetch(recipe))
 
-    def refresh(stacked: PyTree, steps: int) -> PyTree:
+    def refresh(steps: int) -> PyTree:
+        if steps > indices.shape[1]:
+            raise SettingsError(
+                f"reestimate({steps}) needs {steps} batches, a round has {indices.shape[1]} (--local_steps)"
+            )
+
         def one(item: PyTree, shared: PyTree) -> PyTree:
             mutable, indices, rng = item
             data, params = shared
-            return rerun(params, mutable, indices[-steps:], data, rng)
+            # Not the key itself, with which the next round starts.
+            return rerun(params, mutable, indices[-steps:], data, jax.random.fold_in(rng, 1))
 
-        refreshed = recipe.placement.map(one)((stacked, indices, after.rng), (shared, params))
+        start = tree.replicate(mean, replicas)
+        refreshed = recipe.placement.map(one)((start, indices, after.rng), (shared, params))
         alive = log.alive.astype(jnp.float32)
         equal = alive / jnp.maximum(alive.sum(), 1)
-        return tree.replicate(_mean_over_living(recipe, refreshed, equal, mean), replicas)
+        return _mean_over_living(recipe, refreshed, equal, mean)
 
     _, initial = recipe.task.init(jax.random.key(0))
     sync = policy.Sync(log.alive, mean, tree.replicate(initial, replicas), tree.replicate(mean, replicas), refresh)
-    stacked = recipe.stats_at_sync(after.mutable, sync)
-    return stacked, _mean_over_living(recipe, stacked, log.weights, mean)
+    return recipe.stats_at_sync(after.mutable, sync)
 
 
 class Pieces(NamedTuple):
@@ -183,6 +190,18 @@ def pieces(recipe: Recipe) -> Pieces:
     return Pieces(recipe.placement.map(lambda one, shared: steps(*one, shared)), score, blend)
 
 
+def _alive(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:
+    """Who came through the local steps with finite numbers: bool [K].
+
+    What was not finite before, such as a mask of -inf among the collections, is not held against a replica.
+    """
+
+    def finite(replicas: Replicas) -> jax.Array:
+        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng))
+
+    return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
+
+
 def make_round(recipe: Recipe) -> Callable[[TrainState, jax.Array, Shared], tuple[TrainState, RoundLog]]:
     """Builds one round as a pure function `(state, indices [K, H, B], shared) -> (state, RoundLog)`."""
     part = pieces(recipe)
@@ -190,7 +209,7 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, jax.Array, Shared], tupl
     def run(state: TrainState, indices: jax.Array, shared: Shared) -> tuple[TrainState, RoundLog]:
         after, train_loss = part.train((state.replicas, indices), shared)
         scores = part.score(after, shared.held_out)
-        alive = tree.all_finite((after.params, after.opt_state, after.mutable))
+        alive = _alive(state.replicas, after, train_loss)
         params, averager_state, weights = part.blend(after, state, alive, {"train_loss": train_loss, **scores})
         mean_weights = per_replica(weights)
         log = RoundLog(train_loss, scores, mean_weights, effective_replicas(mean_weights), alive)

@@ -252,16 +252,8 @@ def summarise(rows: Sequence[Row]) -> tuple[Summary, ...]:
 
 
 def _identity(header: Row) -> dict[str, Any]:
-    fields = (
-        "dataset",
-        "noisy_shards",
-        "parameters",
-        "train_samples",
-        "samples_per_round",
-        "target_accuracy",
-        "rounds",
-    )
-    return _flags(header) | {name: header[name] for name in fields}
+    fields = ["dataset", "noisy_shards", "parameters", "train_samples", "samples_per_round", "target_accuracy"]
+    return _flags(header) | {name: header[name] for name in [*fields, "rounds"]}
 
 
 def _flags(header: Row) -> dict[str, Any]:

@@ -7,18 +7,30 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from wavg_jax import rounds, tree
+from wavg_jax.base import PyTree
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.placement import put, single
+from wavg_jax.reduce import weighted_mean
 
 
 class Parts(NamedTuple):
-    """Seconds of the parts of a round: one replica's local phase, scoring one replica, the blend of all K."""
+    """Seconds of the parts of a round.
+
+    Attributes:
+      local: one replica's local phase.
+      score: scoring one replica.
+      blend: the averager's whole update, of all K.
+      exchange: one device's share of one bare mean over K trees, as in a ring all-reduce, where each of K devices sums
+        1/K of the numbers.
+    """
 
     local: float
     score: float
     blend: float
+    exchange: float
 
 
 def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
@@ -37,8 +49,8 @@ def measure_parts(
 ) -> Parts:
     """Times the parts of a round with one replica alone on one device.
 
-    The device is not shared with other replicas meanwhile, as it would not be if there were K. The blend is timed on K
-    stacked copies; what the network between K devices would add is not in it.
+    The device is not shared with other replicas meanwhile, as it would not be if there were K. Blend and exchange are
+    timed on K stacked copies; what the network between K devices would add is in neither.
 
     Args:
       recipe: what the round is made of; its placement does not matter.
@@ -59,9 +71,24 @@ def measure_parts(
     score = _seconds(jax.jit(part.score), (state.replicas, shared.held_out), repeats) if measured else 0.0
     replicas = len(data.shards)
     if replicas == 1:
-        return Parts(local, score, 0.0)
+        return Parts(local, score, 0.0, 0.0)
     stacked = tree.replicate(tree.replica(state.replicas, 0), replicas)
     signals = {name: jnp.repeat(value, replicas) for name, value in measured.items()}
     signals["train_loss"] = jnp.ones(replicas, jnp.float32)
     alive = jnp.ones(replicas, bool)
-    return Parts(local, score, _seconds(jax.jit(part.blend), (stacked, state, alive, signals), repeats))
+    blend = _seconds(jax.jit(part.blend), (stacked, state, alive, signals), repeats)
+    many = _seconds(jax.jit(_many_means), (stacked.params, jnp.full((_MEANS, replicas), 1 / replicas)), repeats)
+    return Parts(local, score, blend, many / _MEANS / replicas)
+
+
+_MEANS = 10
+
+
+def _many_means(stacked: PyTree, weights: jax.Array) -> PyTree:
+    """Adds up the means by each row of `weights` [N, K], so that one call's dispatch is shared by N of them."""
+
+    def add(total: PyTree, row: jax.Array) -> tuple[PyTree, None]:
+        return optax.tree.add(total, weighted_mean(stacked, row)), None
+
+    start = tree.as_accumulators(optax.tree.zeros_like(tree.replica(stacked, 0)))
+    return jax.lax.scan(add, start, weights)[0]

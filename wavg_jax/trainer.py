@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.interrupt import stop_requests
 from wavg_jax.journal import Journal, open_journal
 from wavg_jax.placement import place, put
-from wavg_jax.records import Row
+from wavg_jax.records import Row, check_writable
 
 
 class Result(NamedTuple):
@@ -86,7 +87,8 @@ def fit(
       workdir: folder for `rows.jsonl` and `checkpoints/`; None keeps the rows in memory and saves nothing.
       name: of this run within the folder.
       checkpoint_every: rounds between checkpoints; one is also saved at the end and at SIGTERM or Ctrl-C.
-      resume: go on from the run's newest checkpoint in `workdir`, bit for bit; start if there is none.
+      resume: go on from the run's newest checkpoint in `workdir`, bit for bit; start if there is no such run. Data and
+        sizes are compared with the first part's; learning rates and schemes cannot be, so put them in `settings`.
       facts: further entries of the run's first row, such as `arm`.
       settings: further settings that must agree when the run is resumed.
       on_round: called with every new row; None shows a progress bar.
@@ -103,14 +105,17 @@ def fit(
     plan = Plan(local_steps, rounds, batch_size, seed, checkpoint_every, chunk)
     recipe = make_recipe(task, data, averager, inner, opt_state_at_sync, stats_at_sync, devices)
     _check(plan, recipe, data, resume and workdir is None)
-    run = _Run(recipe, data, plan, name)
+    folder = None if workdir is None else pathlib.Path(workdir)
+    check_writable(folder)
+    run = _Run(
+        recipe, data, plan, name
+    )  # compiles, and so finds what does not fit together, before anything is written
     with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(open_journal(None if workdir is None else pathlib.Path(workdir), name))
+        journal = stack.enter_context(open_journal(folder, name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         if on_round is None:
             advance = stack.enter_context(progress.bar(rounds))
             on_round = lambda row: advance(f"{name}: test accuracy {100 * row['test_accuracy']:.1f} %")  # noqa: E731
-        run.compile()
         first = run.describe() | dict(facts or {})
         first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
@@ -146,6 +151,8 @@ def _check(plan: Plan, recipe: rounds.Recipe, data: ShardedData, resume_without_
     for option, least in lowest.items():
         if getattr(plan, option) < least:
             raise SettingsError(f"--{option} is {getattr(plan, option)}; it must be at least {least}")
+    if plan.seed >= 2**32:
+        raise SettingsError(f"--seed is {plan.seed}; seeds are below 2**32, larger ones would repeat smaller ones")
     if resume_without_workdir:
         raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
     signals.measurable(recipe.averager.needs)
@@ -168,17 +175,9 @@ class _Run:
         self.replicas = len(data.shards)
         self.shared = rounds.put_shared(recipe, data, plan.chunk)
         self.test = put(signals.chunked(data.test.x, data.test.y, plan.chunk), recipe.placement.shared)
-        first = self.indices(0)
         programs = rounds.programs(recipe, self.replicas)
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = programs.init(rng)
-        # Tracing alone finds what does not fit together, before anything is written.
-        programs.run.trace(self.initial, first, self.shared)
-        self._programs = programs
-
-    def compile(self) -> None:
-        """Compiles the round and the evaluation, or finds them compiled by an earlier run."""
-        programs = self._programs
         self.step = rounds.compiled(programs.run, self.initial, self.indices(0), self.shared)
         self.predict = rounds.compiled(programs.predict, self.initial.params, self.initial.mutable, self.test)
 
@@ -217,8 +216,10 @@ class _Run:
             "heldout_samples": len(data.heldout.y),
             "test_samples": len(data.test.y),
             "shard_sizes": [len(shard) for shard in data.shards],
-            "noisy_shards": [],
+            "noisy_shards": data.noisy,
+            "data_crc": _fingerprint(data),
             "replicas": self.replicas,
+            "devices": self.recipe.placement.devices,
             "local_steps": plan.local_steps,
             "batch_size": plan.batch_size,
             "rounds": plan.rounds,
@@ -233,6 +234,11 @@ class _Run:
         }
 
 
+def _fingerprint(data: ShardedData) -> int:
+    """Tells apart data that differ in labels, splits or shards."""
+    return zlib.crc32(b"".join(part.tobytes() for part in (data.train.y, data.heldout.y, data.test.y, *data.shards)))
+
+
 def _train(
     run: _Run,
     journal: Journal,
@@ -245,6 +251,7 @@ def _train(
     done = int(state.round)
     elapsed = journal.rows()[-1]["elapsed"] if done else 0.0
     for number in range(done + 1, plan.rounds + 1):
+        journal.wait()  # a checkpoint that is still being written would be on the clock of this round
         start = time.perf_counter()
         state, log = run.step.call(state, run.indices(number - 1), run.shared)
         jax.block_until_ready((state, log))
@@ -256,7 +263,7 @@ def _train(
         stop = stopped()
         if number % plan.checkpoint_every == 0 or number == plan.rounds or stop:
             journal.save(state)
-        if stop and number < plan.rounds:
+        if stop:
             journal.wait()
             raise Stopped(f"stopped after round {number} of {run.name!r}; a checkpoint is saved, go on with --resume")
     return state

@@ -68,6 +68,11 @@ def _from_scores(scores: Callable[..., jax.Array], needs: tuple[str, ...]) -> We
     return Weighting(lambda params: (), update, needs)
 
 
+def _check_direction(signal: str, higher_is_better: bool, instead: str) -> None:
+    if HIGHER_IS_BETTER.get(signal, higher_is_better) != higher_is_better:
+        raise SettingsError(f"this would trust the replica with the worst {signal} most; use {instead}({signal!r})")
+
+
 def uniform() -> Weighting:
     """Equal weights, `w_k = 1 / K` over the living: conventional averaging (McMahan et al. 2017; Stich 2019)."""
     return _from_scores(lambda alive: jnp.ones(alive.shape, jnp.float32), ())
@@ -81,7 +86,11 @@ def proportional(signal: str = "accuracy") -> Weighting:
 
     Args:
       signal: name of a signal [K] that is not negative.
+
+    Raises:
+      SettingsError: less is better of this signal.
     """
+    _check_direction(signal, higher_is_better=True, instead="inverse")
     return _from_scores(lambda alive, **signals: signals[signal], (signal,))
 
 
@@ -93,7 +102,11 @@ def inverse(signal: str = "loss") -> Weighting:
 
     Args:
       signal: name of a signal [K] that is not negative.
+
+    Raises:
+      SettingsError: more is better of this signal.
     """
+    _check_direction(signal, higher_is_better=False, instead="proportional")
 
     def scores(alive: jax.Array, **signals: jax.Array) -> jax.Array:
         s = jnp.asarray(signals[signal], jnp.float32)

@@ -83,7 +83,7 @@ def from_arrays(
       x_test: inputs [M, ...] with the sample shape and type of `x_train`.
       y_test: labels [M].
       name: what rows and reports call the data set.
-      classes: number of classes; by default the largest label plus one.
+      classes: number of classes; by default the largest label plus one, all of which must occur in training.
 
     Returns:
       The data set.
@@ -109,6 +109,12 @@ def from_arrays(
         )
     if classes is None:
         classes = int(max(train.y.max(), test.y.max())) + 1
+        absent = np.setdiff1d(np.arange(classes), train.y)
+        if len(absent) and min(train.y.min(), test.y.min()) >= 0:
+            raise DataError(
+                f"{name}: the largest label is {classes - 1}, but no training sample has label {absent[0]}: mend the "
+                "labels, or say how many classes there are (classes)"
+            )
     for part, split in (("train", train), ("test", test)):
         wrong = np.flatnonzero((split.y < 0) | (split.y >= classes))
         if len(wrong):
@@ -157,7 +163,8 @@ def _labels(part: str, y: ArrayLike) -> np.ndarray:
 
 
 def from_npz(path: str | PathLike[str]) -> Dataset:
-    """Reads a data set of your own from a `.npz` file with the arrays x_train, y_train, x_test and y_test.
+    """Reads a data set of your own from a `.npz` file with the arrays x_train, y_train, x_test and y_test,
+    and, if not all classes occur in training, the number `classes`.
 
     `numpy.savez("mine.npz", x_train=..., y_train=..., x_test=..., y_test=...)` writes one; see `from_arrays` for what
     the arrays may be.
@@ -176,6 +183,7 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
             missing = [key for key in NPZ_KEYS if key not in loaded]
             arrays = [] if missing else [loaded[key] for key in NPZ_KEYS]
+            classes = int(loaded["classes"]) if "classes" in loaded else None
     except FileNotFoundError:
         raise DataError(f"there is no file {path}: check the path (--dataset)") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -185,7 +193,7 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
         ) from None
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: write {', '.join(NPZ_KEYS)} with numpy.savez")
-    return from_arrays(*arrays, name=path.stem)
+    return from_arrays(*arrays, name=path.stem, classes=classes)
 
 
 def _one_line(error: Exception) -> str:
@@ -201,7 +209,8 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
       seed: decides which.
 
     Returns:
-      The N - n samples left to train on and the n held-out ones, both in their old order.
+      The N - n samples left to train on, in their old order, and the n held-out ones in random order, so that the
+      first of them are a fair sample too.
 
     Raises:
       SettingsError: n is negative or leaves nothing to train on.
@@ -211,9 +220,10 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
             f"{n} held-out samples asked for, out of {len(split.y)} training samples: "
             f"set --heldout between 0 and {len(split.y) - 1}"
         )
-    held = np.zeros(len(split.y), bool)
-    held[generator(seed, "hold_out").permutation(len(split.y))[:n]] = True
-    return Split(split.x[~held], split.y[~held]), Split(split.x[held], split.y[held])
+    held = generator(seed, "hold_out").permutation(len(split.y))[:n]
+    left = np.ones(len(split.y), bool)
+    left[held] = False
+    return Split(split.x[left], split.y[left]), Split(split.x[held], split.y[held])
 
 
 @dataclasses.dataclass(frozen=True)

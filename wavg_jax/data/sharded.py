@@ -23,6 +23,7 @@ class ShardedData(NamedTuple):
       classes: number of classes.
       prepare: stored inputs [B, ...] -> the network's inputs [B, ...] float32, inside jit.
       augment: `(rng, prepared x) -> x`, applied in training; or None.
+      noisy: numbers of the shards that were given random labels.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ShardedData(NamedTuple):
     classes: int
     prepare: Callable[[jax.Array], jax.Array]
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    noisy: tuple[int, ...] = ()
 
 
 def shard(
@@ -74,7 +76,9 @@ def shard(
     labels = label_noise(train.y, shards, noisy, dataset.classes, seed)
     prepare = make_prepare(dataset)
     train = Split(train.x, labels)
-    return ShardedData(dataset.name, train, held, dataset.test, shards, dataset.classes, prepare, augment)
+    return ShardedData(
+        dataset.name, train, held, dataset.test, shards, dataset.classes, prepare, augment, tuple(sorted(noisy))
+    )
 
 
 def pool(data: ShardedData) -> ShardedData:

@@ -1,0 +1,49 @@
+"""The critical path: its parts are measured, and each arm is charged with what it does."""
+
+import optax
+from absl import flags
+from absl.testing import flagsaver
+from small import regression, sharded
+
+import wavg_jax as wavg
+from experiments import app, arms
+from wavg_jax import data, timing, trainer
+
+TASK = regression()
+
+
+def parts(averager, source, **options):
+    recipe = trainer.make_recipe(TASK, source, averager, optax.sgd(0.1), devices=1)
+    return timing.measure_parts(recipe, source, **({"local_steps": 4, "batch_size": 8, "repeats": 2} | options))
+
+
+def test_every_part_that_a_round_has_takes_time_and_no_other():
+    scored = parts(wavg.averager(wavg.softmax("loss")), sharded())
+    assert min(scored) > 0
+    plain = parts(wavg.averager(wavg.uniform()), sharded())
+    assert plain.score == 0
+    assert min(plain.local, plain.blend, plain.exchange) > 0
+    alone = parts(wavg.averager(wavg.uniform()), data.pool(sharded()))
+    assert alone.local > 0
+    assert alone[1:] == (0, 0, 0)
+
+
+def test_each_arm_is_charged_with_what_it_does(monkeypatch):
+    # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, one exchange 0.001.
+    def measured(recipe, source, *, local_steps, batch_size):
+        if len(source.shards) == 1:
+            return timing.Parts(7.0, 0.0, 0.0, 0.0)
+        return timing.Parts(1.0, 0.1 if recipe.averager.needs else 0.0, 0.01, 0.001)
+
+    monkeypatch.setattr(timing, "measure_parts", measured)
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--local_steps=50"])
+        dataset = data.digits()
+        task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
+        paths = arms.critical_path(arms.make_arms(), task, source)
+        few = arms.critical_path(arms.make_arms(("plain",)), task, source)
+    totals = {name: round(path["round"], 6) for name, path in paths.items()}
+    assert totals == {"sequential": 7.0, "sync": 1.05, "plain": 1.01, "weighted": 1.11}
+    assert few == {"plain": paths["plain"]}
+    assert all(path["round"] == path["local"] + path["score"] + path["blend"] for path in paths.values())
+    assert flags.FLAGS.local_steps != 50
