@@ -110,7 +110,7 @@ REFUSED = {
     "no proportion": (lambda: sized(2, (), 0), "--replicas"),
     "proportion 0": (lambda: sized(9, (1, 0), 0), "one positive number per replica"),
     "proportion NaN": (lambda: sized(9, (1, np.nan), 0), "one positive number per replica"),
-    "alpha 0": (lambda: dirichlet(LABELS, 4, 0.0, 0), "alpha is 0.0: give a number > 0"),
+    "alpha 0": (lambda: dirichlet(LABELS, 4, 0.0, 0), "0.0 .--alpha.: give a number > 0"),
     "alpha NaN": (lambda: dirichlet(LABELS, 4, np.nan, 0), "alpha"),
     "dirichlet replicas": (lambda: dirichlet(LABELS, 1001, 1.0, 0), "--replicas"),
     "shards too small": (lambda: dirichlet(LABELS, 8, 1.0, 0, min_size=300), "--replicas to 3 or less"),

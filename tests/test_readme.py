@@ -41,7 +41,7 @@ def test_flags_and_modules_that_are_named_exist():
     assert compare.main is not tune.main  # both define their flags when imported
     known = set(flags.FLAGS)
     for name in re.findall(r"--([a-z_]+)", TEXT):
-        assert name in known | {"help"}, name
+        assert name in known | {"help", "flagfile"}, name
     for name in re.findall(r"`((?:wavg_jax/)?[a-z_]+\.py|data/|models/)`", TEXT):
         path = name.removeprefix("wavg_jax/")
         assert (ROOT / "wavg_jax" / path).exists(), name
