@@ -62,7 +62,7 @@ def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
 
 
 def test_other_settings_are_named():
-    first = header(**dict.fromkeys(records.FIXED, 1))
+    first = header(data_crc=7, **dict.fromkeys(records.FIXED, 1))
     records.check_settings(first, first)
     with pytest.raises(ResumeError, match=r"--lr=0.1, now it is 0.2"):
         records.check_settings(first, first | {"settings": {"lr": 0.2}})
@@ -70,6 +70,8 @@ def test_other_settings_are_named():
         records.check_settings(first, first | {"settings": {"lr": 0.1, "noisy": 2}})
     with pytest.raises(ResumeError, match="--batch_size=1, now it is 2"):
         records.check_settings(first, first | {"batch_size": np.int64(2)})
+    with pytest.raises(ResumeError, match="shards are not those"):
+        records.check_settings(first, first | {"data_crc": 8})
 
 
 @pytest.mark.parametrize(

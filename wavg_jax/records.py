@@ -200,7 +200,7 @@ class Records:
 
 FIXED = (
     *("seed", "dataset", "train_samples", "shard_sizes", "noisy_shards"),
-    *("local_steps", "batch_size", "parameters", "data_crc"),
+    *("local_steps", "batch_size", "parameters"),
 )
 """Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
 
@@ -219,3 +219,8 @@ def check_settings(before: Row, first: Row) -> None:
                 f"cannot resume {before['run']!r}: it was started with --{name}={then.get(name)}, "
                 f"now it is {now.get(name)}; give the same value, or another --workdir"
             )
+    if before["data_crc"] != first["data_crc"]:
+        raise ResumeError(
+            f"cannot resume {before['run']!r}: labels, splits or shards are not those it was started with; give the "
+            "same data, or another --workdir"
+        )
