@@ -190,7 +190,7 @@ def test_a_target_out_of_reach_or_missing_and_a_clock_that_was_not_measured_are_
         (small({("plain", 0): [0.5], ("weighted", 1): [0.6]}), "cannot be compared with plain: they share no seed"),
         (make_rows(noisy=()), "weighted: the weights were indistinguishable from uniform (effective number 8.00 of 8"),
         (make_rows(), "replicas 0, 1 were down-weighted (mean weight below half of 1/8; effective number 6.4"),
-        (make_rows(), "; exactly the noisy shards."),
+        (make_rows(), "; these are exactly the noisy shards."),
         (
             [row | ({"noisy_shards": [1, 5]} if row["kind"] == "run" else {}) for row in make_rows()],
             "; noisy shards: 1, 5.",

@@ -35,6 +35,8 @@ def _versus(arm: Arm) -> str:
     d = arm.differences["accuracy"]
     if d.n == 0:
         return f"{arm.name} cannot be compared with {REFERENCE}: they share no seed."
+    if d.mean == 0 and d.sd == 0:
+        return f"{arm.name} ended at the test accuracy of {REFERENCE} in each of {d.n} seeds."
     side = "above" if d.mean >= 0 else "below"
     line = f"{arm.name} ended {abs(100 * d.mean):.2f} points of test accuracy {side} {REFERENCE}"
     if d.n == 1:
@@ -65,7 +67,7 @@ def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:
         text += f" The noisy shards ({summary.text(sorted(noisy))}) had {share:.2f} of 1/{k}." if noisy else ""
     else:
         same = set(w.down_weighted) == noisy
-        verdict = "exactly the noisy shards" if same else f"noisy shards: {summary.text(sorted(noisy))}"
+        verdict = "these are exactly the noisy shards" if same else f"noisy shards: {summary.text(sorted(noisy))}"
         text = f"replicas {summary.text(w.down_weighted)} were down-weighted (mean weight below half of 1/{k}; "
         text += f"{effective}); {verdict}."
     return [*lines, f"{arm.name}: {text}"]

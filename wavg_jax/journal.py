@@ -17,6 +17,11 @@ class Journal:
         self._checkpoints: Checkpoints | None = None
         self._identity: Row = {}
 
+    @property
+    def workdir(self) -> pathlib.Path | None:
+        """The folder of the rows; None in memory."""
+        return None if self._records.path is None else self._records.path.parent
+
     def rows(self) -> list[Row]:
         """The run's rows so far."""
         return self._records.of(self._name)
@@ -32,7 +37,8 @@ class Journal:
         before = self.rows()
         if not resume and (before or (self._folder is not None and self._folder.exists())):
             raise SettingsError(
-                f"the folder already holds the run {self._name!r}; go on with --resume, or choose another --workdir"
+                f"the folder already holds the run {self._name!r}; go on with --resume (resume=True), or choose "
+                "another --workdir"
             )
         if before:
             check_settings(before[0], first)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,8 +32,10 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns) as progress:
-        task = progress.add_task("starting", total=total, completed=done)
+    console = Console()
+    # In a pipe or a log there is nothing to move, and an error should stand alone.
+    with Progress(*columns, console=console, disable=not (console.is_terminal or console.is_jupyter)) as progress:
+        task = progress.add_task("starting", total=total, completed=min(done, total))
 
         def advance(text: str) -> None:
             progress.update(task, advance=1, description=text)

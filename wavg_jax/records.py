@@ -217,7 +217,7 @@ def check_settings(before: Row, first: Row) -> None:
         if now.get(name) != then.get(name):
             raise ResumeError(
                 f"cannot resume {before['run']!r}: it was started with --{name}={then.get(name)}, "
-                f"now it is {now.get(name)}; give the same value, or another --workdir"
+                f"now it is {now.get(name)}; repeat the settings it was started with, or choose another --workdir"
             )
     if before["data_crc"] != first["data_crc"]:
         raise ResumeError(

@@ -179,7 +179,7 @@ def terminal_table(one: Summary) -> rich.console.Group:
             for row in section:
                 shown.add_row(*map(rich.text.Text, row))
             shown.add_section()
-        parts += [rich.text.Text(f"\n{table.title}\n", style="bold"), shown]
+        parts += [rich.text.Text(f"\n{table.title}\n", style="bold"), shown, rich.text.Text(table.note, style="dim")]
     bullets = rich.table.Table.grid(padding=(0, 1))
     for line in findings(one):
         bullets.add_row("-", rich.text.Text(line))

@@ -265,7 +265,10 @@ def _train(
             journal.save(state)
         if stop:
             journal.wait()
-            raise Stopped(f"stopped after round {number} of {run.name!r}; a checkpoint is saved, go on with --resume")
+            raise Stopped(
+                f"stopped after round {number} of {run.name!r}, with a checkpoint; go on with the same settings, the "
+                f"same --workdir ({journal.workdir}) and --resume"
+            )
     return state
 
 
