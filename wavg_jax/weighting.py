@@ -25,7 +25,7 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
       Weights [K] float32 that sum to 1; equal over the living if no score is usable; all 0 if none is alive.
 
     >>> import jax.numpy as jnp
-    >>> normalise(jnp.array([3.0, 1.0, jnp.nan, 9.0]), jnp.array([True, True, True, False])).tolist()
+    >>> normalise(jnp.array([3.0, 1.0, jnp.nan, 9.0]), jnp.array([True, True, True, False])).round(4).tolist()
     [0.75, 0.25, 0.0, 0.0]
     >>> normalise(jnp.array([0.0, -1.0, 5.0]), jnp.array([True, True, False])).tolist()
     [0.5, 0.5, 0.0]
