@@ -27,7 +27,7 @@ def stacked_trees(replicas=4, dtype=jnp.float32, seed=0):
 PARAMS = wavg.replica(stacked_trees(1, seed=7), 0)
 
 
-def close(actual, expected, **tolerance):
+def assert_close(actual, expected, **tolerance):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, **({"rtol": 1e-6, "atol": 1e-6} | tolerance)), actual, expected
     )
@@ -43,14 +43,14 @@ def test_no_outer_optimizer_and_sgd_with_rate_one_are_plain_averaging(outer):
     avg = wavg.averager(wavg.uniform(), outer=outer)
     new, _, weights = avg.update(stacked, avg.init(PARAMS), PARAMS)
     assert weights.tolist() == [0.25] * 4
-    close(new, numpy_mean(stacked))
+    assert_close(new, numpy_mean(stacked))
 
 
 def test_weighted_blend_is_numpys_weighted_average():
     stacked = stacked_trees()
     avg = wavg.averager(wavg.proportional("accuracy"))
     new, _, _ = avg.update(stacked, avg.init(PARAMS), PARAMS, accuracy=jnp.array([0.1, 0.2, 0.3, 0.4]))
-    close(new, numpy_mean(stacked, [0.1, 0.2, 0.3, 0.4]))
+    assert_close(new, numpy_mean(stacked, [0.1, 0.2, 0.3, 0.4]))
 
 
 def test_the_pseudo_gradient_points_from_the_blend_to_the_old_parameters():
@@ -80,7 +80,7 @@ def test_dilocos_nesterov_against_numpy_over_three_rounds():
         momentum = 0.9 * momentum + gradient
         expected = expected - 0.7 * (gradient + 0.9 * momentum)
         params, state, _ = avg.update(stacked, state, params)
-        close(params, {"w": expected})
+        assert_close(params, {"w": expected})
 
 
 @pytest.mark.parametrize("outer", [None, wavg.outer.nesterov()], ids=["none", "nesterov"])
@@ -115,7 +115,7 @@ def test_equal_replicas_are_unchanged(replicas, seed):
     avg = wavg.averager(wavg.proportional("accuracy"))
     scores = jnp.asarray(np.random.default_rng(seed).uniform(size=replicas), jnp.float32)
     new, _, _ = avg.update(wavg.replicate(params, replicas), avg.init(params), params, accuracy=scores)
-    close(new, params)
+    assert_close(new, params)
 
 
 def test_bfloat16_is_summed_in_float32_and_comes_back_as_bfloat16():

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from experiments import app, compare, report, train, tune
@@ -223,4 +224,5 @@ def test_help_says_what_the_binary_is_for_and_shows_its_flags(binary):
 )
 def test_every_preset_is_understood(preset):
     with flagsaver.flagsaver():
-        app.parse(["binary", f"--flagfile={preset}"])
+        assert app.parse(["binary", f"--flagfile={preset}"]) == ["binary"]
+        assert preset.stem.removeprefix("smoke_").startswith(flags.FLAGS.dataset.split("_")[0])

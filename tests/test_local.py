@@ -55,7 +55,7 @@ def replicas_of(task, inner, replicas=K):
     )
 
 
-def close(actual, expected, rtol=1e-5, atol=1e-6):
+def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
 
 
@@ -78,8 +78,8 @@ def test_one_replica_against_a_loop_of_optax_steps():
         updates, opt_state = inner.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
         losses.append(value)
-    close(after.params, params)
-    close(loss, np.mean(losses))
+    assert_close(after.params, params)
+    assert_close(loss, np.mean(losses))
 
 
 def test_one_local_step_of_sgd_then_plain_averaging_is_synchronous_data_parallelism():
@@ -96,7 +96,7 @@ def test_one_local_step_of_sgd_then_plain_averaging_is_synchronous_data_parallel
         all_samples = jax.tree.map(lambda x: x.reshape(K * B, *x.shape[3:]), items)
         gradient = jax.grad(lambda p, b=all_samples: _cross_entropy(task, p, b))(together)
         together = jax.tree.map(lambda p, g: p - 0.5 * g, together, gradient)
-        close(params, together)
+        assert_close(params, together)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -109,9 +109,9 @@ def test_eight_devices_give_the_numbers_of_one_and_of_pmap(inner):
     for devices in (2, 8):
         spread = place(K, devices).map(lambda one, shared: steps(*one, shared))
         actual = jax.jit(spread)((replicas, items), None)
-        close((as_numbers(actual[0]), actual[1]), (as_numbers(expected[0]), expected[1]))
+        assert_close((as_numbers(actual[0]), actual[1]), (as_numbers(expected[0]), expected[1]))
     mapped = jax.pmap(lambda one, items: steps(one, items, None))(replicas, items)
-    close((as_numbers(mapped[0]), mapped[1]), (as_numbers(expected[0]), expected[1]))
+    assert_close((as_numbers(mapped[0]), mapped[1]), (as_numbers(expected[0]), expected[1]))
 
 
 def test_the_reduction_gives_the_same_numbers_on_eight_devices_as_on_one():
@@ -121,7 +121,7 @@ def test_the_reduction_gives_the_same_numbers_on_eight_devices_as_on_one():
     weights = {"w": jnp.full(K, 1 / K), "b": jnp.asarray(rng.dirichlet(np.ones(K), size=3).T, jnp.float32)}
     spread = mesh(tuple(jax.devices())).reduce(wavg.weighted_mean)
     actual = jax.jit(spread)(stacked, weights)
-    close(actual, wavg.weighted_mean(stacked, weights), rtol=1e-6)
+    assert_close(actual, wavg.weighted_mean(stacked, weights), rtol=1e-6)
     assert actual["w"].sharding.is_fully_replicated
 
 

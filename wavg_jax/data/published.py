@@ -90,6 +90,7 @@ def read_published(name: str, published: Published, data_dir: Path) -> dict[str,
 
 
 def damaged(path: Path, why: str) -> DataError:
+    """The error for a publisher's file that is there but is not what was published."""
     return DataError(f"{path} is damaged or of another data set, {why}: put the published file there or delete it")
 
 
