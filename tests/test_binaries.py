@@ -133,6 +133,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
     command = ("experiments.train", *QUICK[1:], "--rounds=40", f"--workdir={tmp_path}", "--checkpoint_every=50")
     limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "bash", sys.executable, "-m", *command]  # no file over 12 KiB
@@ -148,6 +149,7 @@ def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
     assert [row["round"] for row in records.read_rows(tmp_path)[1:]] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_compare_leaves_rows_plots_and_a_report_and_resumes(tmp_path):
     arguments = (*QUICK, "--seeds=0,1,2", f"--workdir={tmp_path}")
     assert invoke(compare.main, *arguments) == 0
@@ -168,6 +170,7 @@ def test_compare_leaves_rows_plots_and_a_report_and_resumes(tmp_path):
     assert (tmp_path / "report.md").read_bytes() == written
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_in_a_checkpoint_leaves_none_half_written(tmp_path):
     command = ("experiments.train", *QUICK[:3], "--hidden=512", f"--workdir={tmp_path}", "--checkpoint_every=1")
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", sys.executable, "-m", *command]
@@ -185,6 +188,7 @@ OTHER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("arguments", OTHER, ids=" ".join)
 def test_the_other_options_work_too(arguments, tmp_path):
@@ -195,6 +199,7 @@ def test_the_other_options_work_too(arguments, tmp_path):
     assert first["noisy_shards"] == ([0] if "--noisy=1" in arguments else [])
 
 
+@pytest.mark.slow
 def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(capfd, monkeypatch):
     def poisoned(name, folder, load=data.load):
         dataset = load(name, folder)

@@ -99,6 +99,7 @@ def test_one_local_step_of_sgd_then_plain_averaging_is_synchronous_data_parallel
         assert_close(params, together)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adam(0.01)], ids=["momentum", "adam"])
 def test_eight_devices_give_the_numbers_of_one_and_of_pmap(inner):

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_code_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own, run = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -81,6 +81,7 @@ def test_many_runs_share_a_folder_and_keep_apart(tmp_path):
     assert len(records.read_rows(tmp_path)) == 14
 
 
+@pytest.mark.slow
 def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
     straight = run(sharded(), AVERAGER, devices=4, **OPTIONS)
     run(sharded(), AVERAGER, workdir=tmp_path, **(OPTIONS | {"rounds": 3}))
@@ -125,6 +126,7 @@ def test_starting_over_a_run_that_is_there_is_refused_and_loses_nothing(tmp_path
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_loses_nothing(tmp_path):
     command = [sys.executable, "-m", "experiments.train", f"--workdir={tmp_path}", "--rounds=2", "--hidden=8"]
     options = {"env": ENVIRONMENT, "cwd": HERE.parent, "capture_output": True, "text": True, "check": False}
