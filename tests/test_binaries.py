@@ -216,6 +216,7 @@ def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(cap
     assert "--lr_plain=0.4 (at the edge of the rates tried: try more)" in honest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", ["compare", "train", "report", "tune"])
 def test_help_says_what_the_binary_is_for_and_shows_its_flags(binary):
     said = run(f"experiments.{binary}", "--help").stdout

@@ -173,6 +173,7 @@ def test_vmap_over_replicas_gives_the_numbers_of_one_by_one(name):
             np.testing.assert_allclose(a[k], b, **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("linen cnn", marks=pytest.mark.slow), "nnx"])
 def test_trains_inside_scan_under_vmap_without_leaking_tracers(name):
     task, batch = ROWS[name].task, _batch()
