@@ -14,8 +14,9 @@ PACKAGE = ROOT / "wavg_jax"
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
     {"tree"},
-    {"signals", "reduce", "outer", "data", "models"},
+    {"signals", "reduce", "outer", "pull", "data", "models"},
     {"weighting", "policy", "placement"},
+    {"robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
     {"rounds", "checkpoint", "records"},
     {"timing", "journal", "summary"},

@@ -1,7 +1,7 @@
 """The averager: a weighting, then one reduction, then an optional outer optimizer."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,11 @@ import optax
 
 from wavg_jax import tree
 from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
+from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
+
+Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
+"""`(stacked, params, alive) -> stacked`: what becomes of the replicas' parameters on their way to the blend."""
 
 
 class AveragerState(NamedTuple):
@@ -23,11 +27,35 @@ def _as_is(function: Callable) -> Callable:
     return function
 
 
+def _living(stacked: PyTree, alive: jax.Array | None) -> jax.Array:
+    """The replicas that are alive and whose parameters are all finite: bool [K]."""
+    finite = tree.all_finite(stacked)
+    return finite if alive is None else finite & jnp.asarray(alive, bool)
+
+
+def _restart(pull: Pull) -> Callable:
+    """Builds `Averager.restart`."""
+
+    def one(x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        wide = tree.accumulator_dtype(x.dtype)
+        return pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None]).astype(x.dtype)
+
+    def restart(stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree:
+        living = _living(stacked, alive)
+        replaced = tree.replicate(new, living.shape[0])
+        pulled = jax.tree.map(lambda x, o, n: jnp.broadcast_to(one(x, o, n), x.shape), stacked, old, new)
+        return tree.select_replicas(living, pulled, replaced)
+
+    return restart
+
+
 def averager(
     weighting: Weighting,
     *,
     outer: optax.GradientTransformation | None = None,
     reduce: Reduction = weighted_mean,
+    pull: float | Pull = 1.0,
+    transform: Transform | None = None,
 ) -> Averager:
     """Builds the averager that turns K replicas into the next global parameters.
 
@@ -45,11 +73,18 @@ def averager(
       weighting: how much each replica counts, such as `wavg_jax.softmax("loss", temperature=0.2)`.
       outer: an optax optimizer, such as `wavg_jax.outer.nesterov(0.7, 0.9)` for DiLoCo.
       reduce: the reduction over the replica axis; see `wavg_jax.reduce.Reduction`.
+      pull: how far `restart` pulls the living replicas toward the new global parameters, 1 meaning that they are
+        replaced, or a function; see `wavg_jax.pull`. Dead ones are always replaced.
+      transform: `(stacked, params, alive) -> stacked`, applied before weighting and blend, such as
+        `wavg_jax.robust.clip_deltas()`.
 
     Returns:
       An `Averager`. Its `update` takes, beside the signals, `alive` (bool [K]) and `place`, a function that lays the
       reduction out over several devices, as `wavg_jax.placement.Placement.reduce` does. It raises SettingsError if a
       signal that the weighting needs is not given.
+
+    Raises:
+      SettingsError: `pull` is not between 0 and 1.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -61,8 +96,8 @@ def averager(
     ([0.75, 0.25], [2.0, 2.0])
     """
 
-    def init(params: PyTree) -> AveragerState:
-        return AveragerState(weighting.init(params), outer and outer.init(tree.as_accumulators(params)))
+    def init(params: PyTree, replicas: int | None = None) -> AveragerState:
+        return AveragerState(weighting.init(params, replicas), outer and outer.init(tree.as_accumulators(params)))
 
     def step(blend: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
         if outer is None:
@@ -79,18 +114,22 @@ def averager(
         *,
         alive: jax.Array | None = None,
         place: Callable[[Callable], Callable] = _as_is,
-        **signals: jax.Array,
+        **signals: Any,
     ) -> tuple[PyTree, AveragerState, PyTree]:
         missing = sorted(set(weighting.needs) - set(signals))
         if missing:
             raise SettingsError(f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=<array [K]>")
-        finite = tree.all_finite(stacked)
-        alive = finite if alive is None else finite & jnp.asarray(alive, bool)
-        weights, weighting_state = weighting.update(stacked, state.weighting, params, alive=alive, **signals)
-        blend = place(reduce)(stacked, weights)
-        new_params, outer_state = step(blend, state.outer, params)
+        alive = _living(stacked, alive)
+        # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
+        sent = tree.select_replicas(alive, stacked, tree.replicate(params, alive.shape[0]))
+        sent = sent if transform is None else transform(sent, params, alive)
+        reduction = place(reduce)
+        weights, weighting_state = weighting.update(
+            sent, state.weighting, params, alive=alive, blend=lambda w: reduction(sent, w), **signals
+        )
+        new_params, outer_state = step(reduction(sent, weights), state.outer, params)
         new = (new_params, AveragerState(weighting_state, outer_state))
         new_params, new_state = tree.select(alive.any(), new, (params, state))
         return new_params, new_state, weights
 
-    return Averager(init, update, weighting.needs)
+    return Averager(init, update, weighting.needs, _restart(pull if callable(pull) else toward_new(pull)))

@@ -64,11 +64,24 @@ class Task(NamedTuple):
     predict: Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
+class Init(Protocol):
+    """`init(params, replicas=None) -> state`; `replicas` is K, for schemes that remember something of each replica."""
+
+    def __call__(self, params: PyTree, replicas: int | None = None) -> PyTree: ...
+
+
 class WeightingUpdate(Protocol):
-    """`update(stacked, state, params, *, alive, **signals) -> (weights, state)`; see `Weighting`."""
+    """`update(stacked, state, params, *, alive, blend, **signals) -> (weights, state)`; see `Weighting`."""
 
     def __call__(
-        self, stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: jax.Array
+        self,
+        stacked: PyTree,
+        state: PyTree,
+        params: PyTree,
+        *,
+        alive: jax.Array,
+        blend: Callable[[PyTree], PyTree],
+        **signals: Any,
     ) -> tuple[PyTree, PyTree]: ...
 
 
@@ -76,15 +89,18 @@ class Weighting(NamedTuple):
     """How much each replica counts in the blend.
 
     Attributes:
-      init: `params -> state`.
-      update: `(stacked, state, params, *, alive, **signals) -> (weights, state)`. `stacked` are the replicas'
-        parameters [K, ...], `params` the last global ones, `alive` a bool mask [K], and each signal an array [K].
-        `weights` is a prefix tree of `params` whose leaves are [K] or [K, *leaf.shape]; they are not negative and sum
-        to 1 over K, with 0 for every dead replica; all 0 when none is alive.
-      needs: names of the signals `update` reads; see `wavg_jax.signals`.
+      init: `(params, replicas=None) -> state`; `replicas` is K, which only weightings with a memory need.
+      update: `(stacked, state, params, *, alive, blend, **signals) -> (weights, state)`. `stacked` are the replicas'
+        parameters [K, ...], those of a dead replica replaced by `params`, the last global ones; `alive` is a bool mask
+        [K]; `blend` is `weights -> tree`, the reduction in use, for weightings that try weights out. A signal is an
+        array [K], a prefix tree of `params` whose leaves are [K] (one per layer) or [K, *leaf.shape] (one per element),
+        or the function `evaluate`; see `wavg_jax.signals`. `weights` is a prefix tree of `params` whose leaves are [K]
+        or [K, *leaf.shape]; they are not negative and sum to 1 over K, with 0 for every dead replica; all 0 when none
+        is alive.
+      needs: names of the signals `update` reads.
     """
 
-    init: Callable[[PyTree], PyTree]
+    init: Init
     update: WeightingUpdate
     needs: tuple[str, ...] = ()
 
@@ -100,23 +116,32 @@ class AveragerUpdate(Protocol):
         *,
         alive: jax.Array | None = None,
         place: Callable[[Callable], Callable] = ...,
-        **signals: jax.Array,
+        **signals: Any,
     ) -> tuple[PyTree, PyTree, PyTree]: ...
+
+
+class Restart(Protocol):
+    """`restart(stacked, old, new, *, alive=None) -> stacked`; see `Averager`."""
+
+    def __call__(self, stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree: ...
 
 
 class Averager(NamedTuple):
     """A weighting, then one reduction, then an optional outer optimizer; see `wavg_jax.averager.averager`.
 
     Attributes:
-      init: `params -> state`.
+      init: `(params, replicas=None) -> state`.
       update: `(stacked, state, params, *, alive=None, place=identity, **signals) -> (params, state, weights)`; `place`
         lays the reduction out over devices.
       needs: names of the signals `update` reads.
+      restart: `(stacked, old, new, *, alive=None) -> stacked`: the parameters with which the replicas start the next
+        round, from theirs and the global ones before and after the update; copies of `new` when replicas are replaced.
     """
 
-    init: Callable[[PyTree], PyTree]
+    init: Init
     update: AveragerUpdate
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...]
+    restart: Restart
 
 
 class Replicas(NamedTuple):

@@ -5,6 +5,7 @@ negative, NaN or infinite, and fall back to equal weights over the living when n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,12 @@ def _from_scores(scores: Callable[..., jax.Array], needs: tuple[str, ...]) -> We
     """The weighting without state whose weights are `scores(alive, **signals)`, normalised."""
 
     def update(
-        stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: jax.Array
+        stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
     ) -> tuple[jax.Array, PyTree]:
         del stacked, params
         return normalise(scores(alive, **{name: signals[name] for name in needs}), alive), state
 
-    return Weighting(lambda params: (), update, needs)
+    return Weighting(lambda params, replicas=None: (), update, needs)
 
 
 def _check_direction(signal: str, higher_is_better: bool, instead: str) -> None:
