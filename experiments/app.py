@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from rich.console import Console
 
-from wavg_jax import report
+from wavg_jax import matrix, matrix_report, report
 from wavg_jax.base import SettingsError, Stopped, WavgError
 from wavg_jax.records import Row
 from wavg_jax.summary import summarise
@@ -55,7 +55,11 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
     """Shows the tables of recorded rows, and writes their report to a folder."""
     console = Console(width=None if sys.stdout.isatty() else 100)  # in a log, rich would fold at 80
-    for summary in summarise(rows):
-        console.print(report.terminal_table(summary))
-    for path in report.write(folder, rows):
+    if matrix.recorded(rows):
+        shown, files = matrix_report.write(folder, rows)
+    else:
+        shown, files = [report.terminal_table(one) for one in summarise(rows)], report.write(folder, rows)
+    for part in shown:
+        console.print(part)
+    for path in files:
         console.print(f"wrote {path}", soft_wrap=True)

@@ -14,26 +14,19 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.flags import ARMS, numbers, settings
-from wavg_jax import data, models, policy, rounds, timing, trainer, tree
+from experiments.options import REDUCES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.schemes import SCHEMES
+from wavg_jax import data, models, policy, timing, trainer, tree
 from wavg_jax.base import SettingsError
+from wavg_jax.recipe import Recipe
 from wavg_jax.records import FILE, Records, Row
 
 F = flags.FLAGS
 
-WEIGHTINGS: dict[str, Callable[[], wavg.Weighting]] = {
-    "accuracy": lambda: wavg.proportional("accuracy"),
-    "softmax_loss": lambda: wavg.softmax("loss", F.temperature),
-    "inverse_loss": lambda: wavg.inverse("loss"),
-    "inverse_grad_norm": lambda: wavg.inverse("grad_norm"),
-}
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
-}
-OUTERS: dict[str, Callable[[], optax.GradientTransformation | None]] = {
-    "none": lambda: None,
-    "nesterov": lambda: wavg.outer.nesterov(F.outer_lr, F.outer_momentum),
 }
 POLICIES = {
     "keep": policy.keep,
@@ -77,9 +70,14 @@ def chosen(flag: str) -> tuple[str, ...]:
 def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
     """Builds the arms at an equal budget of K*H*B training samples a round."""
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
-    plain = wavg.averager(wavg.uniform(), outer=OUTERS[F.outer]())
-    weighted = wavg.averager(WEIGHTINGS[F.weighting](), outer=OUTERS[F.outer]())
+    options: dict[str, Any] = {"outer": make_outer(F), "pull": F.pull, "reduce": REDUCES[F.reduce]}
+    plain = wavg.averager(wavg.uniform(), **options)
+    weighted = wavg.averager(**(options | SCHEMES[F.weighting](F)))
     alone = wavg.averager(wavg.uniform())
+    if F.schedule != "fixed" and not {"sequential", "sync"}.isdisjoint(names):
+        raise SettingsError(
+            f"--schedule={F.schedule} is for plain and weighted; the other arms would see more samples (--arms)"
+        )
     arms = {
         "sequential": (alone, True, replicas * steps, batch),
         "sync": (alone, True, steps, replicas * batch),
@@ -132,7 +130,7 @@ def _proportions() -> tuple[float, ...]:
     return tuple(itertools.islice(itertools.cycle(numbers("proportions", float)), F.replicas))
 
 
-def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> rounds.Recipe:
+def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> Recipe:
     """What a round of an arm is made of."""
     return trainer.make_recipe(
         task,
@@ -184,9 +182,11 @@ def _path(parts: timing.Parts) -> Row:
     return path | {"round": sum(path.values())}
 
 
-def caption(row: Row) -> str:
-    """What the progress bar says after a round."""
-    return f"{row['run']}: test accuracy {100 * row['test_accuracy']:.1f} %"
+@functools.cache
+def _smoothing(name: str, *numbers: float) -> optax.GradientTransformation | None:
+    """Made once for the flags' numbers, so that runs share their programs."""
+    del numbers
+    return SMOOTHINGS[name](F)
 
 
 def run_arm(
@@ -213,8 +213,10 @@ def run_arm(
         data.pool(sharded) if arm.pooled else sharded,
         arm.averager,
         inner=arm.inner,
-        local_steps=arm.local_steps,
+        local_steps=arm.local_steps if arm.pooled else SCHEDULES[F.schedule](F),
         rounds=F.rounds,
+        score_samples=F.score_samples,
+        smoothing=_smoothing(F.smoothing, F.ema_decay, F.swa_start),
         batch_size=arm.batch_size,
         seed=seed,
         **_at_sync(arm),

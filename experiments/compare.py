@@ -15,7 +15,7 @@ from absl import flags
 from experiments import app, arms
 from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
-from wavg_jax import data, progress
+from wavg_jax import data, progress, trainer
 from wavg_jax.base import SettingsError
 from wavg_jax.records import read_rows
 
@@ -44,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
         for seed in seeds:  # the arms alternate, so that a machine that slows down slows them all
             sharded = arms.make_data(dataset, seed)
             for arm in chosen:
-                arms.run_arm(arm, task, sharded, seed, workdir, paths[arm.name], lambda row: advance(arms.caption(row)))
+                arms.run_arm(
+                    arm, task, sharded, seed, workdir, paths[arm.name], lambda row: advance(trainer.caption(row))
+                )
     app.publish(read_rows(workdir), workdir)
 
 

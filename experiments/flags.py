@@ -4,6 +4,8 @@ import math
 
 from absl import flags
 
+from experiments.options import OUTERS, REDUCES, SCHEDULES, SMOOTHINGS
+from experiments.schemes import SCHEMES
 from wavg_jax.base import SettingsError
 
 ARMS = ("sequential", "sync", "plain", "weighted")
@@ -44,16 +46,40 @@ flags.DEFINE_enum(
 )
 
 # Averaging
-flags.DEFINE_enum(
-    "weighting",
-    "accuracy",
-    ["accuracy", "softmax_loss", "inverse_loss", "inverse_grad_norm"],
-    "How the arm weighted turns held-out scores into weights.",
+flags.DEFINE_enum("weighting", "accuracy", list(SCHEMES), "How the arm weighted weighs its replicas.")
+flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: the softmax's temperature, in nats.")
+flags.DEFINE_float(
+    "chance", 0.1, "weighting=accuracy_above_chance: accuracy of a guess, 1 / classes.", lower_bound=0, upper_bound=1
 )
-flags.DEFINE_float("temperature", 0.2, "weighting=softmax_loss: the softmax's temperature, in nats.")
-flags.DEFINE_enum("outer", "none", ["none", "nesterov"], "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
-flags.DEFINE_float("outer_lr", 0.7, "outer=nesterov: learning rate.", lower_bound=0)
-flags.DEFINE_float("outer_momentum", 0.9, "outer=nesterov: momentum.", lower_bound=0, upper_bound=1)
+flags.DEFINE_integer(
+    "byzantine", 2, "weighting=trimmed_mean or multi_krum: how many replicas may be broken.", lower_bound=0
+)
+flags.DEFINE_integer(
+    "score_samples",
+    None,
+    "Held-out samples scored in a round, another subset each time; by default all.",
+    lower_bound=1,
+)
+flags.DEFINE_enum("outer", "none", list(OUTERS), "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
+flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alpha); by default its own.", lower_bound=0)
+flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)
+flags.DEFINE_bool("delayed", False, "Apply every blend one round late, so that a whole round hides its exchange.")
+flags.DEFINE_float(
+    "pull", 1.0, "How far the replicas are pulled to the new parameters; 1 replaces them.", lower_bound=0, upper_bound=1
+)
+flags.DEFINE_enum("reduce", "mean", list(REDUCES), "How plain and weighted blend.")
+flags.DEFINE_enum(
+    "smoothing", "none", list(SMOOTHINGS), "Average of the global parameters over rounds, for evaluation."
+)
+flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round.", lower_bound=0, upper_bound=1)
+flags.DEFINE_integer("swa_start", 0, "smoothing=swa: rounds before the average begins.", lower_bound=0)
+flags.DEFINE_enum("schedule", "fixed", list(SCHEDULES), "H over time, up to --local_steps; adacomm goes down from it.")
+flags.DEFINE_integer(
+    "schedule_rounds",
+    5,
+    "schedule=linear: rounds of growth; adacomm: rounds between changes; post_local: local steps with H=1.",
+    lower_bound=1,
+)
 
 # The run
 flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")

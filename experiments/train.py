@@ -12,7 +12,7 @@ from absl import flags
 
 from experiments import app, arms
 from experiments import flags as shared_flags
-from wavg_jax import data, progress
+from wavg_jax import data, progress, trainer
 from wavg_jax.records import read_rows
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("train")
     with progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
         sharded = arms.make_data(dataset, F.seed)
-        arms.run_arm(arm, task, sharded, F.seed, workdir, None, lambda row: advance(arms.caption(row)))
+        arms.run_arm(arm, task, sharded, F.seed, workdir, None, lambda row: advance(trainer.caption(row)))
     app.publish(read_rows(workdir), workdir)
 
 

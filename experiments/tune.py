@@ -15,7 +15,7 @@ from rich.table import Table
 from experiments import app, arms
 from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
-from wavg_jax import data, progress
+from wavg_jax import data, progress, trainer
 from wavg_jax.base import SettingsError, Task
 from wavg_jax.records import Row
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
     with progress.bar(len(names) * len(rates) * len(seeds) * F.rounds) as advance:
         found = {
-            name: [accuracy(name, rate, task, spaces, lambda row: advance(arms.caption(row))) for rate in rates]
+            name: [accuracy(name, rate, task, spaces, lambda row: advance(trainer.caption(row))) for rate in rates]
             for name in names
         }
     table = Table("arm", *(f"{rate:g}" for rate in rates), title=f"held-out accuracy (%) over {len(seeds)} seeds")

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import app, compare, report, train, tune
+from experiments import app, compare, report, scenarios, train, tune
 from wavg_jax import data, records
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,6 +99,7 @@ BAD = [
     (train, [*QUICK, "--workdir={folder}/done"], "--resume"),
     (train, [*QUICK, "--workdir={folder}/done", "--resume", "--lr_weighted=0.7"], "--lr_weighted=0.4"),
     (train, [*QUICK, "--workdir={folder}/done", "--resume", "--rounds=1"], "--rounds=1"),
+    (scenarios, ["--scenarios=iid,warm"], "--scenarios"),
     (report, [], "RUN"),
     (report, ["{folder}/empty"], "rows.jsonl"),
     (report, ["{folder}/done", "--out={folder}/file"], "file"),
@@ -217,7 +218,7 @@ def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("binary", ["compare", "train", "report", "tune"])
+@pytest.mark.parametrize("binary", ["compare", "train", "report", "tune", "scenarios"])
 def test_help_says_what_the_binary_is_for_and_shows_its_flags(binary):
     said = run(f"experiments.{binary}", "--help").stdout
     assert f"python -m experiments.{binary}" in said

@@ -13,7 +13,10 @@ SHARDS = (np.arange(0, 10), np.arange(10, 17), np.arange(17, 40))
 
 def streams(shards, rounds, **kwargs):
     """What each replica reads over the rounds, [K, rounds * H * B]."""
-    return np.concatenate([round_indices(shards, round=r, **kwargs).reshape(len(shards), -1) for r in rounds], axis=1)
+    taken = [
+        round_indices(shards, first_step=r * kwargs["local_steps"], **kwargs).reshape(len(shards), -1) for r in rounds
+    ]
+    return np.concatenate(taken, axis=1)
 
 
 @settings(deadline=None)
@@ -41,26 +44,26 @@ def test_no_sample_is_lost_or_doubled_within_an_epoch(sizes, local_steps, seed, 
 
 def test_shape_type_and_repeatability():
     kwargs = {"seed": 1, "local_steps": 3, "batch_size": 5}
-    late = round_indices(SHARDS, round=7, **kwargs)
+    late = round_indices(SHARDS, first_step=21, **kwargs)
     assert late.shape == (3, 3, 5)
     assert late.dtype == np.int32
     streams(SHARDS, range(7), **kwargs)
-    np.testing.assert_array_equal(late, round_indices(SHARDS, round=7, **kwargs))
+    np.testing.assert_array_equal(late, round_indices(SHARDS, first_step=21, **kwargs))
 
 
 def test_a_stream_is_made_of_the_permutations_that_are_documented():
     epochs = [np.random.default_rng(np.random.SeedSequence([4, 1, e])).permutation(SHARDS[1]) for e in (0, 1, 2)]
     # Rounds of 2 x 4 = 8 out of 7 samples: round 1 reads positions 8 to 16.
-    indices = round_indices(SHARDS, seed=4, round=1, local_steps=2, batch_size=4)
+    indices = round_indices(SHARDS, seed=4, first_step=2, local_steps=2, batch_size=4)
     assert indices[1].ravel().tolist() == np.concatenate(epochs)[8:16].tolist()
 
 
 def test_seed_replica_and_epoch_change_the_order():
     same = (np.arange(50), np.arange(50))
-    one = round_indices(same, seed=0, round=0, local_steps=2, batch_size=50)
+    one = round_indices(same, seed=0, first_step=0, local_steps=2, batch_size=50)
     assert one[0, 0].tolist() != one[1, 0].tolist()  # replica
     assert one[0, 0].tolist() != one[0, 1].tolist()  # epoch
-    assert one.tolist() != round_indices(same, seed=1, round=0, local_steps=2, batch_size=50).tolist()
+    assert one.tolist() != round_indices(same, seed=1, first_step=0, local_steps=2, batch_size=50).tolist()
 
 
 def test_splitting_a_round_in_two_reads_the_same_stream():
@@ -77,7 +80,7 @@ def test_a_late_round_draws_no_more_permutations_than_it_reads(monkeypatch):
         return make(seed)
 
     monkeypatch.setattr(np.random, "default_rng", counted)
-    round_indices([np.arange(1000)], seed=0, round=1_000_000, local_steps=50, batch_size=64)
+    round_indices([np.arange(1000)], seed=0, first_step=50_000_000, local_steps=50, batch_size=64)
     assert len(drawn) <= 50 * 64 // 1000 + 2
 
 
@@ -88,7 +91,7 @@ REFUSED = {
     ),
     "no batch": ({"batch_size": 0}, "--batch_size to 1"),
     "no steps": ({"local_steps": 0}, "--local_steps to 1"),
-    "negative round": ({"round": -1}, "counted from 0"),
+    "negative step": ({"first_step": -1}, "counted from 0"),
     "negative seed": ({"seed": -1}, "--seed to 0"),
 }
 
@@ -97,4 +100,4 @@ REFUSED = {
 def test_refused(case):
     changed, message = REFUSED[case]
     with pytest.raises(SettingsError, match=message):
-        round_indices(SHARDS, **{"seed": 0, "round": 0, "local_steps": 2, "batch_size": 5} | changed)
+        round_indices(SHARDS, **{"seed": 0, "first_step": 0, "local_steps": 2, "batch_size": 5} | changed)

@@ -18,8 +18,11 @@ FLOORS = [
     {"weighting", "policy", "placement"},
     {"robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
-    {"rounds", "checkpoint", "records"},
-    {"timing", "journal", "summary"},
+    {"recipe", "checkpoint", "records"},
+    {"sync", "journal", "summary"},
+    {"rounds"},
+    {"programs"},
+    {"timing"},
     {"trainer", "plots", "findings"},
     {"report"},
 ]

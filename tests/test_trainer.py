@@ -8,8 +8,9 @@ import pytest
 from small import blobs, regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax import data, models, policy, rounds, trainer
-from wavg_jax.placement import put
+from wavg_jax import data, models, policy, trainer
+from wavg_jax.programs import programs
+from wavg_jax.recipe import make_work, put_shared
 
 TASK = regression()
 INNER = optax.sgd(0.1, momentum=0.9)
@@ -76,11 +77,11 @@ def test_two_seeds_share_one_compiled_program():
 def test_the_state_is_donated():
     source = sharded()
     recipe = trainer.make_recipe(TASK, source, WEIGHTED, INNER, devices=1)
-    program = rounds.programs(recipe, 4)
+    program = programs(recipe, 4)
     state = program.init(jax.random.key(0))
-    shared = rounds.put_shared(recipe, source, 1000)
-    host = data.round_indices(source.shards, seed=0, round=0, local_steps=4, batch_size=8)
-    after, _ = program.run(state, put(host, recipe.placement.stacked), shared)
+    shared = put_shared(recipe, source, 1000)
+    work = make_work(recipe, source, seed=0, first_step=0, longest=4, batch_size=8, steps=4)
+    after, _ = program.run(state, work, shared)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
     assert int(after.round) == 1
 

@@ -1,4 +1,6 @@
-"""Weightings: numbers worked by hand, and what no score may break."""
+"""Weightings: numbers worked by hand, at every granularity, and what no score may break."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wavg_jax as wavg
+from wavg_jax import weighting
 
 ALL = jnp.ones(4, bool)
 NAN, INF = float("nan"), float("inf")
@@ -19,15 +22,21 @@ SCHEMES = {
     "inverse_grad_norm": wavg.inverse("grad_norm"),
     "softmax": wavg.softmax("loss", 0.2),
     "softmax_accuracy": wavg.softmax("accuracy", 0.1),
+    "softmax_standardised": wavg.softmax("loss", 0.5, standardise=True),
+    "above_chance": wavg.proportional("accuracy", chance=0.1, power=2.0),
+    "rank": weighting.rank("loss"),
+    "best": weighting.best("loss"),
 }
 
 
-def weights_of(scheme, scores, alive=ALL):
-    scores = jnp.asarray(scores, jnp.float32)
+@functools.partial(jax.jit, static_argnums=0)
+def update(scheme, scores, alive):
     stacked = {"w": jnp.zeros((len(scores), 2))}
-    signals = dict.fromkeys(("accuracy", "loss", "grad_norm"), scores)
-    weights, _ = scheme.update(stacked, scheme.init(None), {"w": jnp.zeros(2)}, alive=alive, **signals)
-    return np.asarray(weights)
+    return scheme.update(stacked, (), {"w": jnp.zeros(2)}, alive=alive, **dict.fromkeys(scheme.needs, scores))[0]
+
+
+def weights_of(scheme, scores, alive=ALL):
+    return np.asarray(update(scheme, jnp.asarray(scores, jnp.float32), alive))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +48,18 @@ def weights_of(scheme, scores, alive=ALL):
         # exp(-0/0.2), exp(-0.2/0.2), two hopeless ones: 1/(1+e^-1), e^-1/(1+e^-1)
         ("softmax", [1.0, 1.2, 100.0, 100.0], [0.7310586, 0.2689414, 0, 0]),
         ("softmax_accuracy", [0.9, 0.8, -50.0, -50.0], [0.7310586, 0.2689414, 0, 0]),
+        # Mean 3, squared gaps 4, 0, 0, 4, std sqrt 2; gaps to the best over 0.5 sqrt 2: 1, e^-(2 sqrt 2), e^-(4 sqrt 2)
+        ("softmax_standardised", [1, 3, 3, 5], [0.8915000, 0.0526928, 0.0526928, 0.0031144]),
+        ("softmax_standardised", [0.1, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]),
+        # The same gaps in units of the last bit
+        ("softmax_standardised", [1 + 2**-23 * i for i in (0, 2, 2, 4)], [0.8915000, 0.0526928, 0.0526928, 0.0031144]),
+        # (0.8, 0.4, 0.4, 0)^2 = 0.64, 0.16, 0.16, 0 of 0.96
+        ("above_chance", [0.9, 0.5, 0.5, 0.05], [2 / 3, 1 / 6, 1 / 6, 0]),
+        # Ranks 4, (3 + 2) / 2 twice, 1, of 10
+        ("rank", [0.1, 0.5, 0.5, 9e9], [0.4, 0.25, 0.25, 0.1]),
+        # The infinite one counts nothing; ranks 3, 2, 1 of 6
+        ("rank", [0.1, 0.5, INF, 0.7], [1 / 2, 1 / 3, 0, 1 / 6]),
+        ("best", [0.5, 0.2, 0.9, 0.2], [0, 0.5, 0, 0.5]),
     ],
 )
 def test_numbers_worked_by_hand(scheme, scores, expected):
@@ -96,10 +117,97 @@ def test_permuting_the_replicas_permutes_the_weights(scores, order):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_dead_replica_equals_a_run_of_the_survivors(name):
+def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     with_dead = weights_of(SCHEMES[name], [0.3, NAN, 0.7, 0.4], jnp.array([True, False, True, True]))
     survivors = weights_of(SCHEMES[name], [0.3, 0.7, 0.4], jnp.ones(3, bool))
-    np.testing.assert_allclose(with_dead[[0, 2, 3]], survivors, rtol=1e-6)
+    np.testing.assert_array_equal(with_dead[[0, 2, 3]], survivors)
+
+
+PARAMS = {"w": jnp.zeros((3, 5)), "b": jnp.zeros(3)}
+
+
+def tree_signal(rng, replicas, per_element):
+    """What `layer_grad_norm` or `fisher` looks like."""
+    return {
+        name: np.square(rng.normal(size=(replicas, *(leaf.shape if per_element else ())))).astype(np.float32)
+        for name, leaf in PARAMS.items()
+    }
+
+
+TREES = {
+    "inverse": (wavg.inverse("layer_grad_norm"), False),
+    "softmax": (wavg.softmax("layer_grad_norm", 0.3, standardise=True), False),
+    "proportional": (wavg.proportional("fisher", power=0.5), True),
+    "rank": (weighting.rank("fisher"), True),
+    "fisher_merging": (weighting.fisher_merging(), True),
+    "fisher_merging_normalised": (weighting.fisher_merging(normalise=True), True),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_tree(scheme, signal, alive):
+    (name,) = scheme.needs
+    return scheme.update(None, (), PARAMS, alive=alive, **{name: signal})[0]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_dead_replica_equals_a_run_of_the_survivors_in_every_layer_and_element_exactly(name):
+    scheme, per_element = TREES[name]
+    survivors = np.array([1, 2, 4])
+    signal = tree_signal(np.random.default_rng(0), 5, per_element)
+    for values in signal.values():
+        values[[0, 3]] = NAN
+    alive = jnp.zeros(5, bool).at[survivors].set(True)
+    with_dead = run_tree(scheme, signal, alive)
+    alone = run_tree(scheme, jax.tree.map(lambda v: v[survivors], signal), jnp.ones(3, bool))
+    for leaf, expected in zip(jax.tree.leaves(with_dead), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf)[survivors], expected)
+        assert not np.asarray(leaf)[[0, 3]].any()
+    np.testing.assert_array_equal(np.asarray(weighting.per_replica(with_dead))[survivors], weighting.per_replica(alone))
+
+
+@pytest.mark.parametrize("name", set(TREES) - {"fisher_merging_normalised"})
+def test_each_layer_and_element_gets_the_weights_of_its_own_scores(name):
+    scheme, per_element = TREES[name]
+    signal = tree_signal(np.random.default_rng(1), 3, per_element)
+    three = jnp.ones(3, bool)
+    weights = run_tree(scheme, signal, three)
+    assert jax.tree.map(lambda w: w.shape, weights) == jax.tree.map(lambda v: v.shape, signal)
+    jax.tree.map(lambda w: np.testing.assert_allclose(w.sum(axis=0), 1, rtol=1e-6), weights)
+    alone = run_tree(scheme, signal["w"][..., 2, 1] if per_element else signal["w"], three)
+    np.testing.assert_allclose(weights["w"][:, 2, 1] if per_element else weights["w"], alone, rtol=1e-5)
+
+
+def test_fisher_merging_by_hand():
+    # Two replicas, elements (3, 0) and (1, 0): 3/4 and 1/4; both at the floor: equal.
+    fisher = {"w": jnp.array([[3.0, 0.0], [1.0, 0.0]])}
+    np.testing.assert_allclose(
+        run_tree(weighting.fisher_merging(), fisher, jnp.ones(2, bool))["w"], [[0.75, 0.5], [0.25, 0.5]]
+    )
+    # Floor 2: (3, 2) and (2, 2).
+    np.testing.assert_allclose(
+        run_tree(weighting.fisher_merging(floor=2.0), fisher, jnp.ones(2, bool))["w"], [[0.6, 0.5], [0.4, 0.5]]
+    )
+    # Norms 5 and 10 over the whole tree: (3, 4) / 5 = 0.6, 0.8 and (8, 6) / 10 = 0.8, 0.6.
+    fisher = {"w": jnp.array([3.0, 8.0])[:, None], "b": jnp.array([4.0, 6.0])[:, None]}
+    weights = run_tree(weighting.fisher_merging(normalise=True), fisher, jnp.ones(2, bool))
+    np.testing.assert_allclose(weights["w"][:, 0], [3 / 7, 4 / 7], rtol=1e-6)
+    np.testing.assert_allclose(weights["b"][:, 0], [4 / 7, 3 / 7], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fisher_merging", "fisher_merging_normalised"])
+def test_fisher_merging_survives_any_fisher(name):
+    fisher = {"w": jnp.array([[NAN, 0.0, 3e38], [1.0, -1.0, 2.0], [INF, 1e-45, 1.0]])}
+    weights = run_tree(TREES[name][0], fisher, jnp.ones(3, bool))["w"]
+    assert np.isfinite(weights).all()
+    np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-6)
+    np.testing.assert_array_equal(weights[:, 0], [0, 1, 0])
+
+
+def test_weights_per_replica_are_the_mean_over_layers_and_elements():
+    # Layer "b" 1 and 0; the elements of "w" 0, 0.5, 1 and 1, 0.5, 0, on average 0.5 each: (1 + 0.5) / 2.
+    weights = {"b": jnp.array([1.0, 0.0]), "w": jnp.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])}
+    np.testing.assert_allclose(weighting.per_replica(weights), [0.75, 0.25])
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -107,12 +215,9 @@ def test_weights_are_float32_and_jit_changes_nothing(name):
     scheme = SCHEMES[name]
     scores = jnp.array([0.3, 0.9, 0.7, 0.4], jnp.bfloat16)
 
-    def run(scores):
-        signals = dict.fromkeys(scheme.needs, scores)
-        return scheme.update({"w": jnp.zeros((4, 2))}, (), {"w": jnp.zeros(2)}, alive=ALL, **signals)[0]
-
-    assert run(scores).dtype == jnp.float32
-    np.testing.assert_allclose(jax.jit(run)(scores), run(scores), rtol=1e-6)
+    plain = update.__wrapped__(scheme, scores, ALL)
+    assert plain.dtype == jnp.float32
+    np.testing.assert_allclose(update(scheme, scores, ALL), plain, rtol=1e-6)
 
 
 def test_effective_replicas():
@@ -129,8 +234,19 @@ def test_effective_replicas():
         (lambda: wavg.softmax("cosine"), "higher_is_better"),
         (lambda: wavg.proportional("loss"), "inverse"),
         (lambda: wavg.inverse("accuracy"), "proportional"),
+        (lambda: wavg.proportional("accuracy", power=0.0), "greater than 0"),
+        (lambda: wavg.proportional("accuracy", chance=NAN), "finite"),
+        (lambda: weighting.rank("cosine"), "higher_is_better"),
+        (lambda: weighting.best("cosine"), "higher_is_better"),
+        (lambda: weighting.fisher_merging(floor=-1.0), "0 or more"),
     ],
 )
 def test_bad_arguments_are_refused(make, says):
     with pytest.raises(wavg.SettingsError, match=says):
         make()
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.5, 0.5], 0.5, [[0.5] * 4] * 3])
+def test_a_signal_of_another_shape_is_refused(scores):
+    with pytest.raises(wavg.SettingsError, match=r"'loss'.*one entry per replica"):
+        wavg.softmax("loss").update(None, (), None, alive=ALL, loss=jnp.array(scores))

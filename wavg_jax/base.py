@@ -160,6 +160,20 @@ class Replicas(NamedTuple):
     rng: jax.Array
 
 
+class Smoothed(NamedTuple):
+    """An average of the global parameters over rounds, for evaluation.
+
+    Attributes:
+      params: the average.
+      mutable: the mutable collections re-estimated for it.
+      state: of the smoothing transformation.
+    """
+
+    params: PyTree
+    mutable: PyTree
+    state: PyTree
+
+
 class TrainState(NamedTuple):
     """Everything a checkpoint holds, and nothing else.
 
@@ -169,6 +183,7 @@ class TrainState(NamedTuple):
       replicas: the K replicas as they start the next round.
       averager: state of the averager (weighting and outer optimizer).
       round: rounds done, int32 scalar.
+      smoothed: the average of the global parameters over rounds, if the run keeps one.
     """
 
     params: PyTree
@@ -176,3 +191,4 @@ class TrainState(NamedTuple):
     replicas: Replicas
     averager: PyTree
     round: jax.Array
+    smoothed: Smoothed | None = None

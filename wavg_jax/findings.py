@@ -5,7 +5,17 @@ import math
 import scipy.stats
 
 from wavg_jax import summary
-from wavg_jax.summary import REFERENCE, Arm, Summary
+from wavg_jax.summary import REFERENCE, Arm, Statistic, Summary
+
+
+def half_width(d: Statistic) -> float:
+    """Half of the 95 % interval of a mean by Student's t: with 3 seeds it is 2.5 times their sd.
+
+    >>> from wavg_jax.summary import statistic
+    >>> round(half_width(statistic([1.0, 2.0, 3.0])), 3)
+    2.484
+    """
+    return float(scipy.stats.t.ppf(0.975, d.n - 1)) * d.sd / math.sqrt(d.n)
 
 
 def findings(one: Summary) -> list[str]:
@@ -41,8 +51,7 @@ def _versus(arm: Arm) -> str:
     line = f"{arm.name} ended {abs(100 * d.mean):.2f} points of test accuracy {side} {REFERENCE}"
     if d.n == 1:
         return f"{line} with one seed; how much seeds differ is not known."
-    # Student's t for paired differences: with 3 seeds a mean has to be 2.5 times their sd to be told from chance.
-    half = float(scipy.stats.t.ppf(0.975, d.n - 1)) * d.sd / math.sqrt(d.n)
+    half = half_width(d)
     line += f" (paired over {d.n} seeds, 95 % interval {100 * (d.mean - half):+.2f} to {100 * (d.mean + half):+.2f})"
     return f"{line}." if abs(d.mean) > half else f"{line}: seeds differ by as much, so no difference is shown."
 

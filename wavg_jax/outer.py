@@ -1,12 +1,113 @@
 """Named outer optimizers: optax transformations of the pseudo-gradient `params - blend`.
 
 Any optax optimizer can be the outer one. `None`, no outer optimizer, takes the blend as it is, as `optax.sgd(1.0)`
-does.
+does. Below g is the pseudo-gradient and p the global parameters; a memory starts at 0.
 """
+
+from typing import NamedTuple
 
 import optax
 
+from wavg_jax.base import PyTree
+
 
 def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> optax.GradientTransformation:
-    """DiLoCo's outer optimizer: SGD with Nesterov momentum (Douillard et al. 2023, arXiv:2311.08105)."""
+    """DiLoCo's outer optimizer: SGD with Nesterov momentum (Douillard et al. 2023, arXiv:2311.08105).
+
+    `m <- momentum m + g`, `p <- p - learning_rate (g + momentum m)`.
+    """
     return optax.sgd(learning_rate, momentum=momentum, nesterov=True)
+
+
+def bmuf(momentum: float, block_learning_rate: float = 1.0, *, nesterov: bool = True) -> optax.GradientTransformation:
+    """Blockwise model-update filtering (Chen and Huo 2016, doi:10.1109/ICASSP.2016.7472805).
+
+    With G = blend - (what the replicas started from) = -g the paper has
+
+        D <- momentum D + block_learning_rate G,    W <- W + D,
+
+    and the replicas start from W (classical) or from W + momentum D (Nesterov block momentum). The global parameters
+    here are always what the replicas start from; with them the Nesterov form reads
+    `p <- p - block_learning_rate (g + momentum m)`, `m <- momentum m + g`, which is SGD with Nesterov momentum.
+
+    Args:
+      momentum: block momentum; the paper takes 1 - 1/K, with which a round's mean movement counts K times in the end.
+      block_learning_rate: 1 in the paper.
+      nesterov: whether the replicas start ahead of the model.
+    """
+    return optax.sgd(block_learning_rate, momentum=momentum, nesterov=nesterov)
+
+
+def lookahead(alpha: float = 0.5) -> optax.GradientTransformation:
+    """Slow weights that go a part of the way to the blend: `p <- p + alpha (blend - p)`.
+
+    With K = 1 this is Lookahead itself (Zhang et al. 2019, arXiv:1907.08610), whose k is the number of local steps.
+    """
+    return optax.sgd(alpha)
+
+
+def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> optax.GradientTransformation:
+    """FedAvg with server momentum (Hsu, Qi and Brown 2019, arXiv:1909.06335).
+
+    `v <- momentum v + g`, `p <- p - learning_rate v`; the learning rate of the paper is 1.
+    """
+    return optax.sgd(learning_rate, momentum=momentum)
+
+
+def fedadam(
+    learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-3
+) -> optax.GradientTransformation:
+    """Adam on the pseudo-gradient (Reddi et al. 2021, "Adaptive federated optimization", arXiv:2003.00295).
+
+    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `p <- p - learning_rate m' / (sqrt(v') + eps)` with
+    `m' = m / (1 - b1^t)` and `v' = v / (1 - b2^t)` in round t.
+
+    The paper's algorithm 2 has no such bias correction, m' = m and v' = v, and starts v at eps^2 or more, so the first
+    rounds differ: where g is far above eps its first step is (1 - b1) / sqrt(1 - b2) times Adam's. The defaults make
+    that 1.
+    `optax.adam` needs JAX's standard promotion of dtypes.
+
+    Args:
+      learning_rate: about the change of a parameter per round.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: the paper's tau, the degree of adaptivity, in units of the pseudo-gradient.
+    """
+    return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+
+
+class DelayedState(NamedTuple):
+    """The pseudo-gradient held back, and the state of the outer optimizer that gets it next round."""
+
+    held: PyTree
+    outer: PyTree
+
+
+def delayed(outer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies every pseudo-gradient one round late: `p_{t+1} = p_t + outer.update(g_{t-1})`, with `g_{-1} = 0`.
+
+    What is exchanged after round t is needed only after round t + 1, so the exchange has a whole round to complete.
+    The first round leaves the parameters as they are. This is the delay of CO2 (Sun et al. 2024, arXiv:2401.16265)
+    without its staleness penalty and momentum clipping. A late pseudo-gradient wants smaller steps: with
+    `optax.sgd(1.0)` the parameters follow a blend that was reached from elsewhere.
+
+    Args:
+      outer: an optax optimizer, such as `nesterov()`.
+
+    >>> import jax.numpy as jnp
+    >>> late = delayed(optax.sgd(1.0))
+    >>> state = late.init(jnp.zeros(1))
+    >>> first, state = late.update(jnp.array([3.0]), state)
+    >>> second, state = late.update(jnp.array([5.0]), state)
+    >>> abs(first.item()), second.item()
+    (0.0, -3.0)
+    """
+
+    def init(params: PyTree) -> DelayedState:
+        return DelayedState(optax.tree.zeros_like(params), outer.init(params))
+
+    def update(updates: PyTree, state: DelayedState, params: PyTree | None = None) -> tuple[PyTree, DelayedState]:
+        late, outer_state = outer.update(state.held, state.outer, params)
+        return late, DelayedState(updates, outer_state)
+
+    return optax.GradientTransformation(init, update)

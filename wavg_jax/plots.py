@@ -110,7 +110,8 @@ def _axes(height: float = SIZE[1]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plot(figure: Figure, name: str, title: str, caption: str) -> Plot:
+def render(figure: Figure, name: str, title: str, caption: str) -> Plot:
+    """Turns a figure into the image of a plot."""
     image = io.BytesIO()
     # Unlike savefig, this draws once; without the writer's version the same rows give the same bytes.
     FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
@@ -169,7 +170,7 @@ def _accuracy(
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.legend(loc="lower right", framealpha=0.8, edgecolor="none", fontsize=11)
-    return _plot(figure, name, title, caption)
+    return render(figure, name, title, caption)
 
 
 def _limits(edges: Sequence[tuple[Floats, Floats]], target: float) -> tuple[float, float]:
@@ -204,7 +205,7 @@ def _effective(summary: Summary) -> Plot | None:
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.legend(loc="best", framealpha=0.8, edgecolor="none", fontsize=11)
     caption = f"1 / Σ w²: from 1 (one replica decides) to {k} (dotted: all count the same). Band: ± 1 sd over seeds."
-    return _plot(figure, "effective_replicas", "Effective number of replicas", caption)
+    return render(figure, "effective_replicas", "Effective number of replicas", caption)
 
 
 def _heat_map(arm: Arm) -> Plot | None:
@@ -241,7 +242,7 @@ def _heat_map(arm: Arm) -> Plot | None:
     bar.set_label(f"weight (white: 1/K = {1 / k:.3g})", size=11, color=INK)
     bar.ax.tick_params(labelsize=10, colors=INK)
     caption = f"Arm {arm.name}, seed {run.seed}. White is the equal weight 1/{k}. A cross: the replica took no part."
-    return _plot(figure, "weights", "Weight of each replica", caption)
+    return render(figure, "weights", "Weight of each replica", caption)
 
 
 def _confusion(arm: Arm) -> Plot | None:
@@ -266,4 +267,4 @@ def _confusion(arm: Arm) -> Plot | None:
     bar.ax.tick_params(labelsize=10, colors=INK)
     seeds = ", ".join(str(run.seed) for run in arm.runs if run.confusion is not None)
     caption = f"Arm {arm.name}, final round, test split, summed over seeds {seeds}; each row adds up to 100 %."
-    return _plot(figure, "confusion", "Confusion matrix", caption)
+    return render(figure, "confusion", "Confusion matrix", caption)

@@ -22,10 +22,14 @@ def _checked(factor: float) -> float:
 def toward_new(factor: float = 1.0) -> Pull:
     """Pulls every replica toward the new global parameters: `x_k <- x_k + factor * (new - x_k)`.
 
-    1 replaces the replicas, as plain averaging does. With equal weights it is PAPA's averaging step, whose
-    `x_k <- alpha x_k + (1 - alpha) mean` has factor 1 - alpha (Jolicoeur-Martineau et al. 2023, arXiv:2304.03094);
-    with the best replica as centre it is LSGD's pull to the leader (Teng et al. 2019, arXiv:1905.10395); with weights
-    by inverse gradient norm GRAWA's (Dimlioglu and Choromanska 2024, arXiv:2403.04206).
+    1 replaces the replicas, as plain averaging does. Which published rule a smaller factor is depends on the centre:
+
+    - equal weights: PAPA's `x_k <- alpha x_k + (1 - alpha) mean` with factor 1 - alpha (Jolicoeur-Martineau et al.
+      2023, arXiv:2304.03094, whose code takes alpha = 0.99 every 10 steps);
+    - all weight on the best replica: the pull to the global leader of LSGD, `x_k <- x_k + c (leader - x_k)` (Teng et
+      al. 2019, arXiv:1905.10395, whose leader has the least training loss). The global parameters are then the
+      leader's, where the authors' code evaluates the mean of the replicas;
+    - weights by inverse gradient norm: GRAWA (Dimlioglu and Choromanska 2024, arXiv:2403.04206).
 
     Args:
       factor: between 0 and 1.
@@ -44,9 +48,15 @@ def toward_new(factor: float = 1.0) -> Pull:
 def toward_old(factor: float) -> Pull:
     """Pulls every replica toward the global parameters before the round: `x_k <- x_k + factor * (old - x_k)`.
 
-    With the outer optimizer `optax.sgd(K * factor)` and equal weights this is synchronous EASGD, in which replicas and
-    centre both move by what they were (Zhang, Choromanska and LeCun 2015, arXiv:1412.6651):
-    `x_k <- x_k - a (x_k - c)`, `c <- c + a sum_k (x_k - c)`.
+    With the outer optimizer `optax.sgd(K * factor)` and equal weights this is the exchange of synchronous EASGD, in
+    which replicas and centre both move by what they were (Zhang, Choromanska and LeCun 2015, arXiv:1412.6651,
+    equations 5 and 6; the paper's beta is K a):
+
+        x_k <- x_k - a (x_k - c),    c <- c + a sum_k (x_k - c).
+
+    The equations take the gradient at x_k before the exchange and apply it with it. `fit` exchanges after H local
+    steps, as the code of LSGD's authors does for EASGD. Where n of K replicas live, the centre moves by K / n times
+    their sum, so that deaths do not slow it.
 
     Args:
       factor: a, between 0 and 1.

@@ -8,7 +8,10 @@ is null.
   dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
   data_crc              of labels and shards, to tell data apart
   devices               how many the replicas were spread over
-  replicas, local_steps, batch_size, rounds, samples_per_round
+  replicas, batch_size, rounds
+  local_steps, samples_per_round    of the longest round
+  score_samples         held-out samples scored in a round; null for all
+  faults                simulated: {speed, rate, sent}, [K] each; null for none
   parameters            numbers in one replica's parameters
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
   compile_seconds       tracing and compiling the round and the evaluation, the first time in the process; apart from
@@ -20,11 +23,12 @@ is null.
   settings              the flags, or what `fit(settings=...)` was given; must agree when a run is resumed
 
 `kind="round"`, one per round:
-  run, arm, seed, round (from 1), samples (trained on so far)
+  run, arm, seed, round (from 1), local_steps (H of this round), samples (trained on so far)
   seconds, elapsed      measured wall time of this round and so far: feeding, training, scoring, blend; not compilation,
                         not the test split
   train_loss            mean over the living replicas and the local steps
-  test_accuracy, test_loss, test_macro_f1, test_ece     of the global parameters, for reporting only
+  test_accuracy, test_loss, test_macro_f1, test_ece     of the global parameters, for reporting only; null in rounds
+                        that were not evaluated
   weights, alive        [K]
   effective_replicas    1 / sum(weights^2)
   scores                {signal: [K]}, those that the weighting needed
@@ -200,7 +204,7 @@ class Records:
 
 FIXED = (
     *("seed", "dataset", "train_samples", "shard_sizes", "noisy_shards"),
-    *("local_steps", "batch_size", "parameters"),
+    *("local_steps", "batch_size", "parameters", "score_samples", "faults"),
 )
 """Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
 
@@ -212,7 +216,7 @@ def check_settings(before: Row, first: Row) -> None:
       ResumeError: they differ; names the first difference.
     """
     # The settings last: a flag of that name is what the user can mend.
-    then, now = ({key: row[key] for key in FIXED} | row["settings"] for row in (before, _plain(first)))
+    then, now = ({key: row.get(key) for key in FIXED} | row["settings"] for row in (before, _plain(first)))
     for name in sorted({*now, *then}):
         if now.get(name) != then.get(name):
             raise ResumeError(

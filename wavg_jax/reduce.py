@@ -1,6 +1,6 @@
 """The reductions over the replica axis: the only code that sums over replicas."""
 
-import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -18,6 +18,23 @@ class Reduction(Protocol):
     """
 
     def __call__(self, stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree: ...
+
+
+def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array:
+    """`sum_k w_k * x_k` of one leaf [K, ...], with `w` [K] or like `x`, in the leaf's accumulator dtype."""
+    dtype = accumulator_dtype(x.dtype)
+    w = w.astype(dtype)
+    # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
+    total = jnp.zeros(x.shape[1:], dtype)
+    for k in range(x.shape[0]):
+        # Skipped, not added as 0: the compiler rounds a sum of products by how many there are.
+        total = jnp.where(w[k] != 0, total + w[k] * x[k].astype(dtype), total)
+    return total if sum_over is None else jax.lax.psum(total, sum_over)
+
+
+def _leafwise(leaf: Callable[[jax.Array, jax.Array], jax.Array], stacked: PyTree, weights: PyTree) -> PyTree:
+    """Applies `leaf(weights, stacked)` to every leaf of `stacked`, of which `weights` is a prefix tree."""
+    return jax.tree.map(lambda w, sub: jax.tree.map(lambda x: leaf(w, x), sub), weights, stacked)
 
 
 def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
@@ -42,15 +59,60 @@ def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = No
     >>> blend["w"].tolist(), blend["b"].tolist()
     ([2.5, 5.0], 1.0)
     """
+    return _leafwise(lambda w, x: _weighted_sum(w, x, sum_over), stacked, weights)
+
+
+_VANISHED = 1e-5
+"""Length of a mean of unit vectors below which it is rounding and no direction: float32 resolves 1e-7."""
+
+
+def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
+    """Blends magnitude and direction of every output unit apart, so that diverged replicas do not blend to short ones.
+
+    With the vector x_k of the weights into one output unit of replica k, written `g v / |v|` as in weight
+    normalization (Salimans and Kingma 2016, arXiv:1602.07868), magnitudes and directions are averaged:
+
+        g = sum_k w_k |x_k|,    v = sum_k w_k x_k / |x_k|,    blend = g v / |v|.
+
+    The plain mean of K orthogonal vectors of equal length is shorter than they are by sqrt(K); this one is as long.
+    A zero vector has no direction: it shortens g and leaves v alone. Where the directions cancel (|v| = 0), or a
+    magnitude overflows, the plain mean is taken. After the title of Ramroach and Joshi (2021), whose formula is not
+    public: this is a reading of it.
+
+    Args:
+      stacked: tree with leaves [K, ...]. The units are the last axis of leaves [K, ..., inputs, units], as in flax
+        kernels; leaves with fewer dimensions (biases, scales) get the plain weighted mean.
+      weights: as for `weighted_mean`. Weights per element enter v element by element, and g by their mean over the
+        unit.
+      sum_over: as for `weighted_mean`.
+
+    Returns:
+      A tree with leaves [...] in their accumulator dtype.
+
+    >>> import jax.numpy as jnp
+    >>> stacked = {"kernel": jnp.array([[[4.0], [0.0]], [[0.0], [4.0]]])}  # two orthogonal vectors of length 4
+    >>> blend = norm_preserving(stacked, jnp.array([0.5, 0.5]))["kernel"]
+    >>> round(float(jnp.linalg.norm(blend)), 4)
+    4.0
+    """
 
     def leaf(w: jax.Array, x: jax.Array) -> jax.Array:
-        dtype = accumulator_dtype(x.dtype)
-        w = w.astype(dtype)
-        # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
-        total = jnp.zeros(x.shape[1:], dtype)
-        for k in range(x.shape[0]):
-            # Skipped, not added as 0: the compiler rounds a sum of products by how many there are.
-            total = jnp.where(w[k] != 0, total + w[k] * x[k].astype(dtype), total)
-        return total if sum_over is None else jax.lax.psum(total, sum_over)
+        plain = _weighted_sum(w, x, sum_over)
+        if x.ndim < 3:
+            return plain
+        inputs = tuple(range(x.ndim - 2))
+        x = x.astype(plain.dtype)
+        # One replica at a time: a sum over all of them at once is rounded by how many there are.
+        lengths = jax.lax.map(lambda one: jnp.sqrt((one * one).sum(inputs, keepdims=True)), x)
+        shares = w if w.ndim == 1 else jax.lax.map(lambda one: one.mean(inputs, keepdims=True), w)
+        directions = x / jnp.where(lengths > 0, lengths, 1)
+        # The barrier keeps the sums over K out of what follows, whose rounding would depend on K if they were fused.
+        sums = _weighted_sum(shares, lengths, sum_over), _weighted_sum(w, directions, sum_over)
+        g, v = jax.lax.optimization_barrier(sums)
+        squared = (v * v).sum(inputs, keepdims=True)
+        usable = (squared > _VANISHED**2) & jnp.isfinite(g)
+        # The root of 0 has an infinite slope, and searches differentiate through the blend.
+        length = jnp.sqrt(jnp.where(usable, squared, 1))
+        return jnp.where(usable, jnp.where(usable, g, 0) * v / length, plain)
 
-    return jax.tree.map(lambda w, sub: jax.tree.map(functools.partial(leaf, w), sub), weights, stacked)
+    return _leafwise(leaf, stacked, weights)

@@ -170,8 +170,13 @@ def _weights_row(arm: Arm) -> tuple[str, ...]:
 
 def terminal_table(one: Summary) -> rich.console.Group:
     """The tables and findings of a scenario, for `rich.print`; they fit 100 columns."""
-    parts: list[rich.console.RenderableType] = [rich.text.Text(f"\n{_heading(one)}", style="bold")]
-    for table in tables(one):
+    return terminal(_heading(one), tables(one), findings(one))
+
+
+def terminal(heading: str, shown_tables: Sequence[Table], lines: Sequence[str]) -> rich.console.Group:
+    """Tables under a heading, then sentences, for `rich.print`."""
+    parts: list[rich.console.RenderableType] = [rich.text.Text(f"\n{heading}", style="bold")]
+    for table in shown_tables:
         shown = rich.table.Table(box=rich.box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
         for index, title in enumerate(table.columns):
             shown.add_column(title, justify="right" if index else "left", no_wrap=not index)
@@ -181,7 +186,7 @@ def terminal_table(one: Summary) -> rich.console.Group:
             shown.add_section()
         parts += [rich.text.Text(f"\n{table.title}\n", style="bold"), shown, rich.text.Text(table.note, style="dim")]
     bullets = rich.table.Table.grid(padding=(0, 1))
-    for line in findings(one):
+    for line in lines:
         bullets.add_row("-", rich.text.Text(line))
     return rich.console.Group(*parts, "", bullets)
 
@@ -196,12 +201,12 @@ def markdown(summaries: Sequence[Summary], drawn: Sequence[Sequence[Plot]]) -> s
     several = f"The runs were made under {len(summaries)} different settings; each has its own section."
     parts = ["# Report of training with replicas", *([several] if len(summaries) > 1 else [])]
     for one, own in zip(summaries, drawn, strict=True):
-        parts += [f"## {_escape(_heading(one))}", "\n".join(f"- {_escape(line)}" for line in findings(one))]
+        parts += [f"## {escape(_heading(one))}", "\n".join(f"- {escape(line)}" for line in findings(one))]
         for table in tables(one):
-            parts += [f"### {_escape(table.title)}", _markdown_table(table), _escape(table.note)]
+            parts += [f"### {escape(table.title)}", markdown_table(table), escape(table.note)]
         for plot in own:
-            parts += [f"### {plot.title}", f"![{plot.title}](plots/{plot.name}.png)", _escape(plot.caption)]
-        parts += ["### Setup", _markdown_table(_setup(one)), *_flags(one)]
+            parts += [f"### {plot.title}", f"![{plot.title}](plots/{plot.name}.png)", escape(plot.caption)]
+        parts += ["### Setup", markdown_table(_setup(one)), *_flag_lists(one)]
     parts += [
         "## Build it again",
         "From the recorded rows alone, where each DIR holds a `rows.jsonl`:",
@@ -233,44 +238,48 @@ def _setup(one: Summary) -> Table:
         ("target accuracy", f"{100 * one.target:.4g} %" if math.isfinite(one.target) else "none"),
         ("weighting", "; ".join(weighting)),
         ("seeds", "; ".join(seeds)),
-        *(("hardware", _pairs(hardware)) for hardware in summary.distinct(r.header["hardware"] for r in one.runs)),
-        *(("versions", _pairs(versions)) for versions in summary.distinct(r.header["versions"] for r in one.runs)),
+        *(("hardware", pairs(hardware)) for hardware in summary.distinct(r.header["hardware"] for r in one.runs)),
+        *(("versions", pairs(versions)) for versions in summary.distinct(r.header["versions"] for r in one.runs)),
     ]
     return Table("Setup", "", ("setting", f"value (local steps, batch and shards: of arm {h['arm']})"), (tuple(rows),))
 
 
-def _flags(one: Summary) -> list[str]:
+def _flag_lists(one: Summary) -> list[str]:
     parts = []
     if one.settings:
-        lines = [f"--{name}={_flag(value)}" for name, value in one.settings.items() if value is not None]
+        lines = [f"--{name}={flag(value)}" for name, value in one.settings.items() if value is not None]
         parts += ["Flags that all runs share, besides rounds and seeds above:", "```\n" + "\n".join(lines) + "\n```"]
     if one.varying:
-        lines = [f"--{n}: " + " | ".join(_flag(value) for value in values) for n, values in one.varying.items()]
+        lines = [f"--{n}: " + " | ".join(flag(value) for value in values) for n, values in one.varying.items()]
         parts += ["Flags that differ between the runs:", "```\n" + "\n".join(lines) + "\n```"]
     return parts
 
 
-def _flag(value: Any) -> str:
+def flag(value: Any) -> str:
+    """A setting as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _pairs(mapping: Row) -> str:
+def pairs(mapping: Row) -> str:
+    """Names and values as a reader reads them."""
     return ", ".join(f"{name} {value}" for name, value in mapping.items() if value is not None)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as it stands, where Markdown would see markup."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table as Markdown."""
     align = "|:--" * 2 if table.title == "Setup" else "|:--" + "|--:" * (len(table.columns) - 1)
-    lines = ["| " + " | ".join(map(_escape, table.columns)) + " |", align + "|"]
+    lines = ["| " + " | ".join(map(escape, table.columns)) + " |", align + "|"]
     for index, section in enumerate(table.sections):
         for name, *cells in section:
-            first = f"*{_escape(name)}*" if index else _escape(name)
-            lines.append(f"| {first} | " + " | ".join(map(_escape, cells)) + " |")
+            first = f"*{escape(name)}*" if index else escape(name)
+            lines.append(f"| {first} | " + " | ".join(map(escape, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -300,16 +309,25 @@ def html(summaries: Sequence[Summary], drawn: Sequence[Sequence[Plot]]) -> str:
       summaries: one for each scenario.
       drawn: the plots of each scenario.
     """
-    text = markdown(summaries, drawn)
+    return page(_heading(summaries[0]), markdown(summaries, drawn), [plot for own in drawn for plot in own])
+
+
+def page(title: str, text: str, drawn: Sequence[Plot]) -> str:
+    """Markdown as one HTML page, in which the images that it names `plots/NAME.png` are embedded.
+
+    Args:
+      title: of the page.
+      text: Markdown.
+      drawn: the images.
+    """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    for plot in (plot for own in drawn for plot in own):
+    for plot in drawn:
         image = base64.b64encode(plot.png).decode()
         body = body.replace(f'src="plots/{plot.name}.png"', f'src="data:image/png;base64,{image}"')
-    title = html_escape.escape(_heading(summaries[0]))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+        f"<title>{html_escape.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
 
 

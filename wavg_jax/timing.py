@@ -11,9 +11,12 @@ import optax
 
 from wavg_jax import rounds, tree
 from wavg_jax.base import PyTree
-from wavg_jax.data import ShardedData, round_indices
-from wavg_jax.placement import put, single
+from wavg_jax.data import ShardedData
+from wavg_jax.placement import single
+from wavg_jax.programs import programs
+from wavg_jax.recipe import Recipe, make_work, put_shared
 from wavg_jax.reduce import weighted_mean
+from wavg_jax.signals import FREE
 
 
 class Parts(NamedTuple):
@@ -22,7 +25,7 @@ class Parts(NamedTuple):
     Attributes:
       local: one replica's local phase.
       score: scoring one replica.
-      blend: the averager's whole update, of all K.
+      blend: the averager's whole update, of all K, with the blends that a search tries.
       exchange: one device's share of one bare mean over K trees, as in a ring all-reduce, where each of K devices sums
         1/K of the numbers.
     """
@@ -45,7 +48,7 @@ def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
 
 
 def measure_parts(
-    recipe: rounds.Recipe, data: ShardedData, *, local_steps: int, batch_size: int, chunk: int = 1000, repeats: int = 5
+    recipe: Recipe, data: ShardedData, *, local_steps: int, batch_size: int, chunk: int = 1000, repeats: int = 5
 ) -> Parts:
     """Times the parts of a round with one replica alone on one device.
 
@@ -59,24 +62,26 @@ def measure_parts(
       chunk: samples at a time when scoring.
       repeats: calls, of which the median counts.
     """
-    recipe = recipe._replace(placement=single())
+    recipe = recipe._replace(placement=single(), faults=None)
     part = rounds.pieces(recipe)
     first = data._replace(shards=data.shards[:1])
-    shared = rounds.put_shared(recipe, data, chunk)
-    state = rounds.programs(recipe, 1).init(jax.random.key(0))
-    host = round_indices(first.shards, seed=0, round=0, local_steps=local_steps, batch_size=batch_size)
-    indices = put(host, recipe.placement.stacked)
-    local = _seconds(jax.jit(part.train), ((state.replicas, indices), shared), repeats)
-    measured = jax.jit(part.score)(state.replicas, shared.held_out)
-    score = _seconds(jax.jit(part.score), (state.replicas, shared.held_out), repeats) if measured else 0.0
+    shared = put_shared(recipe, data, chunk)
+    state = programs(recipe, 1).init(jax.random.key(0))
+    work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size, steps=local_steps)
+    local = _seconds(jax.jit(part.train), (state.replicas, work, shared), repeats)
+    held_out = jax.jit(part.window)(state.round, shared.held_out)
+    scored = (state.replicas, held_out, jnp.ones(1, bool))
+    measured = jax.jit(part.score)(*scored)
+    score = _seconds(jax.jit(part.score), scored, repeats) if measured else 0.0
     replicas = len(data.shards)
     if replicas == 1:
         return Parts(local, score, 0.0, 0.0)
     stacked = tree.replicate(tree.replica(state.replicas, 0), replicas)
-    signals = {name: jnp.repeat(value, replicas) for name, value in measured.items()}
-    signals["train_loss"] = jnp.ones(replicas, jnp.float32)
+    signals = jax.tree.map(lambda x: jnp.repeat(x, replicas, axis=0), measured)
+    signals |= dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32))
     alive = jnp.ones(replicas, bool)
-    blend = _seconds(jax.jit(part.blend), (stacked, state, alive, signals), repeats)
+    state = state._replace(averager=recipe.averager.init(state.params, replicas))
+    blend = _seconds(jax.jit(part.blend), (stacked, state, alive, held_out, signals), repeats)
     many = _seconds(jax.jit(_many_means), (stacked.params, jnp.full((_MEANS, replicas), 1 / replicas)), repeats)
     return Parts(local, score, blend, many / _MEANS / replicas)
 

@@ -2,48 +2,80 @@
 
 Each is a function that returns a `Weighting`. All of them give weight 0 to dead replicas, survive scores that are zero,
 negative, NaN or infinite, and fall back to equal weights over the living when no score is usable.
+
+Every rule works at the granularity of its signal: of a signal [K] it makes one weight per replica, of a tree with one
+number per tensor (`layer_grad_norm`) weights per tensor, of one with a number per element (`fisher`) weights per
+element.
 """
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from wavg_jax import tree
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
 
+Scores = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(values [K, ...] float32, usable bool [K, ...]) -> scores [K, ...]`, larger meaning more weight."""
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def usable(values: jax.Array, alive: jax.Array) -> jax.Array:
+    """Which of the values [K, ...] are finite and of a living replica: bool [K, ...]; `alive` is bool [K]."""
+    return alive.reshape(alive.shape + (1,) * (values.ndim - 1)) & jnp.isfinite(values)
+
+
+def sum_over(mask: jax.Array, values: jax.Array) -> jax.Array:
+    """Sums values [K, ...] one replica after another, those alone where `mask` [K, ...] holds: [...].
+
+    The others are skipped, not added as 0: the compiler rounds a sum of products by how many there are, so that a dead
+    replica would change the last bit of what the survivors sum to.
+    """
+    total = jnp.zeros(values.shape[1:], values.dtype)
+    for k in range(values.shape[0]):
+        total = jnp.where(mask[k], total + values[k], total)
+    return total
+
 
 def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
-    """Turns scores into weights: `w_k = s_k / sum_j s_j` over the living.
+    """Turns scores into weights: `w_k = s_k / sum_j s_j` over the living, for each layer or element apart.
 
     Args:
-      scores: [K]; larger is better. Zero, negative, NaN and infinite scores get weight 0.
+      scores: [K, ...]; larger is better. Zero, negative, NaN and infinite scores get weight 0.
       alive: bool [K].
 
     Returns:
-      Weights [K] float32 that sum to 1; equal over the living if no score is usable; all 0 if none is alive.
+      Weights [K, ...] float32 that sum to 1 over K; equal over the living where no score is usable; all 0 if none is
+      alive.
 
     >>> import jax.numpy as jnp
     >>> normalise(jnp.array([3.0, 1.0, jnp.nan, 9.0]), jnp.array([True, True, True, False])).round(4).tolist()
     [0.75, 0.25, 0.0, 0.0]
-    >>> normalise(jnp.array([0.0, -1.0, 5.0]), jnp.array([True, True, False])).tolist()
-    [0.5, 0.5, 0.0]
+    >>> normalise(jnp.array([[0.0, 3.0], [-1.0, 1.0]]), jnp.array([True, True])).tolist()
+    [[0.5, 0.75], [0.5, 0.25]]
     """
     scores = jnp.asarray(scores, jnp.float32)
-    usable = alive & jnp.isfinite(scores) & (scores > 0)
-    kept = jnp.where(usable, scores, 0)
-    kept = kept / jnp.maximum(kept.max(), jnp.finfo(jnp.float32).tiny)  # the sum of huge scores would overflow
-    total = tree.ordered_sum(kept)
+    counts = usable(scores, alive) & (scores > 0)
+    kept = jnp.where(counts, scores, 0)
+    kept = kept / jnp.maximum(kept.max(axis=0), _TINY)[None]  # the sum of huge scores would overflow
+    total = sum_over(counts, kept)[None]
     equal = alive.astype(jnp.float32) / jnp.maximum(alive.sum(dtype=jnp.float32), 1)
+    equal = equal.reshape(equal.shape + (1,) * (scores.ndim - 1))
     return jnp.where(total > 0, kept / jnp.where(total > 0, total, 1), equal)
 
 
 def per_replica(weights: PyTree) -> jax.Array:
     """Sums a weighting's weights up as one number per replica: [K], the mean over layers and elements."""
-    means = [w.reshape(w.shape[0], -1).mean(axis=1) for w in jax.tree.leaves(weights)]
-    return jnp.stack(means).mean(axis=0)
+    # One replica after another: XLA groups the sums over several rows by how many rows there are.
+    means = [w if w.ndim == 1 else jax.lax.map(jnp.mean, w) for w in jax.tree.leaves(weights)]
+    return functools.reduce(operator.add, means) / len(means)
 
 
 def effective_replicas(weights: jax.Array) -> jax.Array:
@@ -57,16 +89,46 @@ def effective_replicas(weights: jax.Array) -> jax.Array:
     return jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
 
 
-def _from_scores(scores: Callable[..., jax.Array], needs: tuple[str, ...]) -> Weighting:
-    """The weighting without state whose weights are `scores(alive, **signals)`, normalised."""
+def direction(signal: str, higher_is_better: bool | None = None) -> float:
+    """1 where more of a signal is better, -1 where less is; what is not said is looked up in `HIGHER_IS_BETTER`.
+
+    Raises:
+      SettingsError: neither said nor known.
+
+    >>> direction("loss"), direction("accuracy"), direction("profit", higher_is_better=True)
+    (-1.0, 1.0, 1.0)
+    """
+    if higher_is_better is None and signal not in HIGHER_IS_BETTER:
+        raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
+    return 1.0 if (HIGHER_IS_BETTER[signal] if higher_is_better is None else higher_is_better) else -1.0
+
+
+def values_of(signal: str, signals: dict[str, Any], alive: jax.Array) -> PyTree:
+    """One of the signals that `update` was given, in float32, with its shape checked."""
+
+    def leaf(values: jax.Array) -> jax.Array:
+        values = jnp.asarray(values, jnp.float32)
+        if values.shape[:1] != alive.shape:
+            raise SettingsError(
+                f"the signal {signal!r} has an entry of shape {values.shape}; it must be an array with one entry per "
+                f"replica, [{alive.shape[0]}, ...], or a tree of them like the parameters"
+            )
+        return values
+
+    return jax.tree.map(leaf, signals[signal])
+
+
+def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] = lambda values: values) -> Weighting:
+    """The weighting without state whose weights are the scores of each leaf of `whole(signal)`, normalised."""
 
     def update(
         stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
-    ) -> tuple[jax.Array, PyTree]:
+    ) -> tuple[PyTree, PyTree]:
         del stacked, params
-        return normalise(scores(alive, **{name: signals[name] for name in needs}), alive), state
+        values = whole(values_of(signal, signals, alive))
+        return jax.tree.map(lambda v: normalise(scores(v, usable(v, alive)), alive), values), state
 
-    return Weighting(lambda params, replicas=None: (), update, needs)
+    return Weighting(lambda params, replicas=None: (), update, (signal,))
 
 
 def _check_direction(signal: str, higher_is_better: bool, instead: str) -> None:
@@ -76,70 +138,190 @@ def _check_direction(signal: str, higher_is_better: bool, instead: str) -> None:
 
 def uniform() -> Weighting:
     """Equal weights, `w_k = 1 / K` over the living: conventional averaging (McMahan et al. 2017; Stich 2019)."""
-    return _from_scores(lambda alive: jnp.ones(alive.shape, jnp.float32), ())
+
+    def update(
+        stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
+    ) -> tuple[jax.Array, PyTree]:
+        del stacked, params, signals
+        return normalise(jnp.ones(alive.shape, jnp.float32), alive), state
+
+    return Weighting(lambda params, replicas=None: (), update)
 
 
-def proportional(signal: str = "accuracy") -> Weighting:
-    """Weights in proportion to a score where more is better, `w_k = s_k / sum_j s_j`.
+def proportional(signal: str = "accuracy", *, chance: float = 0.0, power: float = 1.0) -> Weighting:
+    """Weights in proportion to a score where more is better, `w_k ~ max(s_k - chance, 0)^power`.
 
     With held-out accuracy this is the weighting that Ramroach and Joshi (2021) describe in words: sub-networks are not
-    equal, so they are not treated as equals when the weights are averaged.
+    equal, so they are not treated as equals when the weights are averaged. With `samples` it is FedAvg (McMahan et al.
+    2017).
 
     Args:
-      signal: name of a signal [K] that is not negative.
+      signal: name of a signal that is not negative.
+      chance: what a replica that learnt nothing scores, such as 1 / classes of accuracy; it and less count 0.
+      power: sharpens the differences if above 1, evens them out if below.
 
     Raises:
-      SettingsError: less is better of this signal.
+      SettingsError: less is better of this signal, or `chance` or `power` is not a number that can work.
     """
     _check_direction(signal, higher_is_better=True, instead="inverse")
-    return _from_scores(lambda alive, **signals: signals[signal], (signal,))
+    if not math.isfinite(chance):
+        raise SettingsError(f"proportional(chance={chance}): it must be a finite number, such as 0.1 for 10 classes")
+    if not 0 < power < math.inf:
+        raise SettingsError(f"proportional(power={power}): it must be greater than 0 and finite")
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        excess = jnp.where(usable, jnp.maximum(values - chance, 0), 0)
+        best = jnp.maximum(excess.max(axis=0), _TINY)[None]  # relative to the best, so that no power overflows
+        return jnp.power(excess / best, jnp.float32(power))
+
+    return _from_signal(signal, scores)
 
 
 def inverse(signal: str = "loss") -> Weighting:
     """Weights in inverse proportion to a score where less is better, `w_k = (1/s_k) / sum_j (1/s_j)`.
 
-    With `grad_norm` this is the model-level form of GRAWA (Dimlioglu and Choromanska, 2024). A score of 0 counts as
-    1e-12 of the unit; negative scores get weight 0.
+    With `loss` this is WASGD's first rule (Guo et al. 2020, arXiv:2004.03749), with `grad_norm` the model-level, with
+    `layer_grad_norm` the layer-level form of GRAWA, see `wavg_jax.wrappers.grawa`. A score of 0 counts as 1e-12 of the
+    unit; negative scores get weight 0.
 
     Args:
-      signal: name of a signal [K] that is not negative.
+      signal: name of a signal that is not negative.
 
     Raises:
       SettingsError: more is better of this signal.
     """
     _check_direction(signal, higher_is_better=False, instead="proportional")
 
-    def scores(alive: jax.Array, **signals: jax.Array) -> jax.Array:
-        s = jnp.asarray(signals[signal], jnp.float32)
-        usable = alive & jnp.isfinite(s) & (s >= 0)
-        s = jnp.maximum(s, 1e-12)
-        best = jnp.where(usable, s, jnp.inf).min()  # relative to the best, so that nothing overflows
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        usable = usable & (values >= 0)
+        s = jnp.maximum(values, 1e-12)
+        best = jnp.where(usable, s, jnp.inf).min(axis=0)[None]  # relative to the best, so that nothing overflows
         return jnp.where(usable, best / s, 0)
 
-    return _from_scores(scores, (signal,))
+    return _from_signal(signal, scores)
 
 
-def softmax(signal: str = "loss", temperature: float = 1.0, *, higher_is_better: bool | None = None) -> Weighting:
+def _standardised(values: jax.Array, usable: jax.Array) -> jax.Array:
+    """Z-scores of the usable values over the replicas; all 0 where they are equal."""
+    n = jnp.maximum(usable.sum(axis=0, dtype=jnp.float32), 1)
+
+    def centred(x: jax.Array) -> jax.Array:
+        return jnp.where(usable, x - (sum_over(usable, x) / n)[None], 0)
+
+    peak = jnp.where(usable, jnp.abs(values), 0).max(axis=0)
+    x = jnp.where(usable, values / jnp.maximum(peak, _TINY)[None], 0)  # squares of huge values would overflow
+    x = centred(centred(x))  # twice, as the mean of nearly equal values is rounded by as much as they differ
+    std = jnp.sqrt(sum_over(usable, jnp.square(x)) / n)[None]
+    return jnp.where(std > 0, x / jnp.where(std > 0, std, 1), 0)
+
+
+def softmax(
+    signal: str = "loss", temperature: float = 1.0, *, higher_is_better: bool | None = None, standardise: bool = False
+) -> Weighting:
     """Weights by a softmax, `w_k ~ exp(s_k / T)` where more is better, `exp(-s_k / T)` where less is.
 
     Args:
-      signal: name of a signal [K].
+      signal: name of a signal.
       temperature: T, in units of the signal; small T trusts the best replica alone, large T weighs all equally.
       higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+      standardise: z-score the signal over the living first, `(s_k - mean) / std`, so that T is in standard deviations
+        and means the same early and late in a run, after WASGD+ (Guo et al. 2020, arXiv:2004.03749). If all score the
+        same, the weights are equal.
 
     Raises:
       SettingsError: the temperature is not positive, or the direction of an unknown signal is not given.
     """
     if not temperature > 0:
         raise SettingsError(f"the softmax temperature is {temperature}; it must be greater than 0 (--temperature)")
-    if higher_is_better is None and signal not in HIGHER_IS_BETTER:
-        raise SettingsError(f"say whether more of {signal!r} is better: softmax({signal!r}, higher_is_better=...)")
-    sign = 1.0 if (HIGHER_IS_BETTER[signal] if higher_is_better is None else higher_is_better) else -1.0
+    sign = direction(signal, higher_is_better)
 
-    def scores(alive: jax.Array, **signals: jax.Array) -> jax.Array:
-        s = sign * jnp.asarray(signals[signal], jnp.float32)
-        usable = alive & jnp.isfinite(s)
-        best = jnp.where(usable, s, -jnp.inf).max()
-        return jnp.where(usable, jnp.exp((s - best) / temperature), 0)
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        s = sign * (_standardised(values, usable) if standardise else values)
+        best = jnp.where(usable, s, -jnp.inf).max(axis=0)[None]
+        exponents = jnp.where(usable, (s - best) / temperature, -jnp.inf)
+        # One replica at a time: XLA's exp over several rounds by how many there are.
+        return jnp.stack([jnp.exp(exponents[k]) for k in range(exponents.shape[0])])
 
-    return _from_scores(scores, (signal,))
+    return _from_signal(signal, scores)
+
+
+def rank(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
+    """Weights in proportion to the rank: of n usable scores the best counts n, the next n - 1, the worst 1.
+
+    Ties share the mean of their ranks. Only the order of the scores matters, so no outlier can take all the weight:
+    the best of n gets 2 / (n + 1).
+
+    Args:
+      signal: name of a signal.
+      higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+
+    Raises:
+      SettingsError: the direction of an unknown signal is not given.
+    """
+    sign = direction(signal, higher_is_better)
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        s = sign * values
+        ranks = jnp.full(s.shape, 0.5, jnp.float32)
+        for j in range(s.shape[0]):
+            one = s[j : j + 1]
+            behind = (one < s).astype(jnp.float32) + 0.5 * (one == s).astype(jnp.float32)
+            ranks = ranks + jnp.where(usable[j : j + 1], behind, 0)
+        return jnp.where(usable, ranks, 0)
+
+    return _from_signal(signal, scores)
+
+
+def best(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
+    """All weight on the replica with the best score; those that tie exactly share it equally.
+
+    With `train_loss` the blend is the leader of LSGD (Teng et al. 2019, arXiv:1905.10395), toward which
+    `averager(pull=...)` can pull the others.
+
+    Args:
+      signal: name of a signal.
+      higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+
+    Raises:
+      SettingsError: the direction of an unknown signal is not given.
+    """
+    sign = direction(signal, higher_is_better)
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        s = jnp.where(usable, sign * values, -jnp.inf)
+        return (usable & (s == s.max(axis=0)[None])).astype(jnp.float32)
+
+    return _from_signal(signal, scores)
+
+
+def fisher_merging(floor: float = 1e-6, *, normalise: bool = False) -> Weighting:
+    """Weights per element by the diagonal Fisher information, `w_k = max(F_k, floor) / sum_j max(F_j, floor)`.
+
+    An element counts as much as the replica's predictions depend on it (Matena and Raffel 2022, "Merging models with
+    Fisher-weighted averaging", arXiv:2111.09832; the floor is that of their code, github.com/mmatena/model_merging).
+
+    Args:
+      floor: the least that an element counts, in squared nats per unit of the parameter.
+      normalise: divide each replica's floored Fisher by its L2 norm over the whole tree first, so that no replica
+        counts more everywhere, as their code does (it takes the norm before the floor).
+
+    Raises:
+      SettingsError: the floor is negative.
+    """
+    if not 0 <= floor < math.inf:
+        raise SettingsError(f"fisher_merging(floor={floor}): it must be 0 or more and finite, such as 1e-6")
+
+    def floored(values: jax.Array) -> jax.Array:
+        return jnp.where(values >= 0, jnp.maximum(values, floor), values)
+
+    def unit(fisher: PyTree) -> PyTree:
+        # The largest element first: squares of huge ones would overflow.
+        peak = jnp.maximum(functools.reduce(jnp.maximum, [jnp.max(x) for x in jax.tree.leaves(fisher)]), _TINY)
+        scaled = jax.tree.map(lambda x: x / peak, fisher)
+        return jax.tree.map(lambda x: x / jnp.maximum(optax.tree.norm(scaled), _TINY), scaled)
+
+    def whole(fisher: PyTree) -> PyTree:
+        fisher = jax.tree.map(floored, fisher)
+        return jax.lax.map(unit, fisher) if normalise else fisher
+
+    return _from_signal("fisher", lambda values, usable: values, whole)

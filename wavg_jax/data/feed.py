@@ -8,19 +8,19 @@ from wavg_jax.base import SettingsError
 
 
 def round_indices(
-    shards: Sequence[np.ndarray], *, seed: int, round: int, local_steps: int, batch_size: int
+    shards: Sequence[np.ndarray], *, seed: int, first_step: int, local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The batches of one round, as indices into the training split.
 
     Replica k reads an endless stream: one permutation of its shard after another, that of epoch e drawn from
-    `SeedSequence([seed, k, e])`. Round r takes positions `r*H*B` to `(r+1)*H*B` of it, so that each epoch shows every
+    `SeedSequence([seed, k, e])`. Local step s takes positions `s*B` to `(s+1)*B` of it, so that each epoch shows every
     sample once, also where a batch straddles two. Every call with the same arguments gives the same batches; a
-    resumed run goes on where it stopped. The rounds of a run must have one H and B.
+    resumed run goes on where it stopped. H may change from round to round, B may not.
 
     Args:
       shards: K index arrays.
       seed: decides the permutations.
-      round: r, from 0.
+      first_step: local steps that every replica was given in the rounds before.
       local_steps: H, batches per replica.
       batch_size: B, at most the size of the smallest shard.
 
@@ -31,15 +31,15 @@ def round_indices(
       SettingsError: an argument is out of range.
 
     >>> import numpy as np
-    >>> indices = round_indices([np.arange(4), np.arange(4, 8)], seed=0, round=0, local_steps=2, batch_size=2)
+    >>> indices = round_indices([np.arange(4), np.arange(4, 8)], seed=0, first_step=0, local_steps=2, batch_size=2)
     >>> indices.shape, np.sort(indices.reshape(2, 4)).tolist()
     ((2, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]])
     """
     for flag, value, least in (("local_steps", local_steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if value < least:
             raise SettingsError(f"{flag} is {value}: set --{flag} to {least} or more")
-    if round < 0:
-        raise SettingsError(f"round is {round}: rounds are counted from 0")
+    if first_step < 0:
+        raise SettingsError(f"first_step is {first_step}: steps are counted from 0")
     sizes = [len(shard) for shard in shards]
     smallest = int(np.argmin(sizes))
     if batch_size > sizes[smallest]:
@@ -47,8 +47,8 @@ def round_indices(
             f"batches of {batch_size} do not fit shard {smallest}, which has {sizes[smallest]} samples: "
             f"set --batch_size to {sizes[smallest]} or less, or use fewer replicas"
         )
-    count = local_steps * batch_size
-    streams = [_stream(shard, seed, k, round * count, count) for k, shard in enumerate(shards)]
+    start, count = first_step * batch_size, local_steps * batch_size
+    streams = [_stream(shard, seed, k, start, count) for k, shard in enumerate(shards)]
     return np.stack(streams).reshape(len(streams), local_steps, batch_size)
 
 

@@ -1,0 +1,332 @@
+"""The scenario matrix: every weighting in every scenario, over several seeds.
+
+  python -m experiments.scenarios --flagfile=experiments/presets/fashion_scenarios.flags --data_dir=DIR --workdir=runs/a
+  python -m experiments.scenarios --flagfile=... --data_dir=DIR --workdir=runs/a --resume
+  python -m experiments.scenarios --flagfile=... --data_dir=DIR --tune_rates=0.005,0.01,0.02,0.05
+
+Leaves one row per cell in rows.jsonl and the report of all of them in --workdir; an interrupted run goes on with
+--resume.
+Several processes may each run a part (--weightings, --scenarios or --seeds), each in a --workdir of its own; then
+`python -m experiments.report runs/a runs/b --out=runs/matrix` reports on them together.
+
+With --tune_rates nothing is recorded: plain averaging is trained at these learning rates, on other seeds (1000 more),
+and judged on the held-out split; the best rate of every scenario is printed as flags.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+import wavg_jax as wavg
+from experiments import app, arms, compare  # noqa: F401 - compare defines --seeds
+from experiments import flags as shared_flags
+from experiments.flags import numbers
+from experiments.schemes import SCHEMES
+from wavg_jax import data, interrupt, machine, progress, trainer, tree
+from wavg_jax.base import ResumeError, SettingsError, Stopped
+from wavg_jax.data.shards import Shards
+from wavg_jax.faults import Faults, faults
+from wavg_jax.records import Records, Row, check_writable, read_rows
+
+Partition = Callable[[data.Split, int], Shards]
+
+
+class Scenario(NamedTuple):
+    """What is wrong with the replicas or their data.
+
+    Attributes:
+      title: for a reader.
+      partition: `(training split, seed) -> shards`.
+      noisy: shards with random labels.
+      faults: of the replicas.
+    """
+
+    title: str
+    partition: Partition
+    noisy: tuple[int, ...] = ()
+    faults: Faults | None = None
+
+
+def _iid(k: int) -> Partition:
+    return lambda split, seed: data.iid(len(split.y), k, seed)
+
+
+def _dirichlet(k: int, alpha: float) -> Partition:
+    return lambda split, seed: data.dirichlet(split.y, k, alpha, seed)
+
+
+def _sized(k: int) -> Partition:
+    return lambda split, seed: data.sized(len(split.y), tuple(np.geomspace(1, 16, k)), seed)
+
+
+SCENARIOS: dict[str, Callable[[int], Scenario]] = {
+    "iid": lambda k: Scenario("IID", _iid(k)),
+    "sized": lambda k: Scenario("sizes 1:16", _sized(k)),
+    "dirichlet03": lambda k: Scenario("Dirichlet 0.3", _dirichlet(k, 0.3)),
+    "dirichlet01": lambda k: Scenario("Dirichlet 0.1", _dirichlet(k, 0.1)),
+    "noisy2": lambda k: Scenario(f"2 of {k} noisy", _iid(k), noisy=(0, 1)),
+    "noisy4": lambda k: Scenario(f"4 of {k} noisy", _iid(k), noisy=(0, 1, 2, 3)),
+    "fast1": lambda k: Scenario(f"1 of {k} at 10\N{MULTIPLICATION SIGN} rate", _iid(k), faults=faults(k, rate={0: 10})),
+    "flipped1": lambda k: Scenario(f"1 of {k} flipped", _iid(k), faults=faults(k, sent={0: -1})),
+    "slow4": lambda k: Scenario(
+        f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=faults(k, speed=dict.fromkeys(range(k // 2), 0.25))
+    ),
+}
+"""Name -> function of K, the number of replicas."""
+
+flags.DEFINE_list("scenarios", list(SCENARIOS), f"Which scenarios, of {', '.join(SCENARIOS)}.")
+flags.DEFINE_list("weightings", list(SCHEMES), f"Which weightings, of {', '.join(SCHEMES)}.")
+flags.DEFINE_list("tune_rates", [], "Record nothing, but tune the learning rates: those to try.")
+for _scenario in SCENARIOS:
+    flags.DEFINE_float(f"lr_{_scenario}", 0.02, f"Learning rate of every weighting in the scenario {_scenario}.")
+flags.declare_key_flag("seeds")  # of experiments.compare
+flags.adopt_module_key_flags(shared_flags)
+F = flags.FLAGS
+
+SETTINGS = (
+    *("dataset", "heldout", "augment", "model", "hidden", "batch_norm", "dropout"),
+    *("replicas", "local_steps", "rounds", "batch_size", "inner", "opt_state_at_sync", "stats_at_sync"),
+    *("score_samples", "temperature", "chance", "byzantine"),
+)
+"""Flags that all cells of a matrix share."""
+SEEDS_APART = 1000
+"""What is added to the seeds for tuning, so that no rate is chosen on a seed that is reported."""
+
+
+class Study(NamedTuple):
+    """What all cells are made of; `scenarios` by name."""
+
+    dataset: data.Dataset
+    task: wavg.Task
+    scenarios: dict[str, Scenario]
+
+    def shard(self, scenario: str, seed: int) -> data.ShardedData:
+        """The data of a scenario and seed, the same for every weighting."""
+        one = self.scenarios[scenario]
+        augment = data.crop_flip if F.augment else None
+        return data.shard(self.dataset, one.partition, heldout=F.heldout, seed=seed, noisy=one.noisy, augment=augment)
+
+
+class Cell(NamedTuple):
+    """One scenario, weighting and seed, and the learning rate there."""
+
+    scenario: str
+    weighting: str
+    seed: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.scenario}/{self.weighting}/{self.seed}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains every cell that is not recorded yet and writes the report, or tunes the rates."""
+    app.refuse_arguments(argv)
+    seeds = _seeds()
+    names = _chosen("scenarios", tuple(SCENARIOS))
+    averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in _chosen("weightings", tuple(SCHEMES))}
+    rates = {name: _rate(name) for name in names}
+    dataset = data.load(F.dataset, F.data_dir)
+    study = Study(dataset, arms.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
+    _check(study)
+    if F.tune_rates:
+        _tune(study, seeds)
+        return
+    workdir = arms.choose_workdir("scenarios")
+    check_writable(workdir)
+    records = Records(workdir)
+    _begin(records, _header(study))
+    _fill(study, averagers, rates, seeds, records)
+    app.publish(read_rows(workdir), workdir)
+
+
+def _chosen(flag: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(F[flag].value or ())
+    if not names or set(names) - set(known) or len(set(names)) < len(names):
+        raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(known)}, each once")
+    return names
+
+
+def _seeds() -> tuple[int, ...]:
+    seeds = numbers("seeds", int, least=0)
+    if len(set(seeds)) < len(seeds):
+        raise SettingsError(f"--seeds={','.join(F.seeds)}: each seed once")
+    return seeds
+
+
+def _rate(scenario: str) -> float:
+    rate = float(F[f"lr_{scenario}"].value or 0)
+    if not 0 < rate < math.inf:
+        raise SettingsError(f"--lr_{scenario} is {rate}; give a finite learning rate above 0")
+    return rate
+
+
+def _check(study: Study) -> None:
+    """Finds what cannot work before anything is trained or written."""
+    for name in study.scenarios:
+        sharded = study.shard(name, 0)
+        data.round_indices(sharded.shards, seed=0, first_step=0, local_steps=F.local_steps, batch_size=F.batch_size)
+        plain = wavg.averager(wavg.uniform())
+        trainer.make_recipe(study.task, sharded, plain, _inner(F.inner, 1.0), devices=F.devices)
+
+
+@functools.cache
+def _inner(name: str, rate: float) -> optax.GradientTransformation:
+    return arms.OPTIMIZERS[name](rate)
+
+
+def _train(
+    study: Study, cell: Cell, sharded: data.ShardedData, averager: wavg.Averager, advance: Callable[[str], None]
+) -> list[Row]:
+    """Trains one cell; returns its rows, of which the last alone has test metrics."""
+    result = wavg.fit(
+        study.task,
+        sharded,
+        averager,
+        inner=_inner(F.inner, cell.rate),
+        local_steps=F.local_steps,
+        rounds=F.rounds,
+        batch_size=F.batch_size,
+        seed=cell.seed,
+        score_samples=F.score_samples,
+        faults=study.scenarios[cell.scenario].faults,
+        opt_state_at_sync=arms.POLICIES[F.opt_state_at_sync],
+        stats_at_sync=arms.POLICIES[F.stats_at_sync],
+        devices=F.devices,
+        evaluate_every=F.rounds,
+        on_round=lambda row: advance(f"{cell.name} at {cell.rate:g}"),
+    )
+    return result.rows
+
+
+def _header(study: Study) -> Row:
+    """The first row of a recording; see `wavg_jax.matrix`."""
+    dataset = study.dataset
+    params, _ = jax.eval_shape(study.task.init, jax.random.key(0))
+    return {
+        "kind": "matrix",
+        "run": "matrix",
+        "scenarios": {name: make(F.replicas).title for name, make in SCENARIOS.items()},
+        "settings": {name: F[name].value for name in SETTINGS},
+        "dataset": dataset.name,
+        "train_samples": len(dataset.train.y) - F.heldout,
+        "heldout_samples": F.heldout,
+        "test_samples": len(dataset.test.y),
+        "parameters": tree.count(params),
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
+    }
+
+
+def _begin(records: Records, header: Row) -> None:
+    """Records the header, or, going on, compares it with that of what is recorded.
+
+    Raises:
+      SettingsError: something is recorded already, and it is not to be gone on with.
+      ResumeError: it cannot be gone on with.
+    """
+    if records.rows and not F.resume:
+        raise SettingsError("the folder already holds rows; go on with --resume, or choose another --workdir")
+    before = [row for row in records.rows if row["kind"] == "matrix"]
+    if records.rows and not before:
+        raise ResumeError("the folder holds rows of other runs, not of a matrix; choose another --workdir")
+    for name, now in header["settings"].items():
+        then = before[0]["settings"].get(name) if before else now
+        if then != now:
+            raise ResumeError(
+                f"cannot go on with the matrix: it was started with --{name}={then}, now it is {now}; repeat the "
+                "settings it was started with, or choose another --workdir"
+            )
+    # Where it is gone on with on another machine, the report should say so.
+    if not before or any(before[-1][name] != header[name] for name in ("hardware", "versions")):
+        records.append(header)
+
+
+def _fill(
+    study: Study,
+    averagers: dict[str, wavg.Averager],
+    rates: dict[str, float],
+    seeds: tuple[int, ...],
+    records: Records,
+) -> None:
+    """Trains the cells that are not recorded: the seeds innermost, so that they share compiled programs."""
+    cells = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
+    done = {row["run"]: row for row in records.rows if row["kind"] == "cell"}
+    for row in done.values():
+        now = rates.get(row["scenario"], row["rate"])
+        if row["rate"] != now:
+            raise ResumeError(
+                f"cannot go on with the matrix: it was started with --lr_{row['scenario']}={row['rate']:g}, now it is "
+                f"{now:g}; give the rate it was started with, or choose another --workdir"
+            )
+    todo = [cell for cell in cells if cell.name not in done]
+    skipped = len(cells) - len(todo)
+    with progress.bar(len(cells) * F.rounds, skipped * F.rounds) as advance, interrupt.stop_requests() as stopped:
+        for cell in todo:
+            sharded = study.shard(cell.scenario, cell.seed)
+            rows = _train(study, cell, sharded, averagers[cell.weighting], advance)
+            records.append({"kind": "cell", "run": cell.name} | cell._asdict() | _condense(rows))
+            if stopped():
+                raise Stopped(
+                    f"stopped after {cell.name}; go on with the same settings, the same --workdir and --resume"
+                )
+
+
+def _condense(rows: list[Row]) -> Row:
+    """What a cell keeps of the rows of its run: a matrix has hundreds of cells."""
+    rounds = [row for row in rows if row["kind"] == "round"]
+    last = rounds[-1]
+    kept = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")
+    return {
+        **{name: None if last[name] is None else round(last[name], 6) for name in kept},
+        "weights": np.mean([row["weights"] for row in rounds], axis=0, dtype=np.float64).round(4),
+        "effective_replicas": round(float(np.mean([row["effective_replicas"] for row in rounds])), 3),
+        "alive_rounds": np.sum([row["alive"] for row in rounds], axis=0),
+        "seconds": round(float(np.median([row["seconds"] for row in rounds])), 5),
+    }
+
+
+def _tune(study: Study, seeds: tuple[int, ...]) -> None:
+    """Trains plain averaging at every rate in every scenario, and prints what the held-out split says."""
+    if F.heldout < 1:
+        raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
+    rates, plain = numbers("tune_rates", float), wavg.averager(wavg.uniform())
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in study.scenarios}
+    with progress.bar(len(found) * len(rates) * len(seeds) * F.rounds) as advance:
+        for scenario in found:
+            spaces = {seed + SEEDS_APART: study.shard(scenario, seed + SEEDS_APART) for seed in seeds}
+            # What a run calls its test split is here the held-out one.
+            spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
+            for rate in rates:
+                cells = {Cell(scenario, "plain", seed, rate): sharded for seed, sharded in spaces.items()}
+                finals = [_train(study, cell, sharded, plain, advance)[-1] for cell, sharded in cells.items()]
+                pairs = [(row["test_accuracy"], row["test_loss"]) for row in finals]
+                mean = np.mean(np.array(pairs, np.float64), axis=0)
+                found[scenario].append((float(mean[0]), float(mean[1])))
+    _show(found, rates, len(seeds))
+
+
+def _show(found: dict[str, list[tuple[float, float]]], rates: tuple[float, ...], seeds: int) -> None:
+    title = f"held-out accuracy (%) and loss of plain averaging over {seeds} seeds"
+    table = Table("scenario", *(f"{rate:g}" for rate in rates), title=title)
+    for name, values in found.items():
+        table.add_row(name, *(f"{100 * accuracy:.2f}  {loss:.3f}" for accuracy, loss in values))
+    console = Console()
+    console.print(table)
+    for name, values in found.items():
+        best = rates[int(np.argmax([accuracy for accuracy, _ in values]))]
+        edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
+        console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
+
+
+if __name__ == "__main__":
+    app.run(main)

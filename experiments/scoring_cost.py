@@ -1,0 +1,135 @@
+"""What scoring and searching cost, as a share of a round's time.
+
+  python -m experiments.scoring_cost --flagfile=experiments/presets/fashion_scenarios.flags --data_dir=DIR
+
+A round of every weighting is timed in turn with a round of plain averaging, in one process, at every H of --steps and
+every size of --subsets: held-out samples that a round scores, another subset in each round; 0 means all of them. The
+share is the median over --repeats turns of `(weighted - plain) / weighted`. Leaves rows.jsonl and report.md in
+--workdir.
+"""
+
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+import wavg_jax as wavg
+from experiments import app, arms
+from experiments import flags as shared_flags
+from experiments.flags import numbers
+from experiments.schemes import SCHEMES
+from wavg_jax import data, machine, progress, trainer
+from wavg_jax.base import SettingsError
+from wavg_jax.programs import compiled, programs
+from wavg_jax.recipe import Recipe, make_work, put_shared
+from wavg_jax.records import Records, Row, write_atomically
+
+MEASURED = (
+    *("accuracy", "softmax_loss", "inverse_grad_norm", "fisher", "greedy_soup", "learned", "learned_carry", "best_of"),
+    *("coordinate_median", "geometric_median", "multi_krum"),
+)
+flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(SCHEMES)}.")
+flags.DEFINE_list("steps", "10,50,200", "Which H, local steps between two blends.")
+flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples scored in a round; 0 means all.")
+flags.DEFINE_integer("repeats", 9, "Turns, of which the median counts.", lower_bound=1)
+flags.DEFINE_bool("bfloat16", False, "Score in bfloat16.")
+flags.adopt_module_key_flags(shared_flags)
+F = flags.FLAGS
+
+
+def main(argv: Sequence[str]) -> None:
+    """Times every weighting against plain averaging and writes the table."""
+    app.refuse_arguments(argv)
+    names = tuple(F.cost_weightings or ())
+    if not names or set(names) - set(SCHEMES):
+        raise SettingsError(f"--cost_weightings={','.join(names)}: choose from {', '.join(SCHEMES)}")
+    steps, subsets = numbers("steps", int), numbers("subsets", int, least=0)
+    dataset = data.load(F.dataset, F.data_dir)
+    task, sharded = arms.make_task(dataset), arms.make_data(dataset, 0)
+    inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
+    averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in ("plain", *names)}
+    workdir = arms.choose_workdir("cost")
+    records = Records(workdir)
+    if records.rows:
+        raise SettingsError("the folder already holds rows; choose another --workdir")
+    records.append({"kind": "cost", "run": "cost", "settings": shared_flags.settings(), **_where(dataset)})
+    base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
+    with progress.bar(len(steps) * len(subsets) * len(names)) as advance:
+        for local_steps, subset, name in itertools.product(steps, subsets, names):
+            dtype = jnp.bfloat16 if F.bfloat16 else None
+            recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)
+            plain, weighted = _alternate([_round(r, sharded, local_steps) for r in (base, recipe)])
+            share = float(np.median((weighted - plain) / weighted))
+            row = {"weighting": name, "local_steps": local_steps, "score_samples": subset or F.heldout}
+            row |= {"plain": float(np.median(plain)), "weighted": float(np.median(weighted)), "share": share}
+            records.append({"kind": "share", "run": f"{name}/{local_steps}/{subset}", **row})
+            advance(f"{name}: H={local_steps}, {subset or F.heldout} samples")
+    _publish(records.rows, workdir)
+
+
+def _where(dataset: data.Dataset) -> Row:
+    return {"dataset": dataset.name, "hardware": machine.hardware(), "versions": machine.versions()}
+
+
+def _round(recipe: Recipe, sharded: data.ShardedData, local_steps: int) -> Callable[[], float]:
+    """Builds a function that runs the next round of a recipe and returns its seconds."""
+    shared = put_shared(recipe, sharded, 1000)
+    work = make_work(
+        recipe, sharded, seed=0, first_step=0, longest=local_steps, batch_size=F.batch_size, steps=local_steps
+    )
+    program = programs(recipe, len(sharded.shards))
+    state: Any = program.init(jax.random.key(0))
+    step = compiled(program.run, state, work, shared).call
+
+    def run() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, work, shared))
+        return time.perf_counter() - start
+
+    return run
+
+
+def _alternate(functions: list[Callable[[], float]]) -> np.ndarray:
+    """Calls functions in turn, after one call each that does not count; returns their seconds [function, repeat]."""
+    for function in functions:
+        function()
+    return np.array([[function() for function in functions] for _ in range(F.repeats)]).T
+
+
+def _publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
+    """Writes the table of shares and shows it."""
+    shares = {(r["weighting"], r["local_steps"], r["score_samples"]): r["share"] for r in rows if r["kind"] == "share"}
+    names = dict.fromkeys(key[0] for key in shares)
+    columns = sorted({key[1:] for key in shares}, key=lambda column: (column[1], column[0]))
+    head = rows[0]
+    lines = [
+        "# What scoring and searching cost",
+        "",
+        f"Share of a round's time in % that a weighting adds to plain averaging: {head['dataset']}, "
+        f"K={head['settings']['replicas']}, batch {head['settings']['batch_size']}, network {F.model} "
+        f"{','.join(F.hidden)}{', scored in bfloat16' if F.bfloat16 else ''}; median of {F.repeats} alternating "
+        f"rounds. {head['hardware']['processor']}, {head['hardware']['cores']} cores, jax {head['versions']['jax']}.",
+        "",
+        "| weighting | " + " | ".join(f"{samples} samples, H={h}" for h, samples in columns) + " |",
+        "|---|" + "--:|" * len(columns),
+    ]
+    for name in names:
+        cells = [f"{100 * shares[name, *column]:.1f}" if (name, *column) in shares else "-" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    path = folder / "report.md"
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    console = Console(width=120)
+    console.print("\n".join(lines[2:]), soft_wrap=True)
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,52 @@
+"""Simulated faults: replicas that are slow, badly tuned or hostile, to try schemes on before the real ones come."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from wavg_jax.base import SettingsError
+
+
+class Faults(NamedTuple):
+    """What is wrong with each of K replicas; 1 everywhere is none.
+
+    Attributes:
+      speed: share of a round's local steps that the replica does; below 1 it is a straggler.
+      rate: multiplies what its inner optimizer adds to the parameters, as a learning rate does.
+      sent: multiplies the change `x_k - params` that it sends; -1 flips its sign.
+    """
+
+    speed: tuple[float, ...]
+    rate: tuple[float, ...]
+    sent: tuple[float, ...]
+
+
+def faults(
+    replicas: int,
+    *,
+    speed: Mapping[int, float] | None = None,
+    rate: Mapping[int, float] | None = None,
+    sent: Mapping[int, float] | None = None,
+) -> Faults:
+    """Gives some of K replicas faults; see `Faults` for what the numbers mean.
+
+    Args:
+      replicas: K.
+      speed, rate, sent: number of the replica -> factor; speed above 0 and at most 1.
+
+    Raises:
+      SettingsError: there is no such replica, or a factor cannot be.
+
+    >>> faults(3, speed={0: 0.25}, sent={2: -1.0})
+    Faults(speed=(0.25, 1.0, 1.0), rate=(1.0, 1.0, 1.0), sent=(1.0, 1.0, -1.0))
+    """
+
+    def row(name: str, factors: Mapping[int, float] | None) -> tuple[float, ...]:
+        for k, factor in (factors or {}).items():
+            if not 0 <= k < replicas:
+                raise SettingsError(f"faults: {name} names replica {k}; there are 0 to {replicas - 1}")
+            if not math.isfinite(factor) or (name == "speed" and not 0 < factor <= 1):
+                raise SettingsError(f"faults: {name} of replica {k} is {factor}; speed is above 0 and at most 1")
+        return tuple(float((factors or {}).get(k, 1.0)) for k in range(replicas))
+
+    return Faults(row("speed", speed), row("rate", rate), row("sent", sent))

@@ -1,0 +1,100 @@
+"""A recipe's functions as compiled programs, shared by all runs of a process that are made alike."""
+
+import functools
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from wavg_jax import signals, tree
+from wavg_jax.base import PyTree, Replicas, Smoothed, Task, TrainState
+from wavg_jax.recipe import Recipe
+from wavg_jax.rounds import make_round
+
+
+def initial_state(recipe: Recipe, params: PyTree, mutable: PyTree, rng: jax.Array, replicas: int) -> TrainState:
+    """The state before the first round: K equal replicas with different keys."""
+    smoothing = recipe.smoothing
+    return TrainState(
+        params=params,
+        mutable=mutable,
+        replicas=Replicas(
+            tree.replicate(params, replicas),
+            tree.replicate(recipe.inner.init(params), replicas),
+            tree.replicate(mutable, replicas),
+            jax.random.split(jax.random.fold_in(rng, 1), replicas),
+        ),
+        averager=recipe.averager.init(params, replicas),
+        round=jnp.zeros((), jnp.int32),
+        smoothed=None if smoothing is None else Smoothed(params, mutable, smoothing.init(params)),
+    )
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a recipe.
+
+    Attributes:
+      init: `(rng) -> TrainState`.
+      run: `(state, work, shared) -> (state, RoundLog)`; the state is donated.
+      predict: `(params, mutable, chunks) -> logits [C, B, classes]`.
+    """
+
+    init: Callable
+    run: jax.stages.Wrapped
+    predict: jax.stages.Wrapped
+
+
+_QUICKLY = {"xla_backend_optimization_level": 0}
+"""Compiler options for what runs once: optimising an initialiser takes ten times longer than running it."""
+
+
+@functools.lru_cache(maxsize=16)
+def _initialiser(task: Task) -> Callable:
+    return jax.jit(task.init, compiler_options=_QUICKLY)
+
+
+@functools.lru_cache(maxsize=16)
+def programs(recipe: Recipe, replicas: int) -> Programs:
+    """Jits a recipe's functions, once for all runs of this process that share it."""
+    stacked, shared = recipe.placement.stacked, recipe.placement.shared
+    smoothed = None if recipe.smoothing is None else shared
+    state: Any = TrainState(shared, shared, stacked, shared, shared, smoothed)  # type: ignore[arg-type]  # shardings
+    assemble = jax.jit(
+        functools.partial(initial_state, recipe, replicas=replicas), out_shardings=state, compiler_options=_QUICKLY
+    )
+
+    def predict(params: PyTree, mutable: PyTree, chunks: signals.Chunks) -> jax.Array:
+        return signals.predict(recipe.task, recipe.prepare, params, mutable, chunks)
+
+    return Programs(
+        lambda rng: assemble(*_initialiser(recipe.task)(rng), rng),
+        jax.jit(make_round(recipe), donate_argnums=0, out_shardings=(state, shared)),
+        jax.jit(predict, out_shardings=shared),
+    )
+
+
+class Compiled(NamedTuple):
+    """A program compiled ahead of time, and the seconds that tracing and compiling took."""
+
+    call: Callable
+    seconds: float
+
+
+def compiled(program: jax.stages.Wrapped, *arguments: PyTree) -> Compiled:
+    """Compiles a jitted program for the shapes, dtypes and shardings of `arguments`.
+
+    What it returns cannot recompile: called with anything else it raises. Asked again for the same, it returns the
+    same, with the seconds of the first time.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
+    return _compile(cast(Hashable, program), structure, shapes)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(program: Any, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Compiled:
+    start = time.perf_counter()
+    executable = program.lower(*jax.tree.unflatten(structure, shapes)).compile()
+    return Compiled(executable, time.perf_counter() - start)
