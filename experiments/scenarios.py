@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import optax
 from absl import flags
@@ -26,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 import wavg_jax as wavg
-from experiments import app, arms, compare  # noqa: F401 - compare defines --seeds
+from experiments import app, arms, cells, compare  # noqa: F401 - compare defines --seeds
 from experiments import flags as shared_flags
+from experiments.cells import Cell
 from experiments.flags import numbers
 from experiments.schemes import SCHEMES
-from wavg_jax import data, interrupt, machine, progress, trainer, tree
-from wavg_jax.base import ResumeError, SettingsError, Stopped
+from wavg_jax import data, progress, trainer
+from wavg_jax.base import SettingsError
 from wavg_jax.data.shards import Shards
 from wavg_jax.faults import Faults, faults
 from wavg_jax.records import Records, Row, check_writable, read_rows
@@ -115,19 +115,6 @@ class Study(NamedTuple):
         return data.shard(self.dataset, one.partition, heldout=F.heldout, seed=seed, noisy=one.noisy, augment=augment)
 
 
-class Cell(NamedTuple):
-    """One scenario, weighting and seed, and the learning rate there."""
-
-    scenario: str
-    weighting: str
-    seed: int
-    rate: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.scenario}/{self.weighting}/{self.seed}"
-
-
 def main(argv: Sequence[str]) -> None:
     """Trains every cell that is not recorded yet and writes the report, or tunes the rates."""
     app.refuse_arguments(argv)
@@ -144,8 +131,15 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("scenarios")
     check_writable(workdir)
     records = Records(workdir)
-    _begin(records, _header(study))
-    _fill(study, averagers, rates, seeds, records)
+    titles = {name: make(F.replicas).title for name, make in SCENARIOS.items()}
+    cells.begin(records, cells.header(dataset, study.task, titles, SETTINGS))
+
+    def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
+        return _train(study, cell, study.shard(cell.scenario, cell.seed), averagers[cell.weighting], advance)
+
+    # The seeds innermost, so that they share compiled programs.
+    every = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
+    cells.fill(every, records, lambda cell: F.rounds, train)
     app.publish(read_rows(workdir), workdir)
 
 
@@ -206,93 +200,6 @@ def _train(
         on_round=lambda row: advance(f"{cell.name} at {cell.rate:g}"),
     )
     return result.rows
-
-
-def _header(study: Study) -> Row:
-    """The first row of a recording; see `wavg_jax.matrix`."""
-    dataset = study.dataset
-    params, _ = jax.eval_shape(study.task.init, jax.random.key(0))
-    return {
-        "kind": "matrix",
-        "run": "matrix",
-        "scenarios": {name: make(F.replicas).title for name, make in SCENARIOS.items()},
-        "settings": {name: F[name].value for name in SETTINGS},
-        "dataset": dataset.name,
-        "train_samples": len(dataset.train.y) - F.heldout,
-        "heldout_samples": F.heldout,
-        "test_samples": len(dataset.test.y),
-        "parameters": tree.count(params),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
-    }
-
-
-def _begin(records: Records, header: Row) -> None:
-    """Records the header, or, going on, compares it with that of what is recorded.
-
-    Raises:
-      SettingsError: something is recorded already, and it is not to be gone on with.
-      ResumeError: it cannot be gone on with.
-    """
-    if records.rows and not F.resume:
-        raise SettingsError("the folder already holds rows; go on with --resume, or choose another --workdir")
-    before = [row for row in records.rows if row["kind"] == "matrix"]
-    if records.rows and not before:
-        raise ResumeError("the folder holds rows of other runs, not of a matrix; choose another --workdir")
-    for name, now in header["settings"].items():
-        then = before[0]["settings"].get(name) if before else now
-        if then != now:
-            raise ResumeError(
-                f"cannot go on with the matrix: it was started with --{name}={then}, now it is {now}; repeat the "
-                "settings it was started with, or choose another --workdir"
-            )
-    # Where it is gone on with on another machine, the report should say so.
-    if not before or any(before[-1][name] != header[name] for name in ("hardware", "versions")):
-        records.append(header)
-
-
-def _fill(
-    study: Study,
-    averagers: dict[str, wavg.Averager],
-    rates: dict[str, float],
-    seeds: tuple[int, ...],
-    records: Records,
-) -> None:
-    """Trains the cells that are not recorded: the seeds innermost, so that they share compiled programs."""
-    cells = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
-    done = {row["run"]: row for row in records.rows if row["kind"] == "cell"}
-    for row in done.values():
-        now = rates.get(row["scenario"], row["rate"])
-        if row["rate"] != now:
-            raise ResumeError(
-                f"cannot go on with the matrix: it was started with --lr_{row['scenario']}={row['rate']:g}, now it is "
-                f"{now:g}; give the rate it was started with, or choose another --workdir"
-            )
-    todo = [cell for cell in cells if cell.name not in done]
-    skipped = len(cells) - len(todo)
-    with progress.bar(len(cells) * F.rounds, skipped * F.rounds) as advance, interrupt.stop_requests() as stopped:
-        for cell in todo:
-            sharded = study.shard(cell.scenario, cell.seed)
-            rows = _train(study, cell, sharded, averagers[cell.weighting], advance)
-            records.append({"kind": "cell", "run": cell.name} | cell._asdict() | _condense(rows))
-            if stopped():
-                raise Stopped(
-                    f"stopped after {cell.name}; go on with the same settings, the same --workdir and --resume"
-                )
-
-
-def _condense(rows: list[Row]) -> Row:
-    """What a cell keeps of the rows of its run: a matrix has hundreds of cells."""
-    rounds = [row for row in rows if row["kind"] == "round"]
-    last = rounds[-1]
-    kept = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")
-    return {
-        **{name: None if last[name] is None else round(last[name], 6) for name in kept},
-        "weights": np.mean([row["weights"] for row in rounds], axis=0, dtype=np.float64).round(4),
-        "effective_replicas": round(float(np.mean([row["effective_replicas"] for row in rounds])), 3),
-        "alive_rounds": np.sum([row["alive"] for row in rounds], axis=0),
-        "seconds": round(float(np.median([row["seconds"] for row in rounds])), 5),
-    }
 
 
 def _tune(study: Study, seeds: tuple[int, ...]) -> None:

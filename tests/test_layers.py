@@ -16,7 +16,7 @@ FLOORS = [
     {"tree"},
     {"signals", "reduce", "outer", "pull", "data", "models"},
     {"weighting", "policy", "placement"},
-    {"robust", "search", "schedule", "smoothing", "faults"},
+    {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
     {"recipe", "checkpoint", "records"},
     {"sync", "journal", "summary"},
@@ -24,7 +24,9 @@ FLOORS = [
     {"programs"},
     {"timing"},
     {"trainer", "plots", "findings"},
-    {"report"},
+    {"report", "matrix"},
+    {"heatmap"},
+    {"matrix_report"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,4 +1,4 @@
-"""What is measured: held-out signals, gradients on a common batch, windows, and the report's metrics, worked by hand."""
+"""What is measured: held-out signals, gradients on a common batch, windows, and the metrics of the report."""
 
 import functools
 
@@ -21,6 +21,12 @@ HELD_OUT = ("loss", "accuracy", "macro_f1", "ece")
 @functools.lru_cache
 def network():
     return TASK.init(jax.random.key(3))
+
+
+@functools.lru_cache
+def measure(*needs):
+    """Jitted, so that tests share it."""
+    return jax.jit(signals.measure(TASK, SOURCE.prepare, needs))
 
 
 def chunks_of(size, x=SOURCE.heldout.x, y=SOURCE.heldout.y):
@@ -52,7 +58,7 @@ def test_a_perfectly_calibrated_classifier_has_no_calibration_error():
 
 @pytest.mark.parametrize("size", [7, 20, 1000])
 def test_signals_are_those_of_the_whole_held_out_split_whatever_the_chunk(size):
-    found = signals.measure(TASK, SOURCE.prepare, ("loss", "accuracy"))(network(), chunks_of(size))
+    found = measure("loss", "accuracy")(network(), chunks_of(size))
     logits = logits_of_all()
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(SOURCE.heldout.y)).mean()
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
@@ -94,15 +100,16 @@ def test_one_forward_pass_serves_all_held_out_signals():
     assert len(calls) == 1
 
 
+@jax.jit
 def gradient_on(x, y):
-    batch = Batch(SOURCE.prepare(jnp.asarray(x)), jnp.asarray(y))
     params, mutable = network()
+    batch = Batch(SOURCE.prepare(x), y)
     return jax.grad(lambda p: TASK.loss(p, mutable, batch, jax.random.key(0))[0])(params)
 
 
-@pytest.mark.parametrize("size", [7, 1000])
+@pytest.mark.parametrize("size", [5, 1000])
 def test_the_gradient_norm_is_taken_on_one_common_batch_and_summed_per_tensor(size):
-    found = signals.measure(TASK, SOURCE.prepare, ("grad_norm", "layer_grad_norm"))(network(), chunks_of(size))
+    found = measure("grad_norm", "layer_grad_norm")(network(), chunks_of(size))
     gradient = gradient_on(SOURCE.heldout.x, SOURCE.heldout.y)
     expected = {name: np.sqrt(np.square(np.asarray(g, np.float64)).sum()) for name, g in gradient.items()}
     assert set(found) == {"grad_norm", "layer_grad_norm"}
@@ -115,7 +122,7 @@ def test_padding_never_enters_the_common_batch():
     # 20 samples in chunks of 7: the third has 6 and comes first in this window.
     window = signals.window(chunks_of(7), jnp.int32(1), 2)
     assert np.asarray(window.valid).sum(axis=1).tolist() == [6, 7]
-    found = signals.measure(TASK, SOURCE.prepare, ("grad_norm",))(network(), window)["grad_norm"]
+    found = measure("grad_norm", "layer_grad_norm")(network(), window)["grad_norm"]
     # 14 places, 13 samples: the first comes again.
     order = [*range(14, 20), *range(7), 14]
     gradient = gradient_on(SOURCE.heldout.x[order], SOURCE.heldout.y[order])
@@ -123,7 +130,7 @@ def test_padding_never_enters_the_common_batch():
 
 
 def test_fisher_is_the_mean_square_of_the_gradients_of_samples_with_drawn_labels():
-    found = signals.measure(TASK, SOURCE.prepare, ("fisher",))(network(), chunks_of(7))["fisher"]
+    found = measure("fisher")(network(), chunks_of(7))["fisher"]
     # 20 samples serve 64 places. In NumPy: d log p(y|x) / d(logits) = onehot(y) - p, times x for the weights.
     order = np.arange(signals.FISHER_SAMPLES) % 20
     x = np.asarray(SOURCE.prepare(jnp.asarray(SOURCE.heldout.x[order])), np.float64)
@@ -147,22 +154,18 @@ def test_signals_mapped_over_replicas_have_the_shape_of_their_zeros(name):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
 
 
-def dense(params, x):
-    return x @ params["w"] + params["b"][None]
-
-
 def test_a_forward_pass_in_bfloat16_gives_float32_signals_close_by():
     seen = []
 
     def apply(params, mutable, x, *, train, rng):
-        seen.append((params["w"].dtype, mutable["mean"].dtype, mutable["count"].dtype, x.dtype))
-        return dense(params, x - mutable["mean"][None]), mutable
+        seen.append([a.dtype.name for a in (params["w"], mutable["mean"], x, mutable["count"])])
+        return (x - mutable["mean"][None]) @ params["w"] + params["b"][None], mutable
 
     task = models.classifier(lambda rng: (network()[0], {}), apply)
     one = (network()[0], {"mean": jnp.full(4, 0.25), "count": jnp.int32(3)})
     needs = (*HELD_OUT, "grad_norm", "layer_grad_norm", "fisher")
     rough = jax.jit(signals.measure(task, SOURCE.prepare, needs, jnp.bfloat16))(one, chunks_of(7))
-    assert set(seen) == {(jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.bfloat16)}
+    assert all(dtypes == ["bfloat16"] * 3 + ["int32"] for dtypes in seen)
     fine = jax.jit(signals.measure(task, SOURCE.prepare, needs))(one, chunks_of(7))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(rough))
     for name in ("loss", "grad_norm"):
@@ -172,12 +175,18 @@ def test_a_forward_pass_in_bfloat16_gives_float32_signals_close_by():
 def test_the_evaluator_scores_as_measure_does_and_is_differentiable():
     params, mutable = network()
     evaluate = signals.evaluator(TASK, SOURCE.prepare)
-    scores = evaluate(params, mutable, chunks_of(7))
-    assert {name: float(s) for name, s in scores.items()} == {
-        name: float(s)
-        for name, s in signals.measure(TASK, SOURCE.prepare, ("loss", "accuracy"))(network(), chunks_of(7)).items()
-    }
-    found = jax.grad(lambda p: evaluate(p, mutable, chunks_of(7))["loss"])(params)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def score(params):
+        scores = evaluate(params, mutable, chunks_of(7))
+        return scores["loss"], scores
+
+    (_, scores), found = score(params)
+    expected = measure("loss", "accuracy")(network(), chunks_of(7))
+    assert scores.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(scores[name], value, rtol=1e-6)
     for g, e in zip(
         jax.tree.leaves(found), jax.tree.leaves(gradient_on(SOURCE.heldout.x, SOURCE.heldout.y)), strict=True
     ):

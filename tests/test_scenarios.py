@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import wavg_jax as wavg
-from experiments import app, report, scenarios
+from experiments import app, cells, report, scenarios
 from experiments.schemes import SCHEMES
 from wavg_jax import data, records
 
@@ -84,7 +84,7 @@ def test_a_row_of_a_matrix_with_eight_replicas_stays_under_700_bytes():
         | {"weights": [0.123456789] * 8, "effective_replicas": 7.654321, "alive": [True] * 8, "seconds": 0.123456789}
     ] * 20
     cell = scenarios.Cell("dirichlet03", "accuracy_above_chance", 12345, 0.012345)
-    row = {"kind": "cell", "run": cell.name} | cell._asdict() | scenarios._condense(rounds)
+    row = {"kind": "cell", "run": cell.name} | cell._asdict() | cells.condense(rounds)
     assert len(json.dumps(records._plain(row))) < 700
 
 

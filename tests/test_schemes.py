@@ -19,7 +19,7 @@ from wavg_jax.base import Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
 
 NAN, INF = float("nan"), float("inf")
-K = 6
+K = 5
 ALL = (True,) * K
 MODULES = (weighting, wrappers, search, robust)
 
@@ -73,15 +73,12 @@ TABLE = {
     "grawa": Row(wrappers.grawa),
     "grawa/layers": Row(lambda: wrappers.grawa(layerwise=True)),
     "greedy_soup": Row(lambda: search.greedy_soup("accuracy"), ordered=True),
-    "learned": Row(lambda: search.learned(steps=3), floors=True),
-    "learned/start": Row(lambda: search.learned(weighting.softmax("loss", 0.2), steps=3)),
+    "learned": Row(lambda: search.learned(weighting.softmax("loss", 0.2), steps=3)),
     "learned/carry": Row(lambda: search.learned(steps=3, carry=True), floors=True),
     "best_of": Row(
         lambda: search.best_of(weighting.best("ece"), wrappers.momentum(weighting.softmax("loss", 0.2), 0.9))
     ),
-    "best_of/mixed": Row(
-        lambda: search.best_of(weighting.fisher_merging(), search.greedy_soup("loss"), signal="accuracy")
-    ),
+    "best_of/mixed": Row(lambda: search.best_of(weighting.fisher_merging(), robust.krum(1), signal="accuracy")),
     "coordinate_median": Row(robust.coordinate_median),
     "trimmed_mean": Row(lambda: robust.trimmed_mean(1)),
     "geometric_median": Row(robust.geometric_median),
@@ -101,13 +98,8 @@ def test_every_public_weighting_is_in_the_table():
 
 def stack(replicas=K, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
-    return {
-        "dense": {
-            "kernel": rng.normal(size=(replicas, 3, 4)).astype(dtype),
-            "bias": rng.normal(size=(replicas, 4)).astype(dtype),
-        },
-        "scale": rng.normal(size=(replicas,)).astype(dtype),
-    }
+    kernel, scale = rng.normal(size=(replicas, 3, 4)).astype(dtype), rng.normal(size=replicas).astype(dtype)
+    return {"dense": {"kernel": kernel}, "scale": scale}
 
 
 PARAMS = jax.device_put(tree.replica(stack(1, seed=99), 0))
@@ -247,7 +239,7 @@ def test_equal_replicas_are_unchanged(name):
 
 @every_scheme
 def test_permuting_the_replicas_permutes_the_weights_and_not_the_blend(name):
-    rounds, order = two_rounds(), [3, 0, 5, 1, 4, 2]
+    rounds, order = two_rounds(), [3, 0, 4, 1, 2]
     straight, permuted = run(name, rounds), run(name, take(rounds, order))
     assert_close(permuted.weights, take(straight.weights, order))
     assert_close(permuted.params, straight.params)
@@ -255,13 +247,12 @@ def test_permuting_the_replicas_permutes_the_weights_and_not_the_blend(name):
 
 def simplex():
     """Replicas at equal distances from each other."""
-    corners = {"kernel": np.eye(K, 12, dtype=np.float32).reshape(K, 3, 4), "bias": np.zeros((K, 4), np.float32)}
-    return {"dense": corners, "scale": np.zeros(K, np.float32)}
+    return {"dense": {"kernel": np.eye(K, 12, dtype=np.float32).reshape(K, 3, 4)}, "scale": np.zeros(K, np.float32)}
 
 
 def two_camps():
-    """Three replicas at one point and three at its opposite."""
-    sign = np.array([1, 1, 1, -1, -1, -1], np.float32)
+    """Two replicas at one point, two at its opposite, and one in the middle."""
+    sign = np.array([1, 1, 0, -1, -1], np.float32)
     return jax.tree.map(lambda x: x[:1] * sign.reshape((K,) + (1,) * (x.ndim - 1)), stack())
 
 
@@ -272,7 +263,7 @@ def test_the_blend_does_not_depend_on_the_order_of_replicas_that_tie(name, place
         pytest.skip("tries replicas that tie in the order of their numbers")
     stacked = places()
     rounds = [(stacked, same_score([0.5] * K, stacked))] * 2
-    straight, permuted = run(name, rounds), run(name, take(rounds, [3, 0, 5, 1, 4, 2]))
+    straight, permuted = run(name, rounds), run(name, take(rounds, [3, 0, 4, 1, 2]))
     assert_sound(straight, ALL)
     assert_close(permuted.params, straight.params)
 
@@ -280,12 +271,12 @@ def test_the_blend_does_not_depend_on_the_order_of_replicas_that_tie(name, place
 @every_scheme
 @pytest.mark.parametrize("how", ["mask", "nan parameters", "infinite parameters"])
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name, how):
-    for dead in (0, 3, K - 1):
+    for dead in (0, 2, K - 1):
         survivors = [k for k in range(K) if k != dead]
         alone = run(name, take(two_rounds(), survivors), (True,) * (K - 1))
         rounds = two_rounds()
         for stacked, arrays in rounds:
-            stacked["dense"]["bias"][dead, 2] = INF if how == "infinite parameters" else NAN
+            stacked["dense"]["kernel"][dead, 1, 2] = INF if how == "infinite parameters" else NAN
             for leaf in jax.tree.leaves(arrays):
                 leaf[dead] = NAN
         beside = run(name, rounds, [k != dead or how != "mask" for k in range(K)])
@@ -307,19 +298,19 @@ def test_when_all_are_dead_parameters_and_state_stay(name):
 
 BAD_SCORES = [
     [0.0] * K,
-    [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
+    [-1.0, -2.0, -3.0, -4.0, -5.0],
     [NAN] * K,
-    [INF, -INF, NAN, 0.0, INF, -INF],
+    [INF, -INF, NAN, 0.0, INF],
     [INF] * K,
     [3e38] * K,
-    [1e-38, 1e-38, 1e-45, 0.0, 1e-45, 1e-38],
-    [-3e38, 3e38, 1.0, 0.0, 3e38, -3e38],
-    [NAN, 1.0, 1.0, 1.0, 1.0, 1.0],
+    [1e-38, 1e-38, 1e-45, 0.0, 1e-45],
+    [-3e38, 3e38, 1.0, 0.0, 3e38],
+    [NAN, 1.0, 1.0, 1.0, 1.0],
 ]
 
 
 @every_scheme
-@pytest.mark.parametrize("alive", [ALL, (False, True, False, True, True, False)], ids=["all", "half"])
+@pytest.mark.parametrize("alive", [ALL, (False, True, False, True, True)], ids=["all", "some"])
 def test_no_scores_break_a_weighting(name, alive):
     stacked = stack()
     assert_sound(run(name, [(stacked, same_score(scores, stacked)) for scores in BAD_SCORES], alive), alive)
@@ -336,11 +327,11 @@ def test_no_size_of_the_parameters_breaks_a_weighting(name, size):
 def test_without_a_usable_score_all_the_living_count_alike(name):
     if not scheme(name).needs or TABLE[name].falls_back:
         pytest.skip("reads no scores, or falls back to something else")
-    stacked, alive = stack(), np.array([True, True, False, True, True, True])
-    stacked["dense"]["bias"][:, 0] = BEYOND
+    stacked, alive = stack(), np.array([True, True, False, True, True])
+    stacked["dense"]["kernel"][:, 0, 0] = BEYOND
     for weights in run(name, [(stacked, same_score([NAN] * K, stacked))] * 2, alive).weights:
         for w in jax.tree.leaves(weights):
-            assert_close(w, np.broadcast_to((alive / 5).reshape((K,) + (1,) * (w.ndim - 1)), w.shape))
+            assert_close(w, np.broadcast_to((alive / 4).reshape((K,) + (1,) * (w.ndim - 1)), w.shape))
 
 
 @every_scheme
@@ -349,8 +340,8 @@ def test_a_replica_without_a_usable_score_counts_nothing_beside_others(name, bad
     if not scheme(name).needs or TABLE[name].floors:
         pytest.skip("gives every living replica a weight")
     stacked = stack()
-    stacked["dense"]["bias"][2, 0] = BEYOND
-    for weights in run(name, [(stacked, same_score([0.5, 0.5, bad, 0.5, 0.5, 0.5], stacked))] * 2).weights:
+    stacked["dense"]["kernel"][2, 0, 0] = BEYOND
+    for weights in run(name, [(stacked, same_score([0.5, 0.5, bad, 0.5, 0.5], stacked))] * 2).weights:
         assert all((w[2] == 0).all() for w in jax.tree.leaves(weights))
 
 
@@ -411,13 +402,12 @@ def test_one_replica_is_taken_as_it_is_in_bfloat16_too(name):
     assert_normalised(weights, [True])
 
 
-ONE_DEAD = (True, True, False, True, True, True)
+ONE_DEAD = (True, True, False, True, True)
 
 
 @functools.cache
 def sharded():
-    two_on_each = placement.mesh(tuple(jax.devices()[: K // 2]))
-    return all_at_once(stack(), PARAMS, ONE_DEAD, two_on_each)
+    return all_at_once(stack(), PARAMS, ONE_DEAD, placement.mesh(tuple(jax.devices()[:K])))
 
 
 @every_scheme

@@ -1,7 +1,7 @@
 """wavg_jax: K replicas of a network, each trained on its own shard for H local steps, scored, and blended by a weighted
 average into the next global parameters."""
 
-from wavg_jax import data, models, outer, policy
+from wavg_jax import data, faults, models, outer, policy, pull, robust, schedule, smoothing
 from wavg_jax.averager import averager
 from wavg_jax.base import (
     Averager,
@@ -18,10 +18,22 @@ from wavg_jax.base import (
     WorkdirError,
 )
 from wavg_jax.local import local_steps
-from wavg_jax.reduce import weighted_mean
+from wavg_jax.reduce import norm_preserving, weighted_mean
+from wavg_jax.search import best_of, greedy_soup, learned
 from wavg_jax.trainer import Result, fit
 from wavg_jax.tree import replica, replicate
-from wavg_jax.weighting import effective_replicas, inverse, normalise, proportional, softmax, uniform
+from wavg_jax.weighting import (
+    best,
+    effective_replicas,
+    fisher_merging,
+    inverse,
+    normalise,
+    proportional,
+    rank,
+    softmax,
+    uniform,
+)
+from wavg_jax.wrappers import grawa, momentum, shortlist, smooth_signals, uniform_floor
 
 __all__ = [
     "Averager",
@@ -38,19 +50,36 @@ __all__ = [
     "Weighting",
     "WorkdirError",
     "averager",
+    "best",
+    "best_of",
     "data",
     "effective_replicas",
+    "faults",
+    "fisher_merging",
     "fit",
+    "grawa",
+    "greedy_soup",
     "inverse",
+    "learned",
     "local_steps",
     "models",
+    "momentum",
+    "norm_preserving",
     "normalise",
     "outer",
     "policy",
     "proportional",
+    "pull",
+    "rank",
     "replica",
     "replicate",
+    "robust",
+    "schedule",
+    "shortlist",
+    "smooth_signals",
+    "smoothing",
     "softmax",
     "uniform",
+    "uniform_floor",
     "weighted_mean",
 ]

@@ -25,7 +25,9 @@ def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array
     dtype = accumulator_dtype(x.dtype)
     w = w.astype(dtype)
     # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
-    total = jnp.zeros(x.shape[1:], dtype)
+    # A zero that the compiler cannot see through: with a plain 0 the first two terms are two products, of which it rounds
+    # either one or the other before it adds them, as it likes for this K.
+    total = jnp.zeros(x.shape[1:], dtype) + (w[0] - w[0])
     for k in range(x.shape[0]):
         # Skipped, not added as 0: the compiler rounds a sum of products by how many there are.
         total = jnp.where(w[k] != 0, total + w[k] * x[k].astype(dtype), total)
@@ -106,13 +108,17 @@ def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = 
         lengths = jax.lax.map(lambda one: jnp.sqrt((one * one).sum(inputs, keepdims=True)), x)
         shares = w if w.ndim == 1 else jax.lax.map(lambda one: one.mean(inputs, keepdims=True), w)
         directions = x / jnp.where(lengths > 0, lengths, 1)
-        # The barrier keeps the sums over K out of what follows, whose rounding would depend on K if they were fused.
-        sums = _weighted_sum(shares, lengths, sum_over), _weighted_sum(w, directions, sum_over)
-        g, v = jax.lax.optimization_barrier(sums)
-        squared = (v * v).sum(inputs, keepdims=True)
-        usable = (squared > _VANISHED**2) & jnp.isfinite(g)
-        # The root of 0 has an infinite slope, and searches differentiate through the blend.
-        length = jnp.sqrt(jnp.where(usable, squared, 1))
-        return jnp.where(usable, jnp.where(usable, g, 0) * v / length, plain)
+        g = _weighted_sum(shares, lengths, sum_over)
+        v = _weighted_sum(w, directions, sum_over)
+
+        def combined(g: jax.Array, v: jax.Array, plain: jax.Array) -> jax.Array:
+            squared = (v * v).sum(inputs, keepdims=True)
+            usable = (squared > _VANISHED**2) & jnp.isfinite(g)
+            # The root of 0 has an infinite slope, and searches differentiate through the blend.
+            length = jnp.sqrt(jnp.where(usable, squared, 1))
+            return jnp.where(usable, jnp.where(usable, g, 0) * v / length, plain)
+
+        # A branch is compiled by itself: fused with the sums over K, its rounding would depend on K.
+        return jax.lax.cond((v != 0).any(), combined, lambda g, v, plain: plain, g, v, plain)
 
     return _leafwise(leaf, stacked, weights)

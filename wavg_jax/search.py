@@ -1,8 +1,8 @@
 """Weightings that try blends out: they evaluate blended networks on held-out data and keep what did best.
 
 The rules in `weighting` look at each replica alone; these look at the blend, which is what the next round starts from.
-They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run whole inside jit, one
-blend at a time.
+They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run whole inside jit,
+one blend at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,8 +54,9 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
             if score(mean(soup + [k])) >= score(mean(soup)): soup += [k]
         w_k = 1 / |soup| for k in the soup, else 0
 
-    Replicas whose own score is NaN or infinite are no ingredients, and a blend with such a score is never kept. Replicas
-    with equal own scores are tried in the order of their numbers: the only case in which that order matters.
+    Replicas whose own score is NaN or infinite are no ingredients, and a blend with such a score is never kept; if none
+    is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case in
+    which that order matters.
 
     Costs K evaluations and K blends a round, beside the pass that measures the replicas' own scores; holds one blend.
 
@@ -142,8 +143,7 @@ def _descend(
         (logits, memory), sound, best = carry
         weights = _lean(start, logits, alive)
         loss, slope = jax.value_and_grad(lambda w: held_out(w)["loss"])(weights)
-        # The softmax's own gradient, written out: derived, it would sum over K in an order that depends on K.
-        slope = jax.tree.map(lambda w, g: w * (g - weighted_mean(g, w)[None]), weights, slope)
+        slope = jax.tree.map(lambda w, g: jnp.where(w > 0, g - weighted_mean(g, w)[None], 0), weights, slope)
         updates, next_memory = optimizer.update(slope, memory, logits)
         next_logits = optax.apply_updates(logits, updates)
         fine = jnp.isfinite(loss) & tree.all_finite((slope, next_logits)).all()
@@ -157,6 +157,27 @@ def _descend(
     return walk, sound & jnp.isfinite(loss), _keep(loss, last, best)
 
 
+_DEEPEST = 8.0
+"""How far below the best a carried logit may sink: e^-8 is as good as no weight, but leaves a slope to return by."""
+
+
+def _carried(logits: jax.Array, uniform_won: jax.Array, equal: jax.Array, alive: jax.Array) -> jax.Array:
+    """What a round's logits [K] become for the next one: centred, so that 0, the logit of the dead, is neutral."""
+    logits = jnp.where(uniform_won, 0.5 * logits, logits)
+    logits = jnp.maximum(logits, jnp.where(alive, logits, -jnp.inf).max() - _DEEPEST)
+    return jnp.where(alive, logits - weighted_mean(logits, equal), 0)
+
+
+def _default_descent(carry: bool, learning_rate: float | None) -> optax.GradientTransformation:
+    """The optimizer of `learned`: normalised for a loss that stays as it is, plain for one that changes with rounds."""
+    if carry:
+        # A normalised step is as long when the slope is noise: on IID shards the weights would wander off.
+        return optax.sgd(1.0 if learning_rate is None else learning_rate)
+    # Short memories converge fastest in few steps. optax.rprop lags a step behind its gradient and wastes the first;
+    # optax.adam does not run under strict dtype promotion.
+    return optax.rmsprop(0.3 if learning_rate is None else learning_rate, decay=0.5, momentum=0.5, eps=1e-10)
+
+
 def learned(
     start: Weighting | None = None,
     *,
@@ -165,19 +186,67 @@ def learned(
     carry: bool = False,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Weighting:
-    """TODO"""
+    """Weights learned on held-out data: a few optimizer steps on the loss of the blend, keeping the best weights seen.
+
+        w(z)_k = s_k e^{z_k} / sum_j s_j e^{z_j}            s: the weights of `start`; z = 0 at first
+        z <- z - optimizer(g - sum_j w_j g_j)               g_k = d loss(blend(w)) / d w_k, steps times
+        w = the w(z) of least loss on the way, its start and its end included
+
+    The slope is the natural gradient of the softmax: with `optax.sgd(eta)` the steps are exponentiated gradient
+    descent, `w_k ~ w_k e^{-eta g_k}` (Kivinen and Warmuth 1997), in which a replica's step does not shrink with its
+    weight. A replica to which `start` gives 0 keeps 0. Logits have the granularity of the start's weights: one per
+    replica, layer or element.
+
+    With `carry=True` the logits are kept over the rounds: each round takes up those of the last one, which is meant for
+    `steps=1` or 2 on a held-out subset that changes every round, so that a subset's noise averages out. The result is
+    used only if its loss on the round's subset is no worse than that of equal weights; else those are returned, and
+    the logits halved. A dead replica comes back with the mean logit of those that lived. `start` then needs to give one
+    weight per replica.
+
+    The result is never worse than its start on the data it was learned on; `carry=True`: than equal weights. A loss or
+    gradient that is not finite ends the walk, and the best seen until then is returned: the start, if there is none.
+    (Carried logits start anew in the next round.)
+
+    Costs, beside the start's own: `steps` gradients of a held-out pass, each about three evaluations' work (no further
+    evaluation: its forward half is one), and 1 evaluation, of the end; `steps + 1` blends, and for each step one more
+    pass over `stacked` for the slope. With `carry=True` 1 evaluation and 1 blend more, of equal weights. Holds one
+    blend and its gradient.
+
+    Args:
+      start: where the descent starts; equal weights if left out.
+      steps: optimizer steps a round.
+      learning_rate: of the default optimizer: 0.3, in units of a logit per step, or with `carry=True` 1.0 per unit of
+        loss.
+      carry: keep the logits over rounds; call `init(params, replicas=K)`.
+      optimizer: instead of the default, `optax.rmsprop(0.3, decay=0.5, momentum=0.5)`, or with `carry=True`
+        `optax.sgd(1.0)`. It should work element by element: a norm over replicas would be summed in an order that the
+        dead have a part in.
+
+    Raises:
+      SettingsError: `steps` is not positive; both a learning rate and an optimizer are given.
+
+    >>> import jax.numpy as jnp
+    >>> import wavg_jax as wavg
+    >>> avg = wavg.averager(learned())
+    >>> stacked, params = {"w": jnp.array([0.0, 4.0])}, {"w": jnp.float32(0)}
+    >>> def evaluate(params, weights):
+    ...     return {"loss": (params["w"] - 3) ** 2, "accuracy": jnp.float32(0)}
+    >>> blend, _, weights = avg.update(stacked, avg.init(params), params, evaluate=evaluate)
+    >>> [round(float(w), 1) for w in weights]
+    [0.2, 0.8]
+    """
     start = uniform() if start is None else start
     if steps < 1:
         raise SettingsError(f"learned(steps={steps}): at least 1 step is needed")
     if optimizer is not None and learning_rate is not None:
-        raise SettingsError("learned: an optimizer brings its own learning rate; give either one")
-    descent = optimizer or optax.rmsprop(0.4 if learning_rate is None else learning_rate, decay=0.5, momentum=0.5)
+        raise SettingsError("learned: an optimizer brings its own learning rate; give one of the two")
+    descent = optimizer or _default_descent(carry, learning_rate)
 
     def init(params: PyTree, replicas: int | None = None) -> LearnedState:
         if not carry:
             return LearnedState(start.init(params, replicas), (), ())
         if replicas is None:
-            raise SettingsError("learned(carry=True) remembers a logit of every replica: call init(params, replicas=K)")
+            raise SettingsError("learned(carry=True) keeps a logit for every replica: call init(params, replicas=K)")
         logits = jnp.zeros(replicas, jnp.float32)
         return LearnedState(start.init(params, replicas), logits, descent.init(logits))
 
@@ -192,18 +261,18 @@ def learned(
     ) -> tuple[PyTree, LearnedState]:
         begin, start_state = start.update(stacked, state.start, params, alive=alive, blend=blend, **signals)
         held_out = _held_out(signals["evaluate"], blend, params)
+        neutral = jax.tree.map(jnp.zeros_like, begin)
+        fresh = (neutral, descent.init(neutral))
         if not carry:
-            logits = jax.tree.map(jnp.zeros_like, begin)
-            _, _, (_, weights) = _descend(held_out, begin, (logits, descent.init(logits)), descent, steps, alive)
+            _, _, (_, weights) = _descend(held_out, begin, fresh, descent, steps, alive)
             return weights, LearnedState(start_state, (), ())
-        walk = (state.logits, state.optimizer)
-        (logits, memory), sound, best = _descend(held_out, begin, walk, descent, steps, alive)
+        if jax.tree.map(jnp.shape, begin) != alive.shape:
+            raise SettingsError("learned(carry=True) keeps one logit per replica: its start must give weights [K]")
+        walk, sound, best = _descend(held_out, begin, (state.logits, state.optimizer), descent, steps, alive)
         equal = normalise(jnp.ones(alive.shape, jnp.float32), alive)
-        _, weights = _keep(held_out(equal)["loss"], equal, best)
-        logits = jnp.where(alive, logits - weighted_mean(logits, equal), 0)
-        fresh = jnp.zeros_like(logits)
-        logits, memory = tree.select(sound, (logits, memory), (fresh, descent.init(fresh)))
-        return weights, LearnedState(start_state, logits, memory)
+        loss, weights = _keep(held_out(equal)["loss"], equal, best)
+        logits = _carried(walk[0], loss < best[0], equal, alive)
+        return weights, LearnedState(start_state, *tree.select(sound, (logits, walk[1]), fresh))
 
     return Weighting(init, update, tuple(dict.fromkeys((*start.needs, "evaluate"))))
 
@@ -232,7 +301,40 @@ def _finest(shapes: Sequence[PyTree], params: PyTree) -> PyTree:
 
 
 def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
-    """TODO"""
+    """The candidate whose blend does best on held-out data; equal weights are always a candidate.
+
+        w = the w_c of best score(blend(w_c)) over c = uniform, weightings...
+
+    No fixed rule is safe: this one is never worse than plain averaging on the data it chooses by. Equal weights are
+    tried first and win ties, then earlier candidates win over later ones. A score that is not finite never wins; if
+    none is finite the weights are equal. The states of all candidates move on each round, whichever is chosen.
+
+    Costs one evaluation and one blend for each candidate and for equal weights, beside what the candidates cost
+    themselves. They are tried one after another: it holds one blend and the best weights so far, which are small unless
+    a candidate weighs every element apart (then twice the size of the replicas).
+
+    Args:
+      *weightings: the candidates.
+      signal: "loss" (lower is better) or "accuracy" (higher is better) of the blends.
+
+    Returns:
+      The chosen weights, in the finest granularity among the candidates'. The weighting `needs` all that they need, and
+      `evaluate`.
+
+    Raises:
+      SettingsError: another signal; no candidate.
+
+    >>> import jax.numpy as jnp
+    >>> import wavg_jax as wavg
+    >>> avg = wavg.averager(best_of(wavg.proportional("accuracy"), wavg.inverse("loss")))
+    >>> stacked, params = {"w": jnp.array([0.0, 4.0])}, {"w": jnp.float32(0)}
+    >>> def evaluate(params, weights):
+    ...     return {"loss": (params["w"] - 3) ** 2, "accuracy": jnp.float32(0)}
+    >>> own = {"accuracy": jnp.array([0.5, 0.5]), "loss": jnp.array([9.0, 1.0])}
+    >>> _, _, weights = avg.update(stacked, avg.init(params), params, evaluate=evaluate, **own)
+    >>> [round(float(w), 4) for w in weights]
+    [0.1, 0.9]
+    """
     _check_signal(signal, "best_of")
     if not weightings:
         raise SettingsError("best_of() needs at least one weighting to choose from, beside uniform")

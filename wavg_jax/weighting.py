@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from wavg_jax import tree
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
 
@@ -32,16 +33,19 @@ def usable(values: jax.Array, alive: jax.Array) -> jax.Array:
     return alive.reshape(alive.shape + (1,) * (values.ndim - 1)) & jnp.isfinite(values)
 
 
-def sum_over(mask: jax.Array, values: jax.Array) -> jax.Array:
-    """Sums values [K, ...] one replica after another, those alone where `mask` [K, ...] holds: [...].
+def _power_of_two(peak: jax.Array) -> jax.Array:
+    """A factor that brings magnitudes of at most `peak` to at most 1 (4 for the hugest), for sums that would overflow.
 
-    The others are skipped, not added as 0: the compiler rounds a sum of products by how many there are, so that a dead
-    replica would change the last bit of what the survivors sum to.
+    Such a factor rounds nothing. Any other product does, unless the compiler rounds it only together with a sum that it
+    enters, and it does so for some K and not for others; a dead replica would show in the last bit.
     """
-    total = jnp.zeros(values.shape[1:], values.dtype)
-    for k in range(values.shape[0]):
-        total = jnp.where(mask[k], total + values[k], total)
-    return total
+    _, exponent = jnp.frexp(peak)
+    return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -126, 126))
+
+
+def _scaled(values: jax.Array) -> jax.Array:
+    """Values [K, ...] times a power of two that brings the largest over K near 1."""
+    return values * _power_of_two(jnp.abs(values).max(axis=0))[None]
 
 
 def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
@@ -62,13 +66,13 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
     [[0.5, 0.75], [0.5, 0.25]]
     """
     scores = jnp.asarray(scores, jnp.float32)
-    counts = usable(scores, alive) & (scores > 0)
-    kept = jnp.where(counts, scores, 0)
-    kept = kept / jnp.maximum(kept.max(axis=0), _TINY)[None]  # the sum of huge scores would overflow
-    total = sum_over(counts, kept)[None]
+    kept = _scaled(jnp.where(usable(scores, alive) & (scores > 0), scores, 0))
+    total = tree.ordered_sum(kept)[None]
+    # The minimum, like others below, keeps the product apart from sums it may enter: see `_power_of_two`. And a
+    # replica that has it all has exactly 1, which x * (1 / x) need not be.
+    weights = jnp.where(kept < total, jnp.minimum(kept / jnp.where(total > 0, total, 1), 1), 1)
     equal = alive.astype(jnp.float32) / jnp.maximum(alive.sum(dtype=jnp.float32), 1)
-    equal = equal.reshape(equal.shape + (1,) * (scores.ndim - 1))
-    return jnp.where(total > 0, kept / jnp.where(total > 0, total, 1), equal)
+    return jnp.where(total > 0, weights, equal.reshape(equal.shape + (1,) * (scores.ndim - 1)))
 
 
 def per_replica(weights: PyTree) -> jax.Array:
@@ -170,8 +174,10 @@ def proportional(signal: str = "accuracy", *, chance: float = 0.0, power: float 
         raise SettingsError(f"proportional(power={power}): it must be greater than 0 and finite")
 
     def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
-        excess = jnp.where(usable, jnp.maximum(values - chance, 0), 0)
-        best = jnp.maximum(excess.max(axis=0), _TINY)[None]  # relative to the best, so that no power overflows
+        excess = _scaled(jnp.where(usable, jnp.maximum(values - chance, 0), 0))
+        best = jnp.maximum(excess.max(axis=0), _TINY)[
+            None
+        ]  # relative to the best, so that no power over- or underflows
         return jnp.power(excess / best, jnp.float32(power))
 
     return _from_signal(signal, scores)
@@ -201,18 +207,18 @@ def inverse(signal: str = "loss") -> Weighting:
     return _from_signal(signal, scores)
 
 
-def _standardised(values: jax.Array, usable: jax.Array) -> jax.Array:
-    """Z-scores of the usable values over the replicas; all 0 where they are equal."""
+def _standard_deviation(values: jax.Array, usable: jax.Array) -> jax.Array:
+    """Standard deviation of the usable values over the replicas, [...]; tiny where they are equal."""
     n = jnp.maximum(usable.sum(axis=0, dtype=jnp.float32), 1)
 
     def centred(x: jax.Array) -> jax.Array:
-        return jnp.where(usable, x - (sum_over(usable, x) / n)[None], 0)
+        mean = jnp.clip(tree.ordered_sum(x) / n, -4, 4)
+        return jnp.where(usable, x - mean[None], 0)
 
-    peak = jnp.where(usable, jnp.abs(values), 0).max(axis=0)
-    x = jnp.where(usable, values / jnp.maximum(peak, _TINY)[None], 0)  # squares of huge values would overflow
-    x = centred(centred(x))  # twice, as the mean of nearly equal values is rounded by as much as they differ
-    std = jnp.sqrt(sum_over(usable, jnp.square(x)) / n)[None]
-    return jnp.where(std > 0, x / jnp.where(std > 0, std, 1), 0)
+    # Twice, as the mean of nearly equal values is rounded by as much as they differ.
+    x = centred(centred(jnp.where(usable, values, 0)))
+    squares = jnp.where(usable, jnp.maximum(jnp.square(x), _TINY), 0)
+    return jnp.sqrt(jnp.maximum(tree.ordered_sum(squares) / n, _TINY))
 
 
 def softmax(
@@ -236,9 +242,14 @@ def softmax(
     sign = direction(signal, higher_is_better)
 
     def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
-        s = sign * (_standardised(values, usable) if standardise else values)
+        s = sign * values
+        if standardise:
+            s = _scaled(jnp.where(usable, s, 0))
         best = jnp.where(usable, s, -jnp.inf).max(axis=0)[None]
-        exponents = jnp.where(usable, (s - best) / temperature, -jnp.inf)
+        gaps = jnp.where(usable, s - best, -jnp.inf)
+        if standardise:
+            gaps = gaps / _standard_deviation(s, usable)[None]
+        exponents = jnp.maximum(gaps / temperature, -200)  # exp(-200) is 0
         # One replica at a time: XLA's exp over several rounds by how many there are.
         return jnp.stack([jnp.exp(exponents[k]) for k in range(exponents.shape[0])])
 
@@ -315,9 +326,8 @@ def fisher_merging(floor: float = 1e-6, *, normalise: bool = False) -> Weighting
         return jnp.where(values >= 0, jnp.maximum(values, floor), values)
 
     def unit(fisher: PyTree) -> PyTree:
-        # The largest element first: squares of huge ones would overflow.
-        peak = jnp.maximum(functools.reduce(jnp.maximum, [jnp.max(x) for x in jax.tree.leaves(fisher)]), _TINY)
-        scaled = jax.tree.map(lambda x: x / peak, fisher)
+        factor = _power_of_two(functools.reduce(jnp.maximum, [jnp.max(x) for x in jax.tree.leaves(fisher)]))
+        scaled = optax.tree.scale(factor, fisher)
         return jax.tree.map(lambda x: x / jnp.maximum(optax.tree.norm(scaled), _TINY), scaled)
 
     def whole(fisher: PyTree) -> PyTree:

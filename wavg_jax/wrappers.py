@@ -174,7 +174,9 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
         mass = jax.tree.map(lambda new, m: enter(new, m, jnp.ones_like(m)), fresh, state.mass)
 
         def corrected(new: jax.Array, total: jax.Array, mass: jax.Array) -> jax.Array:
-            return jnp.where(_columns(new, total), total / _columns(jnp.where(new, mass, 1), total), jnp.nan)
+            mean = total / _columns(jnp.where(new, mass, 1), total)
+            # The bounds keep the product apart from what it enters, as in `wavg_jax.weighting`.
+            return jnp.where(_columns(new, total), jnp.clip(mean, -_HUGE, _HUGE), jnp.nan)
 
         smooth = jax.tree.map(corrected, fresh, sums, mass)
         weights, inner = weighting.update(stacked, state.weighting, params, alive=alive, **(signals | smooth))

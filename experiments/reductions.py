@@ -1,0 +1,91 @@
+"""What averaging costs diverged replicas, and what mends it: norm-preserving blends, BatchNorm re-estimation.
+
+  python -m experiments.reductions --flagfile=experiments/presets/fashion_reductions.flags --data_dir=DIR
+  python -m experiments.reductions --flagfile=experiments/presets/fashion_batchnorm.flags --data_dir=DIR
+
+Every H of --steps gets the same number of local steps in all, --total_steps: fewer rounds, and more divergence, where
+H is larger. Each cell ends with a blend, right after which the test split is evaluated. Leaves rows and report in
+--workdir, as experiments.scenarios does; --resume goes on.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+import wavg_jax as wavg
+from experiments import app, arms, cells, compare  # noqa: F401 - compare defines --seeds
+from experiments import flags as shared_flags
+from experiments.cells import Cell
+from experiments.flags import numbers
+from wavg_jax import data, policy, reduce
+from wavg_jax.base import SettingsError
+from wavg_jax.records import Records, Row, check_writable, read_rows
+
+flags.DEFINE_list("steps", "10,100,500", "Which H, local steps between two blends.")
+flags.DEFINE_integer("total_steps", 1000, "Local steps of every replica in all, a multiple of every H.", lower_bound=1)
+flags.declare_key_flag("seeds")  # of experiments.compare
+flags.adopt_module_key_flags(shared_flags)
+F = flags.FLAGS
+
+SETTINGS = (
+    *("dataset", "heldout", "partition", "alpha", "proportions", "noisy", "augment", "model", "hidden", "batch_norm"),
+    *("dropout", "replicas", "total_steps", "batch_size", "inner", "opt_state_at_sync"),
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains every cell that is not recorded yet and writes the report."""
+    app.refuse_arguments(argv)
+    steps, seeds = numbers("steps", int), numbers("seeds", int, least=0)
+    for h in steps:
+        if F.total_steps % h:
+            raise SettingsError(f"--total_steps={F.total_steps} is not a multiple of H={h} (--steps)")
+    dataset = data.load(F.dataset, F.data_dir)
+    task = arms.make_task(dataset)
+    inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
+    variants = _variants()
+    workdir = arms.choose_workdir("reductions")
+    check_writable(workdir)
+    records = Records(workdir)
+    lengths = {f"H={h}": h for h in steps}
+    cells.begin(records, cells.header(dataset, task, {name: name for name in lengths}, SETTINGS))
+
+    def rounds(cell: Cell) -> int:
+        return F.total_steps // lengths[cell.scenario]
+
+    def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
+        return wavg.fit(
+            task,
+            arms.make_data(dataset, cell.seed),
+            inner=inner,
+            local_steps=lengths[cell.scenario],
+            rounds=rounds(cell),
+            batch_size=F.batch_size,
+            seed=cell.seed,
+            opt_state_at_sync=arms.POLICIES[F.opt_state_at_sync],
+            devices=F.devices,
+            evaluate_every=rounds(cell),
+            on_round=lambda row: advance(cell.name),
+            **variants[cell.weighting],
+        ).rows
+
+    every = [Cell(h, name, seed, float(F.lr_plain)) for h in lengths for name in variants for seed in seeds]
+    cells.fill(every, records, rounds, train)
+    app.publish(read_rows(workdir), workdir)
+
+
+def _variants() -> dict[str, dict[str, Any]]:
+    """Name -> arguments of `fit`; statistics can be re-estimated only where there are some."""
+    mean = wavg.averager(wavg.uniform())
+    preserving = wavg.averager(wavg.uniform(), reduce=reduce.norm_preserving)
+    variants: dict[str, dict[str, Any]] = {"plain": {"averager": mean}, "norm_preserving": {"averager": preserving}}
+    if F.model == "cnn" and F.batch_norm:
+        again = policy.reestimate()
+        variants["reestimated"] = {"averager": mean, "stats_at_sync": again}
+        variants["norm_preserving_reestimated"] = {"averager": preserving, "stats_at_sync": again}
+    return variants
+
+
+if __name__ == "__main__":
+    app.run(main)
