@@ -30,7 +30,7 @@ def regression():
 
     def apply(params, mutable, x, *, train, rng):
         del rng
-        seen = mutable["seen"] + jnp.float32(train)
+        seen = mutable["seen"] + jnp.asarray(train, mutable["seen"].dtype)
         return x @ params["w"] + params["b"][None], {"seen": seen}
 
     return models.classifier(init, apply)

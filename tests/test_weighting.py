@@ -163,6 +163,8 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_in_every_layer_and_element
     for leaf, expected in zip(jax.tree.leaves(with_dead), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(np.asarray(leaf)[survivors], expected)
         assert not np.asarray(leaf)[[0, 3]].any()
+    last = run_tree(scheme, signal, jnp.arange(5) == 2)
+    jax.tree.map(lambda w: np.testing.assert_array_equal(w[2], np.ones_like(w[2])), last)
     np.testing.assert_array_equal(np.asarray(weighting.per_replica(with_dead))[survivors], weighting.per_replica(alone))
 
 

@@ -20,18 +20,25 @@ class Reduction(Protocol):
     def __call__(self, stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree: ...
 
 
+def _added(total: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
+    """`total + w * x`, or `total` where the weight is 0."""
+    # Skipped, not added as 0: the compiler rounds a sum of products by how many there are.
+    return jnp.where(w != 0, total + w * x, total)
+
+
+def _over_devices(total: jax.Array, sum_over: str | None) -> jax.Array:
+    return total if sum_over is None else jax.lax.psum(total, sum_over)
+
+
 def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array:
     """`sum_k w_k * x_k` of one leaf [K, ...], with `w` [K] or like `x`, in the leaf's accumulator dtype."""
     dtype = accumulator_dtype(x.dtype)
     w = w.astype(dtype)
     # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
-    # A zero that the compiler cannot see through: with a plain 0 the first two terms are two products, of which it rounds
-    # either one or the other before it adds them, as it likes for this K.
-    total = jnp.zeros(x.shape[1:], dtype) + (w[0] - w[0])
+    total = jnp.zeros(x.shape[1:], dtype)
     for k in range(x.shape[0]):
-        # Skipped, not added as 0: the compiler rounds a sum of products by how many there are.
-        total = jnp.where(w[k] != 0, total + w[k] * x[k].astype(dtype), total)
-    return total if sum_over is None else jax.lax.psum(total, sum_over)
+        total = _added(total, w[k], x[k].astype(dtype))
+    return _over_devices(total, sum_over)
 
 
 def _leafwise(leaf: Callable[[jax.Array, jax.Array], jax.Array], stacked: PyTree, weights: PyTree) -> PyTree:
@@ -102,14 +109,18 @@ def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = 
         plain = _weighted_sum(w, x, sum_over)
         if x.ndim < 3:
             return plain
+        w, x = w.astype(plain.dtype), x.astype(plain.dtype)
         inputs = tuple(range(x.ndim - 2))
-        x = x.astype(plain.dtype)
-        # One replica at a time: a sum over all of them at once is rounded by how many there are.
-        lengths = jax.lax.map(lambda one: jnp.sqrt((one * one).sum(inputs, keepdims=True)), x)
-        shares = w if w.ndim == 1 else jax.lax.map(lambda one: one.mean(inputs, keepdims=True), w)
-        directions = x / jnp.where(lengths > 0, lengths, 1)
-        g = _weighted_sum(shares, lengths, sum_over)
-        v = _weighted_sum(w, directions, sum_over)
+
+        def measured(g: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            w, x = one
+            length = jnp.sqrt((x * x).sum(inputs, keepdims=True))
+            return _added(g, w if w.ndim == 0 else w.mean(inputs, keepdims=True), length), length
+
+        # One replica at a time: a sum over the elements of all of them at once is rounded by how many there are.
+        g, lengths = jax.lax.scan(measured, jnp.zeros((1,) * len(inputs) + x.shape[-1:], x.dtype), (w, x))
+        g = _over_devices(g, sum_over)
+        v = _weighted_sum(w, x / jnp.where(lengths > 0, lengths, 1), sum_over)
 
         def combined(g: jax.Array, v: jax.Array, plain: jax.Array) -> jax.Array:
             squared = (v * v).sum(inputs, keepdims=True)

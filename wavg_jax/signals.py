@@ -284,7 +284,8 @@ def measure(
       prepare: stored inputs -> the network's inputs, such as uint8 -> normalised float32.
       needs: names of signals; only the passes that provide one of them are made.
       dtype: what floating parameters, collections and inputs are cast to before the forward pass, such as
-        `jnp.bfloat16`; None leaves them as they are. The signals are float32 either way.
+        `jnp.bfloat16`; None leaves them as they are. The signals are float32 either way. A network that fixes the dtype
+        it computes in, as `wavg_jax.models.MLP` does, computes in that all the same, and saves nothing.
     """
     needs = set(needs)
     passes = [take for provides, take in _PASSES.items() if needs.intersection(provides)]
