@@ -5,18 +5,19 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import flags
 
 import wavg_jax as wavg
 from experiments.flags import ARMS, numbers, settings
-from experiments.options import REDUCES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.options import PULLS, REDUCES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.schemes import SCHEMES
-from wavg_jax import data, models, policy, timing, trainer, tree
+from wavg_jax import data, models, policy, signals, timing, trainer, tree
 from wavg_jax.base import SettingsError
 from wavg_jax.recipe import Recipe
 from wavg_jax.records import FILE, Records, Row
@@ -67,10 +68,31 @@ def chosen(flag: str) -> tuple[str, ...]:
     return names
 
 
+def load() -> data.Dataset:
+    """Loads the data set of the flags, and settles the flag that depends on it: --chance, by default 1 / classes."""
+    dataset = data.load(F.dataset, F.data_dir)
+    if F.chance is None:
+        F["chance"].value = 1 / dataset.classes
+    return dataset
+
+
+def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
+    """Raises SettingsError if a weighting scores held-out data and none are held out."""
+    reading = [name for name, averager in averagers.items() if signals.reads_heldout(averager.needs)]
+    if reading and not F.heldout:
+        raise SettingsError(
+            f"--heldout=0: {', '.join(reading)} would score held-out samples; hold some out, or choose other weightings"
+        )
+
+
 def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
     """Builds the arms at an equal budget of K*H*B training samples a round."""
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
-    options: dict[str, Any] = {"outer": make_outer(F), "pull": F.pull, "reduce": REDUCES[F.reduce]}
+    options: dict[str, Any] = {
+        "outer": make_outer(F),
+        "pull": PULLS[F.pull_toward](F.pull),
+        "reduce": REDUCES[F.reduce],
+    }
     plain = wavg.averager(wavg.uniform(), **options)
     weighted = wavg.averager(**(options | SCHEMES[F.weighting](F)))
     alone = wavg.averager(wavg.uniform())
@@ -92,8 +114,8 @@ def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
     return [Arm(name, arms[name][0], inner[name], *arms[name][1:]) for name in names]
 
 
-def make_task(dataset: data.Dataset) -> wavg.Task:
-    """Builds the network for a data set's images."""
+def make_task(dataset: data.Dataset, dtype: Any = jnp.float32) -> wavg.Task:
+    """Builds the network for a data set's images, which computes in `dtype`; None is that of its inputs."""
     stored = jax.ShapeDtypeStruct(dataset.train.x[:1].shape, dataset.train.x.dtype)
     shape = jax.eval_shape(data.make_prepare(dataset), stored).shape[1:]
     if F.model == "cnn" and len(shape) != 3:
@@ -101,8 +123,8 @@ def make_task(dataset: data.Dataset) -> wavg.Task:
             f"--model=cnn needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
         )
     networks = {
-        "mlp": lambda: models.MLP(hidden=numbers("hidden", int), classes=dataset.classes, dropout=F.dropout),
-        "cnn": lambda: models.CNN(classes=dataset.classes, batch_norm=F.batch_norm, dropout=F.dropout),
+        "mlp": lambda: models.MLP(numbers("hidden", int), dataset.classes, F.dropout, dtype),
+        "cnn": lambda: models.CNN(dataset.classes, F.batch_norm, F.dropout, dtype),
     }
     return models.from_linen(networks[F.model](), shape)
 
@@ -137,27 +159,34 @@ def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> Recipe:
         data.pool(sharded) if arm.pooled else sharded,
         arm.averager,
         arm.inner,
-        **_at_sync(arm),
+        **_options(arm),
     )
 
 
-def _at_sync(arm: Arm) -> dict[str, Any]:
-    """Where an arm runs and what happens at its syncs; the pooled arms have none, so they keep what they have."""
+def _options(arm: Arm) -> dict[str, Any]:
+    """Where an arm runs, what happens at its syncs and after its rounds; arguments of `fit`.
+
+    The pooled arms have no syncs, so they keep what they have.
+    """
+    common = {"score_samples": F.score_samples, "smoothing": _smoothing(F.smoothing, F.ema_decay, F.swa_start)}
     if arm.pooled:
-        return {"opt_state_at_sync": policy.keep, "stats_at_sync": policy.keep, "devices": 1}
-    return {
+        return common | {"opt_state_at_sync": policy.keep, "stats_at_sync": policy.keep, "devices": 1}
+    return common | {
         "opt_state_at_sync": POLICIES[F.opt_state_at_sync],
         "stats_at_sync": POLICIES[F.stats_at_sync],
         "devices": F.devices,
     }
 
 
-def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row]:
+def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row | None]:
     """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
 
-    sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step.
+    sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step. The
+    local phase of all but sequential is the same, so one measurement serves them. None where --schedule lets rounds differ.
     """
     by_name = {arm.name: arm for arm in arms}
+    if F.schedule != "fixed":
+        return dict.fromkeys(by_name)
 
     def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
         recipe = make_recipe(arm, task, source)
@@ -167,13 +196,11 @@ def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -
     if "sequential" in by_name:
         measured["sequential"] = parts(by_name["sequential"], data.pool(sharded))
     if set(by_name) - {"sequential"}:
-        (reference,) = make_arms(("weighted" if "weighted" in by_name else "plain",))
-        one = parts(reference, sharded)
-        measured |= {
-            "sync": one._replace(score=0.0, blend=F.local_steps * one.exchange),
-            "plain": one._replace(score=0.0),
-            "weighted": one,
-        }
+        averaged = [by_name[name] for name in ("plain", "weighted") if name in by_name] or make_arms(("plain",))
+        own = {arm.name: parts(arm, sharded) for arm in averaged}
+        one = own[averaged[0].name]
+        measured["sync"] = one._replace(score=0.0, blend=F.local_steps * one.exchange)
+        measured |= {name: found._replace(local=one.local) for name, found in own.items()}
     return {name: _path(measured[name]) for name in by_name}
 
 
@@ -215,11 +242,9 @@ def run_arm(
         inner=arm.inner,
         local_steps=arm.local_steps if arm.pooled else SCHEDULES[F.schedule](F),
         rounds=F.rounds,
-        score_samples=F.score_samples,
-        smoothing=_smoothing(F.smoothing, F.ema_decay, F.swa_start),
         batch_size=arm.batch_size,
         seed=seed,
-        **_at_sync(arm),
+        **_options(arm),
         workdir=workdir,
         name=f"{arm.name}-seed{seed}",
         checkpoint_every=F.checkpoint_every,

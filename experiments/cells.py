@@ -28,7 +28,14 @@ class Cell(NamedTuple):
         return f"{self.scenario}/{self.weighting}/{self.seed}"
 
 
-def header(dataset: data.Dataset, task: wavg.Task, scenarios: Mapping[str, str], settings: Iterable[str]) -> Row:
+def header(
+    dataset: data.Dataset,
+    task: wavg.Task,
+    scenarios: Mapping[str, str],
+    settings: Iterable[str],
+    *,
+    recommend: bool = True,
+) -> Row:
     """The first row of a recording.
 
     Args:
@@ -36,12 +43,14 @@ def header(dataset: data.Dataset, task: wavg.Task, scenarios: Mapping[str, str],
       task: the network.
       scenarios: name -> title.
       settings: names of the flags that all cells share.
+      recommend: whether the report should say which weighting can be recommended.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     return {
         "kind": "matrix",
         "run": "matrix",
         "scenarios": dict(scenarios),
+        "recommend": recommend,
         "settings": {name: F[name].value for name in settings},
         "dataset": dataset.name,
         "train_samples": len(dataset.train.y) - F.heldout,
@@ -78,7 +87,11 @@ def begin(records: Records, header: Row) -> None:
 
 
 def fill(
-    cells: Iterable[Cell], records: Records, rounds: Callable[[Cell], int], train: Callable[[Cell, Callable], list[Row]]
+    cells: Iterable[Cell],
+    records: Records,
+    rounds: Callable[[Cell], int],
+    train: Callable[[Cell, Callable], list[Row]],
+    rate_flag: Callable[[str], str],
 ) -> None:
     """Trains the cells that are not recorded yet, in their order, with a progress bar over their rounds.
 
@@ -87,6 +100,7 @@ def fill(
       records: where they are recorded.
       rounds: of a cell.
       train: `(cell, advance) -> rows` of its run; `advance(text)` is to be called after every round.
+      rate_flag: of a scenario, the name of the flag that is its learning rate.
 
     Raises:
       ResumeError: a cell is recorded at another rate.
@@ -99,8 +113,8 @@ def fill(
         now = rates.get(row["scenario"], row["rate"])
         if row["rate"] != now:
             raise ResumeError(
-                f"cannot go on with the matrix: it was started with --lr_{row['scenario']}={row['rate']:g}, now it is "
-                f"{now:g}; give the rate it was started with, or choose another --workdir"
+                f"cannot go on with the matrix: it was started with --{rate_flag(row['scenario'])}={row['rate']:g}, "
+                f"now it is {now:g}; give the rate it was started with, or choose another --workdir"
             )
     todo = [cell for cell in cells if cell.name not in done]
     total, ahead = (sum(map(rounds, some)) for some in (cells, todo))

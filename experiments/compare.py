@@ -14,24 +14,24 @@ from absl import flags
 
 from experiments import app, arms
 from experiments import flags as shared_flags
-from experiments.flags import ARMS, numbers
-from wavg_jax import data, progress, trainer
-from wavg_jax.base import SettingsError
+from experiments.flags import ARMS
+from wavg_jax import progress, trainer
 from wavg_jax.records import read_rows
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
-flags.DEFINE_list("seeds", "0,1,2", "Seeds of data split, initial parameters and order; at least 3 for a comparison.")
-flags.adopt_module_key_flags(shared_flags)
 F = flags.FLAGS
+
+READS = shared_flags.NAMES - {"steps"}
+for _name in READS:
+    flags.declare_key_flag(_name)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs every arm for every seed and writes the report."""
     app.refuse_arguments(argv)
-    seeds = numbers("seeds", int, least=0)
-    if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seeds={','.join(F.seeds)}: each seed once")
-    dataset = data.load(F.dataset, F.data_dir)
+    shared_flags.refuse_unused(READS)
+    seeds = shared_flags.read_seeds()
+    dataset = arms.load()
     task = arms.make_task(dataset)
     chosen = arms.make_arms(arms.chosen("arms"))
     first = arms.make_data(dataset, seeds[0])

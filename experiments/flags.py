@@ -1,10 +1,14 @@
-"""The flags that the binaries share. A preset is a file of them: `--flagfile=experiments/presets/fashion.flags`."""
+"""The flags that the binaries share. A preset is a file of them: `--flagfile=experiments/presets/fashion.flags`.
+
+Every binary says which of them it reads, and refuses the others: a setting that is given and has no effect misleads.
+"""
 
 import math
+from collections.abc import Collection
 
 from absl import flags
 
-from experiments.options import OUTERS, REDUCES, SCHEDULES, SMOOTHINGS
+from experiments.options import OUTERS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS
 from experiments.schemes import SCHEMES
 from wavg_jax.base import SettingsError
 
@@ -49,10 +53,14 @@ flags.DEFINE_enum(
 flags.DEFINE_enum("weighting", "accuracy", list(SCHEMES), "How the arm weighted weighs its replicas.")
 flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: the softmax's temperature, in nats.")
 flags.DEFINE_float(
-    "chance", 0.1, "weighting=accuracy_above_chance: accuracy of a guess, 1 / classes.", lower_bound=0, upper_bound=1
+    "chance",
+    None,
+    "weighting=accuracy_above_chance: accuracy of a guess; by default 1 / classes.",
+    lower_bound=0,
+    upper_bound=1,
 )
 flags.DEFINE_integer(
-    "byzantine", 2, "weighting=trimmed_mean or multi_krum: how many replicas may be broken.", lower_bound=0
+    "byzantine", 2, "weighting=trimmed_mean, krum or multi_krum: how many replicas may be broken.", lower_bound=0
 )
 flags.DEFINE_integer(
     "score_samples",
@@ -65,23 +73,40 @@ flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alph
 flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)
 flags.DEFINE_bool("delayed", False, "Apply every blend one round late, so that a whole round hides its exchange.")
 flags.DEFINE_float(
-    "pull", 1.0, "How far the replicas are pulled to the new parameters; 1 replaces them.", lower_bound=0, upper_bound=1
+    "pull",
+    1.0,
+    "How far the replicas are pulled to the global parameters; 1 replaces them.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_enum(
+    "pull_toward",
+    "new",
+    list(PULLS),
+    "Global parameters after or before the round; old is EASGD's, with "
+    "--outer=fedavgm --outer_momentum=0 --outer_lr=K*PULL.",
 )
 flags.DEFINE_enum("reduce", "mean", list(REDUCES), "How plain and weighted blend.")
 flags.DEFINE_enum(
     "smoothing", "none", list(SMOOTHINGS), "Average of the global parameters over rounds, for evaluation."
 )
-flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round, between 0 and 1.")
+flags.register_validator("ema_decay", lambda decay: 0 < decay < 1, "it must be greater than 0 and less than 1")
 flags.DEFINE_integer("swa_start", 0, "smoothing=swa: rounds before the average begins.", lower_bound=0)
 flags.DEFINE_enum("schedule", "fixed", list(SCHEDULES), "H over time, up to --local_steps; adacomm goes down from it.")
 flags.DEFINE_integer(
     "schedule_rounds",
     5,
-    "schedule=linear: rounds of growth; adacomm: rounds between changes; post_local: local steps with H=1.",
+    "schedule=linear: rounds of growth; adacomm: rounds between changes.",
     lower_bound=1,
+)
+flags.DEFINE_integer(
+    "post_local_steps", 5, "schedule=post_local: local steps with H=1, before those with --local_steps.", lower_bound=0
 )
 
 # The run
+flags.DEFINE_list("seeds", "0,1,2", "Seeds of data split, initial parameters and order; at least 3 for a comparison.")
+flags.DEFINE_list("steps", "10,100,500", "Which H, local steps between two blends.")
 flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoints in --workdir.")
 flags.DEFINE_integer("checkpoint_every", 10, "Rounds between checkpoints.", lower_bound=1)
@@ -92,14 +117,38 @@ flags.DEFINE_float(
     "target_accuracy", 0.95, "Test accuracy that `time to target` refers to.", lower_bound=0, upper_bound=1
 )
 
-_BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "data_dir", "rounds")
+NAMES = frozenset(flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__])
+DATA = ("dataset", "heldout", "augment")
+SHARDS = ("partition", "alpha", "proportions", "noisy")
+NETWORK = ("model", "hidden", "batch_norm", "dropout")
+SCHEME = ("temperature", "chance", "byzantine")
+"""What `experiments.schemes` reads."""
+_BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "data_dir", "rounds", "seeds", "steps")
 """Flags that may differ when a run is resumed."""
 
 
 def settings() -> dict[str, object]:
-    """The flags that make a run what it is, for its first row."""
-    shared = {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[__name__]}
-    return {name: value for name, value in sorted(shared.items()) if name not in _BOOKKEEPING}
+    """The flags that make a run of `fit` what it is, for its first row."""
+    return {name: flags.FLAGS[name].value for name in sorted(NAMES.difference(_BOOKKEEPING))}
+
+
+def refuse_unused(reads: Collection[str]) -> None:
+    """Raises SettingsError if a shared flag is given that the binary, which `reads` these, does not read."""
+    for name in sorted(NAMES.difference(reads)):
+        if flags.FLAGS[name].present:
+            raise SettingsError(f"--{name} has no effect here; leave it out, --help lists the flags that have one")
+
+
+def read_seeds() -> tuple[int, ...]:
+    """Reads --seeds.
+
+    Raises:
+      SettingsError: one is not a number, or is there twice.
+    """
+    seeds = numbers("seeds", int, least=0)
+    if len(set(seeds)) < len(seeds):
+        raise SettingsError(f"--seeds={','.join(map(str, seeds))}: each seed once")
+    return seeds
 
 
 def numbers(name: str, kind: type, least: float = 1e-9) -> tuple:

@@ -6,7 +6,8 @@ from typing import Any
 import optax
 from absl import flags
 
-from wavg_jax import outer, reduce, schedule, smoothing
+from wavg_jax import outer, pull, reduce, schedule, smoothing
+from wavg_jax.base import SettingsError
 
 Flags = flags.FlagValues
 
@@ -26,6 +27,9 @@ OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     "fedavgm": lambda f: outer.fedavgm(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
     "fedadam": lambda f: outer.fedadam(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
 }
+_IGNORED = {"none": ("outer_lr", "outer_momentum"), "lookahead": ("outer_momentum",)}
+"""Flags that an outer optimizer does not read."""
+PULLS: dict[str, Callable[[float], float | pull.Pull]] = {"new": float, "old": pull.toward_old}
 REDUCES: dict[str, Any] = {"mean": reduce.weighted_mean, "norm_preserving": reduce.norm_preserving}
 SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     "none": lambda f: None,
@@ -34,13 +38,22 @@ SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = 
 }
 SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
     "fixed": lambda f: schedule.fixed(f.local_steps),
-    "post_local": lambda f: schedule.post_local(f.local_steps, f.schedule_rounds),
+    "post_local": lambda f: schedule.post_local(f.local_steps, f.post_local_steps),
     "linear": lambda f: schedule.linear(1, f.local_steps, f.schedule_rounds),
     "adacomm": lambda f: schedule.adacomm(f.local_steps, f.schedule_rounds),
 }
 
 
 def make_outer(f: Flags) -> optax.GradientTransformation | None:
-    """The outer optimizer of the flags, one round late if --delayed."""
+    """The outer optimizer of the flags, one round late if --delayed.
+
+    Raises:
+      SettingsError: a flag is given that this optimizer does not read.
+    """
+    for name in _IGNORED.get(f.outer, ()):
+        if f[name].value is not None:
+            raise SettingsError(
+                f"--{name} has no effect with --outer={f.outer}; leave it out, or choose another --outer"
+            )
     chosen = OUTERS[f.outer](f)
     return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen

@@ -1,7 +1,7 @@
 """What averaging costs diverged replicas, and what mends it: norm-preserving blends, BatchNorm re-estimation.
 
   python -m experiments.reductions --flagfile=experiments/presets/fashion_reductions.flags --data_dir=DIR
-  python -m experiments.reductions --flagfile=experiments/presets/fashion_batchnorm.flags --data_dir=DIR
+  python -m experiments.reductions --flagfile=experiments/presets/digits_batchnorm.flags
 
 Every H of --steps gets the same number of local steps in all, --total_steps: fewer rounds, and more divergence, where
 H is larger. Each cell ends with a blend, right after which the test split is evaluated. Leaves rows and report in
@@ -14,34 +14,36 @@ from typing import Any
 from absl import flags
 
 import wavg_jax as wavg
-from experiments import app, arms, cells, compare  # noqa: F401 - compare defines --seeds
+from experiments import app, arms, cells
 from experiments import flags as shared_flags
 from experiments.cells import Cell
 from experiments.flags import numbers
-from wavg_jax import data, policy, reduce
+from wavg_jax import policy, reduce
 from wavg_jax.base import SettingsError
 from wavg_jax.records import Records, Row, check_writable, read_rows
 
-flags.DEFINE_list("steps", "10,100,500", "Which H, local steps between two blends.")
 flags.DEFINE_integer("total_steps", 1000, "Local steps of every replica in all, a multiple of every H.", lower_bound=1)
-flags.declare_key_flag("seeds")  # of experiments.compare
-flags.adopt_module_key_flags(shared_flags)
 F = flags.FLAGS
 
 SETTINGS = (
-    *("dataset", "heldout", "partition", "alpha", "proportions", "noisy", "augment", "model", "hidden", "batch_norm"),
-    *("dropout", "replicas", "total_steps", "batch_size", "inner", "opt_state_at_sync"),
+    *(*shared_flags.DATA, *shared_flags.SHARDS, *shared_flags.NETWORK),
+    *("replicas", "total_steps", "batch_size", "inner", "opt_state_at_sync"),
 )
+"""Flags that all cells share."""
+READS = (*SETTINGS, "lr_plain", "steps", "seeds", "data_dir", "devices", "workdir", "resume")
+for _name in READS:
+    flags.declare_key_flag(_name)
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains every cell that is not recorded yet and writes the report."""
     app.refuse_arguments(argv)
-    steps, seeds = numbers("steps", int), numbers("seeds", int, least=0)
+    shared_flags.refuse_unused(READS)
+    steps, seeds = numbers("steps", int), shared_flags.read_seeds()
     for h in steps:
         if F.total_steps % h:
             raise SettingsError(f"--total_steps={F.total_steps} is not a multiple of H={h} (--steps)")
-    dataset = data.load(F.dataset, F.data_dir)
+    dataset = arms.load()
     task = arms.make_task(dataset)
     inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
     variants = _variants()
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     check_writable(workdir)
     records = Records(workdir)
     lengths = {f"H={h}": h for h in steps}
-    cells.begin(records, cells.header(dataset, task, {name: name for name in lengths}, SETTINGS))
+    cells.begin(records, cells.header(dataset, task, {name: name for name in lengths}, SETTINGS, recommend=False))
 
     def rounds(cell: Cell) -> int:
         return F.total_steps // lengths[cell.scenario]
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         ).rows
 
     every = [Cell(h, name, seed, float(F.lr_plain)) for h in lengths for name in variants for seed in seeds]
-    cells.fill(every, records, rounds, train)
+    cells.fill(every, records, rounds, train, lambda scenario: "lr_plain")
     app.publish(read_rows(workdir), workdir)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import wavg_jax as wavg
-from experiments import app, arms, cells, compare  # noqa: F401 - compare defines --seeds
+from experiments import app, arms, cells
 from experiments import flags as shared_flags
 from experiments.cells import Cell
 from experiments.flags import numbers
@@ -87,16 +87,17 @@ flags.DEFINE_list("weightings", list(SCHEMES), f"Which weightings, of {', '.join
 flags.DEFINE_list("tune_rates", [], "Record nothing, but tune the learning rates: those to try.")
 for _scenario in SCENARIOS:
     flags.DEFINE_float(f"lr_{_scenario}", 0.02, f"Learning rate of every weighting in the scenario {_scenario}.")
-flags.declare_key_flag("seeds")  # of experiments.compare
-flags.adopt_module_key_flags(shared_flags)
 F = flags.FLAGS
 
 SETTINGS = (
-    *("dataset", "heldout", "augment", "model", "hidden", "batch_norm", "dropout"),
+    *(*shared_flags.DATA, *shared_flags.NETWORK),
     *("replicas", "local_steps", "rounds", "batch_size", "inner", "opt_state_at_sync", "stats_at_sync"),
-    *("score_samples", "temperature", "chance", "byzantine"),
+    *("score_samples", *shared_flags.SCHEME),
 )
 """Flags that all cells of a matrix share."""
+READS = (*SETTINGS, "seeds", "data_dir", "devices", "workdir", "resume")
+for _name in READS:
+    flags.declare_key_flag(_name)
 SEEDS_APART = 1000
 """What is added to the seeds for tuning, so that no rate is chosen on a seed that is reported."""
 
@@ -118,11 +119,13 @@ class Study(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Trains every cell that is not recorded yet and writes the report, or tunes the rates."""
     app.refuse_arguments(argv)
-    seeds = _seeds()
-    names = _chosen("scenarios", tuple(SCENARIOS))
-    averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in _chosen("weightings", tuple(SCHEMES))}
+    shared_flags.refuse_unused(READS)
+    seeds = shared_flags.read_seeds()
+    names, weightings = _chosen("scenarios", tuple(SCENARIOS)), _chosen("weightings", tuple(SCHEMES))
     rates = {name: _rate(name) for name in names}
-    dataset = data.load(F.dataset, F.data_dir)
+    dataset = arms.load()
+    averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in weightings}
+    arms.check_heldout(averagers)
     study = Study(dataset, arms.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
     _check(study)
     if F.tune_rates:
@@ -139,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
 
     # The seeds innermost, so that they share compiled programs.
     every = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
-    cells.fill(every, records, lambda cell: F.rounds, train)
+    cells.fill(every, records, lambda cell: F.rounds, train, lambda scenario: f"lr_{scenario}")
     app.publish(read_rows(workdir), workdir)
 
 
@@ -148,13 +151,6 @@ def _chosen(flag: str, known: tuple[str, ...]) -> tuple[str, ...]:
     if not names or set(names) - set(known) or len(set(names)) < len(names):
         raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(known)}, each once")
     return names
-
-
-def _seeds() -> tuple[int, ...]:
-    seeds = numbers("seeds", int, least=0)
-    if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seeds={','.join(F.seeds)}: each seed once")
-    return seeds
 
 
 def _rate(scenario: str) -> float:

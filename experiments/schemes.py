@@ -37,6 +37,7 @@ SCHEMES: dict[str, Callable[[Flags], dict[str, Any]]] = {
     "grawa_layers": lambda f: {"weighting": wrappers.grawa(layerwise=True)},
     "rank_loss": lambda f: {"weighting": weighting.rank("loss")},
     "best_replica": lambda f: {"weighting": weighting.best("loss")},
+    "leader_train_loss": lambda f: {"weighting": weighting.best("train_loss")},
     "samples": lambda f: {"weighting": weighting.proportional("samples")},
     "steps": lambda f: {"weighting": weighting.proportional("steps")},
     "fisher": lambda f: {"weighting": weighting.fisher_merging()},
@@ -44,16 +45,19 @@ SCHEMES: dict[str, Callable[[Flags], dict[str, Any]]] = {
     "greedy_soup": lambda f: {"weighting": search.greedy_soup("accuracy")},
     "learned": lambda f: {"weighting": search.learned(weighting.uniform())},
     "learned_carry": lambda f: {"weighting": search.learned(weighting.uniform(), carry=True)},
+    "learned_online": lambda f: {"weighting": search.learned(weighting.uniform(), carry=True, steps=1)},
     "best_of": lambda f: {"weighting": search.best_of(*_candidates(f))},
     # From the parameters alone
     "coordinate_median": lambda f: {"weighting": robust.coordinate_median()},
     "trimmed_mean": lambda f: {"weighting": robust.trimmed_mean(f.byzantine)},
     "geometric_median": lambda f: {"weighting": robust.geometric_median()},
+    "krum": lambda f: {"weighting": robust.krum(f.byzantine)},
     "multi_krum": lambda f: {"weighting": robust.multi_krum(f.byzantine, keep=max(f.replicas - f.byzantine, 1))},
     "clip": lambda f: {"weighting": weighting.uniform(), "transform": robust.clip_deltas()},
     "norm_preserving": lambda f: {"weighting": weighting.uniform(), "reduce": reduce.norm_preserving},
 }
 """Name -> function of the flags that returns arguments of `wavg_jax.averager`.
 
-To be called once for each run or matrix: programs are shared by what is given the same objects.
+To be called once for each run or matrix: programs are shared by what is given the same objects. And to be called after
+`experiments.arms.load`, which settles --chance.
 """

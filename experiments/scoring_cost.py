@@ -1,6 +1,6 @@
 """What scoring and searching cost, as a share of a round's time.
 
-  python -m experiments.scoring_cost --flagfile=experiments/presets/fashion_scenarios.flags --data_dir=DIR
+  python -m experiments.scoring_cost --flagfile=experiments/presets/fashion_cost.flags --data_dir=DIR
 
 A round of every weighting is timed in turn with a round of plain averaging, in one process, at every H of --steps and
 every size of --subsets: held-out samples that a round scores, another subset in each round; 0 means all of them. The
@@ -36,34 +36,46 @@ MEASURED = (
     *("coordinate_median", "geometric_median", "multi_krum"),
 )
 flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(SCHEMES)}.")
-flags.DEFINE_list("steps", "10,50,200", "Which H, local steps between two blends.")
 flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples scored in a round; 0 means all.")
 flags.DEFINE_integer("repeats", 9, "Turns, of which the median counts.", lower_bound=1)
-flags.DEFINE_bool("bfloat16", False, "Score in bfloat16.")
-flags.adopt_module_key_flags(shared_flags)
+flags.DEFINE_bool("bfloat16", False, "Score in bfloat16, with a network that computes in its inputs' dtype.")
 F = flags.FLAGS
+
+SETTINGS = (
+    *(*shared_flags.DATA, *shared_flags.SHARDS, *shared_flags.NETWORK, *shared_flags.SCHEME),
+    *("replicas", "batch_size", "inner", "lr_plain", "steps", "subsets", "repeats", "bfloat16"),
+)
+"""Flags that all shares were measured with."""
+READS = (*SETTINGS, "data_dir", "devices", "workdir")
+for _name in READS:
+    flags.declare_key_flag(_name)
 
 
 def main(argv: Sequence[str]) -> None:
     """Times every weighting against plain averaging and writes the table."""
     app.refuse_arguments(argv)
+    shared_flags.refuse_unused(READS)
     names = tuple(F.cost_weightings or ())
     if not names or set(names) - set(SCHEMES):
         raise SettingsError(f"--cost_weightings={','.join(names)}: choose from {', '.join(SCHEMES)}")
     steps, subsets = numbers("steps", int), numbers("subsets", int, least=0)
-    dataset = data.load(F.dataset, F.data_dir)
-    task, sharded = arms.make_task(dataset), arms.make_data(dataset, 0)
+    dataset = arms.load()
+    dtype = jnp.bfloat16 if F.bfloat16 else None
+    # A network that computes in float32 whatever it is given would be scored in float32 too.
+    task = arms.make_task(dataset, jnp.float32 if dtype is None else None)
+    sharded = arms.make_data(dataset, 0)
     inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
     averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in ("plain", *names)}
+    arms.check_heldout(averagers)
     workdir = arms.choose_workdir("cost")
     records = Records(workdir)
     if records.rows:
         raise SettingsError("the folder already holds rows; choose another --workdir")
-    records.append({"kind": "cost", "run": "cost", "settings": shared_flags.settings(), **_where(dataset)})
+    settings = {name: F[name].value for name in SETTINGS}
+    records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
     base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
     with progress.bar(len(steps) * len(subsets) * len(names)) as advance:
         for local_steps, subset, name in itertools.product(steps, subsets, names):
-            dtype = jnp.bfloat16 if F.bfloat16 else None
             recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)
             plain, weighted = _alternate([_round(r, sharded, local_steps) for r in (base, recipe)])
             share = float(np.median((weighted - plain) / weighted))
@@ -81,9 +93,7 @@ def _where(dataset: data.Dataset) -> Row:
 def _round(recipe: Recipe, sharded: data.ShardedData, local_steps: int) -> Callable[[], float]:
     """Builds a function that runs the next round of a recipe and returns its seconds."""
     shared = put_shared(recipe, sharded, 1000)
-    work = make_work(
-        recipe, sharded, seed=0, first_step=0, longest=local_steps, batch_size=F.batch_size, steps=local_steps
-    )
+    work = make_work(recipe, sharded, seed=0, first_step=0, longest=local_steps, batch_size=F.batch_size)
     program = programs(recipe, len(sharded.shards))
     state: Any = program.init(jax.random.key(0))
     step = compiled(program.run, state, work, shared).call

@@ -12,19 +12,23 @@ from absl import flags
 
 from experiments import app, arms
 from experiments import flags as shared_flags
-from wavg_jax import data, progress, trainer
+from wavg_jax import progress, trainer
 from wavg_jax.records import read_rows
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
 flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and order.", lower_bound=0)
-flags.adopt_module_key_flags(shared_flags)
 F = flags.FLAGS
+
+READS = shared_flags.NAMES - {"seeds", "steps"}
+for _name in READS:
+    flags.declare_key_flag(_name)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
-    dataset = data.load(F.dataset, F.data_dir)
+    shared_flags.refuse_unused(READS)
+    dataset = arms.load()
     task = arms.make_task(dataset)
     (arm,) = arms.make_arms((F.arm,))
     workdir = arms.choose_workdir("train")

@@ -22,8 +22,11 @@ from wavg_jax.records import Row
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
 flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")
 flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
-flags.adopt_module_key_flags(shared_flags)
 F = flags.FLAGS
+
+READS = shared_flags.NAMES - {"seeds", "steps", "workdir", "resume", "checkpoint_every"}
+for _name in READS:
+    flags.declare_key_flag(_name)
 
 
 def accuracy(
@@ -39,11 +42,12 @@ def accuracy(
 def main(argv: Sequence[str]) -> None:
     """Tries every rate for every arm and prints what came out."""
     app.refuse_arguments(argv)
+    shared_flags.refuse_unused(READS)
     rates, seeds = numbers("rates", float), numbers("tuning_seeds", int, least=0)
     names = arms.chosen("tune")
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
-    dataset = data.load(F.dataset, F.data_dir)
+    dataset = arms.load()
     task = arms.make_task(dataset)
     spaces = {seed: arms.make_data(dataset, seed) for seed in seeds}
     # What a run calls its test split is here the held-out one.

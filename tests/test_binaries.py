@@ -10,8 +10,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import app, compare, report, scenarios, train, tune
-from wavg_jax import data, records
+from experiments import app, arms, compare, options, reductions, report, scenarios, scoring_cost, train, tune
+from wavg_jax import data, records, schedule
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -95,6 +95,16 @@ BAD = [
     (compare, ["--workdir={folder}/file"], "--workdir"),
     (compare, ["--workdir=/proc/run"], "--workdir"),
     (compare, ["--resume"], "--workdir"),
+    (compare, ["--outer_lr=0.5"], "--outer=none"),
+    (compare, ["--outer=lookahead", "--outer_momentum=0.5"], "--outer=lookahead"),
+    (compare, ["--smoothing=ema", "--ema_decay=1"], "--ema_decay"),
+    (compare, ["--steps=5"], "--steps"),
+    (train, ["--seeds=1"], "--seeds"),
+    (tune, ["--resume"], "--resume"),
+    (reductions, ["--pull=0.5"], "--pull has no effect"),
+    (reductions, ["--seeds=1,1"], "each seed once"),
+    (scoring_cost, ["--local_steps=5"], "--local_steps has no effect"),
+    (scoring_cost, ["--heldout=0"], "--heldout=0"),
     (train, ["--arm=median"], "median"),
     (train, [*QUICK, "--workdir={folder}/done"], "--resume"),
     (train, [*QUICK, "--workdir={folder}/done", "--resume", "--lr_weighted=0.7"], "--lr_weighted=0.4"),
@@ -127,6 +137,17 @@ def test_a_user_s_own_arrays_train_from_the_command_line(folder, tmp_path):
     assert invoke(train.main, *arguments, f"--workdir={tmp_path}") == 0
     first = records.read_rows(tmp_path)[0]
     assert (first["dataset"], first["shard_sizes"]) == ("good", [63, 187])
+
+
+def test_flags_reach_the_pull_the_schedule_and_the_chance():
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--pull_toward=old", "--pull=0.25", "--post_local_steps=2", "--local_steps=8"])
+        restart = arms.make_arms(("plain",))[0].averager.restart
+        post_local = options.SCHEDULES["post_local"](flags.FLAGS)
+        assert arms.load().classes == 10
+        assert flags.FLAGS.chance == 0.1
+    assert restart(np.float32([8, 4]), np.float32(0), np.float32(1)).tolist() == [6, 3]
+    assert [post_local.steps(schedule.Past(0, done, ())) for done in (0, 1, 2)] == [1, 1, 8]
 
 
 def run(*arguments):
@@ -222,8 +243,10 @@ def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(cap
 def test_help_says_what_the_binary_is_for_and_shows_its_flags(binary):
     said = run(f"experiments.{binary}", "--help").stdout
     assert f"python -m experiments.{binary}" in said
-    for flag in {"report": ["--out"]}.get(binary, ["--dataset", "--replicas", "--weighting", "--lr_plain"]):
+    own = {"report": ["--out"], "scenarios": ["--dataset", "--weightings", "--lr_iid", "--seeds"]}
+    for flag in own.get(binary, ["--dataset", "--replicas", "--weighting", "--lr_plain"]):
         assert flag in said
+    assert ("--partition" in said) == (binary not in ("report", "scenarios"))
 
 
 @pytest.mark.parametrize(

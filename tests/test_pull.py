@@ -104,8 +104,7 @@ ONE = functools.partial(tree, replicas=1)
 
 @functools.cache
 def restart_of(factor):
-    form = factor if callable(factor) else pull.toward_new(factor)
-    return jax.jit(wavg.averager(wavg.uniform(), pull=form).restart)
+    return jax.jit(wavg.averager(wavg.uniform(), pull=factor).restart)
 
 
 TOWARD_OLD = pull.toward_old(0.5)

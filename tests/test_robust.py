@@ -205,6 +205,20 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     np.testing.assert_array_equal(weights[index], kept)
 
 
+def test_two_survivors_of_eight_are_blended_in_a_loop_as_two_alone_are():
+    # The compiler specialises a loop on which weights are 0: with few replicas it once rounded another of two products.
+    index = np.array([1, 6])
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        stacked, params = (
+            {"w": rng.normal(size=(8, 5, 4)).astype(np.float32)},
+            {"w": rng.normal(size=(5, 4)).astype("f4")},
+        )
+        _, _, weights = run("geometric", stacked, params, np.isin(np.arange(8), index))
+        _, _, kept = run("geometric", {"w": stacked["w"][index]}, params)
+        np.testing.assert_array_equal(weights[index], kept)
+
+
 def test_clipping_by_hand():
     # From (1, 1) the replicas moved by (3, 4), (6, 8) and (0, 0): lengths 5, 10 and 0.
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}

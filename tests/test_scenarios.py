@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import wavg_jax as wavg
-from experiments import app, cells, report, scenarios
+from experiments import app, cells, reductions, report, scenarios, scoring_cost
 from experiments.schemes import SCHEMES
 from wavg_jax import data, records
 
@@ -63,6 +63,8 @@ def done(tmp_path_factory):
 
 def test_every_cell_is_one_compact_row_and_the_report_is_written(done):
     header, *cells = records.read_rows(done)
+    assert header["recommend"]
+    assert header["settings"]["chance"] == 0.1
     assert (header["kind"], header["dataset"], header["heldout_samples"]) == ("matrix", "digits", 200)
     assert header["settings"]["local_steps"] == 4
     assert header["scenarios"]["slow4"] == "2 of 4 at 1/4 steps"
@@ -111,6 +113,9 @@ BAD = [
     (["--batch_size=1000"], "--batch_size"),
     (["--devices=64"], "--devices"),
     (["--tune_rates=x"], "--tune_rates"),
+    (["--heldout=0"], "--heldout=0: accuracy would score"),
+    (["--pull=1"], "--pull has no effect"),
+    (["--noisy=1"], "--noisy has no effect"),
     (["--tune_rates=0.1", "--heldout=0"], "--heldout"),
     (["--workdir={done}"], "--resume"),
     (["--workdir={done}", "--resume", "--lr_noisy2=0.5"], "--lr_noisy2=0.02"),
@@ -163,8 +168,34 @@ def test_the_scenarios_are_what_they_are_called():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_makes_an_averager(name):
     with flagsaver.flagsaver():
-        app.parse(["binary", *SMALL])
+        app.parse(["binary", *SMALL, "--chance=0.1"])
         assert wavg.averager(**SCHEMES[name](flags.FLAGS)).update
+
+
+def test_reductions_record_what_they_vary_and_recommend_nothing(tmp_path, capfd):
+    few = ("--replicas=2", "--hidden=8", "--devices=1", "--steps=4", "--total_steps=4", "--seeds=0")
+    assert invoke(reductions.main, *few, f"--workdir={tmp_path}") == 0
+    header, *cells = records.read_rows(tmp_path)
+    assert not header["recommend"]
+    assert {row["weighting"] for row in cells} == {"plain", "norm_preserving"}
+    text = (tmp_path / "report.md").read_text()
+    assert "| local steps | 4 with batch size 16 |" in text
+    assert "ecommend" not in text.split("![")[0] + text.split("## The scenarios")[1]
+    capfd.readouterr()
+    assert invoke(reductions.main, *few, f"--workdir={tmp_path}", "--resume", "--lr_plain=0.5") == 2
+    assert "started with --lr_plain=0.4" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["--nobfloat16", "--bfloat16"])
+def test_scoring_cost_records_shares_and_the_settings_they_were_measured_with(dtype, tmp_path):
+    few = ("--replicas=2", "--hidden=8", "--devices=1", "--cost_weightings=softmax_loss", "--steps=2", "--subsets=0,50")
+    assert invoke(scoring_cost.main, *few, dtype, "--repeats=1", f"--workdir={tmp_path}") == 0
+    header, *shares = records.read_rows(tmp_path)
+    assert set(header["settings"]) == set(scoring_cost.SETTINGS)
+    assert header["settings"]["bfloat16"] == (dtype == "--bfloat16")
+    assert [row["score_samples"] for row in shares] == [200, 50]
+    assert "| softmax_loss |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The critical path: its parts are measured, and each arm is charged with what it does."""
 
+import jax
+import jax.numpy as jnp
 import optax
 from absl import flags
 from absl.testing import flagsaver
@@ -7,7 +9,7 @@ from small import regression, sharded
 
 import wavg_jax as wavg
 from experiments import app, arms
-from wavg_jax import data, timing, trainer
+from wavg_jax import data, signals, timing, trainer
 
 TASK = regression()
 
@@ -29,11 +31,12 @@ def test_every_part_that_a_round_has_takes_time_and_no_other():
 
 
 def test_each_arm_is_charged_with_what_it_does(monkeypatch):
-    # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, one exchange 0.001.
+    # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, or 0.05 with a search, one
+    # exchange 0.001.
     def measured(recipe, source, *, local_steps, batch_size):
         if len(source.shards) == 1:
             return timing.Parts(7.0, 0.0, 0.0, 0.0)
-        return timing.Parts(1.0, 0.1 if recipe.averager.needs else 0.0, 0.01, 0.001)
+        return timing.Parts(1.0, 0.1, 0.05, 0.001) if recipe.averager.needs else timing.Parts(1.0, 0.0, 0.01, 0.001)
 
     monkeypatch.setattr(timing, "measure_parts", measured)
     with flagsaver.flagsaver():
@@ -42,8 +45,34 @@ def test_each_arm_is_charged_with_what_it_does(monkeypatch):
         task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
         paths = arms.critical_path(arms.make_arms(), task, source)
         few = arms.critical_path(arms.make_arms(("plain",)), task, source)
+        app.parse(["binary", "--local_steps=50", "--schedule=linear"])
+        changing = arms.critical_path(arms.make_arms(("plain", "weighted")), task, source)
     totals = {name: round(path["round"], 6) for name, path in paths.items()}
-    assert totals == {"sequential": 7.0, "sync": 1.05, "plain": 1.01, "weighted": 1.11}
+    assert totals == {"sequential": 7.0, "sync": 1.05, "plain": 1.01, "weighted": 1.15}
     assert few == {"plain": paths["plain"]}
+    assert changing == {"plain": None, "weighted": None}
     assert all(path["round"] == path["local"] + path["score"] + path["blend"] for path in paths.values())
     assert flags.FLAGS.local_steps != 50
+
+
+def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--score_samples=50", "--smoothing=swa"])
+        dataset = arms.load()
+        recipe = arms.make_recipe(arms.make_arms(("weighted",))[0], arms.make_task(dataset), arms.make_data(dataset, 0))
+    assert recipe.score_samples == 50
+    assert recipe.smoothing is not None
+
+
+def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--hidden=8"])
+        dataset = arms.load()
+        task, source = arms.make_task(dataset, None), arms.make_data(dataset, 0)
+        fixed = arms.make_task(dataset)
+    params, mutable = task.init(jax.random.key(0))
+    held_out = signals.chunked(source.heldout.x, source.heldout.y, 100)
+    score = jax.jit(signals.predict, static_argnums=(0, 1, 5))
+    wide, narrow = (score(task, source.prepare, params, mutable, held_out, dtype) for dtype in (None, jnp.bfloat16))
+    assert 1e-4 < jnp.abs(wide - narrow).max() < 0.1
+    assert (wide == score(fixed, source.prepare, params, mutable, held_out, None)).all()

@@ -1,7 +1,7 @@
 """wavg_jax: K replicas of a network, each trained on its own shard for H local steps, scored, and blended by a weighted
 average into the next global parameters."""
 
-from wavg_jax import data, faults, models, outer, policy, pull, robust, schedule, smoothing
+from wavg_jax import data, faults, models, outer, policy, pull, robust, schedule, signals, smoothing
 from wavg_jax.averager import averager
 from wavg_jax.base import (
     Averager,
@@ -76,6 +76,7 @@ __all__ = [
     "robust",
     "schedule",
     "shortlist",
+    "signals",
     "smooth_signals",
     "smoothing",
     "softmax",

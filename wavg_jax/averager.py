@@ -33,8 +33,14 @@ def _living(stacked: PyTree, alive: jax.Array | None) -> jax.Array:
     return finite if alive is None else finite & jnp.asarray(alive, bool)
 
 
+def _replace(stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree:
+    """`Averager.restart` where every replica is replaced."""
+    del old, alive
+    return tree.replicate(new, tree.count_replicas(stacked))
+
+
 def _restart(pull: Pull) -> Callable:
-    """Builds `Averager.restart`."""
+    """`Averager.restart` where the living are pulled."""
 
     def one(x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         wide = tree.accumulator_dtype(x.dtype)
@@ -118,7 +124,10 @@ def averager(
     ) -> tuple[PyTree, AveragerState, PyTree]:
         missing = sorted(set(weighting.needs) - set(signals))
         if missing:
-            raise SettingsError(f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=<array [K]>")
+            raise SettingsError(
+                f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=... to update; wavg_jax.signals "
+                "says what it is and measures it"
+            )
         alive = _living(stacked, alive)
         # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
         sent = tree.select_replicas(alive, stacked, tree.replicate(params, alive.shape[0]))
@@ -132,4 +141,5 @@ def averager(
         new_params, new_state = tree.select(alive.any(), new, (params, state))
         return new_params, new_state, weights
 
-    return Averager(init, update, weighting.needs, _restart(pull if callable(pull) else toward_new(pull)))
+    restart = _replace if pull == 1.0 else _restart(pull if callable(pull) else toward_new(pull))
+    return Averager(init, update, weighting.needs, restart)

@@ -46,7 +46,8 @@ def faults(
             if not 0 <= k < replicas:
                 raise SettingsError(f"faults: {name} names replica {k}; there are 0 to {replicas - 1}")
             if not math.isfinite(factor) or (name == "speed" and not 0 < factor <= 1):
-                raise SettingsError(f"faults: {name} of replica {k} is {factor}; speed is above 0 and at most 1")
+                allowed = "above 0 and at most 1" if name == "speed" else "a finite number"
+                raise SettingsError(f"faults: {name} of replica {k} is {factor}; it must be {allowed}")
         return tuple(float((factors or {}).get(k, 1.0)) for k in range(replicas))
 
     return Faults(row("speed", speed), row("rate", rate), row("sent", sent))

@@ -19,15 +19,19 @@ def as_is(item: Batch, shared: PyTree, rng: jax.Array) -> Batch:
 
 
 class Pace(NamedTuple):
-    """How a replica works in a round. The numbers may change from round to round without recompiling.
+    """How a replica works in a round. Numbers that are given may change from round to round without recompiling.
 
     Attributes:
-      steps: local steps to take, int32 scalar, at most the number of items.
-      rate: multiplies what the inner optimizer adds to the parameters, float32 scalar; 1 but for simulated faults.
+      steps: local steps to take, int32 scalar, at most the number of items; None takes them all, in a loop whose length
+        the compiler knows.
+      rate: multiplies what the inner optimizer adds to the parameters, float32 scalar; None leaves it as it is.
     """
 
-    steps: jax.Array
-    rate: jax.Array
+    steps: jax.Array | None = None
+    rate: jax.Array | None = None
+
+
+EVERY_STEP = Pace()
 
 
 def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = as_is) -> Callable:
@@ -40,35 +44,35 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
         data set on the device and augmenting them. By default the item is the batch.
 
     Returns:
-      `(replica, items, shared, pace=None) -> (replica, loss)`: `replica` is a `Replicas` of one replica (no leading
-      axis), the leaves of `items` have a leading axis H, `pace` is a `Pace` (by default all H steps), and `loss` is the
-      mean training loss over the steps taken, a float32 scalar. The function is pure; `jax.vmap` or
+      `(replica, items, shared, pace=EVERY_STEP) -> (replica, loss)`: `replica` is a `Replicas` of one replica (no
+      leading axis), the leaves of `items` have a leading axis H, `pace` is a `Pace` (by default all H steps), and
+      `loss` is the mean training loss over the steps taken, a float32 scalar. The function is pure; `jax.vmap` or
       `wavg_jax.placement` map it over the replicas.
     """
 
-    def step(replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array) -> tuple[Replicas, jax.Array]:
+    def step(replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array | None) -> tuple[Replicas, jax.Array]:
         rng, fetch_rng, loss_rng = jax.random.split(replica.rng, 3)
         batch = fetch(item, shared, fetch_rng)
         (loss, (mutable, _)), gradient = jax.value_and_grad(task.loss, has_aux=True)(
             replica.params, replica.mutable, batch, loss_rng
         )
         updates, opt_state = inner.update(gradient, replica.opt_state, replica.params)
-        updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
+        if rate is not None:
+            updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
         return Replicas(optax.apply_updates(replica.params, updates), opt_state, mutable, rng), loss
 
-    def run(replica: Replicas, items: PyTree, shared: PyTree, pace: Pace | None = None) -> tuple[Replicas, jax.Array]:
-        length = jax.tree.leaves(items)[0].shape[0]
-        pace = Pace(jnp.int32(length), jnp.float32(1)) if pace is None else pace
+    def run(replica: Replicas, items: PyTree, shared: PyTree, pace: Pace = EVERY_STEP) -> tuple[Replicas, jax.Array]:
+        steps = jax.tree.leaves(items)[0].shape[0] if pace.steps is None else pace.steps
 
         def body(i: jax.Array, carry: tuple[Replicas, jax.Array]) -> tuple[Replicas, jax.Array]:
             replica, total = carry
             replica, loss = step(replica, jax.tree.map(lambda x: x[i], items), shared, pace.rate)
             return replica, total + loss
 
-        # Not a scan: the number of steps is an argument, so that H can change without recompiling. Mapped over paces
-        # that differ, the loop runs to the longest and holds the others still.
-        replica, total = jax.lax.fori_loop(0, pace.steps, body, (replica, jnp.float32(0)))
-        return replica, total / pace.steps.astype(jnp.float32)
+        # Where the number of steps is an argument, H can change without recompiling. Mapped over numbers that differ,
+        # the loop runs to the largest and holds the others still.
+        replica, total = jax.lax.fori_loop(0, steps, body, (replica, jnp.float32(0)))
+        return replica, total / jnp.asarray(steps, jnp.float32)
 
     return run
 

@@ -6,6 +6,7 @@ There are two kinds of rows, beside those of `wavg_jax.records`:
   run                   "matrix"
   scenarios             {name: title}, those that were asked for
   settings              the flags that all cells share; must agree when the recording is gone on with
+  recommend             whether the report says which weighting can be recommended; may be missing, which means true
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
 
 `kind="cell"`, one per scenario, weighting and seed:
@@ -104,6 +105,7 @@ class Matrix(NamedTuple):
       rates: {scenario: learning rate}.
       seeds: all seeds of any cell.
       headers: the rows of kind "matrix".
+      recommend: whether any weighting is to be recommended, which every recording asks for.
     """
 
     titles: Mapping[str, str]
@@ -114,11 +116,12 @@ class Matrix(NamedTuple):
     rates: Mapping[str, float]
     seeds: tuple[int, ...]
     headers: tuple[Row, ...]
+    recommend: bool = True
 
     @property
     def recommended(self) -> tuple[str, ...]:
-        """The weightings that meet what is asked of a default."""
-        return tuple(name for name in self.weightings if self.verdicts[name].recommended)
+        """The weightings that meet what is asked of a default; none where nothing is to be recommended."""
+        return tuple(name for name in self.weightings if self.recommend and self.verdicts[name].recommended)
 
     @property
     def lacking(self) -> int:
@@ -169,6 +172,7 @@ def tabulate(rows: Sequence[Row]) -> Matrix:
         rates={scenario: float(found[0]) for scenario, found in rates.items()},
         seeds=tuple(sorted({seed for own in cells.values() for seed in own})),
         headers=headers,
+        recommend=all(header.get("recommend", True) for header in headers),
     )
 
 

@@ -19,7 +19,8 @@ POINT = f"{100 * MARGIN:g} point"
 
 def findings(matrix: Matrix) -> list[str]:
     """What the matrix says, in sentences."""
-    lines = [_recommendation(matrix), _strict(matrix)]
+    lines = [_recommendation(matrix)] if matrix.recommend else []
+    lines += [_strict(matrix)]
     if matrix.lacking:
         lines.append(f"{matrix.lacking} cells of the matrix are not recorded; what is judged is judged without them.")
     compared = sum(entry.versus.n > 1 and w != REFERENCE for (_, w), entry in matrix.entries.items())
@@ -87,14 +88,15 @@ def _interval(d: Statistic) -> str:
 
 def _verdicts(matrix: Matrix) -> Table:
     rows = [_verdict(matrix, name, matrix.verdicts[name]) for name in matrix.weightings]
+    asked = f"Recommended: none below, no gap over {POINT}; else by how many points it misses that. "
+    asked = asked if matrix.recommend else ""
     note = (
         f"Of {len(matrix.titles)} scenarios. Worse: the paired 95 % interval of the difference from {REFERENCE} lies "
         f"below 0. Below: by more than the standard deviation of {REFERENCE} over seeds. Gap: to the best weighting of "
-        "the scenario, where that is largest. Recommended: none below, no gap over "
-        f"{POINT}; else by how many points it misses that. Round: median time over that of {REFERENCE}, mean over "
+        f"the scenario, where that is largest. {asked}Round: median time over that of {REFERENCE}, mean over "
         "scenarios, indicative only if other work ran beside."
     )
-    heads = ("weighting", "worse", "below", "gap", "in", "recommended", "round")
+    heads = ("weighting", "worse", "below", "gap", "in", *(("recommended",) if matrix.recommend else ()), "round")
     return Table("The weightings", note, heads, (tuple(rows),))
 
 
@@ -114,7 +116,7 @@ def _verdict(matrix: Matrix, name: str, verdict: Verdict) -> tuple[str, ...]:
         str(len(verdict.below)),
         "-" if math.isnan(verdict.gap) else f"{100 * verdict.gap:.2f}",
         matrix.titles.get(verdict.gap_in, "-"),
-        said,
+        *((said,) if matrix.recommend else ()),
         f"{sum(times) / len(times):.2f}" if times else "-",
     )
 
@@ -170,12 +172,20 @@ def _setup(matrix: Matrix) -> Table:
         ("splits", f"train {h['train_samples']:,}, held-out {h['heldout_samples']:,}, test {h['test_samples']:,}"),
         ("network", f"{h['parameters']:,} parameters"),
         ("replicas", str(s.get("replicas"))),
-        ("rounds", f"{s.get('rounds')} of {s.get('local_steps')} local steps with batch size {s.get('batch_size')}"),
+        _length(s),
         ("seeds", summary.text(matrix.seeds)),
         *(("hardware", pairs(found)) for found in summary.distinct(header["hardware"] for header in matrix.headers)),
         *(("versions", pairs(found)) for found in summary.distinct(header["versions"] for header in matrix.headers)),
     ]
     return Table("Setup", "", ("setting", "value"), (tuple(rows),))
+
+
+def _length(settings: Row) -> tuple[str, str]:
+    """How long the cells train: recordings over H share the local steps, the others the rounds too."""
+    batch = f"with batch size {settings.get('batch_size')}"
+    if "total_steps" in settings:
+        return "local steps", f"{settings['total_steps']:,} {batch}"
+    return "rounds", f"{settings.get('rounds')} of {settings.get('local_steps')} local steps {batch}"
 
 
 def markdown(matrix: Matrix, drawn: Sequence[Plot]) -> str:

@@ -86,10 +86,11 @@ class DelayedState(NamedTuple):
 def delayed(outer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Applies every pseudo-gradient one round late: `p_{t+1} = p_t + outer.update(g_{t-1})`, with `g_{-1} = 0`.
 
-    What is exchanged after round t is needed only after round t + 1, so the exchange has a whole round to complete.
-    The first round leaves the parameters as they are. This is the delay of CO2 (Sun et al. 2024, arXiv:2401.16265)
-    without its staleness penalty and momentum clipping. A late pseudo-gradient wants smaller steps: with
-    `optax.sgd(1.0)` the parameters follow a blend that was reached from elsewhere.
+    What is exchanged after round t is needed only after round t + 1, which leaves the exchange a whole round to
+    complete. This is that arithmetic; the programs of `fit` still finish the exchange within its round, so it hides
+    nothing yet. The first round leaves the parameters as they are. This is the delay of CO2 (Sun et al. 2024,
+    arXiv:2401.16265) without its staleness penalty and momentum clipping. A late pseudo-gradient wants smaller steps:
+    with `optax.sgd(1.0)` the parameters follow a blend that was reached from elsewhere.
 
     Args:
       outer: an optax optimizer, such as `nesterov()`.

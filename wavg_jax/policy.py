@@ -1,8 +1,9 @@
 """What becomes of the inner optimizer's state and of BatchNorm statistics when the replicas are blended.
 
-The parameters are always replaced by the blend. A policy decides for one further stacked tree; `fit` takes one for the
-optimizer state (default `keep`, as DiLoCo does) and one for the mutable collections (default `average`, as for the
-parameters, so that every replica starts the round with the statistics that evaluation uses).
+The parameters are replaced by the blend, or pulled toward it (`averager(pull=...)`; replicas that stay apart should
+`keep` their statistics, since the mean's are another network's). A policy decides for one further stacked tree; `fit`
+takes one for the optimizer state (default `keep`, as DiLoCo does) and one for the mutable collections (default
+`average`, as for the parameters, so that every replica starts the round with the statistics that evaluation uses).
 """
 
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 A pull is a function `(replica, old, new) -> replica` of one leaf of one replica's parameters and of the global ones
 before and after the round, all in float32. `averager(pull=...)` takes one, or a number, which means `toward_new`.
+Replicas whose parameters are stored in bfloat16 round a small pull away: use float32 ones where the factor is small.
 """
 
 from collections.abc import Callable

@@ -12,6 +12,7 @@ from wavg_jax import local, policy, signals
 from wavg_jax.base import Averager, Batch, SettingsError, Task
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
+from wavg_jax.faults import faults as no_faults
 from wavg_jax.local import Pace
 from wavg_jax.placement import Placement, put
 
@@ -31,7 +32,7 @@ class Work(NamedTuple):
 
     Attributes:
       indices: [K, H, B] int32 into the training split; H is the longest round's.
-      pace: how many of the H steps to take, and how fast; each number a scalar for all or [K].
+      pace: how many of the H steps to take, and how fast; each number a scalar for all, [K], or None.
     """
 
     indices: jax.Array
@@ -74,10 +75,20 @@ def put_shared(recipe: Recipe, data: ShardedData, chunk: int) -> Shared:
     scored = signals.reads_heldout(recipe.averager.needs)
     if scored and not len(data.heldout.y):
         raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (--heldout)")
-    size = chunk if recipe.score_samples is None else min(chunk, recipe.score_samples)
-    held_out = signals.chunked(data.heldout.x, data.heldout.y, size) if scored else None
+    held_out = _held_out(recipe, data, chunk) if scored else None
     sizes = np.array([len(shard) for shard in data.shards], np.float32)
     return put(Shared(data.train.x, data.train.y.astype(np.int32), held_out, sizes), recipe.placement.shared)
+
+
+def _held_out(recipe: Recipe, data: ShardedData, chunk: int) -> signals.Chunks:
+    """Cuts the held-out split into chunks; where rounds score windows of it, such that all windows have one size."""
+    x, y, samples = data.heldout.x, data.heldout.y, recipe.score_samples
+    if samples is None or samples >= len(y):
+        return signals.chunked(x, y, chunk)
+    size = -(-samples // -(-samples // chunk))
+    # Filled up from the start again: padding would leave the last window with few samples.
+    filled = np.resize(np.arange(len(y)), -(-len(y) // size) * size)
+    return signals.chunked(x[filled], y[filled], size)
 
 
 def fetch(recipe: Recipe) -> local.Fetch:
@@ -91,7 +102,14 @@ def fetch(recipe: Recipe) -> local.Fetch:
 
 
 def make_work(
-    recipe: Recipe, data: ShardedData, *, seed: int, first_step: int, longest: int, batch_size: int, steps: int
+    recipe: Recipe,
+    data: ShardedData,
+    *,
+    seed: int,
+    first_step: int,
+    longest: int,
+    batch_size: int,
+    steps: int | None = None,
 ) -> Work:
     """Puts a round's batches on the devices; see `wavg_jax.data.round_indices`.
 
@@ -99,21 +117,26 @@ def make_work(
       recipe: says where the replicas live, and which are slow or fast.
       data: the shards.
       seed, first_step, batch_size: of the batches.
-      longest: H of the longest round, for which there are indices.
-      steps: H of this round.
+      longest: H of the longest round; the batches of a shorter one are filled up with its last.
+      steps: H of this round; None if all rounds are equally long, which need not be an argument of the program then.
     """
-    host = round_indices(data.shards, seed=seed, first_step=first_step, local_steps=longest, batch_size=batch_size)
-    faults = recipe.faults
-    some: np.ndarray | np.generic = np.int32(steps)
-    rate: np.ndarray | np.generic = np.float32(1)
-    if faults is not None and set(faults.speed) != {1.0}:
-        some = np.maximum(np.round(np.array(faults.speed) * steps), 1).astype(np.int32)
-    if faults is not None and set(faults.rate) != {1.0}:
-        rate = np.array(faults.rate, np.float32)
-    pace = [put(x, recipe.placement.stacked if np.ndim(x) else recipe.placement.shared) for x in (some, rate)]
-    return Work(put(host, recipe.placement.stacked), Pace(*pace))
+    taken = longest if steps is None else steps
+    host = round_indices(data.shards, seed=seed, first_step=first_step, local_steps=taken, batch_size=batch_size)
+    host = np.pad(host, ((0, 0), (0, longest - taken), (0, 0)), mode="edge")
+    some: Any = None if steps is None else np.int32(steps)
+    faults = recipe.faults or no_faults(len(data.shards))
+    if set(faults.speed) != {1.0}:
+        some = np.maximum(np.round(np.array(faults.speed) * taken), 1).astype(np.int32)
+    rate = None if set(faults.rate) == {1.0} else np.array(faults.rate, np.float32)
+    pace = Pace(*(x if x is None else put(x, _sharding(recipe, x)) for x in (some, rate)))
+    return Work(put(host, recipe.placement.stacked), pace)
+
+
+def _sharding(recipe: Recipe, x: np.ndarray | np.generic) -> jax.sharding.Sharding:
+    return recipe.placement.stacked if np.ndim(x) else recipe.placement.shared
 
 
 def steps_taken(work: Work) -> jax.Array:
     """The local steps each replica takes: int32 [K]."""
-    return jnp.broadcast_to(work.pace.steps, work.indices.shape[:1])
+    replicas, longest = work.indices.shape[:2]
+    return jnp.broadcast_to(jnp.int32(longest) if work.pace.steps is None else work.pace.steps, (replicas,))

@@ -35,7 +35,9 @@ def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array
     dtype = accumulator_dtype(x.dtype)
     w = w.astype(dtype)
     # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
-    total = jnp.zeros(x.shape[1:], dtype)
+    # w - w is a zero that the compiler cannot see through. After a plain 0 the first two terms are two products, and it
+    # chooses by K which of them it rounds before it adds them. It has no gradient, and should not cost one.
+    total = jnp.zeros(x.shape[1:], dtype) + jax.lax.stop_gradient(w[0] - w[0])
     for k in range(x.shape[0]):
         total = _added(total, w[k], x[k].astype(dtype))
     return _over_devices(total, sum_over)

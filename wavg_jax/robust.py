@@ -1,7 +1,8 @@
 """Robust weightings, which look at the replicas' parameters alone, and the clipping of what replicas send.
 
 They bound what a minority of broken or hostile replicas can do without scoring anything; a weighting by held-out scores
-does so too where held-out data can be had. Distances are Euclidean over all tensors together, in float32.
+does so too where held-out data can be had. Distances are Euclidean over all tensors together, in float32. With the
+replicas spread over several devices every device gathers all of them to compare them: K times the memory.
 """
 
 from collections.abc import Callable

@@ -53,7 +53,7 @@ def _train(recipe: Recipe) -> Callable:
     steps = local.local_steps(recipe.task, recipe.inner, fetch(recipe))
 
     def train(replicas: Replicas, work: Work, shared: Shared) -> tuple[Replicas, jax.Array]:
-        pace = work.pace._asdict()
+        pace = {name: x for name, x in work.pace._asdict().items() if x is not None}
         # A number common to all stays out of the mapping: a loop of one length needs no holding still.
         own = {name: x for name, x in pace.items() if x.ndim}
         common = {name: x for name, x in pace.items() if not x.ndim}
@@ -128,17 +128,17 @@ def _alive(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Arra
     return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
 
 
-def _sent(recipe: Recipe, stacked: PyTree, params: PyTree) -> PyTree:
-    """What the replicas send: their parameters, but for simulated faults."""
+def _sent(recipe: Recipe, stacked: PyTree, before: PyTree) -> PyTree:
+    """The parameters [K, ...] that the replicas send: theirs, but for simulated faults in the change since `before`."""
     if recipe.faults is None or set(recipe.faults.sent) == {1.0}:
         return stacked
     factors = jnp.asarray(recipe.faults.sent, jnp.float32)
 
     def leaf(x: jax.Array, start: jax.Array) -> jax.Array:
-        factor = factors.astype(x.dtype).reshape(-1, *[1] * start.ndim)
-        return jnp.where(factor == 1, x, start[None] + factor * (x - start[None]))
+        factor = factors.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(factor == 1, x, start + factor * (x - start))
 
-    return jax.tree.map(leaf, stacked, params)
+    return jax.tree.map(leaf, stacked, before)
 
 
 def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[TrainState, RoundLog]]:
@@ -147,12 +147,12 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
 
     def run(state: TrainState, work: Work, shared: Shared) -> tuple[TrainState, RoundLog]:
         after, train_loss = part.train(state.replicas, work, shared)
-        after = after._replace(params=_sent(recipe, after.params, state.params))
-        alive = _alive(state.replicas, after, train_loss)
+        sent = after._replace(params=_sent(recipe, after.params, state.replicas.params))
+        alive = _alive(state.replicas, sent, train_loss)
         held_out = part.window(state.round, shared.held_out)
-        scores = part.score(after, held_out, alive)
+        scores = part.score(sent, held_out, alive)
         free = {"train_loss": train_loss, "samples": shared.sizes, "steps": steps_taken(work).astype(jnp.float32)}
-        params, averager_state, weights = part.blend(after, state, alive, held_out, free | scores)
+        params, averager_state, weights = part.blend(sent, state, alive, held_out, free | scores)
         mean_weights = per_replica(weights)
         logged = {name: score for name, score in scores.items() if isinstance(score, jax.Array) and score.ndim == 1}
         log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive)

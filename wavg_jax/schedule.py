@@ -32,10 +32,12 @@ class Schedule(NamedTuple):
     Attributes:
       longest: the most steps that a round can have; the compiled round holds the indices of so many batches.
       steps: `past -> H`, the local steps of the next round, between 1 and `longest`.
+      varies: whether H changes at all; if not, the compiler may know it.
     """
 
     longest: int
     steps: Callable[[Past], int]
+    varies: bool = True
 
 
 def _whole(name: str, value: int, least: int) -> int:
@@ -61,8 +63,8 @@ def fixed(local_steps: int) -> Schedule:
     >>> fixed(50).steps(Past(round=3, steps=150, losses=(2.0, 1.0, 0.5)))
     50
     """
-    local_steps = _whole("local_steps", local_steps, 1)
-    return Schedule(local_steps, lambda past: local_steps)
+    local_steps = _whole("--local_steps", local_steps, 1)
+    return Schedule(local_steps, lambda past: local_steps, varies=False)
 
 
 def post_local(local_steps: int, after: int) -> Schedule:

@@ -1,6 +1,7 @@
 """Weightings that try blends out: they evaluate blended networks on held-out data and keep what did best.
 
-The rules in `weighting` look at each replica alone; these look at the blend, which is what the next round starts from.
+The rules in `weighting` look at each replica alone; these look at the blend, which is what the next round starts from
+where replicas are replaced and no outer optimizer moves it further; with one, the blend is judged and not the step.
 They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run whole inside jit,
 one blend at a time.
 """
@@ -215,7 +216,7 @@ def learned(
     Args:
       start: where the descent starts; equal weights if left out.
       steps: optimizer steps a round.
-      learning_rate: of the default optimizer: 0.3, in units of a logit per step, or with `carry=True` 1.0 per unit of
+      learning_rate: of the default optimizer: 0.3, about a logit's step, or with `carry=True` 1.0 per unit of
         loss.
       carry: keep the logits over rounds; call `init(params, replicas=K)`.
       optimizer: instead of the default, `optax.rmsprop(0.3, decay=0.5, momentum=0.5)`, or with `carry=True`

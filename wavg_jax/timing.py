@@ -67,7 +67,7 @@ def measure_parts(
     first = data._replace(shards=data.shards[:1])
     shared = put_shared(recipe, data, chunk)
     state = programs(recipe, 1).init(jax.random.key(0))
-    work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size, steps=local_steps)
+    work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
     local = _seconds(jax.jit(part.train), (state.replicas, work, shared), repeats)
     held_out = jax.jit(part.window)(state.round, shared.held_out)
     scored = (state.replicas, held_out, jnp.ones(1, bool))

@@ -19,7 +19,7 @@ from wavg_jax.interrupt import stop_requests
 from wavg_jax.journal import Journal, open_journal
 from wavg_jax.placement import place, put
 from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import Recipe, Work, make_work, put_shared
+from wavg_jax.recipe import Recipe, Work, make_work, put_shared, steps_taken
 from wavg_jax.records import Row, check_writable
 from wavg_jax.rounds import RoundLog
 from wavg_jax.schedule import Past, Schedule, fixed
@@ -124,8 +124,19 @@ def fit(
     """
     schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
     plan = Plan(schedule, rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk)
-    recipe = make_recipe(task, data, averager, inner, opt_state_at_sync, stats_at_sync, devices)
-    recipe = recipe._replace(score_samples=score_samples, score_dtype=score_dtype, smoothing=smoothing, faults=faults)
+    recipe = make_recipe(
+        task,
+        data,
+        averager,
+        inner,
+        opt_state_at_sync,
+        stats_at_sync,
+        devices,
+        score_samples=score_samples,
+        score_dtype=score_dtype,
+        smoothing=smoothing,
+        faults=faults,
+    )
     _check(plan, recipe, data, resume and workdir is None)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
@@ -165,8 +176,12 @@ def make_recipe(
     opt_state_at_sync: policy.Policy = policy.keep,
     stats_at_sync: policy.Policy = policy.average,
     devices: int | None = None,
+    **options: Any,
 ) -> Recipe:
-    """Puts together what a round of `fit` with these arguments is made of."""
+    """Puts together what a round of `fit` with these arguments is made of.
+
+    `options` are `fit`'s `score_samples`, `score_dtype`, `smoothing` and `faults`.
+    """
     return Recipe(
         task,
         averager,
@@ -176,6 +191,7 @@ def make_recipe(
         opt_state_at_sync,
         stats_at_sync,
         place(len(data.shards), devices),
+        **options,
     )
 
 
@@ -228,7 +244,7 @@ class _Run:
             first_step=first_step,
             longest=plan.schedule.longest,
             batch_size=plan.batch_size,
-            steps=steps,
+            steps=steps if plan.schedule.varies else None,
         )
 
     def evaluate(self, state: TrainState) -> metrics.Quality:
@@ -300,7 +316,7 @@ def _train(
         jax.block_until_ready((state, log))
         seconds = time.perf_counter() - start
         elapsed += seconds
-        row = _round_row(run, number, steps, jax.device_get((log, work.pace.steps)), state)
+        row = _round_row(run, number, steps, jax.device_get((log, steps_taken(work))), state)
         row["samples"] += journal.rows()[-1].get("samples", 0)
         journal.append(row | {"seconds": seconds, "elapsed": elapsed})
         on_round(journal.rows()[-1])
@@ -332,7 +348,7 @@ def _round_row(run: _Run, number: int, steps: int, reported: tuple[RoundLog, np.
         "kind": "round",
         "round": number,
         "local_steps": steps,
-        "samples": int(np.broadcast_to(taken, run.replicas).sum()) * run.plan.batch_size,
+        "samples": int(taken.sum()) * run.plan.batch_size,
         "train_loss": float(living.mean()) if len(living) else float("nan"),
         **{f"test_{name}": getattr(quality, name, None) for name in ("accuracy", "loss", "macro_f1", "ece")},
         "weights": log.weights,
