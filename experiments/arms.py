@@ -182,7 +182,8 @@ def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -
     """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
 
     sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step. The
-    local phase of all but sequential is the same, so one measurement serves them. None where --schedule lets rounds differ.
+    local phase of all but sequential is the same, so one measurement serves them.
+    None where --schedule lets rounds differ.
     """
     by_name = {arm.name: arm for arm in arms}
     if F.schedule != "fixed":
