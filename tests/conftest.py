@@ -19,3 +19,16 @@ def standard_promotion():
     """For optax.adam, which raises a float to an integer power; strict promotion refuses that."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """Grows by one entry with everything that XLA compiles from now on."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiled

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from binary import invoke
 
 from experiments import app, arms, compare, options, reductions, report, scenarios, scoring_cost, train, tune
 from wavg_jax import data, records, schedule
@@ -16,16 +17,6 @@ from wavg_jax import data, records, schedule
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 QUICK = ("--rounds=2", "--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1")
-
-
-def invoke(main, *arguments):
-    """Runs a binary in this process; returns its exit code."""
-    with flagsaver.flagsaver():
-        try:
-            app.call(main, app.parse(["binary", *arguments]))
-        except SystemExit as ended:
-            return ended.code
-    return 0
 
 
 @pytest.fixture(scope="module")

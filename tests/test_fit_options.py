@@ -33,14 +33,7 @@ def test_a_fixed_schedule_is_a_fixed_number():
     assert_same(run(local_steps=schedule.fixed(4)).params, run(local_steps=4).params)
 
 
-def test_h_changes_from_round_to_round_without_recompiling():
-    compilations = []
-
-    def listen(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+def test_h_changes_from_round_to_round_without_recompiling(compilations):
     at_round = []
     rows = run(
         local_steps=schedule.linear(1, 6, 3), rounds=4, on_round=lambda row: at_round.append(len(compilations))

@@ -8,6 +8,7 @@ import signal
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from binary import invoke
 
 import wavg_jax as wavg
 from experiments import app, cells, reductions, report, scenarios, scoring_cost
@@ -17,16 +18,6 @@ from wavg_jax import data, records
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ("--replicas=4", "--rounds=2", "--local_steps=4", "--hidden=8", "--devices=1")
 FEW = (*SMALL, "--scenarios=iid,noisy2", "--weightings=plain,accuracy", "--seeds=0,1")
-
-
-def invoke(main, *arguments):
-    """Runs a binary in this process; returns its exit code."""
-    with flagsaver.flagsaver():
-        try:
-            app.call(main, app.parse(["binary", *arguments]))
-        except SystemExit as ended:
-            return ended.code
-    return 0
 
 
 class Interrupted:

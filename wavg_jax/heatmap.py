@@ -59,8 +59,8 @@ def draw(matrix: Matrix) -> Plot:
         f"Test accuracy minus {REFERENCE} averaging's, in points, mean over seeds; in the row {REFERENCE}: in %. "
         "Bold with a dot: the 95 % interval over seeds (paired, Student's t) leaves 0 out. Last column: points "
         "from the best weighting, in the scenario where that is most; bold if within "
-        f"{100 * MARGIN:g} point, with a star if scenarios are missing. Rows are in its order; a name in bold "
-        "can be recommended. -: not recorded."
+        f"{100 * MARGIN:g} point, with a star if scenarios are missing. Rows are in its order"
+        f"{'; a name in bold can be recommended' if matrix.recommend else ''}. -: not recorded."
     )
     return render(figure, "matrix", "Every weighting in every scenario", caption)
 
@@ -105,4 +105,4 @@ def _label(axes: Axes, matrix: Matrix, heights: list[float]) -> None:
     axes.set_yticks(heights, list(matrix.weightings))
     axes.tick_params(length=0, labelsize=9.5, colors=INK)
     for label, name in zip(axes.get_yticklabels(), matrix.weightings, strict=True):
-        label.set_fontweight("bold" if matrix.verdicts[name].recommended else "normal")
+        label.set_fontweight("bold" if name in matrix.recommended else "normal")

@@ -30,17 +30,45 @@ def _over_devices(total: jax.Array, sum_over: str | None) -> jax.Array:
     return total if sum_over is None else jax.lax.psum(total, sum_over)
 
 
-def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array:
+@jax.custom_vjp
+def _sum(w: jax.Array, x: jax.Array) -> jax.Array:
     """`sum_k w_k * x_k` of one leaf [K, ...], with `w` [K] or like `x`, in the leaf's accumulator dtype."""
     dtype = accumulator_dtype(x.dtype)
+    if x.dtype != dtype:  # or a search's loop would keep a wide copy of all K
+        w, x = jax.lax.optimization_barrier((w, x))
     w = w.astype(dtype)
     # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
     # w - w is a zero that the compiler cannot see through. After a plain 0 the first two terms are two products, and it
-    # chooses by K which of them it rounds before it adds them. It has no gradient, and should not cost one.
-    total = jnp.zeros(x.shape[1:], dtype) + jax.lax.stop_gradient(w[0] - w[0])
+    # chooses by K which of them it rounds before it adds them.
+    total = jnp.zeros(x.shape[1:], dtype) + (w[0] - w[0])
     for k in range(x.shape[0]):
         total = _added(total, w[k], x[k].astype(dtype))
-    return _over_devices(total, sum_over)
+    return total
+
+
+def _sum_forward(w: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _sum(w, x), (w, x)
+
+
+def _sum_backward(operands: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    # Derived, the gradient of the unrolled sum would hold 2 K arrays as large as the blend; this loop holds none.
+    w, x = operands
+
+    def to_weight(one: jax.Array) -> jax.Array:
+        return jnp.vdot(slope, one.astype(slope.dtype), precision="highest")
+
+    by_weight = jax.lax.map(to_weight, x) if w.ndim == 1 else slope[None] * x.astype(slope.dtype)
+    by_replica = None
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        by_replica = jax.lax.map(lambda one: (one.astype(slope.dtype) * slope).astype(x.dtype), w)
+    return jnp.where(w != 0, by_weight, 0).astype(w.dtype), by_replica
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array:
+    return _over_devices(_sum(w, x), sum_over)
 
 
 def _leafwise(leaf: Callable[[jax.Array, jax.Array], jax.Array], stacked: PyTree, weights: PyTree) -> PyTree:

@@ -210,8 +210,8 @@ def learned(
 
     Costs, beside the start's own: `steps` gradients of a held-out pass, each about three evaluations' work (no further
     evaluation: its forward half is one), and 1 evaluation, of the end; `steps + 1` blends, and for each step one more
-    pass over `stacked` for the slope. With `carry=True` 1 evaluation and 1 blend more, of equal weights. Holds one
-    blend and its gradient.
+    pass over `stacked` for the slope. With `carry=True` 1 evaluation and 1 blend more, of equal weights. Holds, beside
+    `stacked` and the averager's copy of it, one blend and its gradient.
 
     Args:
       start: where the descent starts; equal weights if left out.
