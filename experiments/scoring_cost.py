@@ -32,8 +32,8 @@ from wavg_jax.recipe import Recipe, make_work, put_shared
 from wavg_jax.records import Records, Row, write_atomically
 
 MEASURED = (
-    *("accuracy", "softmax_loss", "inverse_grad_norm", "fisher", "greedy_soup", "learned", "learned_carry", "best_of"),
-    *("coordinate_median", "geometric_median", "multi_krum"),
+    *("accuracy", "softmax_loss", "inverse_grad_norm", "fisher", "greedy_soup", "learned", "learned_online"),
+    *("best_of", "coordinate_median", "geometric_median", "multi_krum"),
 )
 flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(SCHEMES)}.")
 flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples scored in a round; 0 means all.")
