@@ -63,6 +63,7 @@ def as_numbers(replicas):
     return replicas._replace(rng=jax.random.key_data(replicas.rng))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_one_replica_against_a_loop_of_optax_steps():
     task, inner = linear_task(), optax.adam(0.1)
@@ -82,6 +83,7 @@ def test_one_replica_against_a_loop_of_optax_steps():
     assert_close(loss, np.mean(losses))
 
 
+@pytest.mark.slow
 def test_one_local_step_of_sgd_then_plain_averaging_is_synchronous_data_parallelism():
     task, inner = quiet(linear_task()), optax.sgd(0.5)
     train = jax.vmap(wavg.local_steps(task, inner), in_axes=(0, 0, None))

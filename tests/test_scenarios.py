@@ -163,6 +163,7 @@ def test_every_scheme_makes_an_averager(name):
         assert wavg.averager(**SCHEMES[name](flags.FLAGS)).update
 
 
+@pytest.mark.slow
 def test_reductions_record_what_they_vary_and_recommend_nothing(tmp_path, capfd):
     few = ("--replicas=2", "--hidden=8", "--devices=1", "--steps=4", "--total_steps=4", "--seeds=0")
     assert invoke(reductions.main, *few, f"--workdir={tmp_path}") == 0

@@ -229,6 +229,7 @@ def test_re_estimated_batchnorm_statistics_are_those_of_the_blended_network():
     np.testing.assert_allclose(mean, x.mean(axis=0), atol=0.5)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_replicas_and_is_the_same_from_run_to_run():
     # All replicas see the same samples, so that only their keys can make them differ.
     source = sharded()
