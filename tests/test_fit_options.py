@@ -80,7 +80,7 @@ def test_a_straggler_does_part_of_the_steps_and_the_others_all(devices):
 
 
 def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_that_is_sent():
-    start = TASK.init(jax.random.key(0))[0]["w"]
+    start = np.asarray(TASK.init(jax.random.key(0))[0]["w"])
     plain = run(APART, rounds=1, local_steps=1)
     bad = run(APART, rounds=1, local_steps=1, faults=faults(4, rate={0: 10.0}, sent={1: -1.0}))
     own, kept = (np.asarray(result.state.replicas.params["w"]) - start for result in (plain, bad))
