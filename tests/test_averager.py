@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wavg_jax as wavg
@@ -109,6 +109,7 @@ def test_when_all_are_dead_parameters_and_state_stay():
     jax.tree.map(np.testing.assert_array_equal, (new, same), (PARAMS, state))
 
 
+@settings(max_examples=8)  # each number of replicas compiles anew
 @given(st.integers(1, 6), st.integers(0, 1000))
 def test_equal_replicas_are_unchanged(replicas, seed):
     params = wavg.replica(stacked_trees(1, seed=seed), 0)
