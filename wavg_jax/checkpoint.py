@@ -5,6 +5,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,9 +66,12 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _without_keys(like)
         )
         before, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
+        asyncio_log = logging.getLogger("asyncio")
+        asyncio_log.addFilter(_without_lost_reads)
         try:
             restored = _with_keys(self._checkpointer.load(self.latest(), abstract), like)
             sys.unraisablehook = before
+            asyncio_log.removeFilter(_without_lost_reads)
             return restored
         except Exception as error:  # orbax raises many types for a damaged or foreign checkpoint
             raise ResumeError(
@@ -86,8 +90,14 @@ def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None
     return wrapped
 
 
+def _without_lost_reads(record: logging.LogRecord) -> bool:
+    """For the log of asyncio: when one read fails, the other failed ones complain too, whenever they are collected."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What went wrong, without the whole tree that some errors of orbax quote."""
+    return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")
 
 
 @contextlib.contextmanager
