@@ -14,7 +14,7 @@ PACKAGE = ROOT / "wavg_jax"
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
     {"tree"},
-    {"signals", "reduce", "outer", "pull", "data", "models"},
+    {"signals", "reduce", "outer", "pull", "mapping", "data", "models"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
@@ -22,7 +22,7 @@ FLOORS = [
     {"sync", "journal", "summary"},
     {"rounds"},
     {"programs"},
-    {"timing"},
+    {"timing", "automap"},
     {"trainer", "plots", "findings"},
     {"report", "matrix"},
     {"heatmap"},

@@ -136,7 +136,7 @@ def test_the_living_are_pulled_and_the_dead_replaced(factor, dtype):
 
 
 def test_devices_change_nothing():
-    there = placement.mesh(tuple(jax.devices()))
+    there = placement.on(tuple(jax.devices()))
     stacked = tree(jnp.float32, 8)
     old, new = wavg.replica(ONE(jnp.float32, seed=1), 0), wavg.replica(ONE(jnp.float32, seed=2), 0)
     alive = jnp.arange(8) != 5

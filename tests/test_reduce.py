@@ -135,7 +135,7 @@ def test_bfloat16_is_blended_in_float32_and_keeps_its_lengths():
 
 
 def test_over_devices_all_sums_are_complete_before_they_are_combined():
-    there = placement.mesh(tuple(jax.devices()[:4]))
+    there = placement.on(tuple(jax.devices()[:4]))
     stacked, weights = random_tree(1, 4), jnp.array([0.1, 0.2, 0.3, 0.4])
     spread = jax.jit(there.reduce(norm_preserving))(*jax.device_put((stacked, weights), there.stacked))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), spread, blend(stacked, weights))

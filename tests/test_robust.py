@@ -245,7 +245,7 @@ def test_what_is_within_the_norm_is_kept_bit_for_bit_in_its_dtype():
 
 def test_clipping_over_devices_gives_the_same_numbers():
     stacked, params = trees(4, dtype=jnp.bfloat16), wavg.replica(trees(1, seed=9, dtype=jnp.bfloat16), 0)
-    there = placement.mesh(tuple(jax.devices()[:4]))
+    there = placement.on(tuple(jax.devices()[:4]))
     alive = jnp.arange(4) != 1
     clip = jax.jit(robust.clip_deltas())
     spread = clip(jax.device_put(stacked, there.stacked), *jax.device_put((params, alive), there.shared))

@@ -407,7 +407,7 @@ ONE_DEAD = (True, True, False, True, True)
 
 @functools.cache
 def sharded():
-    return all_at_once(stack(), PARAMS, ONE_DEAD, placement.mesh(tuple(jax.devices()[:K])))
+    return all_at_once(stack(), PARAMS, ONE_DEAD, placement.on(tuple(jax.devices()[:K])))
 
 
 @every_scheme

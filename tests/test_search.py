@@ -495,7 +495,7 @@ def test_bfloat16_parameters(name):
 @schemes("best_of", "layers", "carry")
 def test_sharded_replicas_give_the_same_numbers(name):
     """The slope goes through shard_map and psum, and in best_of through a switch inside a scan."""
-    mesh = placement.mesh(tuple(jax.devices()))
+    mesh = placement.on(tuple(jax.devices()))
     stacked, *rest = inputs(name)
     alone = program(name)(stacked, *rest)
     spread = program(name, mesh.reduce)(jax.device_put(stacked, mesh.stacked), *rest)

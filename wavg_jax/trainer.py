@@ -176,6 +176,7 @@ def make_recipe(
     opt_state_at_sync: policy.Policy = policy.keep,
     stats_at_sync: policy.Policy = policy.average,
     devices: int | None = None,
+    replica_map: str = "vmap",
     **options: Any,
 ) -> Recipe:
     """Puts together what a round of `fit` with these arguments is made of.
@@ -190,7 +191,7 @@ def make_recipe(
         data.augment,
         opt_state_at_sync,
         stats_at_sync,
-        place(len(data.shards), devices),
+        place(len(data.shards), devices, replica_map),
         **options,
     )
 
@@ -273,7 +274,8 @@ class _Run:
             "noisy_shards": data.noisy,
             "data_crc": _fingerprint(data),
             "replicas": self.replicas,
-            "devices": self.recipe.placement.devices,
+            "devices": len(self.recipe.placement.devices),
+            "replica_map": self.recipe.placement.replica_map,
             "local_steps": plan.schedule.longest,
             "batch_size": plan.batch_size,
             "rounds": plan.rounds,
