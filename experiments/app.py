@@ -1,16 +1,31 @@
 """What the binaries share: one clear line and exit code 2 for bad input, and the report at the end."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 from rich.console import Console
 
-from wavg_jax import matrix, matrix_report, report
+from wavg_jax import machine, matrix, matrix_report, report
 from wavg_jax.base import SettingsError, Stopped, WavgError
 from wavg_jax.records import Row
 from wavg_jax.summary import summarise
+
+flags.DEFINE_string(
+    "compilation_cache",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/wavg_jax"),
+    "Folder in which compiled programs, and the chosen --replica_map, are kept for the next start; empty for none.",
+)
+flags.DEFINE_enum(
+    "matmul_precision",
+    None,
+    ["bfloat16", "tensorfloat32", "float32"],
+    "Precision of matrix products and convolutions where the hardware offers several; by default the backend's own.",
+)
+F = flags.FLAGS
 
 Main = Callable[[Sequence[str]], None]
 
@@ -36,6 +51,21 @@ def call(main: Main, argv: Sequence[str]) -> None:
         raise SystemExit(143) from None
 
 
+def configure() -> None:
+    """Sets JAX up as the flags say; to be called before its backend starts."""
+    if F.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(F.compilation_cache).expanduser()))
+        # JAX's thresholds are made for minutes of compiling; here the many short programs are what a start waits for.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if F.matmul_precision is not None:
+        jax.config.update("jax_default_matmul_precision", F.matmul_precision)
+    if jax.config.jax_num_cpu_devices < 0:  # type: ignore[attr-defined]  # the environment has not set it
+        # One device for each core: XLA runs the replicas of one device on few cores, and those of several side by side.
+        wanted = F["devices"].value if "devices" in F else None
+        jax.config.update("jax_num_cpu_devices", max(machine.cores(), wanted or 1))
+
+
 def run(main: Main) -> None:
     """Runs a binary.
 
@@ -43,7 +73,12 @@ def run(main: Main) -> None:
     143 stopped by SIGTERM or Ctrl-C after a whole round, with a checkpoint.
     """
     logging.set_verbosity(logging.WARNING)  # TFDS and Orbax tell at INFO what only their developers need
-    app.run(lambda argv: call(main, argv), flags_parser=parse)
+
+    def configured(argv: Sequence[str]) -> None:
+        configure()
+        call(main, argv)
+
+    app.run(configured, flags_parser=parse)
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.flags import ARMS, numbers, settings
-from experiments.options import PULLS, REDUCES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.options import FEEDS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.schemes import SCHEMES
 from wavg_jax import data, models, policy, signals, timing, trainer, tree
 from wavg_jax.base import SettingsError
@@ -114,17 +114,19 @@ def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
     return [Arm(name, arms[name][0], inner[name], *arms[name][1:]) for name in names]
 
 
-def make_task(dataset: data.Dataset, dtype: Any = jnp.float32) -> wavg.Task:
-    """Builds the network for a data set's images, which computes in `dtype`; None is that of its inputs."""
+def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
+    """Builds the network for a data set's images, which computes in --compute_dtype, or in that of its inputs."""
+    dtype: Any = None if of_inputs else jnp.dtype(F.compute_dtype)
     stored = jax.ShapeDtypeStruct(dataset.train.x[:1].shape, dataset.train.x.dtype)
     shape = jax.eval_shape(data.make_prepare(dataset), stored).shape[1:]
-    if F.model == "cnn" and len(shape) != 3:
+    if F.model != "mlp" and len(shape) != 3:
         raise SettingsError(
-            f"--model=cnn needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
+            f"--model={F.model} needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
         )
-    networks = {
+    networks: dict[str, Callable] = {
         "mlp": lambda: models.MLP(numbers("hidden", int), dataset.classes, F.dropout, dtype),
         "cnn": lambda: models.CNN(dataset.classes, F.batch_norm, F.dropout, dtype),
+        "resnet": lambda: models.ResNet(dataset.classes, dtype=dtype),
     }
     return models.from_linen(networks[F.model](), shape)
 
@@ -246,6 +248,8 @@ def run_arm(
         batch_size=arm.batch_size,
         seed=seed,
         **_options(arm),
+        replica_map=F.replica_map,
+        resident=FEEDS[F.feed],
         workdir=workdir,
         name=f"{arm.name}-seed{seed}",
         checkpoint_every=F.checkpoint_every,

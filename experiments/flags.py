@@ -8,9 +8,10 @@ from collections.abc import Collection
 
 from absl import flags
 
-from experiments.options import OUTERS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS
+from experiments.options import FEEDS, OUTERS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS
 from experiments.schemes import SCHEMES
 from wavg_jax.base import SettingsError
+from wavg_jax.mapping import MAPS
 
 ARMS = ("sequential", "sync", "plain", "weighted")
 
@@ -31,10 +32,13 @@ flags.DEFINE_integer("noisy", 0, "The first so many shards get random labels.", 
 flags.DEFINE_bool("augment", False, "Random crops and flips of the images, with a key per replica.")
 
 # Network
-flags.DEFINE_enum("model", "mlp", ["mlp", "cnn"], "The network.")
+flags.DEFINE_enum("model", "mlp", ["mlp", "cnn", "resnet"], "The network; resnet is ResNet-20.")
 flags.DEFINE_list("hidden", "128", "model=mlp: widths of the hidden layers.")
 flags.DEFINE_bool("batch_norm", False, "model=cnn: use BatchNorm.")
 flags.DEFINE_float("dropout", 0.0, "Dropout rate before the last layer.", lower_bound=0, upper_bound=0.9)
+flags.DEFINE_enum(
+    "compute_dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation; parameters and sums stay float32."
+)
 
 # Training
 flags.DEFINE_integer("replicas", 4, "K, the number of replicas and of shards.", lower_bound=1)
@@ -113,6 +117,18 @@ flags.DEFINE_integer("checkpoint_every", 10, "Rounds between checkpoints.", lowe
 flags.DEFINE_integer(
     "devices", None, "How many devices to use; by default as many as divide the replicas.", lower_bound=1
 )
+flags.DEFINE_enum(
+    "replica_map",
+    "auto",
+    ["auto", *MAPS],
+    "How the replicas of one device are run: together, in turn or written out; auto times them once. Same results.",
+)
+flags.DEFINE_enum(
+    "feed",
+    "auto",
+    list(FEEDS),
+    "Training data on the devices as a whole, or sent there round by round; auto goes by their size.",
+)
 flags.DEFINE_float(
     "target_accuracy", 0.95, "Test accuracy that `time to target` refers to.", lower_bound=0, upper_bound=1
 )
@@ -120,10 +136,10 @@ flags.DEFINE_float(
 NAMES = frozenset(flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__])
 DATA = ("dataset", "heldout", "augment")
 SHARDS = ("partition", "alpha", "proportions", "noisy")
-NETWORK = ("model", "hidden", "batch_norm", "dropout")
+NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
 SCHEME = ("temperature", "chance", "byzantine")
 """What `experiments.schemes` reads."""
-_BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "data_dir", "rounds", "seeds", "steps")
+_BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "feed", "data_dir", "rounds", "seeds", "steps")
 """Flags that may differ when a run is resumed."""
 
 

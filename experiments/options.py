@@ -57,3 +57,7 @@ def make_outer(f: Flags) -> optax.GradientTransformation | None:
             )
     chosen = OUTERS[f.outer](f)
     return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen
+
+
+FEEDS: dict[str, bool | None] = {"auto": None, "resident": True, "stream": False}
+"""Whether the training split lies on the devices as a whole."""

@@ -30,7 +30,7 @@ SETTINGS = (
     *("replicas", "total_steps", "batch_size", "inner", "opt_state_at_sync"),
 )
 """Flags that all cells share."""
-READS = (*SETTINGS, "lr_plain", "steps", "seeds", "data_dir", "devices", "workdir", "resume")
+READS = (*SETTINGS, "lr_plain", "steps", "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
 for _name in READS:
     flags.declare_key_flag(_name)
 
@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
             seed=cell.seed,
             opt_state_at_sync=arms.POLICIES[F.opt_state_at_sync],
             devices=F.devices,
+            replica_map=F.replica_map,
             evaluate_every=rounds(cell),
             on_round=lambda row: advance(cell.name),
             **variants[cell.weighting],

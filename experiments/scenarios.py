@@ -95,7 +95,7 @@ SETTINGS = (
     *("score_samples", *shared_flags.SCHEME),
 )
 """Flags that all cells of a matrix share."""
-READS = (*SETTINGS, "seeds", "data_dir", "devices", "workdir", "resume")
+READS = (*SETTINGS, "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
 for _name in READS:
     flags.declare_key_flag(_name)
 SEEDS_APART = 1000
@@ -192,6 +192,7 @@ def _train(
         opt_state_at_sync=arms.POLICIES[F.opt_state_at_sync],
         stats_at_sync=arms.POLICIES[F.stats_at_sync],
         devices=F.devices,
+        replica_map=F.replica_map,
         evaluate_every=F.rounds,
         on_round=lambda row: advance(f"{cell.name} at {cell.rate:g}"),
     )

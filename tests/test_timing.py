@@ -68,7 +68,7 @@ def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
     with flagsaver.flagsaver():
         app.parse(["binary", "--hidden=8"])
         dataset = arms.load()
-        task, source = arms.make_task(dataset, None), arms.make_data(dataset, 0)
+        task, source = arms.make_task(dataset, of_inputs=True), arms.make_data(dataset, 0)
         fixed = arms.make_task(dataset)
     params, mutable = task.init(jax.random.key(0))
     held_out = signals.chunked(source.heldout.x, source.heldout.y, 100)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from wavg_jax import mapping
+from wavg_jax import machine, mapping
 from wavg_jax.base import PyTree, SettingsError
 
 _AXIS = "replicas"
@@ -37,6 +37,19 @@ class Placement(NamedTuple):
 def put(values: PyTree, sharding: Sharding) -> PyTree:
     """Copies a tree of host arrays to devices; never an alias of host memory, which a later change would reach."""
     return jax.device_put(values, sharding, may_alias=False)
+
+
+_ROOM = 0.25
+"""Share of a device's memory that the training split may take; the rest is for replicas and their activations."""
+
+
+def has_room(placement: Placement, nbytes: int) -> bool:
+    """Whether so many bytes may lie on every device of a placement for the whole run."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in placement.devices]
+    if all(limits):
+        return nbytes <= _ROOM * min(limits)
+    # Devices that are the host itself share its memory, and each would hold its copy.
+    return nbytes * len(placement.devices) <= _ROOM * machine.memory()
 
 
 def _single(device: jax.Device, replica_map: str) -> Placement:

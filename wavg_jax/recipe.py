@@ -18,11 +18,11 @@ from wavg_jax.placement import Placement, put
 
 
 class Shared(NamedTuple):
-    """What every replica reads: the training split [N, ...] as stored, its labels [N], the held-out chunks, and the
-    sizes of the shards [K]."""
+    """What every replica reads: the training split [N, ...] as stored and its labels [N], or None if it is streamed;
+    the held-out chunks; and the sizes of the shards [K]."""
 
-    x: jax.Array | np.ndarray
-    y: jax.Array | np.ndarray
+    x: jax.Array | np.ndarray | None
+    y: jax.Array | np.ndarray | None
     held_out: signals.Chunks | None
     sizes: jax.Array | np.ndarray
 
@@ -31,11 +31,12 @@ class Work(NamedTuple):
     """What the replicas are given to do in a round.
 
     Attributes:
-      indices: [K, H, B] int32 into the training split; H is the longest round's.
+      items: [K, H, B] int32 into the training split, or, if that is streamed, the samples themselves: a `Batch` as
+        stored, [K, H, B, ...]. H is the longest round's.
       pace: how many of the H steps to take, and how fast; each number a scalar for all, [K], or None.
     """
 
-    indices: jax.Array
+    items: jax.Array | Batch
     pace: Pace
 
 
@@ -54,6 +55,7 @@ class Recipe(NamedTuple):
       score_dtype: dtype of the scoring passes; None is the parameters'.
       smoothing: average of the global parameters over rounds; see `wavg_jax.smoothing`.
       faults: simulated ones.
+      resident: whether the training split lies on the devices as a whole; if not, every round's batches are sent there.
     """
 
     task: Task
@@ -68,6 +70,7 @@ class Recipe(NamedTuple):
     score_dtype: Any = None
     smoothing: optax.GradientTransformation | None = None
     faults: Faults | None = None
+    resident: bool = True
 
 
 def put_shared(recipe: Recipe, data: ShardedData, chunk: int) -> Shared:
@@ -77,7 +80,8 @@ def put_shared(recipe: Recipe, data: ShardedData, chunk: int) -> Shared:
         raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (--heldout)")
     held_out = _held_out(recipe, data, chunk) if scored else None
     sizes = np.array([len(shard) for shard in data.shards], np.float32)
-    return put(Shared(data.train.x, data.train.y.astype(np.int32), held_out, sizes), recipe.placement.shared)
+    x, y = (data.train.x, data.train.y.astype(np.int32)) if recipe.resident else (None, None)
+    return put(Shared(x, y, held_out, sizes), recipe.placement.shared)
 
 
 def _held_out(recipe: Recipe, data: ShardedData, chunk: int) -> signals.Chunks:
@@ -92,11 +96,12 @@ def _held_out(recipe: Recipe, data: ShardedData, chunk: int) -> signals.Chunks:
 
 
 def fetch(recipe: Recipe) -> local.Fetch:
-    """Builds the gathering of one batch: indices [B] into the shared training split -> Batch."""
+    """Builds the making of one batch: an item of `Work`, without K and H -> Batch."""
 
-    def gather(indices: jax.Array, shared: Shared, rng: jax.Array) -> Batch:
-        x = recipe.prepare(shared.x[indices])
-        return Batch(x if recipe.augment is None else recipe.augment(rng, x), shared.y[indices])
+    def gather(item: Any, shared: Shared, rng: jax.Array) -> Batch:
+        stored, y = (shared.x[item], shared.y[item]) if recipe.resident else item  # type: ignore[index]
+        x = recipe.prepare(stored)
+        return Batch(x if recipe.augment is None else recipe.augment(rng, x), y)
 
     return gather
 
@@ -129,7 +134,13 @@ def make_work(
         some = np.maximum(np.round(np.array(faults.speed) * taken), 1).astype(np.int32)
     rate = None if set(faults.rate) == {1.0} else np.array(faults.rate, np.float32)
     pace = Pace(*(x if x is None else put(x, _sharding(recipe, x)) for x in (some, rate)))
-    return Work(put(host, recipe.placement.stacked), pace)
+    items: Any = host if recipe.resident else Batch(data.train.x[host], data.train.y[host].astype(np.int32))
+    return Work(put(items, recipe.placement.stacked), pace)
+
+
+def longest_round(work: Work) -> int:
+    """H of the longest round."""
+    return jax.tree.leaves(work.items)[0].shape[1]
 
 
 def _sharding(recipe: Recipe, x: np.ndarray | np.generic) -> jax.sharding.Sharding:
@@ -138,5 +149,5 @@ def _sharding(recipe: Recipe, x: np.ndarray | np.generic) -> jax.sharding.Shardi
 
 def steps_taken(work: Work) -> jax.Array:
     """The local steps each replica takes: int32 [K]."""
-    replicas, longest = work.indices.shape[:2]
+    replicas, longest = jax.tree.leaves(work.items)[0].shape[:2]
     return jnp.broadcast_to(jnp.int32(longest) if work.pace.steps is None else work.pace.steps, (replicas,))

@@ -8,6 +8,8 @@ is null.
   dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
   data_crc              of labels and shards, to tell data apart
   devices               how many the replicas were spread over
+  replica_map           how those of one device were run, a name in `wavg_jax.mapping.MAPS`
+  resident              whether the training split lay on the devices as a whole
   replicas, batch_size, rounds
   local_steps, samples_per_round    of the longest round
   score_samples         held-out samples scored in a round; null for all
@@ -207,6 +209,13 @@ FIXED = (
     *("local_steps", "batch_size", "parameters", "score_samples", "faults"),
 )
 """Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
+
+
+def recorded_run(workdir: pathlib.Path | None, name: str) -> Row | None:
+    """The first row of a run in a folder, or None if there is none."""
+    if workdir is None or not (workdir / FILE).exists():
+        return None
+    return next((row for row in read_rows(workdir) if row["run"] == name), None)
 
 
 def check_settings(before: Row, first: Row) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from wavg_jax import local, signals, sync, tree
 from wavg_jax.base import PyTree, Replicas, TrainState
 from wavg_jax.local import Pace
-from wavg_jax.recipe import Recipe, Shared, Work, fetch, steps_taken
+from wavg_jax.recipe import Recipe, Shared, Work, fetch, longest_round, steps_taken
 from wavg_jax.reduce import weighted_mean
 from wavg_jax.weighting import effective_replicas, per_replica
 
@@ -24,6 +24,7 @@ class RoundLog(NamedTuple):
       weights: [K], of each replica in the blend.
       effective_replicas: `1 / sum(weights^2)`.
       alive: bool [K], who took part.
+      steps: int32 [K], local steps taken.
     """
 
     train_loss: jax.Array
@@ -31,6 +32,7 @@ class RoundLog(NamedTuple):
     weights: jax.Array
     effective_replicas: jax.Array
     alive: jax.Array
+    steps: jax.Array
 
 
 class Pieces(NamedTuple):
@@ -59,11 +61,11 @@ def _train(recipe: Recipe) -> Callable:
         common = {name: x for name, x in pace.items() if not x.ndim}
 
         def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
-            replica, indices, own = item
+            replica, items, own = item
             shared, common = everywhere
-            return steps(replica, indices, shared, Pace(**own, **common))
+            return steps(replica, items, shared, Pace(**own, **common))
 
-        return recipe.placement.map(one)((replicas, work.indices, own), (shared, common))
+        return recipe.placement.map(one)((replicas, work.items, own), (shared, common))
 
     return train
 
@@ -151,11 +153,12 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
         alive = _alive(state.replicas, sent, train_loss)
         held_out = part.window(state.round, shared.held_out)
         scores = part.score(sent, held_out, alive)
-        free = {"train_loss": train_loss, "samples": shared.sizes, "steps": steps_taken(work).astype(jnp.float32)}
+        steps = steps_taken(work)
+        free = {"train_loss": train_loss, "samples": shared.sizes, "steps": steps.astype(jnp.float32)}
         params, averager_state, weights = part.blend(sent, state, alive, held_out, free | scores)
         mean_weights = per_replica(weights)
         logged = {name: score for name, score in scores.items() if isinstance(score, jax.Array) and score.ndim == 1}
-        log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive)
+        log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive, steps)
         refresh = sync.refresher(recipe, after, alive, work, shared)
         mutable, global_mutable = sync.blend_stats(
             recipe, after.mutable, state.mutable, alive, mean_weights, functools.partial(refresh, params)
@@ -166,7 +169,7 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
             mutable,
             after.rng,
         )
-        smoothed = sync.smooth(recipe, state.smoothed, params, global_mutable, refresh, work.indices.shape[1])
+        smoothed = sync.smooth(recipe, state.smoothed, params, global_mutable, refresh, longest_round(work))
         return TrainState(params, global_mutable, replicas, averager_state, state.round + 1, smoothed), log
 
     return run

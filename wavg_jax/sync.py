@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from wavg_jax import local, policy, tree
 from wavg_jax.base import PyTree, Replicas, SettingsError, Smoothed
-from wavg_jax.recipe import Recipe, Shared, Work, fetch, steps_taken
+from wavg_jax.recipe import Recipe, Shared, Work, fetch, longest_round, steps_taken
 from wavg_jax.reduce import weighted_mean
 
 
@@ -37,19 +37,20 @@ def refresher(
     """Builds `(params, mutable, steps) -> mutable`: runs a network in training mode over each replica's last batches of
     the round, and returns the equal mean over the living of what its mutable collections became."""
     rerun = local.refresh(recipe.task, fetch(recipe))
-    replicas, longest = work.indices.shape[:2]
+    replicas, longest = alive.shape[0], longest_round(work)
 
     def refresh(params: PyTree, mutable: PyTree, steps: int) -> PyTree:
         def one(item: PyTree, everywhere: PyTree) -> PyTree:
-            mutable, indices, rng, taken = item
+            mutable, items, rng, taken = item
             data, params = everywhere
-            last = jax.lax.dynamic_slice_in_dim(indices, jnp.maximum(taken - steps, 0), steps)
+            start = jnp.maximum(taken - steps, 0)
+            last = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, steps), items)
             # Not the key itself, with which the next round starts.
             return rerun(params, mutable, last, data, jax.random.fold_in(rng, 1))
 
         if steps > longest:
             raise SettingsError(f"reestimate({steps}) needs {steps} batches, a round has {longest} (--local_steps)")
-        items = (tree.replicate(mutable, replicas), work.indices, after.rng, steps_taken(work))
+        items = (tree.replicate(mutable, replicas), work.items, after.rng, steps_taken(work))
         refreshed = recipe.placement.map(one)(items, (shared, params))
         return mean_over_living(recipe, refreshed, equal(alive), mutable)
 

@@ -2,27 +2,23 @@
 
 import contextlib
 import pathlib
-import time
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
-from wavg_jax import machine, metrics, policy, progress, signals, tree
-from wavg_jax.base import Averager, PyTree, SettingsError, Stopped, Task, TrainState
+from wavg_jax import automap, loop, mapping, policy, progress, signals
+from wavg_jax.base import Averager, PyTree, SettingsError, Task, TrainState
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
 from wavg_jax.interrupt import stop_requests
-from wavg_jax.journal import Journal, open_journal
-from wavg_jax.placement import place, put
-from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import Recipe, Work, make_work, put_shared, steps_taken
-from wavg_jax.records import Row, check_writable
-from wavg_jax.rounds import RoundLog
-from wavg_jax.schedule import Past, Schedule, fixed
+from wavg_jax.journal import open_journal
+from wavg_jax.placement import has_room, place
+from wavg_jax.recipe import Recipe
+from wavg_jax.records import Row, check_writable, recorded_run
+from wavg_jax.run import Plan, Run, evaluated
+from wavg_jax.schedule import Schedule, fixed
 
 
 class Result(NamedTuple):
@@ -39,18 +35,6 @@ class Result(NamedTuple):
     mutable: PyTree
     state: TrainState
     rows: list[Row]
-
-
-class Plan(NamedTuple):
-    """The numbers of a run; see `fit` for each."""
-
-    schedule: Schedule
-    rounds: int
-    batch_size: int
-    seed: int
-    checkpoint_every: int
-    evaluate_every: int
-    chunk: int
 
 
 def fit(
@@ -70,6 +54,8 @@ def fit(
     opt_state_at_sync: policy.Policy = policy.keep,
     stats_at_sync: policy.Policy = policy.average,
     devices: int | None = None,
+    replica_map: str = "auto",
+    resident: bool | None = None,
     workdir: str | pathlib.Path | None = None,
     name: str = "run",
     checkpoint_every: int = 10,
@@ -102,6 +88,10 @@ def fit(
       opt_state_at_sync: `policy.keep`, `average` or `reset` for the inner optimizer's state.
       stats_at_sync: `policy.average`, `keep`, `reset` or `reestimate(steps)` for BatchNorm-style statistics.
       devices: number of devices; by default as many of those at hand as divide K.
+      replica_map: how the replicas of one device are run, a name in `wavg_jax.mapping.MAPS`; "auto" times the ways once
+        and takes the fastest. The results are equal up to rounding.
+      resident: whether the training split is copied to the devices as a whole; if not, every round's batches are sent
+        there while the round before runs. None decides by its size.
       workdir: folder for `rows.jsonl` and `checkpoints/`; None keeps the rows in memory and saves nothing.
       name: of this run within the folder.
       checkpoint_every: rounds between checkpoints; one is also saved at the end and at SIGTERM or Ctrl-C.
@@ -124,6 +114,7 @@ def fit(
     """
     schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
     plan = Plan(schedule, rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk)
+    mapping.check(replica_map, "auto")
     recipe = make_recipe(
         task,
         data,
@@ -132,6 +123,8 @@ def fit(
         opt_state_at_sync,
         stats_at_sync,
         devices,
+        "vmap" if replica_map == "auto" else replica_map,
+        resident=resident,
         score_samples=score_samples,
         score_dtype=score_dtype,
         smoothing=smoothing,
@@ -140,9 +133,13 @@ def fit(
     _check(plan, recipe, data, resume and workdir is None)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
-    run = _Run(
-        recipe, data, plan, name
-    )  # compiles, and so finds what does not fit together, before anything is written
+    if replica_map == "auto":
+        recorded = recorded_run(folder, name) if resume else None
+        recipe = automap.settle(
+            recipe, data, batch_size=batch_size, decided=None if recorded is None else recorded.get("replica_map")
+        )
+    # Compiles, and so finds what does not fit together, before anything is written.
+    run = Run(recipe, data, plan, name)
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(open_journal(folder, name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
@@ -152,13 +149,8 @@ def fit(
         first = run.describe() | dict(facts or {})
         first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
-        state = _train(run, journal, state, on_round, stopped)
+        state = loop.train(run, journal, state, on_round, stopped)
     return Result(*evaluated(state), state, journal.rows())
-
-
-def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
-    """The parameters and mutable collections that a run is judged by: the global ones, or their average over rounds."""
-    return (state.params, state.mutable) if state.smoothed is None else state.smoothed[:2]
 
 
 def caption(row: Row) -> str:
@@ -177,12 +169,15 @@ def make_recipe(
     stats_at_sync: policy.Policy = policy.average,
     devices: int | None = None,
     replica_map: str = "vmap",
+    resident: bool | None = None,
     **options: Any,
 ) -> Recipe:
-    """Puts together what a round of `fit` with these arguments is made of.
+    """Puts together what a round of `fit` with these arguments is made of; `replica_map` is not "auto", for which there
+    is `wavg_jax.automap`.
 
     `options` are `fit`'s `score_samples`, `score_dtype`, `smoothing` and `faults`.
     """
+    where = place(len(data.shards), devices, replica_map)
     return Recipe(
         task,
         averager,
@@ -191,7 +186,8 @@ def make_recipe(
         data.augment,
         opt_state_at_sync,
         stats_at_sync,
-        place(len(data.shards), devices, replica_map),
+        where,
+        resident=has_room(where, data.train.x.nbytes) if resident is None else resident,
         **options,
     )
 
@@ -219,145 +215,3 @@ def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir
         raise SettingsError(
             f"the network puts out {logits.shape[1:]} for a sample, the data have {data.classes} classes"
         )
-
-
-class _Run:
-    """One run's data on the devices, and its compiled programs."""
-
-    def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str):
-        self.recipe, self.data, self.plan, self.name = recipe, data, plan, name
-        self.replicas = len(data.shards)
-        self.shared = put_shared(recipe, data, plan.chunk)
-        self.test = put(signals.chunked(data.test.x, data.test.y, plan.chunk), recipe.placement.shared)
-        program = programs(recipe, self.replicas)
-        rng = put(jax.random.key(plan.seed), recipe.placement.shared)
-        self.initial: TrainState = program.init(rng)
-        self.step = compiled(program.run, self.initial, self.work(0, 1), self.shared)
-        self.predict = compiled(program.predict, *evaluated(self.initial), self.test)
-
-    def work(self, first_step: int, steps: int) -> Work:
-        """What the replicas are given to do in a round of so many steps, on the devices."""
-        plan = self.plan
-        return make_work(
-            self.recipe,
-            self.data,
-            seed=plan.seed,
-            first_step=first_step,
-            longest=plan.schedule.longest,
-            batch_size=plan.batch_size,
-            steps=steps if plan.schedule.varies else None,
-        )
-
-    def evaluate(self, state: TrainState) -> metrics.Quality:
-        """Quality on the test split of what the run is judged by. Off the clock."""
-        labels = self.data.test.y
-        logits = np.asarray(self.predict.call(*evaluated(state), self.test))
-        return metrics.evaluate(logits.reshape(-1, logits.shape[-1])[: len(labels)], labels)
-
-    def describe(self) -> Row:
-        """The run's first row, but for what the caller adds."""
-        data, plan, initial = self.data, self.plan, self.initial
-        per_replica = tree.nbytes(initial.params) + tree.nbytes(initial.mutable)
-        if self.recipe.opt_state_at_sync is policy.average:
-            per_replica += tree.nbytes(self.recipe.inner.init(initial.params))
-        return {
-            "kind": "run",
-            "run": self.name,
-            "arm": self.name,
-            "seed": plan.seed,
-            "dataset": data.name,
-            "classes": data.classes,
-            "train_samples": len(data.train.y),
-            "heldout_samples": len(data.heldout.y),
-            "test_samples": len(data.test.y),
-            "shard_sizes": [len(shard) for shard in data.shards],
-            "noisy_shards": data.noisy,
-            "data_crc": _fingerprint(data),
-            "replicas": self.replicas,
-            "devices": len(self.recipe.placement.devices),
-            "replica_map": self.recipe.placement.replica_map,
-            "local_steps": plan.schedule.longest,
-            "batch_size": plan.batch_size,
-            "rounds": plan.rounds,
-            "samples_per_round": self.replicas * plan.schedule.longest * plan.batch_size,
-            "parameters": tree.count(initial.params),
-            "bytes_per_round": 2 * self.replicas * per_replica if self.replicas > 1 else 0,
-            "compile_seconds": self.step.seconds + self.predict.seconds,
-            "score_samples": self.recipe.score_samples,
-            "faults": None if self.recipe.faults is None else self.recipe.faults._asdict(),
-            "critical_path": None,
-            "target_accuracy": None,
-            "hardware": machine.hardware(),
-            "versions": machine.versions(),
-        }
-
-
-def _fingerprint(data: ShardedData) -> int:
-    """Tells apart data that differ in labels, splits or shards."""
-    return zlib.crc32(b"".join(part.tobytes() for part in (data.train.y, data.heldout.y, data.test.y, *data.shards)))
-
-
-def _train(
-    run: _Run,
-    journal: Journal,
-    state: TrainState,
-    on_round: Callable[[Row], None],
-    stopped: Callable[[], bool],
-) -> TrainState:
-    """The loop over rounds; a round's clock stops when its blend is done."""
-    plan = run.plan
-    done = int(state.round)
-    elapsed = journal.rows()[-1]["elapsed"] if done else 0.0
-    for number in range(done + 1, plan.rounds + 1):
-        past = _past(journal.rows()[1:])
-        steps = plan.schedule.steps(past)
-        journal.wait()  # a checkpoint that is still being written would be on the clock of this round
-        start = time.perf_counter()
-        work = run.work(past.steps, steps)
-        state, log = run.step.call(state, work, run.shared)
-        jax.block_until_ready((state, log))
-        seconds = time.perf_counter() - start
-        elapsed += seconds
-        row = _round_row(run, number, steps, jax.device_get((log, steps_taken(work))), state)
-        row["samples"] += journal.rows()[-1].get("samples", 0)
-        journal.append(row | {"seconds": seconds, "elapsed": elapsed})
-        on_round(journal.rows()[-1])
-        stop = stopped()
-        if number % plan.checkpoint_every == 0 or number == plan.rounds or stop:
-            journal.save(state)
-        if stop:
-            journal.wait()
-            raise Stopped(
-                f"stopped after round {number} of {run.name!r}, with a checkpoint; go on with the same settings, the "
-                f"same --workdir ({journal.workdir}) and --resume"
-            )
-    return state
-
-
-def _past(rows: list[Row]) -> Past:
-    """What a schedule of H may look at, from the rows of the rounds done."""
-    losses = tuple(float("nan") if row["train_loss"] is None else row["train_loss"] for row in rows)
-    return Past(len(rows), sum(row["local_steps"] for row in rows), losses)
-
-
-def _round_row(run: _Run, number: int, steps: int, reported: tuple[RoundLog, np.ndarray], state: TrainState) -> Row:
-    """A round's row, but for the clocks; its samples are those of this round."""
-    log, taken = reported
-    living = log.train_loss[log.alive]
-    last = number == run.plan.rounds
-    quality = run.evaluate(state) if last or number % run.plan.evaluate_every == 0 else None
-    row = {
-        "kind": "round",
-        "round": number,
-        "local_steps": steps,
-        "samples": int(taken.sum()) * run.plan.batch_size,
-        "train_loss": float(living.mean()) if len(living) else float("nan"),
-        **{f"test_{name}": getattr(quality, name, None) for name in ("accuracy", "loss", "macro_f1", "ece")},
-        "weights": log.weights,
-        "effective_replicas": float(log.effective_replicas),
-        "alive": log.alive,
-        "scores": log.scores,
-    }
-    if quality is not None and last:
-        row["confusion"] = quality.confusion
-    return row

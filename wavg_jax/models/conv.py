@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wavg_jax import tree
 from wavg_jax.base import SettingsError
 
 
@@ -174,7 +175,7 @@ def _kernel_gradient(
             preferred_element_type=total.dtype,
         )
 
-    total = lax.fori_loop(0, images // together, add, jnp.zeros((rows, columns), jnp.promote_types(x.dtype, "float32")))
+    total = lax.fori_loop(0, images // together, add, jnp.zeros((rows, columns), tree.accumulator_dtype(x.dtype)))
     return total.reshape(kernel.shape).astype(kernel.dtype)
 
 

@@ -1,26 +1,36 @@
 """Flax Linen modules as tasks."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from wavg_jax.base import PyTree, SettingsError, Task
-from wavg_jax.models.task import classifier
+from wavg_jax.models.task import Apply, Init, classifier
 
 
-def from_linen(module: nn.Module, input_shape: Sequence[int]) -> Task:
+def from_linen(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    make: Callable[[Init, Apply], Task] = classifier,
+) -> Task:
     """Makes a task of a Linen module.
 
     Every collection but `params` (BatchNorm's `batch_stats`, say) is `mutable`: updated by the loss, read by predict.
     The key given to the loss feeds every random stream of the module, `dropout` or any other name.
 
     Args:
-      module: a module whose `__call__` takes `(x [B, *input_shape], train: bool)` and returns logits [B, classes].
+      module: a module whose `__call__` takes `(x [B, *input_shape], train: bool)` and returns the logits that `make`
+        needs: [B, classes] for a classifier.
       input_shape: shape of one input, without the batch axis.
+      dtype: dtype of the inputs; an integer one where they are tokens.
+      make: `classifier`, `language_model`, or another function that makes a task of `init` and `apply`.
 
     Returns:
       A `Task` over plain dicts.
@@ -37,6 +47,12 @@ def from_linen(module: nn.Module, input_shape: Sequence[int]) -> Task:
       {}
       >>> task.predict(params, mutable, jnp.ones((5, 8, 8, 1))).shape
       (5, 3)
+      >>> from wavg_jax.models import Transformer, language_model
+      >>> net = Transformer(vocabulary=50, layers=1, width=16)
+      >>> task = from_linen(net, input_shape=(12,), dtype=jnp.int32, make=language_model)
+      >>> tokens = jnp.zeros((5, 12), jnp.int32)
+      >>> jax.eval_shape(lambda: task.predict(*task.init(jax.random.key(0)), tokens)).shape
+      (5, 12, 50)
     """
     name = type(module).__name__
     if not isinstance(module, nn.Module):
@@ -45,7 +61,7 @@ def from_linen(module: nn.Module, input_shape: Sequence[int]) -> Task:
         raise SettingsError(f"{name}.__call__ takes no `train`; write it as __call__(self, x, train: bool)")
 
     def init(rng: jax.Array) -> tuple[PyTree, PyTree]:
-        mutable = dict(module.init(rng, jnp.zeros((1, *input_shape)), train=False))
+        mutable = dict(module.init(rng, jnp.zeros((1, *input_shape), dtype), train=False))
         return mutable.pop("params", {}), mutable
 
     def apply(
@@ -59,4 +75,4 @@ def from_linen(module: nn.Module, input_shape: Sequence[int]) -> Task:
         logits, updated = module.apply(variables, x, train=True, rngs=rng, mutable=list(mutable))
         return logits, {**mutable, **updated}
 
-    return classifier(init, apply)
+    return make(init, apply)

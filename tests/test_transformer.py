@@ -1,0 +1,183 @@
+"""Transformer and language_model: causal, any integer tokens, loss by hand, mapped over replicas, learns a cycle."""
+
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wavg_jax.base import Batch, DataError, SettingsError
+from wavg_jax.models import Transformer, from_linen, language_model
+
+T, VOCABULARY = 6, 5
+
+
+def _task(length: int = T, tokens=jnp.uint8, **attributes):
+    module = Transformer(**{"vocabulary": VOCABULARY, "layers": 1, "heads": 2, "width": 16, "length": T} | attributes)
+    return from_linen(module, (length,), dtype=tokens, make=language_model)
+
+
+TASK = _task()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    """The tests compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@cache
+def _initial():
+    """As `TASK.init` would, without two seconds of compiling it."""
+    rng = np.random.default_rng(0)
+    fill = {
+        "embedding": lambda shape: 0.02 * rng.normal(size=shape),
+        "positions": lambda shape: 0.02 * rng.normal(size=shape),
+        "kernel": lambda shape: rng.normal(size=shape) / math.sqrt(shape[0]),
+        "scale": np.ones,
+    }
+
+    def leaf(path, aval):
+        return jnp.asarray(fill.get(path[-1].key, np.zeros)(aval.shape), aval.dtype)
+
+    return jax.tree.map_with_path(leaf, jax.eval_shape(TASK.init, jax.random.key(0)))
+
+
+@cache
+def _step():
+    """Of two replicas at once."""
+    return jax.jit(jax.vmap(jax.value_and_grad(TASK.loss, has_aux=True)))
+
+
+@cache
+def _predict():
+    return jax.jit(TASK.predict)
+
+
+def _replicas():
+    params, mutable = _initial()
+    return jax.tree.map(lambda leaf: np.stack([leaf, leaf]), params), mutable
+
+
+def _text(*leading: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (*leading, T + 1)).astype(np.uint8)
+
+
+def _batch(text: np.ndarray) -> Batch:
+    return Batch(jnp.asarray(text[..., :-1]), jnp.asarray(text[..., 1:]))
+
+
+def test_logits_depend_on_the_tokens_so_far_alone():
+    params, mutable = _initial()
+    tokens = _text(1)[:, :T]
+    # Row t is the sentence with its token t changed.
+    changed = np.concatenate([tokens, (tokens + np.eye(T, dtype=np.uint8)) % VOCABULARY])
+    logits = np.asarray(_predict()(params, mutable, jnp.asarray(changed)))
+    assert (logits.shape, logits.dtype) == ((T + 1, T, VOCABULARY), np.float32)
+    differs = (np.abs(logits[1:] - logits[:1]) > 1e-6).any(-1)
+    np.testing.assert_array_equal(differs, np.triu(np.ones((T, T), bool)))
+
+
+def test_any_integer_tokens_give_the_same_and_bytes_outside_the_vocabulary_nan():
+    params, mutable = _initial()
+    tokens = _text(7)[:, :T]
+    expected = _predict()(params, mutable, jnp.asarray(tokens))
+    np.testing.assert_allclose(_predict()(params, mutable, jnp.asarray(tokens, jnp.int32)), expected, rtol=1e-6)
+    tokens[2, 4] = VOCABULARY
+    spoilt = np.isnan(_predict()(params, mutable, jnp.asarray(tokens)))
+    np.testing.assert_array_equal(spoilt.all((1, 2)), np.arange(7) == 2)
+
+
+def test_a_shorter_sequence_and_the_size():
+    task = _task(length=3)
+    params, mutable = jax.eval_shape(task.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    assert jax.eval_shape(task.predict, params, mutable, tokens).shape == (2, 3, VOCABULARY)
+    biases, norms = 9 * 16, 5 * 16 * 2 - 4 * 16
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == (VOCABULARY + T + 12 * 16) * 16 + biases + norms
+
+
+def test_in_bfloat16_gradients_keep_that_dtype_and_the_loss_is_float32():
+    task = _task(dropout=0.5, tokens=jnp.int8, dtype=jnp.bfloat16)
+    params, mutable = jax.eval_shape(task.init, jax.random.key(0))
+    half = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+    step = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, (moved, metrics)), gradients = jax.eval_shape(step, half, mutable, _batch(_text(2)), jax.random.key(0))
+    assert moved == mutable == {}
+    assert {x.dtype for x in (loss, metrics["accuracy"])} == {jnp.dtype(jnp.float32)}
+    assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_vmap_over_replicas_keeps_them_apart():
+    params, mutable = _replicas()
+    batches, keys = _batch(_text(2, 4)), jax.random.split(jax.random.key(1), 2)
+    (losses, _), gradients = together = _step()(params, mutable, batches, keys)
+    swapped = _step()(params, mutable, jax.tree.map(lambda leaf: leaf[::-1], batches), keys)
+    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(swapped), strict=True):
+        np.testing.assert_allclose(one, other[::-1], rtol=1e-4, atol=1e-6)
+    assert losses[0] != losses[1]
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    # At the start all tokens are about as likely.
+    np.testing.assert_allclose(losses, math.log(VOCABULARY), atol=0.1)
+
+
+def test_replicas_learn_to_count_on():
+    params, mutable = _replicas()
+    counts = (np.arange(4)[:, None] + np.arange(T + 1)) % VOCABULARY
+    # One replica counts up, the other down.
+    batches, keys = _batch(np.stack([counts, counts[:, ::-1]]).astype(np.uint8)), jax.random.split(jax.random.key(1), 2)
+    for _ in range(60):
+        (losses, (_, metrics)), gradients = _step()(params, mutable, batches, keys)
+        params = jax.tree.map(lambda p, g: p - np.float32(0.3) * np.asarray(g), params, gradients)
+    np.testing.assert_array_equal(metrics["accuracy"], 1)
+    assert (np.asarray(losses) < 0.1).all()
+
+
+def _given(logits: jax.Array):
+    """A task whose network puts out these logits."""
+    return language_model(lambda rng: ({}, {}), lambda params, mutable, x, *, train, rng: (logits, mutable))
+
+
+def test_loss_and_accuracy_by_hand():
+    # softmax of (0, log 3) is (1/4, 3/4): the next tokens 1, 1, 0 cost -log 3/4 twice and -log 1/4.
+    task = _given(jnp.tile(jnp.array([0.0, math.log(3)]), (1, 3, 1)))
+    batch = Batch(jnp.zeros((1, 3), jnp.uint8), jnp.array([[1, 1, 0]], jnp.uint8))
+    loss, (_, metrics) = jax.jit(task.loss)({}, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, (2 * math.log(4 / 3) + math.log(4)) / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], 2 / 3, rtol=1e-6)
+
+
+def _init(**attributes):
+    jax.eval_shape(_task(**attributes).init, jax.random.key(0))
+
+
+def _loss(logits_shape: tuple[int, ...], labels_shape: tuple[int, ...]):
+    batch = Batch(jnp.zeros((2, 3), jnp.int32), jnp.zeros(labels_shape, jnp.int32))
+    _given(jnp.zeros(logits_shape)).loss({}, {}, batch, jax.random.key(0))
+
+
+BAD = {
+    "float tokens": (lambda: _init(tokens=jnp.float32), SettingsError, r"integer tokens \[B, T\], got float32"),
+    "too long": (lambda: _init(length=T + 1), SettingsError, "have 7 tokens; the Transformer's length allows 1 to 6"),
+    "heads": (lambda: _init(heads=3), SettingsError, "a multiple of heads, got 16 and 3"),
+    "no layers": (lambda: _init(layers=0), SettingsError, "must be at least 1"),
+    "dropout of 1": (lambda: _init(dropout=1.0), SettingsError, r"in \[0, 1\), got 1.0"),
+    "logits of a classifier": (
+        lambda: _loss((2, 5), (2, 3)),
+        SettingsError,
+        r"must return \[B, T, vocabulary\], here \(2, 3, vocabulary\)",
+    ),
+    "labels of a classifier": (lambda: _loss((2, 3, 5), (2,)), DataError, r"integers of shape \(2, 3\): give each"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "match"), BAD.values(), ids=BAD)
+def test_bad_input_gives_one_clear_line(call, error, match):
+    with pytest.raises(error, match=match) as raised:
+        call()
+    assert "\n" not in str(raised.value)

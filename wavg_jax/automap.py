@@ -1,0 +1,157 @@
+"""Chooses how the replicas of a device are run by timing the ways on the real local steps, once.
+
+What is chosen is remembered for the process and, where JAX keeps compiled programs on disk (its option
+`jax_compilation_cache_dir`), beside them: for a network with its shapes, its optimizer's state, the number of replicas,
+the devices and the version of JAX.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from wavg_jax import machine, placement, rounds
+from wavg_jax.averager import averager
+from wavg_jax.base import Batch, WorkdirError
+from wavg_jax.data import ShardedData
+from wavg_jax.data.arrays import Split
+from wavg_jax.programs import compiled, programs
+from wavg_jax.recipe import Recipe, make_work, put_shared
+from wavg_jax.records import write_atomically
+from wavg_jax.weighting import uniform
+
+FILE = "replica_maps.json"
+
+_STEPS = 2
+"""Local steps in a trial."""
+
+_SECONDS = 0.3
+"""For how long the ways are timed in turn, once each has run twice."""
+
+_FEW = 2
+"""Replicas on a device up to which writing them out is tried; its program takes that many times as long to compile."""
+
+_HOPELESS = 1.5
+"""How many times slower than the best a way may be in its second run to be tried further."""
+
+_PLAIN = averager(uniform())
+_known: dict[str, str] = {}
+
+
+def settle(recipe: Recipe, data: ShardedData, *, batch_size: int, decided: str | None = None) -> Recipe:
+    """Places a recipe's replicas in the way that is fastest for them.
+
+    Args:
+      recipe: what the rounds are made of; only its local steps matter.
+      data: the shards.
+      batch_size: samples per replica and step.
+      decided: the way that was chosen before, such as in the first part of a run that is resumed, which must go on with
+        the same one to be the same bit for bit; None chooses.
+
+    Returns:
+      The recipe with its placement changed; as it is if every device has one replica, for which all ways are the same.
+    """
+    if decided is not None:
+        return _mapped(recipe, decided)
+    here = len(data.shards) // len(recipe.placement.devices)
+    if here == 1:
+        return recipe
+    # The weighting does not matter, so that runs that differ in it are mapped alike.
+    bare = recipe._replace(averager=_PLAIN, smoothing=None, faults=None, resident=True)
+    few = _first_samples(data, batch_size)
+    key = _fingerprint(bare, few, batch_size)
+    if key not in _known:
+        names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
+        _known[key] = _recall(key) or _fastest({name: _trial(_mapped(bare, name), few, batch_size) for name in names})
+        _remember(key, _known[key])
+    return _mapped(recipe, _known[key])
+
+
+def _mapped(recipe: Recipe, name: str) -> Recipe:
+    return recipe._replace(placement=placement.on(recipe.placement.devices, name))
+
+
+def _first_samples(data: ShardedData, batch_size: int) -> ShardedData:
+    """The first batch of every shard, so that a trial needs no copy of the whole split."""
+    chosen = np.concatenate([shard[:batch_size] for shard in data.shards])
+    shards = np.split(np.arange(len(chosen)), len(data.shards))
+    return data._replace(train=Split(data.train.x[chosen], data.train.y[chosen]), shards=tuple(shards))
+
+
+def _fingerprint(recipe: Recipe, data: ShardedData, batch_size: int) -> str:
+    """Tells apart what may be fastest in different ways."""
+    rng = jax.random.key(0)
+    params, mutable = jax.eval_shape(recipe.task.init, rng)
+    x, y = data.train.x[:batch_size], data.train.y[:batch_size].astype(np.int32)
+    batch = jax.eval_shape(lambda x, y: Batch(recipe.prepare(x), y), x, y)
+    network = str(jax.make_jaxpr(recipe.task.loss)(params, mutable, batch, rng))
+    # Functions are printed with their addresses, which change from one process to the next.
+    network = re.sub(r"0x[0-9a-f]+", "", network)
+    optimizer = jax.eval_shape(recipe.inner.init, params)
+    where = [len(data.shards), len(recipe.placement.devices), machine.hardware(), jax.__version__]
+    how = [recipe.augment is not None, str(jax.config.jax_default_matmul_precision)]  # type: ignore[attr-defined]
+    text = json.dumps([network, str(optimizer), where, how])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _trial(recipe: Recipe, data: ShardedData, batch_size: int) -> Callable[[], float]:
+    """Builds what takes a few local steps with all replicas and returns the seconds."""
+    work = make_work(recipe, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
+    shared = put_shared(recipe, data, batch_size)
+    replicas = programs(recipe, len(data.shards)).init(jax.random.key(0)).replicas
+    train = compiled(jax.jit(rounds.pieces(recipe).train), replicas, work, shared).call
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(train(replicas, work, shared))
+        return time.perf_counter() - start
+
+    return run
+
+
+def _fastest(trials: dict[str, Callable[[], float]]) -> str:
+    """The name of the trial with the lowest median, of runs in turn."""
+    for run in trials.values():
+        run()  # the first is slower: memory is touched for the first time
+    times = {name: [run()] for name, run in trials.items()}
+    best = min(min(seconds) for seconds in times.values())
+    hopeful = [name for name, (seconds,) in times.items() if seconds <= _HOPELESS * best]
+    end = time.perf_counter() + _SECONDS
+    while len(hopeful) > 1 and time.perf_counter() < end:
+        for name in hopeful:
+            times[name].append(trials[name]())
+    return min(hopeful, key=lambda name: float(np.median(times[name])))
+
+
+def _file() -> pathlib.Path | None:
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return None if not folder else pathlib.Path(folder) / FILE
+
+
+def _stored() -> dict[str, Any]:
+    path = _file()
+    # What cannot be read is timed again.
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text()) if path is not None else {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _recall(key: str) -> str | None:
+    return _stored().get(key)
+
+
+def _remember(key: str, name: str) -> None:
+    path = _file()
+    if path is None or _recall(key) == name:
+        return
+    # What another process writes at the same time may be lost; it is timed again then.
+    with contextlib.suppress(WorkdirError):
+        write_atomically(path, json.dumps(_stored() | {key: name}, indent=0).encode())
