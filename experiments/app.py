@@ -9,10 +9,9 @@ import jax
 from absl import app, flags, logging
 from rich.console import Console
 
-from wavg_jax import machine, matrix, matrix_report, report
+from wavg_jax import machine
 from wavg_jax.base import SettingsError, Stopped, WavgError
 from wavg_jax.records import Row
-from wavg_jax.summary import summarise
 
 flags.DEFINE_string(
     "compilation_cache",
@@ -89,6 +88,10 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 
 def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
     """Shows the tables of recorded rows, and writes their report to a folder."""
+    # matplotlib and scipy take more than a second to import, and training need not wait for them.
+    from wavg_jax import matrix, matrix_report, report
+    from wavg_jax.summary import summarise
+
     console = Console(width=None if sys.stdout.isatty() else 100)  # in a log, rich would fold at 80
     if matrix.recorded(rows):
         shown, files = matrix_report.write(folder, rows)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sklearn.metrics
 from small import regression, sharded
 
 import wavg_jax as wavg
@@ -49,6 +50,17 @@ def test_metrics_worked_by_hand():
     np.testing.assert_allclose(quality.macro_f1, (2 / 3 + 1 / 2 + 0) / 3)
     # Two bins: confidence 0.8 twice, both right; 0.6 twice, both wrong.
     np.testing.assert_allclose(quality.ece, 0.5 * 0.2 + 0.5 * 0.6)
+
+
+def test_metrics_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 5)) * 3, rng.integers(0, 4, 50)  # class 4 never occurs
+    quality, predicted, every = metrics.evaluate(logits, labels), logits.argmax(1), np.arange(5)
+    np.testing.assert_array_equal(quality.confusion, sklearn.metrics.confusion_matrix(labels, predicted, labels=every))
+    f1 = sklearn.metrics.f1_score(labels, predicted, labels=every, average="macro", zero_division=0.0)
+    np.testing.assert_allclose(quality.macro_f1, f1)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(quality.loss, sklearn.metrics.log_loss(labels, shares, labels=every))
 
 
 def test_a_perfectly_calibrated_classifier_has_no_calibration_error():

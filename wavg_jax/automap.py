@@ -8,8 +8,8 @@ the devices and the version of JAX.
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ from wavg_jax.averager import averager
 from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
 from wavg_jax.data.arrays import Split
-from wavg_jax.programs import compiled, programs
+from wavg_jax.programs import compiled_together, programs
 from wavg_jax.recipe import Recipe, make_work, put_shared
 from wavg_jax.records import write_atomically
 from wavg_jax.weighting import uniform
@@ -41,17 +41,25 @@ _FEW = 2
 _HOPELESS = 1.5
 """How many times slower than the best a way may be in its second run to be tried further."""
 
+_FLOPS = 1e10
+"""Floating-point operations of a run below which no trial is made. Compiling the ways takes two seconds or more, in
+which this many are done, so it could gain nothing."""
+
 _PLAIN = averager(uniform())
 _known: dict[str, str] = {}
 
 
-def settle(recipe: Recipe, data: ShardedData, *, batch_size: int, decided: str | None = None) -> Recipe:
+def settle(
+    recipe: Recipe, data: ShardedData, *, batch_size: int, steps: int | None = None, decided: str | None = None
+) -> Recipe:
     """Places a recipe's replicas in the way that is fastest for them.
 
     Args:
       recipe: what the rounds are made of; only its local steps matter.
       data: the shards.
       batch_size: samples per replica and step.
+      steps: local steps of a replica in the whole run, if known: with too few there is nothing to gain, and the
+        replicas are run by vmap.
       decided: the way that was chosen before, such as in the first part of a run that is resumed, which must go on with
         the same one to be the same bit for bit; None chooses.
 
@@ -66,10 +74,14 @@ def settle(recipe: Recipe, data: ShardedData, *, batch_size: int, decided: str |
     # The weighting does not matter, so that runs that differ in it are mapped alike.
     bare = recipe._replace(averager=_PLAIN, smoothing=None, faults=None, resident=True)
     few = _first_samples(data, batch_size)
-    key = _fingerprint(bare, few, batch_size)
+    loss = _lowered_loss(bare, few, batch_size)
+    flops = 3 * (loss.cost_analysis() or {}).get("flops", math.inf) * len(data.shards)  # a gradient is two more losses
+    if steps is not None and flops * steps < _FLOPS:
+        return _mapped(recipe, "vmap")
+    key = _fingerprint(bare, loss, len(data.shards))
     if key not in _known:
         names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
-        _known[key] = _recall(key) or _fastest({name: _trial(_mapped(bare, name), few, batch_size) for name in names})
+        _known[key] = _recall(key) or _fastest(_trials({name: _mapped(bare, name) for name in names}, few, batch_size))
         _remember(key, _known[key])
     return _mapped(recipe, _known[key])
 
@@ -85,35 +97,41 @@ def _first_samples(data: ShardedData, batch_size: int) -> ShardedData:
     return data._replace(train=Split(data.train.x[chosen], data.train.y[chosen]), shards=tuple(shards))
 
 
-def _fingerprint(recipe: Recipe, data: ShardedData, batch_size: int) -> str:
-    """Tells apart what may be fastest in different ways."""
+def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.stages.Lowered:
+    """The loss of one batch as a program, which is traced but not compiled."""
     rng = jax.random.key(0)
     params, mutable = jax.eval_shape(recipe.task.init, rng)
     x, y = data.train.x[:batch_size], data.train.y[:batch_size].astype(np.int32)
     batch = jax.eval_shape(lambda x, y: Batch(recipe.prepare(x), y), x, y)
-    network = str(jax.make_jaxpr(recipe.task.loss)(params, mutable, batch, rng))
-    # Functions are printed with their addresses, which change from one process to the next.
-    network = re.sub(r"0x[0-9a-f]+", "", network)
-    optimizer = jax.eval_shape(recipe.inner.init, params)
-    where = [len(data.shards), len(recipe.placement.devices), machine.hardware(), jax.__version__]
-    how = [recipe.augment is not None, str(jax.config.jax_default_matmul_precision)]  # type: ignore[attr-defined]
-    text = json.dumps([network, str(optimizer), where, how])
+    return jax.jit(recipe.task.loss).lower(params, mutable, batch, rng)
+
+
+def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
+    """Tells apart what may be fastest in different ways."""
+    optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
+    where = [replicas, len(recipe.placement.devices), machine.hardware(), jax.__version__]
+    text = json.dumps([loss.as_text(), str(optimizer), recipe.augment is not None, where])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _trial(recipe: Recipe, data: ShardedData, batch_size: int) -> Callable[[], float]:
-    """Builds what takes a few local steps with all replicas and returns the seconds."""
-    work = make_work(recipe, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
-    shared = put_shared(recipe, data, batch_size)
-    replicas = programs(recipe, len(data.shards)).init(jax.random.key(0)).replicas
-    train = compiled(jax.jit(rounds.pieces(recipe).train), replicas, work, shared).call
+def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> dict[str, Callable[[], float]]:
+    """For each of recipes that differ in their mapping alone, what takes a few local steps and returns the seconds."""
+    one = next(iter(recipes.values()))
+    work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
+    rng = placement.put(jax.random.key(0), one.placement.shared)
+    replicas = programs(one, len(data.shards)).init(rng).replicas
+    arguments = (replicas, work, put_shared(one, data, batch_size))
+    trains = compiled_together(*((jax.jit(rounds.pieces(recipe).train), *arguments) for recipe in recipes.values()))
 
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(train(replicas, work, shared))
-        return time.perf_counter() - start
+    def trial(train: Callable) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(train(*arguments))
+            return time.perf_counter() - start
 
-    return run
+        return run
+
+    return {name: trial(train.call) for name, train in zip(recipes, trains, strict=True)}
 
 
 def _fastest(trials: dict[str, Callable[[], float]]) -> str:

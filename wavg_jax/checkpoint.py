@@ -7,12 +7,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
 
 
 def _is_key(x: jax.Array) -> bool:
@@ -31,7 +33,7 @@ def _with_keys(stored: PyTree, like: PyTree) -> PyTree:
 class Checkpoints:
     """The checkpoints of one run, numbered by rounds done. Use `open_checkpoints`."""
 
-    def __init__(self, checkpointer: ocp.training.Checkpointer):
+    def __init__(self, checkpointer: "ocp.training.Checkpointer"):
         self._checkpointer = checkpointer
 
     def latest(self) -> int | None:
@@ -125,6 +127,8 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
     Raises:
       WorkdirError: the folder cannot be made, or a save failed.
     """
+    from orbax.checkpoint import v1 as ocp  # half a second, which a run without a folder need not wait for
+
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # orbax logs every save, and the traceback of what is raised here anyway

@@ -1,5 +1,6 @@
 """A recipe's functions as compiled programs, shared by all runs of a process that are made alike."""
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Hashable
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from wavg_jax import signals, tree
+from wavg_jax import machine, signals, tree
 from wavg_jax.base import PyTree, Replicas, Smoothed, Task, TrainState
 from wavg_jax.recipe import Recipe
 from wavg_jax.rounds import make_round
@@ -88,13 +89,36 @@ def compiled(program: jax.stages.Wrapped, *arguments: PyTree) -> Compiled:
     What it returns cannot recompile: called with anything else it raises. Asked again for the same, it returns the
     same, with the seconds of the first time.
     """
+    return compiled_together((program, *arguments))[0]
+
+
+def compiled_together(*requests: tuple) -> list[Compiled]:
+    """Compiles several `(program, *arguments)` at a time, each as `compiled` does.
+
+    They are traced one after another, which is Python, and then compiled side by side, which is not.
+    """
+    return [job.result() for job in [_started(request[0], request[1:]) for request in requests]]
+
+
+def _started(program: jax.stages.Wrapped, arguments: tuple) -> concurrent.futures.Future[Compiled]:
     leaves, structure = jax.tree.flatten(arguments)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
     return _compile(cast(Hashable, program), structure, shapes)
 
 
+_COMPILING = concurrent.futures.ThreadPoolExecutor(machine.cores(), thread_name_prefix="compile")
+
+
 @functools.lru_cache(maxsize=16)
-def _compile(program: Any, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Compiled:
+def _compile(
+    program: Any, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> concurrent.futures.Future[Compiled]:
     start = time.perf_counter()
-    executable = program.lower(*jax.tree.unflatten(structure, shapes)).compile()
-    return Compiled(executable, time.perf_counter() - start)
+    lowered = program.lower(*jax.tree.unflatten(structure, shapes))
+    traced = time.perf_counter() - start
+
+    def finish() -> Compiled:
+        start = time.perf_counter()
+        return Compiled(lowered.compile(), traced + time.perf_counter() - start)
+
+    return _COMPILING.submit(finish)

@@ -135,9 +135,9 @@ def fit(
     check_writable(folder)
     if replica_map == "auto":
         recorded = recorded_run(folder, name) if resume else None
-        recipe = automap.settle(
-            recipe, data, batch_size=batch_size, decided=None if recorded is None else recorded.get("replica_map")
-        )
+        decided = None if recorded is None else recorded.get("replica_map")
+        steps = rounds * schedule.longest
+        recipe = automap.settle(recipe, data, batch_size=batch_size, steps=steps, decided=decided)
     # Compiles, and so finds what does not fit together, before anything is written.
     run = Run(recipe, data, plan, name)
     with contextlib.ExitStack() as stack:
