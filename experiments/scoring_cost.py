@@ -10,11 +10,8 @@ share is the median over --repeats turns of `(weighted - plain) / weighted`. Lea
 
 import itertools
 import pathlib
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -23,12 +20,11 @@ from rich.console import Console
 import wavg_jax as wavg
 from experiments import app, arms
 from experiments import flags as shared_flags
+from experiments.benchmarks.harness import alternate, refuse_unused, round_runner
 from experiments.flags import numbers
 from experiments.schemes import SCHEMES
 from wavg_jax import data, machine, progress, trainer
 from wavg_jax.base import SettingsError
-from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import Recipe, make_work, put_shared
 from wavg_jax.records import Records, Row, write_atomically
 
 MEASURED = (
@@ -37,7 +33,6 @@ MEASURED = (
 )
 flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(SCHEMES)}.")
 flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples scored in a round; 0 means all.")
-flags.DEFINE_integer("repeats", 9, "Turns, of which the median counts.", lower_bound=1)
 flags.DEFINE_bool("bfloat16", False, "Score in bfloat16, with a network that computes in its inputs' dtype.")
 F = flags.FLAGS
 
@@ -54,7 +49,7 @@ for _name in READS:
 def main(argv: Sequence[str]) -> None:
     """Times every weighting against plain averaging and writes the table."""
     app.refuse_arguments(argv)
-    shared_flags.refuse_unused(READS)
+    refuse_unused(READS)
     names = tuple(F.cost_weightings or ())
     if not names or set(names) - set(SCHEMES):
         raise SettingsError(f"--cost_weightings={','.join(names)}: choose from {', '.join(SCHEMES)}")
@@ -62,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     dataset = arms.load()
     dtype = jnp.bfloat16 if F.bfloat16 else None
     # A network that computes in float32 whatever it is given would be scored in float32 too.
-    task = arms.make_task(dataset, jnp.float32 if dtype is None else None)
+    task = arms.make_task(dataset, of_inputs=dtype is not None)
     sharded = arms.make_data(dataset, 0)
     inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
     averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in ("plain", *names)}
@@ -77,7 +72,9 @@ def main(argv: Sequence[str]) -> None:
     with progress.bar(len(steps) * len(subsets) * len(names)) as advance:
         for local_steps, subset, name in itertools.product(steps, subsets, names):
             recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)
-            plain, weighted = _alternate([_round(r, sharded, local_steps) for r in (base, recipe)])
+            rounds = {"plain": base, "weighted": recipe}
+            cases = {arm: round_runner(made, sharded, local_steps, F.batch_size) for arm, made in rounds.items()}
+            plain, weighted = alternate(cases, F.repeats).values()
             share = float(np.median((weighted - plain) / weighted))
             row = {"weighting": name, "local_steps": local_steps, "score_samples": subset or F.heldout}
             row |= {"plain": float(np.median(plain)), "weighted": float(np.median(weighted)), "share": share}
@@ -88,30 +85,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _where(dataset: data.Dataset) -> Row:
     return {"dataset": dataset.name, "hardware": machine.hardware(), "versions": machine.versions()}
-
-
-def _round(recipe: Recipe, sharded: data.ShardedData, local_steps: int) -> Callable[[], float]:
-    """Builds a function that runs the next round of a recipe and returns its seconds."""
-    shared = put_shared(recipe, sharded, 1000)
-    work = make_work(recipe, sharded, seed=0, first_step=0, longest=local_steps, batch_size=F.batch_size)
-    program = programs(recipe, len(sharded.shards))
-    state: Any = program.init(jax.random.key(0))
-    step = compiled(program.run, state, work, shared).call
-
-    def run() -> float:
-        nonlocal state
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, work, shared))
-        return time.perf_counter() - start
-
-    return run
-
-
-def _alternate(functions: list[Callable[[], float]]) -> np.ndarray:
-    """Calls functions in turn, after one call each that does not count; returns their seconds [function, repeat]."""
-    for function in functions:
-        function()
-    return np.array([[function() for function in functions] for _ in range(F.repeats)]).T
 
 
 def _publish(rows: Sequence[Row], folder: pathlib.Path) -> None:

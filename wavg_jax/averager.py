@@ -129,14 +129,20 @@ def averager(
                 "says what it is and measures it"
             )
         alive = _living(stacked, alive)
-        # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
-        sent = tree.select_replicas(alive, stacked, tree.replicate(params, alive.shape[0]))
-        sent = sent if transform is None else transform(sent, params, alive)
-        reduction = place(reduce)
+
+        def send() -> PyTree:
+            # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
+            sent = tree.select_replicas(alive, stacked, tree.replicate(params, alive.shape[0]))
+            return sent if transform is None else transform(sent, params, alive)
+
+        reduction, sent = place(reduce), send()
         weights, weighting_state = weighting.update(
             sent, state.weighting, params, alive=alive, blend=lambda w: reduction(sent, w), **signals
         )
-        new_params, outer_state = step(reduction(sent, weights), state.outer, params)
+        # A branch is compiled by itself: fused with what copies the blend to the replicas, it would be summed K times.
+        # What it is given is put into memory, so it sends again, which then costs nothing.
+        blend = jax.lax.cond(alive.any(), lambda: reduction(send(), weights), lambda: tree.as_accumulators(params))
+        new_params, outer_state = step(blend, state.outer, params)
         new = (new_params, AveragerState(weighting_state, outer_state))
         new_params, new_state = tree.select(alive.any(), new, (params, state))
         return new_params, new_state, weights

@@ -37,12 +37,17 @@ def all_finite(stacked: PyTree) -> jax.Array:
     >>> all_finite({"w": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}).tolist()
     [True, False]
     """
-    checks = [
-        jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
-        for x in jax.tree.leaves(stacked)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
+    floats = [x for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    checks = [_zeros_out(x.reshape(x.shape[0], -1)) for x in floats]
     return functools.reduce(operator.and_, checks, jnp.ones(count_replicas(stacked), bool))
+
+
+def _zeros_out(x: jax.Array) -> jax.Array:
+    """Whether x[k] . 0 = 0 for each row of `x` [K, n], which it is not if a number is infinite or NaN."""
+    # A product with a vector runs at the speed of a copy on CPU, the reduction of `isfinite` at a fifth of it. The zeros
+    # must not be known to the compiler, which would know the result.
+    zeros = jax.lax.optimization_barrier(jnp.zeros(x.shape[1], x.dtype))
+    return x @ zeros == 0
 
 
 def ordered_sum(values: jax.Array) -> jax.Array:

@@ -1,0 +1,189 @@
+"""What the driver and its workers say to each other: a line of JSON each way.
+
+  -> {"ask": "case", "system": "loop", "folder": ..., "network": "mlp", "replicas": 4, "steps": 50, ...}
+  <- {"notes": {...}}        built; notes say what else a reader must know, such as versions
+  -> {"ask": "check", "file": NAME}
+  <- {}                      the first round is done, from the given parameters on the given batches, and the averaged
+                             parameters are in FOLDER/NAME.npz
+  -> {"ask": "go"}
+  <- {"seconds": 0.31, "idle": 0.0}   one more round; share of a core that the worker used since its last answer
+  <- {"error": "..."}        instead of any of them
+
+What a worker prints otherwise goes to its log. It ends when its input does.
+"""
+
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+PATIENCE = 1800.0
+"""Seconds that an answer may take. Compiling a network takes long, and so does a stock one on a slow machine."""
+
+
+class Case(NamedTuple):
+    """What every system is to do.
+
+    Attributes:
+      system: which of the worker's.
+      folder: holds `data.npz` (x [N, ...] float32 as the network gets it, y [N], indices [K, H, B]) and `start.npz`
+        (parameters `params/...` and collections such as `batch_stats/...`, named as flax names them).
+      network: name of it.
+      replicas, steps, batch: K, H, B.
+      rate, momentum: of SGD.
+    """
+
+    system: str
+    folder: str
+    network: str
+    replicas: int
+    steps: int
+    batch: int
+    rate: float
+    momentum: float
+
+    def read(self, name: str) -> Arrays:
+        """The arrays of a file of the folder."""
+        with np.load(pathlib.Path(self.folder) / f"{name}.npz") as file:
+            return dict(file)
+
+
+class System(NamedTuple):
+    """A case that is ready to run.
+
+    Attributes:
+      check: does the first round and returns the averaged parameters, named as in `start.npz`.
+      round: does another round; everything is done when it returns.
+      notes: for the row.
+    """
+
+    check: Callable[[], Arrays]
+    round: Callable[[], None]
+    notes: Mapping[str, Any]
+
+
+def serve(build: Callable[[Case], System]) -> None:
+    """Answers the lines of standard input until they end."""
+    # Libraries that print must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    answer = _Answers(build)
+    for line in sys.stdin:
+        try:
+            said = answer.to(json.loads(line))
+        except Exception as error:
+            said = {"error": first_line(f"{type(error).__name__}: {error}")}
+        print(json.dumps(said), file=answers)
+
+
+class _Answers:
+    """The worker's side."""
+
+    def __init__(self, build: Callable[[Case], System]):
+        self.build = build
+        self.case: Case
+        self.system: System
+        self.clocks = time.perf_counter(), time.process_time()
+
+    def to(self, question: dict[str, Any]) -> dict[str, Any]:
+        ask = question.pop("ask")
+        if ask == "case":
+            self.case = Case(**question)
+            self.system = self.build(self.case)
+            return {"notes": dict(self.system.notes)}
+        if ask == "check":
+            averaged: Any = self.system.check()
+            np.savez(pathlib.Path(self.case.folder) / f"{question['file']}.npz", **averaged)
+            self.clocks = time.perf_counter(), time.process_time()
+            return {}
+        wall, used = self.clocks
+        start, used_before = time.perf_counter(), time.process_time()
+        self.system.round()
+        end = time.perf_counter()
+        self.clocks = end, time.process_time()
+        return {"seconds": end - start, "idle": (used_before - used) / (start - wall)}
+
+
+class WorkerFailed(Exception):
+    """A worker cannot do its case; the message says why, in a line."""
+
+
+class Worker:
+    """A worker's process, seen from the driver. Use it in a `with` statement, which ends the process."""
+
+    def __init__(self, command: Sequence[str], log: pathlib.Path, environment: Mapping[str, str]):
+        """Starts it.
+
+        Args:
+          command: of the worker.
+          log: file for what it prints.
+          environment: variables of the process.
+        """
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=dict(environment)
+            )
+        self.answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+            self.process.wait(10)
+        except (OSError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self.answers.put(line)
+        self.answers.put("")
+
+    def ask(self, what: str, **details: Any) -> dict[str, Any]:
+        """Asks, and waits for the answer.
+
+        Raises:
+          WorkerFailed: the worker ended, took longer than PATIENCE, said that it failed, or no JSON.
+        """
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"ask": what, **details}) + "\n")
+            self.process.stdin.flush()
+            line = self.answers.get(timeout=PATIENCE)
+        except queue.Empty:
+            self.process.kill()
+            raise WorkerFailed(f"no answer in {PATIENCE:.0f} s") from None
+        except OSError:
+            line = ""
+        if not line:
+            said = [text for text in self.log.read_text().splitlines() if text.strip()]
+            raise WorkerFailed(first_line(f"ended: {said[-1]}" if said else "ended and said nothing"))
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError:
+            raise WorkerFailed(first_line(f"answered {line!r}")) from None
+        if "error" in answer:
+            raise WorkerFailed(answer["error"])
+        return answer
+
+
+def first_line(text: str) -> str:
+    """The first line of a message, cut where a table would get too wide, with nothing that ends a table's cell."""
+    return text.strip().splitlines()[0][:200].replace("|", "/")

@@ -1,0 +1,76 @@
+"""This library.
+
+rounds: rounds of plain averaging over all CPU devices, one device per core, with the mapping of replicas that is chosen
+  automatically; the host draws every round's batches and ships them, as in `fit`.
+one_model: one model with K times the batch, H steps: the ceiling, the same operations without replicas.
+"""
+
+import jax
+import numpy as np
+import optax
+
+import wavg_jax as wavg
+from experiments.benchmarks.peer_workers import cases
+from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve
+from wavg_jax import automap, data, machine
+from wavg_jax.base import PyTree, TrainState
+from wavg_jax.data import ShardedData
+from wavg_jax.local import Pace
+from wavg_jax.placement import put
+from wavg_jax.programs import compiled, programs
+from wavg_jax.recipe import Recipe, Work, make_work, put_shared
+from wavg_jax.trainer import make_recipe
+
+
+def build(case: Case) -> System:
+    """Prepares a case."""
+    sharded, batch = cases.random_data(case), case.batch
+    indices = case.read("data")["indices"]
+    if case.system == "rounds":
+        jax.config.update("jax_num_cpu_devices", machine.cores())
+    else:
+        sharded, batch = data.pool(sharded), case.replicas * batch
+        indices = indices.transpose(1, 0, 2).reshape(1, case.steps, batch)
+    recipe = _recipe(case, sharded)
+    shared = put_shared(recipe, sharded, 1000)
+    state = programs(recipe, len(indices)).init(jax.random.key(0))
+    state = _started(recipe, state, cases.nested(case.read("start"))["params"], len(indices))
+    given = Work(put(indices, recipe.placement.stacked), Pace())
+    step = compiled(programs(recipe, len(indices)).run, state, given, shared).call
+    done = 0
+
+    def check() -> Arrays:
+        nonlocal state
+        state, _ = step(state, given, shared)
+        return cases.flat({"params": state.params})
+
+    def run() -> None:
+        nonlocal state, done
+        done += case.steps
+        work = make_work(recipe, sharded, seed=0, first_step=done, longest=case.steps, batch_size=batch)
+        state, log = step(state, work, shared)
+        jax.block_until_ready((state, log))
+
+    notes = {
+        "versions": machine.versions(),
+        "devices": len(recipe.placement.devices),
+        "replica_map": recipe.placement.replica_map,
+    }
+    return System(check, run, notes)
+
+
+def _recipe(case: Case, sharded: ShardedData) -> Recipe:
+    inner = optax.sgd(case.rate, momentum=case.momentum)
+    recipe = make_recipe(cases.task(case.network), sharded, wavg.averager(wavg.uniform()), inner)
+    return automap.settle(recipe, sharded, batch_size=case.batch)
+
+
+def _started(recipe: Recipe, state: TrainState, params: PyTree, replicas: int) -> TrainState:
+    """The state with these parameters instead of its own."""
+    place, stacked = recipe.placement, jax.tree.map(lambda x: np.stack([x] * replicas), params)
+    alike = state.replicas._replace(params=put(stacked, place.stacked))
+    return state._replace(params=put(params, place.shared), replicas=alike)
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,123 @@
+"""PyTorch on the CPU, with as many threads as there are cores.
+
+loop: K replicas one after the other, H steps each, then the mean of their parameters and buffers; tensors in memory.
+channels_last: the same with networks and images in that memory format.
+loader: the same, the batches from a DataLoader in the worker's own process, in the order that all others see; with
+  channels_last for convolutions.
+vmap: torch.func.vmap of the gradient over stacked modules.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from experiments.benchmarks.peer_workers import torch_networks
+from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+def build(case: Case) -> System:
+    """Prepares a case."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    data, start = case.read("data"), case.read("start")
+    images, labels = torch.from_numpy(data["x"]), torch.from_numpy(data["y"]).long()
+    images = images.permute(0, 3, 1, 2).contiguous()
+    indices = torch.from_numpy(data["indices"]).long()
+    models = []
+    for _ in range(case.replicas):
+        model = torch_networks.NETWORKS[case.network]()
+        torch_networks.load(model, start)
+        models.append(model.train())
+    made = _stacked if case.system == "vmap" else _in_turn
+    check, run = made(case, models, images, labels, indices)
+    notes = {"versions": {"torch": torch.__version__}, "threads": torch.get_num_threads()}
+    return System(check, run, notes)
+
+
+def _in_turn(case: Case, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
+    """A model after the other."""
+    convolutional = case.network in torch_networks.CONVOLUTIONAL
+    memory_format = torch.contiguous_format
+    if case.system == "channels_last" or (case.system == "loader" and convolutional):
+        memory_format = torch.channels_last
+        images = images.contiguous(memory_format=memory_format)
+        models = [model.to(memory_format=memory_format) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=case.rate, momentum=case.momentum) for model in models]
+    dataset = TensorDataset(images, labels)
+
+    def resident(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows in order:
+            yield images[rows].contiguous(memory_format=memory_format), labels[rows]
+
+    def loaded(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for x, y in DataLoader(dataset, case.batch, sampler=order.reshape(-1).tolist()):
+            yield x.contiguous(memory_format=memory_format), y
+
+    batches = loaded if case.system == "loader" else resident
+
+    def run() -> None:
+        for model, optimizer, order in zip(models, optimizers, indices, strict=True):
+            _train(model, optimizer, batches(order))
+        _average([model.state_dict() for model in models])
+
+    def check() -> Arrays:
+        run()
+        return torch_networks.named(dict(models[0].named_parameters()))
+
+    return check, run
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def _average(states: list[dict[str, torch.Tensor]]) -> None:
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            mean = torch.stack([state[name] for state in states]).mean(0)
+            for state in states:
+                state[name].copy_(mean)
+
+
+def _stacked(case: Case, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
+    """All models in one call."""
+    params, buffers = torch.func.stack_module_state(models)
+    skeleton = models[0].to("meta")
+    optimizer = torch.optim.SGD(params.values(), lr=case.rate, momentum=case.momentum)
+
+    def loss(params: Any, buffers: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(torch.func.functional_call(skeleton, (params, buffers), (x,)), y)
+
+    gradients = torch.func.vmap(torch.func.grad(loss))
+
+    def run() -> None:
+        for h in range(case.steps):
+            rows = indices[:, h]
+            found = gradients(params, buffers, images[rows], labels[rows])
+            for name, tensor in params.items():
+                tensor.grad = found[name]
+            optimizer.step()
+        with torch.no_grad():
+            for tensor in (*params.values(), *buffers.values()):
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.mean(0, keepdim=True).expand_as(tensor))
+
+    def check() -> Arrays:
+        run()
+        return torch_networks.named({name: tensor[0] for name, tensor in params.items()})
+
+    return check, run
+
+
+if __name__ == "__main__":
+    serve(build)

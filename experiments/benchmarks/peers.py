@@ -1,0 +1,298 @@
+"""This library against PyTorch, FedJAX and plain flax: the same rounds of local SGD with plain averaging.
+
+  python -m experiments.benchmarks.peers
+  python -m experiments.benchmarks.peers --peer_networks=mlp:50 --systems=torch_loop,flax_sync --repeats=3
+
+Every system trains the same network from the same parameters on the same data: K replicas, H steps, batches of B,
+SGD with momentum; or one model with K times the batch, which is as many samples. Each is a process of its own; they
+take turns, so that only one computes at a time, and ratios are of times within one turn. After its first round a
+system's parameters are compared with ours: what does other work is not measured, nor is what cannot be installed or
+fails; the table says why. The peers' virtual environment is made at the first use in --peers_venv.
+
+Each case's row: network, system, replicas, local_steps, batch_size, measured, reason (why not), difference (see
+`cases.difference`), seconds (all that count, in turn), samples_per_second (median), ratio (our speed to its: above 1
+we are ahead), idle (largest share of a core that its process used between its turns), notes (versions, devices).
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import app
+from experiments.benchmarks.harness import NOT_MEASURED, Table, alternate, begin, choices, ratio, shown
+from experiments.benchmarks.peer_workers import cases, environment
+from experiments.benchmarks.peer_workers.lines import Arrays, Case, Worker, WorkerFailed
+from wavg_jax import progress
+from wavg_jax.base import SettingsError
+from wavg_jax.records import Row
+
+
+class System(NamedTuple):
+    """A system under comparison.
+
+    Attributes:
+      title: in the table.
+      worker: the module of its process.
+      system: what that module calls it.
+      requires: packages of the peers' environment; None runs it in this one.
+      like: the system of ours that it does the same work as.
+      networks: on which it is measured.
+    """
+
+    title: str
+    worker: str
+    system: str
+    requires: tuple[str, ...] | None = None
+    like: str = "ours"
+    networks: tuple[str, ...] = tuple(cases.NETWORKS)
+
+
+OURS, CEILING = "ours", "ours_one_model"
+TORCH, FEDJAX = environment.TORCH, environment.FEDJAX
+SYSTEMS = {
+    OURS: System("wavg_jax, rounds", "ours_worker", "rounds"),
+    CEILING: System("wavg_jax, one model with K times the batch", "ours_worker", "one_model", like=CEILING),
+    "torch_loop": System("PyTorch loop", "torch_worker", "loop", TORCH),
+    "torch_channels_last": System(
+        "PyTorch loop, channels_last", "torch_worker", "channels_last", TORCH, networks=("cnn", "resnet20")
+    ),
+    "torch_loader": System("PyTorch loop, DataLoader", "torch_worker", "loader", TORCH),
+    "torch_vmap": System("torch.func.vmap", "torch_worker", "vmap", TORCH),
+    "fedjax": System("FedJAX FedAvg", "fedjax_worker", "fedavg", FEDJAX),
+    "flax_loop": System("flax, one replica after the other", "flax_worker", "loop"),
+    "flax_sync": System("flax sync, one model with K times the batch", "flax_worker", "sync", like=CEILING),
+}
+NETWORKS = [f"{name}:{network.steps}" for name, network in cases.NETWORKS.items()]
+RATE, MOMENTUM = 0.01, 0.9
+TOLERANCE = 0.05
+"""Of `cases.difference`: rounding stays far below it, a wrong gradient far above."""
+
+flags.DEFINE_list("peer_networks", NETWORKS, "Networks, each with its local steps H: network:H.")
+flags.DEFINE_list("systems", list(SYSTEMS), f"Which systems, of {', '.join(SYSTEMS)}; ours are always there.")
+flags.DEFINE_string(
+    "peers_venv",
+    f"~/.cache/wavg_jax/peers-py{sys.version_info.major}.{sys.version_info.minor}",
+    "Folder of the peers' virtual environment; made if it is not there.",
+)
+F = flags.FLAGS
+
+READS = ("peer_networks", "systems", "peers_venv", "replicas", "repeats")
+for _name in (*READS, "workdir"):
+    flags.declare_key_flag(_name)
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAUSE = 0.05
+"""Seconds between turns, in which the threads of the last one go to sleep."""
+
+Commands = Mapping[str, Sequence[str] | WorkerFailed]
+"""name of a system -> how its worker is started, or why it cannot be."""
+
+
+class Found(NamedTuple):
+    """What was found out about a system on a network.
+
+    Attributes:
+      reason: why it was not measured; None if it was.
+      difference: from ours after the first round; None where that was not reached.
+      seconds: of the turns.
+      idle: largest share of a core used between turns.
+      notes: of the worker.
+    """
+
+    reason: str | None
+    difference: float | None
+    seconds: np.ndarray
+    idle: float
+    notes: Mapping[str, Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures every system on every network and writes the table."""
+    app.refuse_arguments(argv)
+    networks, chosen = _networks(), choices("systems", SYSTEMS)
+    systems = {name: system for name, system in SYSTEMS.items() if name in (OURS, CEILING, *chosen)}
+    jax.config.update("jax_platforms", "cpu")  # this process does no more than name the hardware
+    recording = begin("peers", READS)
+    started = commands(systems, pathlib.Path(F.peers_venv).expanduser())
+    for network, steps in networks.items():
+        these = {name: started[name] for name, system in systems.items() if network in system.networks}
+        with progress.bar(len(these) * (F.repeats + 2)) as advance, tempfile.TemporaryDirectory() as folder:
+            case = Case("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)
+            for row in rows(case, measure(case, these, F.repeats, advance)):
+                recording.case(**row)
+    recording.publish(table(recording.cases()))
+
+
+def _networks() -> dict[str, int]:
+    """--peer_networks: {network: H}.
+
+    Raises:
+      SettingsError: an entry is not `network:H`, or there is none.
+    """
+    found = {}
+    for entry in F.peer_networks or ():
+        name, _, steps = entry.partition(":")
+        if name in cases.NETWORKS and steps.isdigit() and int(steps) > 0:
+            found[name] = int(steps)
+    if not found or len(found) < len(F.peer_networks):
+        given = ",".join(F.peer_networks or ())
+        raise SettingsError(f"--peer_networks={given}: give network:H, such as {','.join(NETWORKS)}, each once")
+    return found
+
+
+def commands(systems: Mapping[str, System], folder: pathlib.Path) -> Commands:
+    """How the workers are started.
+
+    Args:
+      systems: by name.
+      folder: of the peers' environment, which is made where one of them needs it.
+    """
+    pythons: dict[tuple[str, ...] | None, str | WorkerFailed] = {None: sys.executable}
+    found: dict[str, Sequence[str] | WorkerFailed] = {}
+    for name, system in systems.items():
+        if system.requires not in pythons:
+            assert system.requires is not None
+            try:
+                pythons[system.requires] = environment.python(folder, system.requires)
+            except WorkerFailed as failed:
+                pythons[system.requires] = failed
+        python = pythons[system.requires]
+        module = f"experiments.benchmarks.peer_workers.{system.worker}"
+        found[name] = python if isinstance(python, WorkerFailed) else (python, "-m", module)
+    return found
+
+
+def measure(
+    case: Case, commands: Commands, repeats: int, advance: Callable[[str], None] = lambda text: None
+) -> dict[str, Found]:
+    """Runs all systems on a network in turn.
+
+    Args:
+      case: what they are to do, but for the system; its folder takes the files for the workers.
+      commands: of the systems, ours among them; one that cannot be started, fails, or does other work than ours, is
+        left out from there on.
+      repeats: turns that count.
+      advance: called after every answer.
+
+    Returns:
+      What was found, for every system.
+    """
+    cases.write(case)
+    with contextlib.ExitStack() as stack:
+        runners: dict[str, _Runner] = {}
+        for name, command in commands.items():
+            runners[name] = _Runner(name, case)
+            runners[name].prepare(command, stack, runners.get(SYSTEMS[name].like))
+            advance(f"{case.network}: {name}")
+        turns = {name: runner.turn for name, runner in runners.items()}
+        seconds = alternate(turns, repeats, lambda name: advance(f"{case.network}: {name}"))
+    return {name: runner.found._replace(seconds=seconds[name]) for name, runner in runners.items()}
+
+
+class _Runner:
+    """A system's worker, until it fails; and what is found out about it."""
+
+    def __init__(self, name: str, case: Case):
+        self.name, self.case = name, case._replace(system=SYSTEMS[name].system)
+        self.found = Found(None, None, np.array([]), 0.0, {})
+        self.worker: Worker
+        self.checked: Arrays | None = None
+
+    def prepare(
+        self, command: Sequence[str] | WorkerFailed, stack: contextlib.ExitStack, like: "_Runner | None"
+    ) -> None:
+        """Starts the worker, which ends with the stack, and compares its first round with that of `like`."""
+        try:
+            if isinstance(command, WorkerFailed):
+                raise command
+            log = pathlib.Path(self.case.folder) / f"{self.name}.log"
+            variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+            variables.pop("JAX_NUM_CPU_DEVICES", None)  # each worker has the number that suits it
+            self.worker = stack.enter_context(Worker(command, log, variables))
+            self.found = self.found._replace(notes=self.worker.ask("case", **self.case._asdict())["notes"])
+            self.worker.ask("check", file=self.name)
+            self.checked = self.case.read(self.name)
+            self._compare(like)
+        except WorkerFailed as failed:
+            self.found = self.found._replace(reason=str(failed))
+
+    def _compare(self, like: "_Runner | None") -> None:
+        if like is None or like.checked is None or self.checked is None:
+            raise WorkerFailed("nothing of ours to compare its first round with")
+        difference = cases.difference(self.checked, like.checked, self.case.read("start"))
+        self.found = self.found._replace(difference=difference)
+        if not difference <= TOLERANCE:
+            raise WorkerFailed(f"does other work than ours: difference {difference:.2g} after a round")
+
+    def turn(self) -> float:
+        """Does a round; NaN once the worker has failed."""
+        if self.found.reason is not None:
+            return float("nan")
+        time.sleep(PAUSE)
+        try:
+            answer = self.worker.ask("go")
+        except WorkerFailed as failed:
+            self.found = self.found._replace(reason=str(failed))
+            return float("nan")
+        self.found = self.found._replace(idle=max(self.found.idle, answer["idle"]))
+        return answer["seconds"]
+
+
+def rows(case: Case, found: Mapping[str, Found]) -> list[Row]:
+    """The rows of a network, one for each system: speeds, and the ratios of ours to theirs, turn by turn."""
+    ours, samples = found[OURS], case.replicas * case.steps * case.batch
+    made = []
+    for name, one in found.items():
+        measured = one.reason is None
+        row = {
+            "network": case.network,
+            "system": name,
+            "replicas": case.replicas,
+            "local_steps": case.steps,
+            "batch_size": case.batch,
+            "measured": measured,
+            "reason": one.reason,
+            "difference": one.difference,
+            "seconds": one.seconds,
+            "samples_per_second": samples / float(np.median(one.seconds)) if measured else None,
+            "ratio": ratio(one.seconds, ours.seconds) if measured and ours.reason is None else None,
+            "idle": one.idle,
+            "notes": one.notes,
+        }
+        made.append(row)
+    return made
+
+
+def table(recorded: Sequence[Row]) -> Table:
+    """The table of recorded rows."""
+    text = (
+        "Thousand samples a second in rounds of K replicas, H local steps and plain averaging (or of one model with K "
+        "times the batch), and how many times as fast wavg_jax's rounds are: median and quartiles of the ratios of "
+        f"{max(len(row['seconds']) for row in recorded)} turns. Difference: of the parameters from ours after the "
+        "first round, relative to how far that round moved them."
+    )
+    columns = ("network", "K", "H", "B", "system", "difference", "thousand samples/s")
+    lines = []
+    for row in recorded:
+        case = (row["network"], *(str(row[name]) for name in ("replicas", "local_steps", "batch_size")))
+        title = SYSTEMS[row["system"]].title
+        if row["measured"]:
+            speed = f"{row['samples_per_second'] / 1000:.3g}"
+            figure = shown(row["ratio"]) if row["ratio"] is not None else NOT_MEASURED
+            lines.append((*case, title, f"{row['difference']:.1g}", speed, figure))
+        else:
+            lines.append((*case, title, "", "", f"{NOT_MEASURED} ({row['reason']})"))
+    return Table("wavg_jax against its peers", text, columns, lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

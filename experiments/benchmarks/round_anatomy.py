@@ -1,0 +1,227 @@
+"""Where the time of a round goes: local steps, input, scoring, search, blend, metrics, checkpoint.
+
+  python -m experiments.benchmarks.round_anatomy
+  python -m experiments.benchmarks.round_anatomy --networks=mlp --scored=1000 --round_steps=200
+
+Rounds of `wavg.learned()`, the recommended default, as `fit` runs them, in turn with their parts, which are compiled
+and timed apart. Evaluation on the test split is left out: it is off `fit`'s clock.
+
+  local steps  the replicas' training
+  input        drawing the round's indices on the host, and shipping them
+  scoring      the held-out passes over the replicas; learned() needs none
+  search       learning the weights: the averager's update, less that of plain averaging
+  blend        the update of plain averaging, and the restart of the replicas
+  metrics      fetching what the round reports, and writing its row to disk
+  checkpoint   saving the state and waiting until it is on disk, divided by --checkpoint_every
+  rest         what `fit` takes beside these; negative where it hides them behind each other
+
+Each case's row: network, replicas, devices, mapping, local_steps, batch_size, held_out, score_samples (null for all of
+them), rounds (that `fit` was timed for in a turn), parts {name: seconds of a round}, shares {name: of the whole}, whole
+(seconds of a round of `fit`, by the clock on the wall), local_share (a ratio to the whole), sum_to_whole (of all parts
+but the rest, a ratio).
+"""
+
+import itertools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import wavg_jax as wavg
+from experiments import app
+from experiments.benchmarks import networks
+from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown, timed
+from experiments.benchmarks.networks import HELD_OUT, INNER, PLAIN, Network, local_phase
+from experiments.benchmarks.sync_cost import sync_case
+from experiments.flags import numbers
+from wavg_jax import progress, rounds
+from wavg_jax.base import SettingsError, TrainState
+from wavg_jax.checkpoint import Checkpoints, open_checkpoints
+from wavg_jax.programs import compiled, programs
+from wavg_jax.recipe import Recipe, Work, make_work, put_shared
+from wavg_jax.records import Records
+from wavg_jax.rounds import RoundLog
+from wavg_jax.signals import FREE
+
+flags.DEFINE_list("scored", "0,1000", "Held-out samples scored in a round; 0 means all.")
+F = flags.FLAGS
+
+READS = (*networks.READS, "scored", "round_steps", "checkpoint_every", "repeats")
+for _name in (*READS, "workdir"):
+    flags.declare_key_flag(_name)
+
+LEARNED = wavg.averager(wavg.learned())
+PARTS = ("local steps", "input", "scoring", "search", "blend", "metrics", "checkpoint")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Takes rounds apart, and writes the table."""
+    app.refuse_arguments(argv)
+    subsets = numbers("scored", int, least=0)
+    if max(subsets) > HELD_OUT:
+        raise SettingsError(f"--scored={','.join(F.scored)}: {HELD_OUT} samples are held out")
+    pairs = networks.pairs(networks.chosen("mlp", "cnn"), networks.replica_counts(4))
+    cases = [(net, replicas, scored) for net, replicas in pairs for scored in subsets]
+    recording = begin("round_anatomy", READS)
+    with progress.bar(len(cases) * 9 * (F.repeats + 1)) as advance:
+        for net, replicas, scored in cases:
+            _measure(recording, net, replicas, scored or None, advance)
+    recording.publish(_table(recording))
+
+
+def _measure(
+    recording: Recording, net: Network, replicas: int, scored: int | None, advance: Callable[[str], None]
+) -> None:
+    """Takes a round of one network apart, and records it."""
+    steps = F.round_steps or 50
+    recipe = net.recipe(net.sharded(replicas), LEARNED)._replace(score_samples=scored)
+    with tempfile.TemporaryDirectory(dir=recording.folder) as name:
+        folder = pathlib.Path(name)
+        with open_checkpoints(folder / "checkpoints") as store:
+            cases = _cases(recipe, net, replicas, steps, store, folder)
+            cases["whole"] = _fit(net, replicas, steps, scored, folder)
+            told = f"{net.name}, {scored or HELD_OUT} scored"
+            times = alternate(cases, F.repeats, lambda name: advance(f"{told}: {name}"))
+    times["checkpoint"] = times["checkpoint"] / F.checkpoint_every
+    times["search"] = times["learned update"] - times["plain update"]
+    times["rest"] = times["whole"] - sum(times[name] for name in PARTS)
+    parts = {name: float(np.median(times[name])) for name in (*PARTS, "rest")}
+    recording.case(
+        network=net.name,
+        replicas=replicas,
+        devices=len(recipe.placement.devices),
+        mapping=recipe.placement.replica_map,
+        local_steps=steps,
+        batch_size=net.batch_size,
+        held_out=HELD_OUT,
+        score_samples=scored,
+        rounds=F.checkpoint_every,
+        parts=parts,
+        shares={name: float(np.median(times[name] / times["whole"])) for name in parts},
+        whole=float(np.median(times["whole"])),
+        local_share=ratio(times["local steps"], times["whole"]),
+        sum_to_whole=ratio(np.sum([times[name] for name in PARTS], axis=0), times["whole"]),
+    )
+
+
+def _cases(
+    recipe: Recipe, net: Network, replicas: int, steps: int, store: Checkpoints, folder: pathlib.Path
+) -> dict[str, Case]:
+    """What the parts of a round are measured by."""
+    shared, part = put_shared(recipe, net.sharded(replicas), 1000), rounds.pieces(recipe)
+    program = programs(recipe, replicas)
+    state = program.init(jax.random.key(0))
+    alive = jnp.ones(replicas, bool)
+    held_out = jax.jit(part.window)(state.round, shared.held_out)
+    score = jax.jit(part.score)
+    scores = score(state.replicas, held_out, alive)
+    told = dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32)) | scores
+    plain = rounds.pieces(recipe._replace(averager=PLAIN)).blend
+    before = state._replace(averager=PLAIN.init(state.params, replicas))
+    train, first = local_phase(recipe, net, replicas, steps)
+    work = _work(recipe, net, replicas, steps)
+    _, log = compiled(program.run, state, work, shared).call(program.init(jax.random.key(0)), work, shared)
+    return {
+        "local steps": in_place(train, first),
+        "input": timed(_work, recipe, net, replicas, steps),
+        "scoring": timed(score, state.replicas, held_out, alive) if scores else lambda: 0.0,
+        "learned update": timed(jax.jit(part.blend), state.replicas, state, alive, held_out, told),
+        "plain update": timed(jax.jit(plain), state.replicas, before, alive, held_out, told),
+        "blend": sync_case(jax.tree.map(jnp.copy, state.replicas.params), recipe.placement),
+        "metrics": _metrics(log, Records(folder)),
+        "checkpoint": _checkpoint(state, store),
+    }
+
+
+def _work(recipe: Recipe, net: Network, replicas: int, steps: int) -> Work:
+    sharded = net.sharded(replicas)
+    return make_work(recipe, sharded, seed=0, first_step=0, longest=steps, batch_size=net.batch_size)
+
+
+def _metrics(log: RoundLog, records: Records) -> Case:
+    """Fetches what a round reports, and writes its row."""
+
+    def fetch() -> float:
+        fresh = jax.block_until_ready(jax.tree.map(jnp.copy, log))  # an array that was fetched remembers its numbers
+        start = time.perf_counter()
+        records.append({"kind": "round", "run": "anatomy", **jax.device_get(fresh)._asdict()})
+        return time.perf_counter() - start
+
+    return fetch
+
+
+def _checkpoint(state: TrainState, store: Checkpoints) -> Case:
+    """Saves the state as that of one round after another."""
+    number = itertools.count(1)
+
+    def save() -> float:
+        now = state._replace(round=jnp.int32(next(number)))
+        start = time.perf_counter()
+        store.save(now)
+        store.wait()
+        return time.perf_counter() - start
+
+    return save
+
+
+def _fit(net: Network, replicas: int, steps: int, scored: int | None, folder: pathlib.Path) -> Case:
+    """Runs `fit`, and returns the seconds of a round: those from the end of the first to that of the last but one.
+
+    The first round of a run waits for nothing before it, and the last is followed by the test split.
+    """
+    number, rounds, sharded = itertools.count(), F.checkpoint_every + 2, net.sharded(replicas)
+
+    def run() -> float:
+        ends: list[float] = []
+        wavg.fit(
+            net.task,
+            sharded,
+            LEARNED,
+            inner=INNER,
+            local_steps=steps,
+            rounds=rounds,
+            batch_size=net.batch_size,
+            score_samples=scored,
+            workdir=folder / f"fit-{next(number)}",
+            checkpoint_every=F.checkpoint_every,
+            evaluate_every=rounds,
+            on_round=lambda row: ends.append(time.perf_counter()),
+        )
+        return (ends[-2] - ends[0]) / F.checkpoint_every
+
+    return run
+
+
+def _table(recording: Recording) -> Table:
+    text = (
+        f"Shares of a round of learned(), in %; {HELD_OUT:,} samples are held out, a checkpoint is saved every "
+        f"{F.checkpoint_every} rounds. Parts are compiled apart, and timed in turn with rounds of `fit`; `rest` is "
+        "what those take beside them. The figure is the share of the local steps, median and quartiles of "
+        f"{F.repeats} runs."
+    )
+    columns = ("network", "K", "devices", "mapping", "H", "scored", *PARTS[1:], "rest", "round, ms", "sum / whole")
+    lines = [
+        (
+            row["network"],
+            str(row["replicas"]),
+            str(row["devices"]),
+            row["mapping"],
+            str(row["local_steps"]),
+            "all" if row["score_samples"] is None else str(row["score_samples"]),
+            *(f"{100 * row['shares'][name]:.1f}" for name in (*PARTS[1:], "rest")),
+            f"{1e3 * row['whole']:.0f}",
+            shown(row["sum_to_whole"]),
+            shown([100 * share for share in row["local_share"]]),
+        )
+        for row in recording.cases()
+    ]
+    return Table("Anatomy of a round", text, columns, lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,214 @@
+"""What a sync costs: the blend of K replicas and their restart, against a plain copy of as many bytes.
+
+  python -m experiments.benchmarks.sync_cost
+  python -m experiments.benchmarks.sync_cost --sizes=1 --replica_counts=8 --networks=mlp
+
+`blend` is the reduction alone: it reads K trees and writes one. `sync` is all that a round of plain averaging does
+between the local steps of two rounds: check, weigh, blend, and write the blend to all replicas in place; at the least
+it reads K trees and writes K + 1. Bandwidth counts those bytes, whatever the program moves beside them. The copies,
+one compiled and one by numpy, move as many bytes, up to 512 MiB. Then, for networks, the share of a round of
+--round_steps, by default 50, that the sync takes: their local steps are measured with a few steps and scaled.
+
+Rows of trees: part="tree", what ("blend" or "sync"), parameters, replicas, devices, seconds, bytes, bytes_per_second,
+copy_bytes_per_second, memcpy_bytes_per_second, ratio (of the bandwidth to that of the compiled copy), memcpy_ratio.
+Rows of networks: part="share", network, replicas, devices, local_steps, measured_steps, sync_seconds, local_seconds,
+share (of a round), a ratio.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import app
+from experiments.benchmarks import limits, networks
+from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown
+from experiments.benchmarks.networks import PLAIN, Network, local_phase
+from experiments.flags import numbers
+from wavg_jax import placement, progress, tree
+from wavg_jax.base import PyTree
+from wavg_jax.placement import Placement
+from wavg_jax.reduce import weighted_mean
+
+flags.DEFINE_list("sizes", "1,10,100", "Parameters of the trees, in millions.")
+F = flags.FLAGS
+
+READS = (*networks.READS, "sizes", "round_steps", "repeats")
+for _name in (*READS, "workdir"):
+    flags.declare_key_flag(_name)
+
+LEAVES = 10
+LARGEST_COPY = 2.0**29
+"""Bytes read and written: beyond the caches a larger copy is no faster, and may not fit."""
+FEW = 5
+"""Local steps that are measured, for a round of any length."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Times syncs against copies, and writes the tables."""
+    app.refuse_arguments(argv)
+    sizes, counts = numbers("sizes", float), networks.replica_counts(4)
+    pairs = networks.pairs(networks.chosen(), counts)
+    spread = [(k, n) for k in counts for n in sorted({1, len(placement.place(k).devices)})]
+    recording = begin("sync_cost", READS)
+    with progress.bar((5 * len(sizes) * len(spread) + 2 * len(pairs)) * (F.repeats + 1)) as advance:
+        for size, (replicas, n) in itertools.product(sizes, spread):
+            _trees(recording, int(size * 1e6), replicas, n, advance)
+        for net, replicas in pairs:
+            _share(recording, net, replicas, advance)
+    recording.publish(*_tables(recording))
+
+
+def _trees(recording: Recording, size: int, replicas: int, devices: int, advance: Callable[[str], None]) -> None:
+    """Times the blend and the sync of K trees of one size, and copies of as many bytes."""
+    place = placement.place(replicas, devices)
+    leaf = jnp.zeros((replicas, max(size // LEAVES, 1)), jnp.float32, device=place.stacked)
+    one = leaf.nbytes // replicas * LEAVES
+    moved = {"blend": (replicas + 1) * one, "sync": (2 * replicas + 1) * one}
+    copies = {name: limits.copy(min(amount, LARGEST_COPY), devices) for name, amount in moved.items()}
+    host = limits.memcpy(min(moved["sync"], LARGEST_COPY))
+    cases = {
+        "blend": _blend(_stacked(leaf), place),
+        "sync": sync_case(_stacked(leaf), place),
+        **{f"copy for {name}": limit.case for name, limit in copies.items()},
+        "memcpy": host.case,
+    }
+    del leaf
+    times = alternate(cases, F.repeats, lambda name: advance(f"{size / 1e6:g} M on {devices}: {name}"))
+    for what, amount in moved.items():
+        copied = times[f"copy for {what}"]
+        recording.case(
+            part="tree",
+            what=what,
+            parameters=one // 4,
+            replicas=replicas,
+            devices=devices,
+            seconds=float(np.median(times[what])),
+            bytes=amount,
+            bytes_per_second=amount / float(np.median(times[what])),
+            copy_bytes_per_second=copies[what].amount / float(np.median(copied)),
+            memcpy_bytes_per_second=host.amount / float(np.median(times["memcpy"])),
+            ratio=ratio(copied, times[what], amount / copies[what].amount),
+            memcpy_ratio=ratio(times["memcpy"], times[what], amount / host.amount),
+        )
+
+
+def _stacked(leaf: jax.Array) -> PyTree:
+    """K stacked trees in memory of their own, which can be donated."""
+    return {f"layer_{i}": leaf + i for i in range(LEAVES)}
+
+
+def _blend(stacked: PyTree, place: Placement) -> Case:
+    """The weighted mean of K trees, written where the last one was."""
+    replicas = tree.count_replicas(stacked)
+    weights = jax.device_put(np.full(replicas, 1 / replicas, np.float32), place.stacked)
+    mean = place.reduce(weighted_mean)
+    run = jax.jit(
+        lambda old, stacked, weights: mean(stacked, weights),
+        donate_argnums=0,
+        keep_unused=True,
+        out_shardings=place.shared,
+    )
+    return in_place(run, run(_global(stacked, place), stacked, weights), stacked, weights)
+
+
+def _global(stacked: PyTree, place: Placement) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype, device=place.shared), stacked)
+
+
+def sync_case(stacked: PyTree, place: Placement) -> Case:
+    """All that plain averaging does to the replicas' parameters between two rounds, in place.
+
+    Args:
+      stacked: parameters [K, ...], which are donated.
+      place: where they live.
+    """
+    params = _global(stacked, place)
+    state = jax.device_put(PLAIN.init(params, tree.count_replicas(stacked)), place.shared)
+
+    def sync(held: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+        stacked, params, state = held
+        new, state, _ = PLAIN.update(stacked, state, params, place=place.reduce)
+        return PLAIN.restart(stacked, params, new), new, state
+
+    where: Any = (place.stacked, place.shared, place.shared)
+    return in_place(jax.jit(sync, donate_argnums=0, out_shardings=where), (stacked, params, state))
+
+
+def _share(recording: Recording, net: Network, replicas: int, advance: Callable[[str], None]) -> None:
+    """Times a network's sync in turn with a few of its local steps."""
+    sharded = net.sharded(replicas)
+    recipe = net.recipe(sharded, PLAIN)
+    run, held = local_phase(recipe, net, replicas, FEW)
+    copied = jax.tree.map(jnp.copy, held.params)
+    cases = {"local steps": in_place(run, held), "sync": sync_case(copied, recipe.placement)}
+    times = alternate(cases, F.repeats, lambda name: advance(f"{net.name}: {name}"))
+    steps = F.round_steps or 50
+    local = times["local steps"] * steps / FEW
+    recording.case(
+        part="share",
+        network=net.name,
+        replicas=replicas,
+        devices=len(recipe.placement.devices),
+        parameters=tree.count(held.params) // replicas,
+        local_steps=steps,
+        measured_steps=FEW,
+        sync_seconds=float(np.median(times["sync"])),
+        local_seconds=float(np.median(local)),
+        share=ratio(times["sync"], times["sync"] + local),
+    )
+
+
+def _tables(recording: Recording) -> tuple[Table, Table]:
+    rows = recording.cases()
+    trees = [row for row in rows if row["part"] == "tree"]
+    shares = [row for row in rows if row["part"] == "share"]
+    return (
+        Table(
+            "Bandwidth of the blend and of the whole sync",
+            "Bytes that have to be read and written, a second, as a ratio to a compiled copy of as many bytes. Median "
+            f"and quartiles of {F.repeats} alternating runs; trees of {LEAVES} leaves, float32.",
+            ("what", "parameters", "K", "devices", "GB/s", "copy, GB/s", "memcpy, GB/s", "to memcpy"),
+            [
+                (
+                    row["what"],
+                    f"{row['parameters'] / 1e6:g} M",
+                    str(row["replicas"]),
+                    str(row["devices"]),
+                    *(f"{row[name] / 1e9:.1f}" for name in _SPEEDS),
+                    shown(row["memcpy_ratio"]),
+                    shown(row["ratio"]),
+                )
+                for row in trees
+            ],
+        ),
+        Table(
+            "Share of the sync in a round",
+            f"In %: sync / (sync + local steps). The local steps are measured {FEW} at a time, and scaled to H.",
+            ("network", "parameters", "K", "devices", "H", "sync, ms", "local steps, ms"),
+            [
+                (
+                    row["network"],
+                    f"{row['parameters'] / 1e6:.2f} M",
+                    str(row["replicas"]),
+                    str(row["devices"]),
+                    str(row["local_steps"]),
+                    f"{1e3 * row['sync_seconds']:.2f}",
+                    f"{1e3 * row['local_seconds']:.0f}",
+                    shown([100 * share for share in row["share"]]),
+                )
+                for row in shares
+            ],
+        ),
+    )
+
+
+_SPEEDS = ("bytes_per_second", "copy_bytes_per_second", "memcpy_bytes_per_second")
+
+
+if __name__ == "__main__":
+    app.run(main)
