@@ -44,8 +44,8 @@ def all_finite(stacked: PyTree) -> jax.Array:
 
 def _zeros_out(x: jax.Array) -> jax.Array:
     """Whether x[k] . 0 = 0 for each row of `x` [K, n], which it is not if a number is infinite or NaN."""
-    # A product with a vector runs at the speed of a copy on CPU, the reduction of `isfinite` at a fifth of it. The zeros
-    # must not be known to the compiler, which would know the result.
+    # A product with a vector runs at the speed of a copy on CPU, the reduction of `isfinite` at a fifth of it. The
+    # zeros must not be known to the compiler, which would know the result.
     zeros = jax.lax.optimization_barrier(jnp.zeros(x.shape[1], x.dtype))
     return x @ zeros == 0
 
