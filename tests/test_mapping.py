@@ -114,3 +114,14 @@ def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
     again = wavg.fit(TASK, sharded(), PLAIN, resume=True, **(options | {"rounds": 3}))
     straight = wavg.fit(TASK, sharded(), PLAIN, devices=1, replica_map="map", **(OPTIONS | {"rounds": 3}))
     jax.tree.map(np.testing.assert_array_equal, again.params, straight.params)
+
+
+@pytest.mark.parametrize("heldout", [20, 21])
+def test_blends_are_scored_by_all_devices_together_with_the_same_result(heldout):
+    """20 samples are dealt out over 4 devices, 21 are not."""
+    averager, source = wavg.averager(wavg.learned()), sharded(noisy=(0,), heldout=heldout)
+    runs = [wavg.fit(TASK, source, averager, devices=devices, **OPTIONS) for devices in (1, 4)]
+    for one, four in zip(runs[0].rows[1:], runs[1].rows[1:], strict=True):
+        assert max(one["weights"]) - min(one["weights"]) > 0.05
+        np.testing.assert_allclose(one["weights"], four["weights"], atol=1e-4)
+        np.testing.assert_allclose(one["test_loss"], four["test_loss"], rtol=1e-4)

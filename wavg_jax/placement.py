@@ -20,6 +20,8 @@ class Placement(NamedTuple):
     Attributes:
       map: `f(one, shared) -> out` for one replica becomes `g(stacked, shared) -> stacked out`.
       reduce: a reduction `(stacked, weights) -> tree` becomes the same over all devices.
+      over_samples: `f(network, x [C, B, ...]) -> [C, B, ...]`, a function of one network and the samples of its chunks,
+        becomes the same with B over all devices, where their number divides it.
       stacked: the sharding of a stacked tree, its leading axis over the devices.
       shared: the sharding of what all replicas read (data, global parameters): on every device.
       devices: the devices in use.
@@ -28,6 +30,7 @@ class Placement(NamedTuple):
 
     map: Callable[[Callable], Callable]
     reduce: Callable[[Callable], Callable]
+    over_samples: Callable[[Callable], Callable]
     stacked: Sharding
     shared: Sharding
     devices: tuple[jax.Device, ...]
@@ -56,7 +59,7 @@ def _single(device: jax.Device, replica_map: str) -> Placement:
     """All replicas on one device."""
     here = SingleDeviceSharding(device)
     spread = functools.partial(mapping.mapped, replica_map)
-    return Placement(spread, lambda reduce: reduce, here, here, (device,), replica_map)
+    return Placement(spread, lambda reduce: reduce, lambda run: run, here, here, (device,), replica_map)
 
 
 def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
@@ -83,8 +86,13 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
             check_vma=False,
         )
 
+    def over_samples(function: Callable) -> Callable:
+        samples = PartitionSpec(None, _AXIS)
+        split = jax.shard_map(function, mesh=grid, in_specs=(everywhere, samples), out_specs=samples, check_vma=False)
+        return lambda network, x: (function if x.shape[1] % len(devices) else split)(network, x)
+
     stacked, shared = NamedSharding(grid, over_replicas), NamedSharding(grid, everywhere)
-    return Placement(spread, reduce, stacked, shared, devices, replica_map)
+    return Placement(spread, reduce, over_samples, stacked, shared, devices, replica_map)
 
 
 @functools.cache

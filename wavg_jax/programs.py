@@ -67,7 +67,9 @@ def programs(recipe: Recipe, replicas: int) -> Programs:
     )
 
     def predict(params: PyTree, mutable: PyTree, chunks: signals.Chunks) -> jax.Array:
-        return signals.predict(recipe.task, recipe.prepare, params, mutable, chunks)
+        return signals.predict(
+            recipe.task, recipe.prepare, params, mutable, chunks, spread=recipe.placement.over_samples
+        )
 
     return Programs(
         lambda rng: assemble(*_initialiser(recipe.task)(rng), rng),

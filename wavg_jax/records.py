@@ -16,8 +16,8 @@ is null.
   faults                simulated: {speed, rate, sent}, [K] each; null for none
   parameters            numbers in one replica's parameters
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
-  compile_seconds       tracing and compiling the round and the evaluation, the first time in the process; apart from
-                        every other clock
+  compile_seconds       tracing and compiling the round and the evaluation, which are compiled side by side, added up,
+                        the first time in the process; apart from every other clock
   critical_path         {local, score, blend, round}: what one of K devices would take for a round, computed from
                         measured parts; null when not measured
   target_accuracy       the test accuracy that "time to target" refers to; null when none is set

@@ -87,7 +87,7 @@ def _score(recipe: Recipe) -> Callable:
 
 def pieces(recipe: Recipe) -> Pieces:
     """Builds the parts of a round."""
-    evaluator = signals.evaluator(recipe.task, recipe.prepare, recipe.score_dtype)
+    evaluator = signals.evaluator(recipe.task, recipe.prepare, recipe.score_dtype, recipe.placement.over_samples)
 
     def window(round: jax.Array, held_out: signals.Chunks | None) -> signals.Chunks | None:
         if held_out is None or recipe.score_samples is None:

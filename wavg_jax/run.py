@@ -1,6 +1,5 @@
 """One run: its numbers, its data on the devices, its compiled programs, and the row that describes it."""
 
-import time
 import zlib
 from typing import NamedTuple
 
@@ -45,12 +44,10 @@ class Run:
         program = programs(recipe, self.replicas)
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = program.init(rng)
-        start = time.perf_counter()
         self.step, self.predict = compiled_together(
             (program.run, self.initial, self.work(0, 1), self.shared),
             (program.predict, *evaluated(self.initial), self.test),
         )
-        self.compile_seconds = time.perf_counter() - start
 
     def work(self, first_step: int, steps: int) -> Work:
         """What the replicas are given to do in a round of so many steps, on the devices."""
@@ -104,7 +101,7 @@ class Run:
             "samples_per_round": self.replicas * plan.schedule.longest * plan.batch_size,
             "parameters": tree.count(initial.params),
             "bytes_per_round": 2 * self.replicas * per_replica if self.replicas > 1 else 0,
-            "compile_seconds": self.compile_seconds,
+            "compile_seconds": self.step.seconds + self.predict.seconds,
             "score_samples": self.recipe.score_samples,
             "faults": None if self.recipe.faults is None else self.recipe.faults._asdict(),
             "critical_path": None,

@@ -120,6 +120,13 @@ def _cast(values: PyTree, dtype: jnp.dtype | None) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, values)
 
 
+Spread = Callable[[Callable], Callable]
+
+
+def _as_is(run: Callable) -> Callable:
+    return run
+
+
 def predict(
     task: Task,
     prepare: Callable,
@@ -127,17 +134,23 @@ def predict(
     mutable: PyTree,
     chunks: Chunks,
     dtype: jnp.dtype | None = None,
+    spread: Spread = _as_is,
 ) -> jax.Array:
     """Returns one network's logits [C, B, classes] float32 over all chunks, padding included.
 
-    Differentiated, it computes the activations of each chunk again instead of keeping those of all.
+    Differentiated, it computes the activations of each chunk again instead of keeping those of all. `spread` lays the
+    samples of a chunk out over several devices, as `wavg_jax.placement.Placement.over_samples` does.
     """
-    params, mutable = _cast((params, mutable), dtype)
 
-    def one(x: jax.Array) -> jax.Array:
-        return task.predict(params, mutable, _cast(prepare(x), dtype)).astype(jnp.float32)
+    def run(network: PyTree, x: jax.Array) -> jax.Array:
+        params, mutable = network
 
-    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), jnp.asarray(chunks.x))
+        def one(x: jax.Array) -> jax.Array:
+            return task.predict(params, mutable, _cast(prepare(x), dtype)).astype(jnp.float32)
+
+        return jax.lax.map(jax.checkpoint(one, prevent_cse=False), x)
+
+    return spread(run)(_cast((params, mutable), dtype), jnp.asarray(chunks.x))
 
 
 def _macro_f1(predicted: jax.Array, labels: jax.Array, valid: jax.Array, classes: int) -> jax.Array:
@@ -161,10 +174,16 @@ def _calibration_error(logits: jax.Array, right: jax.Array, valid: jax.Array) ->
 
 
 def _held_out_scores(
-    task: Task, prepare: Callable, params: PyTree, mutable: PyTree, chunks: Chunks, dtype: jnp.dtype | None
+    task: Task,
+    prepare: Callable,
+    params: PyTree,
+    mutable: PyTree,
+    chunks: Chunks,
+    dtype: jnp.dtype | None,
+    spread: Spread = _as_is,
 ) -> dict:
     """All that one forward pass over the held-out split tells; what is not used is not computed under jit."""
-    logits = predict(task, prepare, params, mutable, chunks, dtype)
+    logits = predict(task, prepare, params, mutable, chunks, dtype, spread)
     labels, valid = jnp.asarray(chunks.y), jnp.asarray(chunks.valid)
     n = valid.sum(dtype=jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -301,16 +320,16 @@ def measure(
 
 
 def evaluator(
-    task: Task, prepare: Callable, dtype: jnp.dtype | None = None
+    task: Task, prepare: Callable, dtype: jnp.dtype | None = None, spread: Spread = _as_is
 ) -> Callable[[PyTree, PyTree, Chunks], dict[str, jax.Array]]:
     """Builds `(params, mutable, chunks) -> {"loss", "accuracy"}`, float32 scalars, differentiable in the parameters.
 
     It is taken chunk by chunk, and so is its gradient, which computes the activations of each chunk again, so that
-    either needs the memory of one chunk beside the logits. Arguments as `measure`.
+    either needs the memory of one chunk beside the logits. Arguments as `measure` and `predict`.
     """
 
     def evaluate(params: PyTree, mutable: PyTree, chunks: Chunks) -> dict[str, jax.Array]:
-        scores = _held_out_scores(task, prepare, params, mutable, chunks, dtype)
+        scores = _held_out_scores(task, prepare, params, mutable, chunks, dtype, spread)
         return {name: scores[name] for name in ("loss", "accuracy")}
 
     return evaluate
