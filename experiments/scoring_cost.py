@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {name: F[name].value for name in SETTINGS}
     records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
     base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
-    with progress.bar(len(steps) * len(subsets) * len(names)) as advance:
+    with progress.bar(len(steps) * len(subsets) * len(names), unit="measurements") as advance:
         for local_steps, subset, name in itertools.product(steps, subsets, names):
             recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)
             rounds = {"plain": base, "weighted": recipe}

@@ -120,7 +120,7 @@ CASES = {
 SLOW = {
     "memory": ("--networks=resnet20,transformer", "--shrink=8", "--replica_counts=1"),
     "roofline": (*SMALL, "--networks=cnn,transformer", "--shrink=8", "--product=16", "--repeats=1"),
-    "round_anatomy": (*SMALL, "--networks=cnn", "--scored=50", "--checkpoint_every=1", "--repeats=1"),
+    "round_anatomy": (*SMALL, "--networks=cnn", "--scored=learned:50", "--checkpoint_every=1", "--repeats=1"),
     "startup": ("--repeats=1", "--starts=import,train"),
     "throughput": (*SMALL, "--networks=cnn", "--repeats=1", "--replica_counts=1,2", "--maps=auto,unroll"),
 }
@@ -150,7 +150,13 @@ def test_a_benchmark_leaves_rows_and_a_report(name, tmp_path, tiny):
 
 @pytest.mark.slow
 def test_a_round_is_taken_apart(tmp_path, tiny):
-    arguments = ("--scored=0,50", "--checkpoint_every=1", "--repeats=1", "--networks=mlp", "--round_steps=2")
+    arguments = (
+        "--scored=plain:0,learned:50",
+        "--checkpoint_every=1",
+        "--repeats=1",
+        "--networks=mlp",
+        "--round_steps=2",
+    )
     cases = check("round_anatomy", arguments, tmp_path / "out")
     assert [row["score_samples"] for row in cases] == [None, 50]
     assert all(set(row["parts"]) == {*round_anatomy.PARTS, "rest"} for row in cases)
@@ -197,7 +203,7 @@ BAD = [
     ("memory", "--repeats=3", "--repeats has no effect"),
     ("roofline", "--shrink=64", "--shrink=64"),
     ("sync_cost", "--sizes=many", "--sizes=many"),
-    ("round_anatomy", "--scored=6000", "--scored=6000"),
+    ("round_anatomy", "--scored=learned:6000", "--scored=learned:6000"),
     ("startup", "--starts=tea", "--starts=tea"),
 ]
 

@@ -12,12 +12,10 @@ from absl.testing import flagsaver
 from experiments import app
 
 ROOT = pathlib.Path(__file__).parent.parent
-BINARIES = {
-    path.stem: importlib.import_module(f"experiments.{path.stem}")
-    for path in sorted((ROOT / "experiments").glob("*.py"))
-    if "app.run(main)" in path.read_text()
-}
-COMMAND = re.compile(r"python -m experiments\.(\w+)([^`\n|]*)")
+FILES = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "app.run(main)" in path.read_text()]
+NAMES = [".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts) for path in FILES]
+BINARIES = {name: importlib.import_module(f"experiments.{name}") for name in NAMES}
+COMMAND = re.compile(r"python -m experiments\.([\w.]*\w)([^`\n|]*)")
 
 
 def _commands():

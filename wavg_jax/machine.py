@@ -20,6 +20,8 @@ def hardware() -> dict[str, str | int]:
         "count": jax.device_count(),
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores(),
+        # For a GPU the versions of its driver and libraries; on a CPU just "cpu".
+        "platform_version": " ".join(device.client.platform_version.split()),
     }
 
 

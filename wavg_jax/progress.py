@@ -15,18 +15,19 @@ from rich.progress import (
 
 
 @contextlib.contextmanager
-def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Shows a bar on the terminal while the block runs; yields `advance(text)`, to be called once a round.
+def bar(total: int, done: int = 0, unit: str = "rounds") -> Iterator[Callable[[str], None]]:
+    """Shows a bar on the terminal while the block runs; yields `advance(text)`, to be called after each.
 
     Args:
       total: rounds in all.
       done: rounds that an earlier part of the run has done.
+      unit: what is counted, if not rounds.
     """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("rounds,"),
+        TextColumn(f"{unit},"),
         TimeElapsedColumn(),
         TextColumn("so far,"),
         TimeRemainingColumn(),

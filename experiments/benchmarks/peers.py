@@ -125,7 +125,10 @@ def main(argv: Sequence[str]) -> None:
     started = commands(systems, pathlib.Path(F.peers_venv).expanduser())
     for network, steps in networks.items():
         these = {name: started[name] for name, system in systems.items() if network in system.networks}
-        with progress.bar(len(these) * (F.repeats + 2)) as advance, tempfile.TemporaryDirectory() as folder:
+        with (
+            progress.bar(len(these) * (F.repeats + 2), unit="measurements") as advance,
+            tempfile.TemporaryDirectory() as folder,
+        ):
             case = Case("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)
             for row in rows(case, measure(case, these, F.repeats, advance)):
                 recording.case(**row)

@@ -1,24 +1,25 @@
 """Where the time of a round goes: local steps, input, scoring, search, blend, metrics, checkpoint.
 
   python -m experiments.benchmarks.round_anatomy
-  python -m experiments.benchmarks.round_anatomy --networks=mlp --scored=1000 --round_steps=200
+  python -m experiments.benchmarks.round_anatomy --networks=mlp --scored=learned:1000 --round_steps=200
 
-Rounds of `wavg.learned()`, the recommended default, as `fit` runs them, in turn with their parts, which are compiled
-and timed apart. Evaluation on the test split is left out: it is off `fit`'s clock.
+Rounds as `fit` runs them, in turn with their parts, which are compiled and timed apart. Evaluation on the test split is
+left out: it is off `fit`'s clock. Last, the same rounds with their batches streamed, as a ratio to those with the
+training data on the devices.
 
   local steps  the replicas' training
   input        drawing the round's indices on the host, and shipping them
-  scoring      the held-out passes over the replicas; learned() needs none
-  search       learning the weights: the averager's update, less that of plain averaging
+  scoring      the held-out passes over the replicas, if the weighting needs them
+  search       finding the weights: the averager's update, less that of plain averaging
   blend        the update of plain averaging, and the restart of the replicas
   metrics      fetching what the round reports, and writing its row to disk
   checkpoint   saving the state and waiting until it is on disk, divided by --checkpoint_every
   rest         what `fit` takes beside these; negative where it hides them behind each other
 
-Each case's row: network, replicas, devices, mapping, local_steps, batch_size, held_out, score_samples (null for all of
-them), rounds (that `fit` was timed for in a turn), parts {name: seconds of a round}, shares {name: of the whole}, whole
-(seconds of a round of `fit`, by the clock on the wall), local_share (a ratio to the whole), sum_to_whole (of all parts
-but the rest, a ratio).
+Each case's row: network, weighting, replicas, devices, mapping, local_steps, batch_size, held_out, score_samples (null
+for all of them), rounds (that `fit` was timed for in a turn), parts {name: seconds of a round}, shares {name: of the
+whole}, whole (seconds of a round of `fit`, by the clock on the wall), local_share (a ratio to the whole), sum_to_whole
+(of all parts but the rest, a ratio), streamed (a round with streamed batches, a ratio to the whole).
 """
 
 import itertools
@@ -26,6 +27,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,8 @@ from experiments.benchmarks import networks
 from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown, timed
 from experiments.benchmarks.networks import HELD_OUT, INNER, PLAIN, Network, local_phase
 from experiments.benchmarks.sync_cost import sync_case
-from experiments.flags import numbers
+from experiments.flags import SCHEME
+from experiments.schemes import SCHEMES
 from wavg_jax import progress, rounds
 from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.checkpoint import Checkpoints, open_checkpoints
@@ -48,51 +51,77 @@ from wavg_jax.records import Records
 from wavg_jax.rounds import RoundLog
 from wavg_jax.signals import FREE
 
-flags.DEFINE_list("scored", "0,1000", "Held-out samples scored in a round; 0 means all.")
+flags.DEFINE_list(
+    "scored",
+    "plain:0,learned:0,learned:1000,learned_online:256",
+    f"Weightings, of {', '.join(SCHEMES)}, each with the held-out samples that a round scores, 0 meaning all.",
+)
 F = flags.FLAGS
 
-READS = (*networks.READS, "scored", "round_steps", "checkpoint_every", "repeats")
+READS = (*networks.READS, *SCHEME, "scored", "round_steps", "checkpoint_every", "repeats")
 for _name in (*READS, "workdir"):
     flags.declare_key_flag(_name)
 
-LEARNED = wavg.averager(wavg.learned())
 PARTS = ("local steps", "input", "scoring", "search", "blend", "metrics", "checkpoint")
 
 
 def main(argv: Sequence[str]) -> None:
     """Takes rounds apart, and writes the table."""
     app.refuse_arguments(argv)
-    subsets = numbers("scored", int, least=0)
-    if max(subsets) > HELD_OUT:
-        raise SettingsError(f"--scored={','.join(F.scored)}: {HELD_OUT} samples are held out")
+    scorings = [_scoring(text) for text in F.scored]
     pairs = networks.pairs(networks.chosen("mlp", "cnn"), networks.replica_counts(4))
-    cases = [(net, replicas, scored) for net, replicas in pairs for scored in subsets]
     recording = begin("round_anatomy", READS)
-    with progress.bar(len(cases) * 9 * (F.repeats + 1)) as advance:
-        for net, replicas, scored in cases:
-            _measure(recording, net, replicas, scored or None, advance)
+    with progress.bar(len(pairs) * len(scorings) * 10 * (F.repeats + 1), unit="measurements") as advance:
+        for net, replicas in pairs:
+            for scoring in scorings:
+                _measure(recording, net, replicas, scoring, advance)
     recording.publish(_table(recording))
 
 
+class Scoring(NamedTuple):
+    """A weighting, and on how many held-out samples it scores in a round; None for all."""
+
+    name: str
+    averager: wavg.Averager
+    samples: int | None
+
+
+def _scoring(text: str) -> Scoring:
+    """Reads an entry of --scored.
+
+    Raises:
+      SettingsError: it is none.
+    """
+    name, _, samples = text.partition(":")
+    if name not in SCHEMES or not samples.isdigit() or int(samples) > HELD_OUT:
+        raise SettingsError(
+            f"--scored={','.join(F.scored)}: give weightings, of {', '.join(SCHEMES)}, and samples up to {HELD_OUT}, "
+            "such as learned:1000"
+        )
+    return Scoring(name, wavg.averager(**SCHEMES[name](F)), int(samples) or None)
+
+
 def _measure(
-    recording: Recording, net: Network, replicas: int, scored: int | None, advance: Callable[[str], None]
+    recording: Recording, net: Network, replicas: int, scoring: Scoring, advance: Callable[[str], None]
 ) -> None:
     """Takes a round of one network apart, and records it."""
-    steps = F.round_steps or 50
-    recipe = net.recipe(net.sharded(replicas), LEARNED)._replace(score_samples=scored)
+    steps, scored = F.round_steps or 50, scoring.samples
+    recipe = net.recipe(net.sharded(replicas), scoring.averager)._replace(score_samples=scored)
     with tempfile.TemporaryDirectory(dir=recording.folder) as name:
         folder = pathlib.Path(name)
         with open_checkpoints(folder / "checkpoints") as store:
             cases = _cases(recipe, net, replicas, steps, store, folder)
-            cases["whole"] = _fit(net, replicas, steps, scored, folder)
-            told = f"{net.name}, {scored or HELD_OUT} scored"
+            cases["whole"] = _fit(net, replicas, steps, scoring, folder, resident=True)
+            cases["streamed"] = _fit(net, replicas, steps, scoring, folder, resident=False)
+            told = f"{net.name}, {scoring.name}, {scored or HELD_OUT} scored"
             times = alternate(cases, F.repeats, lambda name: advance(f"{told}: {name}"))
     times["checkpoint"] = times["checkpoint"] / F.checkpoint_every
-    times["search"] = times["learned update"] - times["plain update"]
+    times["search"] = times["update"] - times["plain update"]
     times["rest"] = times["whole"] - sum(times[name] for name in PARTS)
     parts = {name: float(np.median(times[name])) for name in (*PARTS, "rest")}
     recording.case(
         network=net.name,
+        weighting=scoring.name,
         replicas=replicas,
         devices=len(recipe.placement.devices),
         mapping=recipe.placement.replica_map,
@@ -106,6 +135,7 @@ def _measure(
         whole=float(np.median(times["whole"])),
         local_share=ratio(times["local steps"], times["whole"]),
         sum_to_whole=ratio(np.sum([times[name] for name in PARTS], axis=0), times["whole"]),
+        streamed=ratio(times["streamed"], times["whole"]),
     )
 
 
@@ -130,7 +160,7 @@ def _cases(
         "local steps": in_place(train, first),
         "input": timed(_work, recipe, net, replicas, steps),
         "scoring": timed(score, state.replicas, held_out, alive) if scores else lambda: 0.0,
-        "learned update": timed(jax.jit(part.blend), state.replicas, state, alive, held_out, told),
+        "update": timed(jax.jit(part.blend), state.replicas, state, alive, held_out, told),
         "plain update": timed(jax.jit(plain), state.replicas, before, alive, held_out, told),
         "blend": sync_case(jax.tree.map(jnp.copy, state.replicas.params), recipe.placement),
         "metrics": _metrics(log, Records(folder)),
@@ -169,7 +199,7 @@ def _checkpoint(state: TrainState, store: Checkpoints) -> Case:
     return save
 
 
-def _fit(net: Network, replicas: int, steps: int, scored: int | None, folder: pathlib.Path) -> Case:
+def _fit(net: Network, replicas: int, steps: int, scoring: Scoring, folder: pathlib.Path, *, resident: bool) -> Case:
     """Runs `fit`, and returns the seconds of a round: those from the end of the first to that of the last but one.
 
     The first round of a run waits for nothing before it, and the last is followed by the test split.
@@ -181,13 +211,14 @@ def _fit(net: Network, replicas: int, steps: int, scored: int | None, folder: pa
         wavg.fit(
             net.task,
             sharded,
-            LEARNED,
+            scoring.averager,
             inner=INNER,
             local_steps=steps,
             rounds=rounds,
             batch_size=net.batch_size,
-            score_samples=scored,
-            workdir=folder / f"fit-{next(number)}",
+            score_samples=scoring.samples,
+            resident=resident,
+            workdir=folder / f"fit-{resident}-{next(number)}",
             checkpoint_every=F.checkpoint_every,
             evaluate_every=rounds,
             on_round=lambda row: ends.append(time.perf_counter()),
@@ -199,23 +230,26 @@ def _fit(net: Network, replicas: int, steps: int, scored: int | None, folder: pa
 
 def _table(recording: Recording) -> Table:
     text = (
-        f"Shares of a round of learned(), in %; {HELD_OUT:,} samples are held out, a checkpoint is saved every "
+        f"Shares of a round, in %; {HELD_OUT:,} samples are held out, a checkpoint is saved every "
         f"{F.checkpoint_every} rounds. Parts are compiled apart, and timed in turn with rounds of `fit`; `rest` is "
         "what those take beside them. The figure is the share of the local steps, median and quartiles of "
         f"{F.repeats} runs."
     )
-    columns = ("network", "K", "devices", "mapping", "H", "scored", *PARTS[1:], "rest", "round, ms", "sum / whole")
+    head = ("network", "weighting", "scored", "K", "devices", "mapping", "H")
+    columns = (*head, *PARTS[1:], "rest", "round, ms", "sum / whole", "streamed / whole")
     lines = [
         (
             row["network"],
+            row["weighting"],
+            "all" if row["score_samples"] is None else str(row["score_samples"]),
             str(row["replicas"]),
             str(row["devices"]),
             row["mapping"],
             str(row["local_steps"]),
-            "all" if row["score_samples"] is None else str(row["score_samples"]),
             *(f"{100 * row['shares'][name]:.1f}" for name in (*PARTS[1:], "rest")),
             f"{1e3 * row['whole']:.0f}",
             shown(row["sum_to_whole"]),
+            shown(row["streamed"]),
             shown([100 * share for share in row["local_share"]]),
         )
         for row in recording.cases()
