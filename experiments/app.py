@@ -16,7 +16,8 @@ from wavg_jax.records import Row
 flags.DEFINE_string(
     "compilation_cache",
     os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/wavg_jax"),
-    "Folder in which compiled programs, and the chosen --replica_map, are kept for the next start; empty for none.",
+    "Folder in which compiled programs, and the chosen --replica_map, are kept for the next start; empty for none. "
+    "It only grows.",
 )
 flags.DEFINE_enum(
     "matmul_precision",
@@ -55,11 +56,13 @@ def configure() -> None:
     if F.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(F.compilation_cache).expanduser()))
         # JAX's thresholds are made for minutes of compiling; here the many short programs are what a start waits for.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        for name, value in (("min_compile_time_secs", 0.0), ("min_entry_size_bytes", -1)):
+            if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+                jax.config.update(f"jax_persistent_cache_{name}", value)
     if F.matmul_precision is not None:
         jax.config.update("jax_default_matmul_precision", F.matmul_precision)
-    if jax.config.jax_num_cpu_devices < 0:  # type: ignore[attr-defined]  # the environment has not set it
+    decided = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices < 0 and not decided:  # type: ignore[attr-defined]
         # One device for each core: XLA runs the replicas of one device on few cores, and those of several side by side.
         wanted = F["devices"].value if "devices" in F else None
         jax.config.update("jax_num_cpu_devices", max(machine.cores(), wanted or 1))

@@ -123,6 +123,9 @@ def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
         raise SettingsError(
             f"--model={F.model} needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
         )
+    for name in ("hidden", "batch_norm", "dropout"):
+        if F.model == "resnet" and F[name].present:
+            raise SettingsError(f"--{name} has no effect with --model=resnet; leave it out")
     networks: dict[str, Callable] = {
         "mlp": lambda: models.MLP(numbers("hidden", int), dataset.classes, F.dropout, dtype),
         "cnn": lambda: models.CNN(dataset.classes, F.batch_norm, F.dropout, dtype),

@@ -23,7 +23,7 @@ from experiments import flags as shared_flags
 from experiments.benchmarks.harness import alternate, refuse_unused, round_runner
 from experiments.flags import numbers
 from experiments.schemes import SCHEMES
-from wavg_jax import data, machine, progress, trainer
+from wavg_jax import automap, data, machine, progress, trainer
 from wavg_jax.base import SettingsError
 from wavg_jax.records import Records, Row, write_atomically
 
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {name: F[name].value for name in SETTINGS}
     records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
     base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
+    base = automap.settle(base, sharded, batch_size=F.batch_size)
     with progress.bar(len(steps) * len(subsets) * len(names), unit="measurements") as advance:
         for local_steps, subset, name in itertools.product(steps, subsets, names):
             recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)

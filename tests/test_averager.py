@@ -53,6 +53,27 @@ def test_weighted_blend_is_numpys_weighted_average():
     assert_close(new, numpy_mean(stacked, [0.1, 0.2, 0.3, 0.4]))
 
 
+def test_without_jit_nothing_is_compiled_in_the_second_call(compilations):
+    params = {"w": jnp.zeros((3, 2))}
+    stacked, avg = wavg.replicate(params, 4), wavg.averager(wavg.uniform())
+    for _ in range(2):
+        before = len(compilations)
+        avg.update(stacked, avg.init(params), params)
+    assert len(compilations) == before
+
+
+def test_a_reduction_may_return_the_dtype_of_the_parameters():
+    def in_own_dtype(stacked, weights, *, sum_over=None):
+        del sum_over
+        return jax.tree.map(lambda x: (x * weights.astype(x.dtype)[:, None]).sum(0), stacked)
+
+    params = {"w": jnp.zeros(2, jnp.bfloat16)}
+    avg = wavg.averager(wavg.uniform(), reduce=in_own_dtype)
+    stacked = {"w": jnp.array([[1, 2], [3, 4]], jnp.bfloat16)}
+    new, _, _ = jax.jit(avg.update)(stacked, avg.init(params), params)
+    assert (new["w"].dtype, new["w"].tolist()) == (jnp.bfloat16, [2.0, 3.0])
+
+
 def test_the_pseudo_gradient_points_from_the_blend_to_the_old_parameters():
     # params 10, blend 4: pseudo-gradient +6, and SGD with rate 0.5 goes down it, to 10 - 0.5 * 6 = 7.
     params = {"w": jnp.array([10.0])}

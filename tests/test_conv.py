@@ -124,6 +124,14 @@ def test_falls_back_to_lax(kwargs):
     np.testing.assert_array_equal(y, LAX(x, kernel, (1, 1), dimension_numbers=NHWC, **kwargs))
 
 
+def test_gradients_of_nothing_are_zero():
+    kernel = _random(1, 3, 3, 3, 4)
+    gradient = jax.grad(
+        lambda kernel: cpu_conv(jnp.ones((0, 8, 8, 3)), kernel, (1, 1), "SAME", dimension_numbers=NHWC).sum()
+    )
+    np.testing.assert_array_equal(gradient(kernel), np.zeros_like(kernel))
+
+
 def test_falls_back_for_groups_and_other_layouts():
     x, kernel = _random(0, 2, 9, 8, 4), _random(1, 3, 3, 2, 6)
     grouped = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC, "feature_group_count": 2}

@@ -62,12 +62,22 @@ def test_streamed_data_are_the_same_data(options):
 
 
 def test_data_too_large_for_the_devices_are_streamed(monkeypatch):
-    nbytes = sharded().train.x.nbytes
+    nbytes, few = sharded().train.x.nbytes, {"local_steps": 1, "batch_size": 2, "rounds": 1}
     for devices, room in ((1, nbytes), (4, 4 * nbytes)):  # devices of the host share its memory
         monkeypatch.setattr(machine, "memory", lambda room=room: room / placement._ROOM)
-        assert run(rounds=1, devices=devices).rows[0]["resident"]
+        assert run(devices=devices, **few).rows[0]["resident"]
         monkeypatch.setattr(machine, "memory", lambda room=room: (room - 1) / placement._ROOM)
-        assert not run(rounds=1, devices=devices).rows[0]["resident"]
+        assert not run(devices=devices, **few).rows[0]["resident"]
+
+
+def test_streamed_rounds_that_do_not_fit_are_refused(monkeypatch):
+    samples = 3 * 4 * 3 * 8  # three rounds of K=4, H=3, B=8
+    nbytes = samples * sharded().train.x[:1].nbytes
+    monkeypatch.setattr(machine, "memory", lambda: nbytes / placement._ROOM)
+    assert not run(rounds=1, resident=False, devices=1).rows[0]["resident"]
+    monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / placement._ROOM)
+    with pytest.raises(wavg.SettingsError, match="--local_steps"):
+        run(rounds=1, resident=False, devices=1)
 
 
 def test_a_feeder_makes_the_next_work_in_the_background_and_passes_errors_on():

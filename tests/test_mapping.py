@@ -3,13 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from small import regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax import automap, mapping, placement, trainer
+from wavg_jax import automap, mapping, placement, programs, trainer
 from wavg_jax.base import SettingsError
 
 TASK, INNER, PLAIN = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.uniform())
@@ -26,7 +27,7 @@ def forget(monkeypatch):
     monkeypatch.setattr(automap, "_known", {})
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_way_gives_the_same_run(devices):
     runs = {
         name: wavg.fit(TASK, sharded(), PLAIN, devices=devices, replica_map=name, **OPTIONS) for name in mapping.MAPS
@@ -96,6 +97,36 @@ def test_the_choice_is_kept_beside_the_compiled_programs(monkeypatch, recipe, tm
         assert list(json.loads((tmp_path / automap.FILE).read_text()).values()) == ["vmap"]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("kept", ['{"%s": "pmap"}', '["vmap"]'])
+def test_a_kept_choice_that_means_nothing_is_made_again(kept, monkeypatch, recipe, tmp_path):
+    tried = fake_trials(monkeypatch, {"vmap": 1.0, "map": 3.0})
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    monkeypatch.setattr(automap, "_fingerprint", lambda *about: "key")
+    try:
+        (tmp_path / automap.FILE).write_text(kept.replace("%s", "key"))
+        assert automap.settle(recipe, sharded(), batch_size=8).placement.replica_map == "vmap"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(tried) == 1
+
+
+def test_what_does_not_compile_is_tried_again(monkeypatch):
+    failing = [True]
+
+    def once(self, *args, **options):
+        if failing.pop():
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", once)
+    program = jax.jit(lambda x: x + 1)
+    with pytest.raises(RuntimeError, match="no memory"):
+        programs.compiled(program, jnp.ones(2))
+    failing.append(False)
+    programs.compiled(program, jnp.ones(2))
+    assert not failing
 
 
 def test_the_real_trials_run(recipe, monkeypatch):

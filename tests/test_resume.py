@@ -161,6 +161,13 @@ def test_rows_and_checkpoints_belong_together(tmp_path):
     assert len(again.rows) == 7
 
 
+@pytest.mark.parametrize("left", [b"", b'{"kind": "run", "run": "ru'])
+def test_a_run_whose_first_row_was_cut_short_can_be_resumed(left, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(left)
+    result = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    assert result.rows[0]["kind"] == "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_ends_after_a_round_with_a_checkpoint(number, tmp_path):
     before = signal.getsignal(number)

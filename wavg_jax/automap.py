@@ -81,7 +81,9 @@ def settle(
     key = _fingerprint(bare, loss, len(data.shards))
     if key not in _known:
         names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
-        _known[key] = _recall(key) or _fastest(_trials({name: _mapped(bare, name) for name in names}, few, batch_size))
+        found = _recall(key)
+        trials = {} if found in names else _trials({name: _mapped(bare, name) for name in names}, few, batch_size)
+        _known[key] = _fastest(trials) if trials else str(found)
         _remember(key, _known[key])
     return _mapped(recipe, _known[key])
 
@@ -109,7 +111,7 @@ def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.sta
 def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
     """Tells apart what may be fastest in different ways."""
     optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
-    where = [replicas, len(recipe.placement.devices), machine.hardware(), jax.__version__]
+    where = [replicas, len(recipe.placement.devices), machine.hardware(), machine.versions(), machine.environment()]
     text = json.dumps([loss.as_text(), str(optimizer), recipe.augment is not None, where])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -121,7 +123,9 @@ def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> d
     rng = placement.put(jax.random.key(0), one.placement.shared)
     replicas = programs(one, len(data.shards)).init(rng).replicas
     arguments = (replicas, work, put_shared(one, data, batch_size))
-    trains = compiled_together(*((jax.jit(rounds.pieces(recipe).train), *arguments) for recipe in recipes.values()))
+    trains = compiled_together(
+        *((jax.jit(rounds.pieces(recipe).train), *arguments) for recipe in recipes.values()), keep=False
+    )
 
     def trial(train: Callable) -> Callable[[], float]:
         def run() -> float:
@@ -150,7 +154,7 @@ def _fastest(trials: dict[str, Callable[[], float]]) -> str:
 
 def _file() -> pathlib.Path | None:
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    return None if not folder else pathlib.Path(folder) / FILE
+    return None if not folder or "://" in folder else pathlib.Path(folder) / FILE
 
 
 def _stored() -> dict[str, Any]:

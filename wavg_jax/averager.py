@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import tree
+from wavg_jax import machine, tree
 from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
 from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
@@ -53,6 +53,19 @@ def _restart(pull: Pull) -> Callable:
         return tree.select_replicas(living, pulled, replaced)
 
     return restart
+
+
+def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
+    """The blend, computed apart from what is made of it where XLA would otherwise compute it again for every replica.
+
+    On CPU it fuses the sum with the copies that restart the replicas; a branch is compiled by itself. What a branch is
+    given is put into memory first, so `blended` should make what it can itself. Not on a GPU, where a condition makes
+    the host wait, nor outside jit, where it would be compiled anew in every call.
+    """
+    if not (machine.on_cpu() and isinstance(alive, jax.core.Tracer)):
+        return blended()
+    masters = tree.as_accumulators(params)
+    return jax.lax.cond(alive.any(), lambda: tree.cast_like(blended(), masters), lambda: masters)
 
 
 def averager(
@@ -139,9 +152,7 @@ def averager(
         weights, weighting_state = weighting.update(
             sent, state.weighting, params, alive=alive, blend=lambda w: reduction(sent, w), **signals
         )
-        # A branch is compiled by itself: fused with what copies the blend to the replicas, it would be summed K times.
-        # What it is given is put into memory, so it sends again, which then costs nothing.
-        blend = jax.lax.cond(alive.any(), lambda: reduction(send(), weights), lambda: tree.as_accumulators(params))
+        blend = _apart(alive, lambda: reduction(sent if transform else send(), weights), params)
         new_params, outer_state = step(blend, state.outer, params)
         new = (new_params, AveragerState(weighting_state, outer_state))
         new_params, new_state = tree.select(alive.any(), new, (params, state))

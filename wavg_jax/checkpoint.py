@@ -72,13 +72,13 @@ class Checkpoints:
         asyncio_log.addFilter(_without_lost_reads)
         try:
             restored = _with_keys(self._checkpointer.load(self.latest(), abstract), like)
-            sys.unraisablehook = before
-            asyncio_log.removeFilter(_without_lost_reads)
-            return restored
         except Exception as error:  # orbax raises many types for a damaged or foreign checkpoint
             raise ResumeError(
                 f"the checkpoint {directory}/{self.latest()} cannot be read as this run's: {_first_line(error)}"
             ) from error
+        sys.unraisablehook = before
+        asyncio_log.removeFilter(_without_lost_reads)
+        return restored
 
 
 def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:

@@ -2,7 +2,7 @@
 
 A round is launched before the row of the round before it is written, and its batches are made while that one runs, so
 that the devices do not wait for the host. Where the host needs the state between two rounds, to evaluate or to save it,
-or where H depends on the last loss, the next round waits.
+or where H varies and so may depend on the last loss, the next round waits.
 """
 
 import time

@@ -1,5 +1,6 @@
 """Names the hardware and the versions that a number was measured with."""
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -25,14 +26,29 @@ def hardware() -> dict[str, str | int]:
     }
 
 
+def on_cpu() -> bool:
+    """Whether programs run on the host's processor."""
+    return jax.default_backend() == "cpu"
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int:
-    """Bytes of the host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may use: the host's, or its control group's if that has less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # versions 2 and 1
+        file = pathlib.Path("/sys/fs/cgroup") / name
+        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+            limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def environment() -> dict[str, str]:
+    """The settings outside the program that speed depends on, where they are set."""
+    return {name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS") if name in os.environ}
 
 
 def versions() -> dict[str, str]:

@@ -55,6 +55,16 @@ def has_room(placement: Placement, nbytes: int) -> bool:
     return nbytes * len(placement.devices) <= _ROOM * machine.memory()
 
 
+_PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 7 * 86400}
+"""XLA aborts the process when one CPU device waits 40 seconds for another at a collective; replicas that only meet once
+a round, on cores that others use too, may well be that far apart."""
+
+
+def compiler_options(placement: Placement) -> dict[str, int]:
+    """What a program with replicas on these devices must be compiled with."""
+    return _PATIENCE if len(placement.devices) > 1 and placement.devices[0].platform == "cpu" else {}
+
+
 def _single(device: jax.Device, replica_map: str) -> Placement:
     """All replicas on one device."""
     here = SingleDeviceSharding(device)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from wavg_jax import machine, signals, tree
 from wavg_jax.base import PyTree, Replicas, Smoothed, Task, TrainState
+from wavg_jax.placement import compiler_options
 from wavg_jax.recipe import Recipe
 from wavg_jax.rounds import make_round
 
@@ -62,6 +63,7 @@ def programs(recipe: Recipe, replicas: int) -> Programs:
     stacked, shared = recipe.placement.stacked, recipe.placement.shared
     smoothed = None if recipe.smoothing is None else shared
     state: Any = TrainState(shared, shared, stacked, shared, shared, smoothed)  # type: ignore[arg-type]  # shardings
+    patient = compiler_options(recipe.placement)
     assemble = jax.jit(
         functools.partial(initial_state, recipe, replicas=replicas), out_shardings=state, compiler_options=_QUICKLY
     )
@@ -73,8 +75,8 @@ def programs(recipe: Recipe, replicas: int) -> Programs:
 
     return Programs(
         lambda rng: assemble(*_initialiser(recipe.task)(rng), rng),
-        jax.jit(make_round(recipe), donate_argnums=0, out_shardings=(state, shared)),
-        jax.jit(predict, out_shardings=shared),
+        jax.jit(make_round(recipe), donate_argnums=0, out_shardings=(state, shared), compiler_options=patient),
+        jax.jit(predict, out_shardings=shared, compiler_options=patient),
     )
 
 
@@ -94,18 +96,24 @@ def compiled(program: jax.stages.Wrapped, *arguments: PyTree) -> Compiled:
     return compiled_together((program, *arguments))[0]
 
 
-def compiled_together(*requests: tuple) -> list[Compiled]:
+def compiled_together(*requests: tuple, keep: bool = True) -> list[Compiled]:
     """Compiles several `(program, *arguments)` at a time, each as `compiled` does.
 
-    They are traced one after another, which is Python, and then compiled side by side, which is not.
+    They are traced one after another, which is Python, and then compiled side by side, which is not. `keep` says
+    whether they are remembered.
     """
-    return [job.result() for job in [_started(request[0], request[1:]) for request in requests]]
+    jobs = [_started(request[0], request[1:], _compile if keep else _compile.__wrapped__) for request in requests]
+    try:
+        return [job.result() for job in jobs]
+    except BaseException:
+        _compile.cache_clear()  # what failed once, for want of memory, say, may be asked for again
+        raise
 
 
-def _started(program: jax.stages.Wrapped, arguments: tuple) -> concurrent.futures.Future[Compiled]:
+def _started(program: jax.stages.Wrapped, arguments: tuple, start: Callable) -> concurrent.futures.Future[Compiled]:
     leaves, structure = jax.tree.flatten(arguments)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
-    return _compile(cast(Hashable, program), structure, shapes)
+    return start(cast(Hashable, program), structure, shapes)
 
 
 _COMPILING = concurrent.futures.ThreadPoolExecutor(machine.cores(), thread_name_prefix="compile")

@@ -37,6 +37,7 @@ is null.
   confusion             [classes][classes] counts on the test split, rows true; on a run's last round only
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -212,10 +213,12 @@ FIXED = (
 
 
 def recorded_run(workdir: pathlib.Path | None, name: str) -> Row | None:
-    """The first row of a run in a folder, or None if there is none."""
+    """The first row of a run in a folder, or None if there is none that can be read."""
     if workdir is None or not (workdir / FILE).exists():
         return None
-    return next((row for row in read_rows(workdir) if row["run"] == name), None)
+    with contextlib.suppress(DataError):  # a first row that was cut short; what is damaged beyond that is found later
+        return next((row for row in read_rows(workdir) if row["run"] == name), None)
+    return None
 
 
 def check_settings(before: Row, first: Row) -> None:

@@ -135,7 +135,7 @@ def fit(
     check_writable(folder)
     if replica_map == "auto":
         recorded = recorded_run(folder, name) if resume else None
-        decided = None if recorded is None else recorded.get("replica_map")
+        decided = None if recorded is None else recorded["replica_map"]
         steps = rounds * schedule.longest
         recipe = automap.settle(recipe, data, batch_size=batch_size, steps=steps, decided=decided)
     # Compiles, and so finds what does not fit together, before anything is written.
@@ -158,6 +158,22 @@ def caption(row: Row) -> str:
     accuracy = row["test_accuracy"]
     tested = f"training loss {row['train_loss']:.3f}" if accuracy is None else f"test accuracy {100 * accuracy:.1f} %"
     return f"{row['run']}: {tested}"
+
+
+_ROUNDS_HELD = 3
+"""Rounds whose samples are in memory at a time when they are streamed: one runs, one waits, one is being made."""
+
+
+def _check_stream(plan: Plan, recipe: Recipe, data: ShardedData) -> None:
+    """Refuses rounds with more samples than may be sent to the devices at a time."""
+    samples = len(data.shards) * plan.schedule.longest * plan.batch_size
+    nbytes = _ROUNDS_HELD * samples * data.train.x[:1].nbytes
+    if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
+        raise SettingsError(
+            f"the training data are streamed, and {_ROUNDS_HELD} rounds of them, {nbytes / 1e9:.1f} GB, do not fit a "
+            "quarter of the memory; take fewer --local_steps or a smaller --batch_size, or keep the data on the devices "
+            "all the same (--feed=resident, resident=True)"
+        )
 
 
 def make_recipe(
@@ -203,6 +219,8 @@ def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir
         raise SettingsError(f"the faults are of {len(recipe.faults.speed)} replicas, there are {len(data.shards)}")
     if plan.seed >= 2**32:
         raise SettingsError(f"--seed is {plan.seed}; seeds are below 2**32, larger ones would repeat smaller ones")
+    if not recipe.resident:
+        _check_stream(plan, recipe, data)
     if resume_without_workdir:
         raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
     signals.measurable(recipe.averager.needs)

@@ -1,7 +1,8 @@
 """What the benchmarks share: cases that are timed in turn, ratios of paired times, rows, and the table.
 
 Every benchmark leaves rows.jsonl and report.md in --workdir. The first row has kind "benchmark": run (the benchmark's
-name), settings, hardware, versions. Then there is a row of kind "case" for each case; its entries are in the
+name), settings, hardware, versions, environment (settings outside that speed depends on). Then there is a row of kind
+"case" for each case; its entries are in the
 benchmark's docstring. Times are in seconds, sizes in bytes. A ratio is a list: the median of the ratios of paired
 times, their first and their third quartile.
 """
@@ -195,7 +196,7 @@ def begin(name: str, reads: Collection[str], **facts: Any) -> Recording:
     if records.rows:
         raise SettingsError("the folder already holds rows; choose another --workdir")
     settings = {flag: F[flag].value for flag in _given(reads)}
-    where = {"hardware": machine.hardware(), "versions": machine.versions()}
+    where = {name: getattr(machine, name)() for name in ("hardware", "versions", "environment")}
     first = {"kind": "benchmark", "run": name, "command": _command(name, reads), "settings": settings, **where}
     records.append(first | facts)
     return Recording(name, records, folder)

@@ -97,8 +97,10 @@ class Network(NamedTuple):
 
     def steps(self, replicas: int) -> int:
         """H: --round_steps, or so many that a call takes about half a second."""
-        if F.round_steps is not None:
-            return int(F.round_steps)
+        return self.calibrated(replicas) if F.round_steps is None else int(F.round_steps)
+
+    def calibrated(self, replicas: int) -> int:
+        """So many local steps that a call takes about half a second."""
         # Small networks reach a third of the rate of large products, give or take, which is near enough here.
         return int(np.clip(0.5 * limits.rate() / 3 / (self.flops * self.batch_size * replicas), 2, 1000))
 

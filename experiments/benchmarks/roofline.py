@@ -28,7 +28,17 @@ from absl import flags
 
 from experiments import app
 from experiments.benchmarks import limits, networks
-from experiments.benchmarks.harness import Ratio, Recording, Table, alternate, begin, in_place, ratio, shown
+from experiments.benchmarks.harness import (
+    NOT_MEASURED,
+    Ratio,
+    Recording,
+    Table,
+    alternate,
+    begin,
+    in_place,
+    ratio,
+    shown,
+)
 from experiments.benchmarks.limits import Limit
 from experiments.benchmarks.networks import INNER, PLAIN, Network, local_phase
 from experiments.benchmarks.sync_cost import LARGEST_COPY
@@ -117,17 +127,22 @@ def bound(shares: Mapping[str, float]) -> str:
     >>> bound({"compute": 0.7, "memory": 0.2, "fixed": 0.1}), bound({"compute": 0.4, "memory": 0.3, "fixed": 0.2})
     ('compute', 'none alone')
     """
-    largest = max(shares, key=shares.__getitem__)
-    return largest if shares[largest] >= HALF else "none alone"
+    known = {name: share for name, share in shares.items() if not np.isnan(share)}
+    largest = max(known, key=known.__getitem__)
+    return largest if known[largest] >= HALF else "none alone"
 
 
 def step_bytes(net: Network) -> float:
-    """Bytes that the compiled step of one replica reads and writes, by XLA's count; each operation counts its own."""
+    """Bytes that the compiled step of one replica reads and writes, by XLA's count; each operation counts its own.
+
+    NaN where the step holds a loop, as the gradients of our convolutions do on a CPU: XLA counts its body once.
+    """
     one = jax.eval_shape(lambda rng: Replicas(*_start(net, rng)), jax.random.key(0))
     items = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), net.batch())
     step = jax.jit(local_steps(net.task, INNER), donate_argnums=0)
-    counted = step.lower(one, items, None).compile().cost_analysis() or {}
-    return float(counted.get("bytes accessed", np.nan))
+    compiled = step.lower(one, items, None).compile()
+    looped = " while(" in (compiled.as_text() or "")  # not that over the steps: there is one
+    return np.nan if looped else float((compiled.cost_analysis() or {}).get("bytes accessed", np.nan))
 
 
 def _start(net: Network, rng: jax.Array) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
@@ -152,7 +167,7 @@ def _table(recording: Recording) -> Table:
             row["mapping"],
             str(row["devices"]),
             *(f"{row[name] / 1e9:,.0f}" for name in ("flops_per_second", "matmul_per_second", "matmul_one_device")),
-            *(shown(row[name]) for name in ("memory", "fixed")),
+            *(NOT_MEASURED if row[name][0] is None else shown(row[name]) for name in ("memory", "fixed")),
             row["bound"],
             shown(row["ratio"]),
         )

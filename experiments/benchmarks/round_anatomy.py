@@ -14,7 +14,8 @@ training data on the devices.
   blend        the update of plain averaging, and the restart of the replicas
   metrics      fetching what the round reports, and writing its row to disk
   checkpoint   saving the state and waiting until it is on disk, divided by --checkpoint_every
-  rest         what `fit` takes beside these; negative where it hides them behind each other
+  rest         what `fit` takes beside these; negative where it hides them behind each other, which it does since no
+               round but the last is evaluated (by default `fit` evaluates after every round, and waits)
 
 Each case's row: network, weighting, replicas, devices, mapping, local_steps, batch_size, held_out, score_samples (null
 for all of them), rounds (that `fit` was timed for in a turn), parts {name: seconds of a round}, shares {name: of the
@@ -45,6 +46,7 @@ from experiments.schemes import SCHEMES
 from wavg_jax import progress, rounds
 from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.checkpoint import Checkpoints, open_checkpoints
+from wavg_jax.data import ShardedData
 from wavg_jax.programs import compiled, programs
 from wavg_jax.recipe import Recipe, Work, make_work, put_shared
 from wavg_jax.records import Records
@@ -111,8 +113,9 @@ def _measure(
         folder = pathlib.Path(name)
         with open_checkpoints(folder / "checkpoints") as store:
             cases = _cases(recipe, net, replicas, steps, store, folder)
-            cases["whole"] = _fit(net, replicas, steps, scoring, folder, resident=True)
-            cases["streamed"] = _fit(net, replicas, steps, scoring, folder, resident=False)
+            replica_map = recipe.placement.replica_map
+            for name, resident in (("whole", True), ("streamed", False)):
+                cases[name] = _fit(net, replicas, steps, scoring, folder, resident=resident, replica_map=replica_map)
             told = f"{net.name}, {scoring.name}, {scored or HELD_OUT} scored"
             times = alternate(cases, F.repeats, lambda name: advance(f"{told}: {name}"))
     times["checkpoint"] = times["checkpoint"] / F.checkpoint_every
@@ -154,11 +157,12 @@ def _cases(
     plain = rounds.pieces(recipe._replace(averager=PLAIN)).blend
     before = state._replace(averager=PLAIN.init(state.params, replicas))
     train, first = local_phase(recipe, net, replicas, steps)
-    work = _work(recipe, net, replicas, steps)
+    sharded = net.sharded(replicas)
+    work = _work(recipe, sharded, steps, net.batch_size)
     _, log = compiled(program.run, state, work, shared).call(program.init(jax.random.key(0)), work, shared)
     return {
         "local steps": in_place(train, first),
-        "input": timed(_work, recipe, net, replicas, steps),
+        "input": timed(_work, recipe, sharded, steps, net.batch_size),
         "scoring": timed(score, state.replicas, held_out, alive) if scores else lambda: 0.0,
         "update": timed(jax.jit(part.blend), state.replicas, state, alive, held_out, told),
         "plain update": timed(jax.jit(plain), state.replicas, before, alive, held_out, told),
@@ -168,9 +172,8 @@ def _cases(
     }
 
 
-def _work(recipe: Recipe, net: Network, replicas: int, steps: int) -> Work:
-    sharded = net.sharded(replicas)
-    return make_work(recipe, sharded, seed=0, first_step=0, longest=steps, batch_size=net.batch_size)
+def _work(recipe: Recipe, sharded: ShardedData, steps: int, batch_size: int) -> Work:
+    return make_work(recipe, sharded, seed=0, first_step=0, longest=steps, batch_size=batch_size)
 
 
 def _metrics(log: RoundLog, records: Records) -> Case:
@@ -199,7 +202,16 @@ def _checkpoint(state: TrainState, store: Checkpoints) -> Case:
     return save
 
 
-def _fit(net: Network, replicas: int, steps: int, scoring: Scoring, folder: pathlib.Path, *, resident: bool) -> Case:
+def _fit(
+    net: Network,
+    replicas: int,
+    steps: int,
+    scoring: Scoring,
+    folder: pathlib.Path,
+    *,
+    resident: bool,
+    replica_map: str,
+) -> Case:
     """Runs `fit`, and returns the seconds of a round: those from the end of the first to that of the last but one.
 
     The first round of a run waits for nothing before it, and the last is followed by the test split.
@@ -218,6 +230,7 @@ def _fit(net: Network, replicas: int, steps: int, scoring: Scoring, folder: path
             batch_size=net.batch_size,
             score_samples=scoring.samples,
             resident=resident,
+            replica_map=replica_map,
             workdir=folder / f"fit-{resident}-{next(number)}",
             checkpoint_every=F.checkpoint_every,
             evaluate_every=rounds,

@@ -7,7 +7,8 @@
 between the local steps of two rounds: check, weigh, blend, and write the blend to all replicas in place; at the least
 it reads K trees and writes K + 1. Bandwidth counts those bytes, whatever the program moves beside them. The copies,
 one compiled and one by numpy, move as many bytes, up to 512 MiB. Then, for networks, the share of a round of
---round_steps, by default 50, that the sync takes: their local steps are measured with a few steps and scaled.
+--round_steps, by default 50, that the sync takes: their local steps are measured with so many as take half a second, if
+those are fewer, and scaled.
 
 Rows of trees: part="tree", what ("blend" or "sync"), parameters, replicas, devices, seconds, bytes, bytes_per_second,
 copy_bytes_per_second, memcpy_bytes_per_second, ratio (of the bandwidth to that of the compiled copy), memcpy_ratio.
@@ -44,8 +45,6 @@ for _name in (*READS, "workdir"):
 LEAVES = 10
 LARGEST_COPY = 2.0**29
 """Bytes read and written: beyond the caches a larger copy is no faster, and may not fit."""
-FEW = 5
-"""Local steps that are measured, for a round of any length."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -145,12 +144,13 @@ def _share(recording: Recording, net: Network, replicas: int, advance: Callable[
     """Times a network's sync in turn with a few of its local steps."""
     sharded = net.sharded(replicas)
     recipe = net.recipe(sharded, PLAIN)
-    run, held = local_phase(recipe, net, replicas, FEW)
+    steps = F.round_steps or 50
+    few = min(steps, net.calibrated(replicas))
+    run, held = local_phase(recipe, net, replicas, few)
     copied = jax.tree.map(jnp.copy, held.params)
     cases = {"local steps": in_place(run, held), "sync": sync_case(copied, recipe.placement)}
     times = alternate(cases, F.repeats, lambda name: advance(f"{net.name}: {name}"))
-    steps = F.round_steps or 50
-    local = times["local steps"] * steps / FEW
+    local = times["local steps"] * steps / few
     recording.case(
         part="share",
         network=net.name,
@@ -158,7 +158,7 @@ def _share(recording: Recording, net: Network, replicas: int, advance: Callable[
         devices=len(recipe.placement.devices),
         parameters=tree.count(held.params) // replicas,
         local_steps=steps,
-        measured_steps=FEW,
+        measured_steps=few,
         sync_seconds=float(np.median(times["sync"])),
         local_seconds=float(np.median(local)),
         share=ratio(times["sync"], times["sync"] + local),
@@ -190,7 +190,8 @@ def _tables(recording: Recording) -> tuple[Table, Table]:
         ),
         Table(
             "Share of the sync in a round",
-            f"In %: sync / (sync + local steps). The local steps are measured {FEW} at a time, and scaled to H.",
+            "In %: sync / (sync + local steps). The local steps are measured as many at a time as take half a second, "
+            "if those are fewer, and scaled to H.",
             ("network", "parameters", "K", "devices", "H", "sync, ms", "local steps, ms"),
             [
                 (

@@ -5,7 +5,9 @@
 
 For every network and every K, with every mapping of the replicas and every number of devices, a round of plain
 averaging is timed in turn with *one model with K times the batch* and with *one replica alone*, which takes K times as
-many steps. The ceiling is the faster of those two: the same operations, without replicas.
+many steps. The ceiling is the faster of those two: the same operations, without replicas. Both run on one device, whose
+operations XLA spreads over all cores of a CPU; what replicas on several devices gain beyond it, a model alone could
+gain by splitting its batch over them.
 
 Each case's row: network, replicas, mapping, settled (the mapping that was run), devices, local_steps, batch_size,
 seconds (of a round, median), samples_per_second, ceiling ("large batch" or "alone"), ceiling_samples_per_second, ratio
@@ -130,8 +132,8 @@ def _replicas(net: Network, replicas: int, mapping: str, devices: int, steps: in
 def _table(recording: Recording) -> Table:
     text = (
         "Samples a second in rounds of plain averaging, as a ratio to the ceiling: the faster of one model with K "
-        "times the batch and one replica alone, without replicas. Median and quartiles of "
-        f"{F.repeats} alternating runs."
+        "times the batch and one replica alone, without replicas, on one device (of all cores). Median and "
+        f"quartiles of {F.repeats} alternating runs."
     )
     columns = ("network", "K", "mapping", "devices", "H", "samples/s", "ceiling", "ceiling, samples/s")
     lines = [

@@ -53,7 +53,7 @@ def cpu_conv(
     Under `jax.vmap` the replicas' convolutions run one after another.
 
     What it does not do goes to `lax.conv_general_dilated` itself: dilation, feature groups, layouts other than
-    channels last (NHWC inputs and outputs, HWIO kernels), outputs of size 0, and any of `others` that is not None.
+    channels last (NHWC inputs and outputs, HWIO kernels), arrays of size 0, and any of `others` that is not None.
 
     Args:
       lhs: inputs [B, *spatial, C_in].
@@ -71,7 +71,8 @@ def cpu_conv(
       [B, *out, C_out].
 
     Raises:
-      TypeError: when differentiated in forward mode (`jax.jvp`, `jax.jacfwd`); gradients are in reverse mode only.
+      TypeError: when differentiated in forward mode (`jax.jvp`, `jax.jacfwd`) or twice; it can be once, in reverse
+        mode. For more give the layer `lax.conv_general_dilated`.
 
     References: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
     Processing", 2006, for products over patches.
@@ -86,7 +87,8 @@ def cpu_conv(
     ]
     dilated = {*(lhs_dilation or ()), *(rhs_dilation or ())} - {1}
     set_others = {name: value for name, value in others.items() if value is not None}
-    if dilated or feature_group_count != 1 or set_others or min(out) < 1 or not _channels_last(layout):
+    empty = min(out) < 1 or 0 in (*lhs.shape, *rhs.shape)
+    if dilated or feature_group_count != 1 or set_others or empty or not _channels_last(layout):
         return lax.conv_general_dilated(
             lhs,
             rhs,
