@@ -171,8 +171,8 @@ def _check_stream(plan: Plan, recipe: Recipe, data: ShardedData) -> None:
     if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
         raise SettingsError(
             f"the training data are streamed, and {_ROUNDS_HELD} rounds of them, {nbytes / 1e9:.1f} GB, do not fit a "
-            "quarter of the memory; take fewer --local_steps or a smaller --batch_size, or keep the data on the devices "
-            "all the same (--feed=resident, resident=True)"
+            "quarter of the memory; take fewer --local_steps or a smaller --batch_size, or keep the data on the "
+            "devices all the same (--feed=resident, resident=True)"
         )
 
 
