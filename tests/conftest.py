@@ -32,3 +32,11 @@ def compilations():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return compiled
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For tests that compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

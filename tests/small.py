@@ -34,3 +34,20 @@ def regression():
         return x @ params["w"] + params["b"][None], {"seen": seen}
 
     return models.classifier(init, apply)
+
+
+def filled(task):
+    """Parameters and collections as `task.init` might make them, without the seconds of compiling it."""
+    rng = np.random.default_rng(0)
+    fill = {
+        "kernel": lambda shape: rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])),
+        "embedding": lambda shape: 0.02 * rng.normal(size=shape),
+        "positions": lambda shape: 0.02 * rng.normal(size=shape),
+        "scale": np.ones,
+        "var": np.ones,
+    }
+
+    def leaf(path, aval):
+        return jnp.asarray(fill.get(path[-1].key, np.zeros)(aval.shape), aval.dtype)
+
+    return jax.tree.map_with_path(leaf, jax.eval_shape(task.init, jax.random.key(0)))

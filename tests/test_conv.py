@@ -40,12 +40,7 @@ FALLBACKS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """The tests compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _random(seed: int, *shape: int) -> jax.Array:

@@ -79,12 +79,7 @@ ROWS = {
 every_row = pytest.mark.parametrize("name", ROWS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """The tests compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache

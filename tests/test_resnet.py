@@ -1,12 +1,12 @@
 """ResNet: the published size, identity shortcuts, BatchNorm in both modes, mapped over replicas."""
 
-import math
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import filled
 
 from wavg_jax.base import Batch, SettingsError
 from wavg_jax.models import ResNet, from_linen
@@ -15,28 +15,12 @@ SHAPE = (8, 8, 1)
 TASK = from_linen(ResNet(classes=3, blocks=1, width=4), SHAPE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """The tests compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache
 def _initial():
-    """As `TASK.init` would, without two seconds of compiling it."""
-    rng = np.random.default_rng(0)
-    fill = {
-        "kernel": lambda shape: rng.normal(size=shape) / np.sqrt(math.prod(shape[:-1])),
-        "scale": np.ones,
-        "var": np.ones,
-    }
-
-    def leaf(path, aval):
-        return jnp.asarray(fill.get(path[-1].key, np.zeros)(aval.shape), aval.dtype)
-
-    return jax.tree.map_with_path(leaf, jax.eval_shape(TASK.init, jax.random.key(0)))
+    return filled(TASK)
 
 
 def _batch(*leading: int) -> Batch:

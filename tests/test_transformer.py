@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import filled
 
 from wavg_jax.base import Batch, DataError, SettingsError
 from wavg_jax.models import Transformer, from_linen, language_model
@@ -22,29 +23,12 @@ def _task(length: int = T, tokens=jnp.uint8, **attributes):
 TASK = _task()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """The tests compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache
 def _initial():
-    """As `TASK.init` would, without two seconds of compiling it."""
-    rng = np.random.default_rng(0)
-    fill = {
-        "embedding": lambda shape: 0.02 * rng.normal(size=shape),
-        "positions": lambda shape: 0.02 * rng.normal(size=shape),
-        "kernel": lambda shape: rng.normal(size=shape) / math.sqrt(shape[0]),
-        "scale": np.ones,
-    }
-
-    def leaf(path, aval):
-        return jnp.asarray(fill.get(path[-1].key, np.zeros)(aval.shape), aval.dtype)
-
-    return jax.tree.map_with_path(leaf, jax.eval_shape(TASK.init, jax.random.key(0)))
+    return filled(TASK)
 
 
 @cache
