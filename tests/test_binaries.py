@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from binary import invoke
 
 from experiments import app, arms, compare, options, reductions, report, scenarios, scoring_cost, train, tune
-from wavg_jax import data, records, schedule
+from wavg_jax import data, machine, records, schedule
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -247,3 +247,21 @@ def test_every_preset_is_understood(preset):
     with flagsaver.flagsaver():
         assert app.parse(["binary", f"--flagfile={preset}"]) == ["binary"]
         assert preset.stem.removeprefix("smoke_").startswith(flags.FLAGS.dataset.split("_")[0])
+
+
+@pytest.mark.slow
+def test_a_binary_uses_every_core_keeps_its_programs_and_computes_in_bfloat16(tmp_path):
+    cache, rows = tmp_path / "cache", {}
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        command = [sys.executable, "-m", "experiments.train", f"--workdir={folder}", f"--compilation_cache={cache}"]
+        command += ["--rounds=2", "--hidden=8", f"--compute_dtype={dtype}", "--matmul_precision=float32"]
+        subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True)
+        rows[dtype] = records.read_rows(folder)
+    for first, *_ in rows.values():
+        assert first["devices"] == max(n for n in range(1, machine.cores() + 1) if 4 % n == 0)
+        assert first["hardware"]["count"] == machine.cores()
+    losses = [rows[dtype][-1]["train_loss"] for dtype in rows]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert any(path.name.startswith("jit_run") for path in cache.iterdir())
