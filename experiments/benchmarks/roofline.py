@@ -29,7 +29,6 @@ from absl import flags
 from experiments import app
 from experiments.benchmarks import limits, networks
 from experiments.benchmarks.harness import (
-    NOT_MEASURED,
     Ratio,
     Recording,
     Table,
@@ -167,7 +166,7 @@ def _table(recording: Recording) -> Table:
             row["mapping"],
             str(row["devices"]),
             *(f"{row[name] / 1e9:,.0f}" for name in ("flops_per_second", "matmul_per_second", "matmul_one_device")),
-            *(NOT_MEASURED if row[name][0] is None else shown(row[name]) for name in ("memory", "fixed")),
+            *("not counted" if row[name][0] is None else shown(row[name]) for name in ("memory", "fixed")),
             row["bound"],
             shown(row["ratio"]),
         )
