@@ -61,6 +61,7 @@ def test_streamed_data_are_the_same_data(options):
     same(resident, streamed, "resident")
 
 
+@pytest.mark.slow
 def test_data_too_large_for_the_devices_are_streamed(monkeypatch):
     nbytes, few = sharded().train.x.nbytes, {"local_steps": 1, "batch_size": 2, "rounds": 1}
     for devices, room in ((1, nbytes), (4, 4 * nbytes)):  # devices of the host share its memory

@@ -147,7 +147,7 @@ def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, straight.params)
 
 
-@pytest.mark.parametrize("heldout", [20, 21])
+@pytest.mark.parametrize("heldout", [20, pytest.param(21, marks=pytest.mark.slow)])
 def test_blends_are_scored_by_all_devices_together_with_the_same_result(heldout):
     """20 samples are dealt out over 4 devices, 21 are not."""
     averager, source = wavg.averager(wavg.learned()), sharded(noisy=(0,), heldout=heldout)
