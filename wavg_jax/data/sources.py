@@ -12,7 +12,7 @@ def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/t
     """Loads a data set by name, or one of your own by its path.
 
     Args:
-      name_or_path: "digits" (comes with scikit-learn), "mnist", "fashion_mnist" or "cifar10" (read from `data_dir`,
+      name_or_path: "digits" (comes with the library), "mnist", "fashion_mnist" or "cifar10" (read from `data_dir`,
         prepared or downloaded if they are not there), or the path of a `.npz` file (see `from_npz`).
       data_dir: folder of TensorFlow Datasets; "~" is the home folder.
 
