@@ -3,14 +3,16 @@
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import jax
 from absl import app, flags, logging
 from rich.console import Console
 
 from wavg_jax import machine
-from wavg_jax.base import SettingsError, Stopped, WavgError
+from wavg_jax.base import SettingsError, Stopped, WavgError, WavgWarning
 from wavg_jax.records import Row
 
 flags.DEFINE_string(
@@ -51,6 +53,24 @@ def call(main: Main, argv: Sequence[str]) -> None:
         raise SystemExit(143) from None
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Shows the library's own warnings as one line, without the line of code they come from."""
+    if issubclass(category, WavgWarning):
+        print(f"warning: {message}", file=file or sys.stderr)
+    else:
+        _python_shows(message, category, filename, lineno, file, line)
+
+
+_python_shows = warnings.showwarning
+
+
 def configure() -> None:
     """Sets JAX up as the flags say; to be called before its backend starts."""
     if F.compilation_cache:
@@ -74,6 +94,7 @@ def run(main: Main) -> None:
     Exit codes: 0 done; 2 bad input (an unknown flag, a value that cannot work, data or a folder that cannot be used);
     143 stopped by SIGTERM or Ctrl-C after a whole round, with a checkpoint.
     """
+    warnings.showwarning = _show_warning
     logging.set_verbosity(logging.WARNING)  # TFDS and Orbax tell at INFO what only their developers need
 
     def configured(argv: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from wavg_jax.base import (
     Task,
     TrainState,
     WavgError,
+    WavgWarning,
     Weighting,
     WorkdirError,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Task",
     "TrainState",
     "WavgError",
+    "WavgWarning",
     "Weighting",
     "WorkdirError",
     "averager",

@@ -32,6 +32,10 @@ class ResumeError(WavgError):
     """A run cannot be resumed: its settings differ, or what it left does not fit together."""
 
 
+class WavgWarning(UserWarning):
+    """Something that the run survives and its user should know, said once in one line."""
+
+
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM or Ctrl-C) and did so after a whole round."""
 
