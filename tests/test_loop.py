@@ -58,7 +58,11 @@ def test_the_next_round_is_launched_before_the_row_of_this_one_is_written(monkey
 def test_streamed_data_are_the_same_data(options):
     resident, streamed = run(**options), run(resident=False, **options)
     assert (resident.rows[0]["resident"], streamed.rows[0]["resident"]) == (True, False)
-    same(resident, streamed, "resident")
+    # Two programs, each rounded in its own way.
+    for one, two in zip(resident.rows[1:], streamed.rows[1:], strict=True):
+        assert (one["round"], one["samples"], one["local_steps"]) == (two["round"], two["samples"], two["local_steps"])
+        np.testing.assert_allclose(one["train_loss"], two["train_loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), resident.params, streamed.params)
 
 
 @pytest.mark.slow

@@ -201,6 +201,12 @@ def assert_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def exact(name):
+    """Whether the weights hang on each replica's own numbers alone. A search compares blends by what a network says of
+    them, and a network's arithmetic is rounded by the program that it stands in."""
+    return "evaluate" not in scheme(name).needs
+
+
 def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
 
@@ -270,7 +276,9 @@ def test_the_blend_does_not_depend_on_the_order_of_replicas_that_tie(name, place
 
 @every_scheme
 @pytest.mark.parametrize("how", ["mask", "nan parameters", "infinite parameters"])
-def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name, how):
+def test_a_dead_replica_equals_a_run_of_the_survivors(name, how):
+    """To the last bit, or to rounding where a search decides."""
+    same = assert_equal if exact(name) else assert_close
     for dead in (0, 2, K - 1):
         survivors = [k for k in range(K) if k != dead]
         alone = run(name, take(two_rounds(), survivors), (True,) * (K - 1))
@@ -281,8 +289,8 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name, how):
                 leaf[dead] = NAN
         beside = run(name, rounds, [k != dead or how != "mask" for k in range(K)])
         assert_normalised(beside.weights[-1], [k != dead for k in range(K)])
-        assert_equal(take(beside.weights, survivors), alone.weights)
-        assert_equal(beside.params, alone.params)
+        same(take(beside.weights, survivors), alone.weights)
+        same(beside.params, alone.params)
 
 
 @every_scheme
