@@ -7,13 +7,18 @@ that disagrees is damaged, and neither is resumed from.
 
 import contextlib
 import functools
+import gc
 import hashlib
 import logging
 import pathlib
 import shutil
+import sys
 import textwrap
+import time
+import traceback
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -101,7 +106,11 @@ class Checkpoints:
         step, self._unsealed = self._unsealed, None
         with _writing(self._folder):
             self._checkpointer.wait()
-            _seal(self._folder / str(step))
+            try:
+                _seal(self._folder / str(step))
+            except (OSError, WorkdirError):
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)
+                raise
 
     def close(self) -> None:
         """Waits for the last save and lets go of the folder."""
@@ -186,6 +195,21 @@ def _first_line(error: BaseException) -> str:
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")
 
 
+def _let_go(error: BaseException) -> None:
+    """Lets what a failed save has left complain now, while `_quiet` hears it: futures that nobody will await, which
+    the error's frames hold, and the other writes of the save, which have nowhere to report to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        time.sleep(_STRAY_WRITES)
+        gc.collect()
+
+
+_STRAY_WRITES = 0.2
+"""Seconds given to the writes of a save that has failed; there is no handle to wait for."""
+
+
 def _remove_unfinished(folder: pathlib.Path) -> None:
     for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -199,10 +223,36 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
     except WorkdirError:
         raise
     except (OSError, ValueError) as error:
+        _let_go(error)
         raise WorkdirError(
             f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and go on with "
             "resume=True (--resume), or choose another workdir (--workdir)"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what orbax and the reads and writes it leaves behind say to themselves off the terminal.
+
+    It logs every save, and the tracebacks of what it raises anyway; and when one write of a save fails, each of those
+    still under way complains that the event loop it belongs to is closed.
+    """
+
+    def not_of_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(not_of_orbax)
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        logger.removeFilter(not_of_orbax)
 
 
 @contextlib.contextmanager
@@ -218,13 +268,7 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
     Raises:
       WorkdirError: the folder cannot be made, or a save failed.
     """
-
-    def quiet(record: logging.LogRecord) -> bool:  # orbax logs every save, and the tracebacks of what it raises anyway
-        return "orbax" not in record.pathname
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(quiet)
-    try:
+    with _quiet():
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(folder)
@@ -236,5 +280,3 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
                 checkpoints.close()
             finally:
                 _remove_unfinished(folder)
-    finally:
-        logger.removeFilter(quiet)
