@@ -214,13 +214,14 @@ class Records:
           ResumeError: rows of the rounds before are missing, or there twice.
         """
         keep = [r for r in self.rows if r["run"] != run or (done > 0 and r.get("round", 0) <= done)]
+        rounds = [row for row in keep if row["run"] == run and row["kind"] == "round"]
+        if lacking := [name for row in rounds for name in ROUND if name not in row]:
+            raise ResumeError(f"cannot resume with {self.path}: a row of {run!r} lacks {lacking[0]!r}")
         if done:
             try:
-                check_rounds(run, [row for row in keep if row["run"] == run and row["kind"] == "round"], done)
+                check_rounds(run, rounds, done)
             except DataError as error:
                 raise ResumeError(f"cannot resume with {self.path}: {error}") from error
-            except KeyError as error:
-                raise ResumeError(f"cannot resume with {self.path}: a row of {run!r} lacks {error}") from error
         keep = [r | {"rounds": planned} if r["run"] == run and r["kind"] == "run" else r for r in keep]
         if self.path is not None:
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep).encode())
@@ -280,6 +281,8 @@ FIXED = (
 """Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
 READ = (*FIXED, "settings", "data_crc", "classes", "heldout_samples", "test_samples", "rounds", "checkpoint_every")
 """Entries of a run's first row without which it cannot be resumed, beside `replica_map`."""
+ROUND = ("round", "local_steps", "samples", "elapsed", "train_loss")
+"""Entries of a round's row without which a run cannot be resumed."""
 
 
 def recorded_run(workdir: pathlib.Path | None, name: str) -> Row | None:
