@@ -97,8 +97,9 @@ def fit(
       checkpoint_every: rounds between checkpoints; one is also saved at the end and at SIGTERM or Ctrl-C.
       evaluate_every: rounds between evaluations on the test split; the last round is always evaluated. Rows in between
         have no test metrics.
-      resume: go on from the run's newest checkpoint in `workdir`, bit for bit; start if there is no such run. Data and
-        sizes are compared with the first part's; learning rates and schemes cannot be, so put them in `settings`.
+      resume: go on from the run's newest whole checkpoint in `workdir`, bit for bit; start if there is no such run.
+        Data and sizes are compared with the first part's; learning rates and schemes cannot be, so put them in
+        `settings`.
       facts: further entries of the run's first row, such as `arm`.
       settings: further settings that must agree when the run is resumed.
       on_round: called with every new row; None shows a progress bar.
