@@ -1,5 +1,6 @@
 """From flags to runs: the data, the network, and the four arms of the comparison."""
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -18,9 +19,9 @@ from experiments.flags import ARMS, numbers, settings
 from experiments.options import FEEDS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.schemes import SCHEMES
 from wavg_jax import data, models, policy, signals, timing, trainer, tree
-from wavg_jax.base import SettingsError
+from wavg_jax.base import DataError, SettingsError
 from wavg_jax.recipe import Recipe
-from wavg_jax.records import FILE, Records, Row
+from wavg_jax.records import FILE, Row, read_rows
 
 F = flags.FLAGS
 
@@ -281,4 +282,6 @@ def rounds_done(workdir: pathlib.Path) -> int:
     """How many rounds an earlier part of the run has recorded in `workdir`."""
     if not F.resume or not (workdir / FILE).exists():
         return 0
-    return sum(row["kind"] == "round" for row in Records(workdir).rows)
+    with contextlib.suppress(DataError):  # no row is whole yet, or what is wrong with them is said later
+        return sum(row["kind"] == "round" for row in read_rows(workdir))
+    return 0

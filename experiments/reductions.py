@@ -20,7 +20,7 @@ from experiments.cells import Cell
 from experiments.flags import numbers
 from wavg_jax import policy, reduce
 from wavg_jax.base import SettingsError
-from wavg_jax.records import Records, Row, check_writable, read_rows
+from wavg_jax.records import Row, check_writable, open_records, read_rows
 
 flags.DEFINE_integer("total_steps", 1000, "Local steps of every replica in all, a multiple of every H.", lower_bound=1)
 F = flags.FLAGS
@@ -49,9 +49,8 @@ def main(argv: Sequence[str]) -> None:
     variants = _variants()
     workdir = arms.choose_workdir("reductions")
     check_writable(workdir)
-    records = Records(workdir)
     lengths = {f"H={h}": h for h in steps}
-    cells.begin(records, cells.header(dataset, task, {name: name for name in lengths}, SETTINGS, recommend=False))
+    header = cells.header(dataset, task, {name: name for name in lengths}, SETTINGS, recommend=False)
 
     def rounds(cell: Cell) -> int:
         return F.total_steps // lengths[cell.scenario]
@@ -74,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
         ).rows
 
     every = [Cell(h, name, seed, float(F.lr_plain)) for h in lengths for name in variants for seed in seeds]
-    cells.fill(every, records, rounds, train, lambda scenario: "lr_plain")
+    with open_records(workdir) as records:
+        cells.begin(records, header)
+        cells.fill(every, records, rounds, train, lambda scenario: "lr_plain")
     app.publish(read_rows(workdir), workdir)
 
 

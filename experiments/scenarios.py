@@ -34,7 +34,7 @@ from wavg_jax import data, progress, trainer
 from wavg_jax.base import SettingsError
 from wavg_jax.data.shards import Shards
 from wavg_jax.faults import Faults, faults
-from wavg_jax.records import Records, Row, check_writable, read_rows
+from wavg_jax.records import Row, check_writable, open_records, read_rows
 
 Partition = Callable[[data.Split, int], Shards]
 
@@ -133,16 +133,17 @@ def main(argv: Sequence[str]) -> None:
         return
     workdir = arms.choose_workdir("scenarios")
     check_writable(workdir)
-    records = Records(workdir)
     titles = {name: make(F.replicas).title for name, make in SCENARIOS.items()}
-    cells.begin(records, cells.header(dataset, study.task, titles, SETTINGS))
+    header = cells.header(dataset, study.task, titles, SETTINGS)
 
     def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
         return _train(study, cell, study.shard(cell.scenario, cell.seed), averagers[cell.weighting], advance)
 
     # The seeds innermost, so that they share compiled programs.
     every = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
-    cells.fill(every, records, lambda cell: F.rounds, train, lambda scenario: f"lr_{scenario}")
+    with open_records(workdir) as records:
+        cells.begin(records, header)
+        cells.fill(every, records, lambda cell: F.rounds, train, lambda scenario: f"lr_{scenario}")
     app.publish(read_rows(workdir), workdir)
 
 

@@ -16,7 +16,7 @@ def header(run="a", **more):
 
 
 def row(number, run="a", **more):
-    return {"kind": "round", "run": run, "round": number} | more
+    return dict.fromkeys(records.ROUND, 1) | {"kind": "round", "run": run, "round": number} | more
 
 
 def test_rows_come_back_as_strict_json(tmp_path):
@@ -62,8 +62,15 @@ def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
 
 
 def test_other_settings_are_named():
-    first = header(data_crc=7, **dict.fromkeys(records.FIXED, 1))
+    first = dict.fromkeys((*records.READ, "replica_map"), 1) | header(data_crc=7, seed=1)
     records.check_settings(first, first)
+    with pytest.raises(ResumeError, match=r"data are not those.*training samples: 2, now 3"):
+        records.check_settings(first, first | {"train_samples": 2, "settings": {"lr": 0.1, "chance": 0.5}})
+    with pytest.raises(ResumeError, match=r"data are not those.*classes: 1, now 2"):
+        records.check_settings(first, first | {"classes": 2, "settings": {"lr": 0.1, "chance": 0.5}})
+    # Which of them are held out is a matter of flags.
+    with pytest.raises(ResumeError, match=r"--train_samples=1"):
+        records.check_settings(first, first | {"train_samples": 0, "heldout_samples": 2})
     with pytest.raises(ResumeError, match=r"--lr=0.1, now it is 0.2"):
         records.check_settings(first, first | {"settings": {"lr": 0.2}})
     with pytest.raises(ResumeError, match="--noisy"):

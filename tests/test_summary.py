@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -258,6 +259,13 @@ def other_sizes(arm: str, seed: int, k: int) -> list[Row]:
     return [run_row(arm, seed, k), round_row(arm, seed, 1, 0.5, weights=[1 / k] * k)]
 
 
+def four_rounds(change: Callable[[Row], object]) -> list[Row]:
+    """Four rounds, the third of which is changed."""
+    rows = [round_row("plain", 0, number, 0.5, weights=[0.25] * 4) for number in (1, 2, 3, 4)]
+    change(rows[2])
+    return rows
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -267,8 +275,15 @@ def other_sizes(arm: str, seed: int, k: int) -> list[Row]:
         ([*make_rows(), *make_rows()], "arm 'weighted' with seed 0 occurs twice"),
         ([without(run_row("plain", 0), "dataset"), round_row("plain", 0, 1, 0.5)], "lacks the field 'dataset'"),
         ([run_row("plain", 0), without(round_row("plain", 0, 1, 0.5), "test_loss")], "lacks the field 'test_loss'"),
-        ([run_row("plain", 0), round_row("plain", 0, 1, 0.5, weights=[0.5, 0.5])], "each of 4 replicas"),
-        ([run_row("plain", 0), *[round_row("plain", 0, 1, 0.5)] * 2], "a round is recorded twice"),
+        ([run_row("plain", 0), round_row("plain", 0, 1, 0.5, weights=[0.5, 0.5])], "round 1: 2 weights for 4 "),
+        (
+            [run_row("plain", 0), *four_rounds(lambda row: row["weights"].pop())],
+            "'plain-seed0', round 3: 3 weights for 4",
+        ),
+        ([run_row("plain", 0), *four_rounds(lambda row: row["alive"].pop())], "'plain-seed0', round 3: 3 alive for 4"),
+        ([run_row("plain", 0), *four_rounds(lambda row: row.update(round=9))], "'plain-seed0' lacks round 3, 5 to 8;"),
+        ([run_row("plain", 0), *four_rounds(lambda row: row.update(round=4))], "'plain-seed0' lacks round 3;"),
+        ([run_row("plain", 0), *[round_row("plain", 0, 1, 0.5)] * 2], "'plain-seed0' has round 1 twice.*keep one row"),
         ([run_row("plain", 0), round_row("plain", 0, 1, 0.5, seconds="fast")], "do not fit together"),
         ([*other_sizes("plain", 0, 4), *other_sizes("plain", 1, 2)], "differ in their number of replicas"),
     ],

@@ -1,20 +1,34 @@
-"""Checkpoints of a `TrainState` with Orbax: one tree, saved asynchronously, whole or not at all."""
+"""Checkpoints of a `TrainState` with Orbax: one tree, saved asynchronously, whole or not at all.
+
+Once a checkpoint is on disk, the SHA-256 of each of its files is written beside them, last of all, as `sha256sum`
+writes it. Only what agrees with these sums is given to Orbax again: a checkpoint without them was never finished, one
+that disagrees is damaged, and neither is resumed from.
+"""
 
 import contextlib
+import functools
+import gc
+import hashlib
 import logging
 import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.records import write_atomically
 
 if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
+
+SUMS = "SHA256SUMS"
 
 
 def _is_key(x: jax.Array) -> bool:
@@ -30,71 +44,150 @@ def _with_keys(stored: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jax.random.wrap_key_data(x) if _is_key(y) else x, stored, like)
 
 
+class Found(NamedTuple):
+    """What a folder of checkpoints holds.
+
+    Attributes:
+      whole: rounds done at the newest checkpoint that is as it was written; None if there is none.
+      damaged: what is wrong with those that are not, by rounds done.
+      unfinished: rounds done at what was never finished.
+    """
+
+    whole: int | None
+    damaged: dict[int, str]
+    unfinished: tuple[int, ...]
+
+
 class Checkpoints:
     """The checkpoints of one run, numbered by rounds done. Use `open_checkpoints`."""
 
-    def __init__(self, checkpointer: "ocp.training.Checkpointer"):
-        self._checkpointer = checkpointer
+    def __init__(self, folder: pathlib.Path, keep: int):
+        self._folder, self._keep = folder, keep
+        self._unsealed: int | None = None
 
-    def latest(self) -> int | None:
-        """Rounds done at the newest whole checkpoint, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    @functools.cached_property
+    def _checkpointer(self) -> "ocp.training.Checkpointer":
+        from orbax.checkpoint import v1 as ocp  # half a second, which a run without a folder need not wait for
+
+        # Opened at the first save, when what is damaged is out of its way.
+        return ocp.training.Checkpointer(
+            self._folder.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+        )
+
+    def find(self) -> Found:
+        """Looks through the checkpoints. Nothing is changed."""
+        names = [path.name for path in self._folder.iterdir() if path.name.isascii() and path.name.isdecimal()]
+        steps = {int(name): self._folder / name for name in names}
+        unfinished = [step for step, path in steps.items() if not (path / SUMS).exists()]
+        checked = {step: _damage(path) for step, path in steps.items() if step not in unfinished}
+        damaged = {step: wrong for step, wrong in checked.items() if wrong is not None}
+        return Found(max(checked.keys() - damaged.keys(), default=None), damaged, tuple(unfinished))
+
+    def set_aside(self, step: int) -> None:
+        """Renames a checkpoint that cannot be used, so that its round can be saved again."""
+        with _writing(self._folder):
+            aside = self._folder / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
 
     def save(self, state: TrainState) -> None:
-        """Starts saving; returns once the state may be donated. A round that is saved already is left alone."""
-        step = int(state.round)
-        if self.latest() == step:
-            return
-        with _writing(pathlib.Path(self._checkpointer.directory)):
-            self._checkpointer.wait()
-            self._checkpointer.save_async(step, _without_keys(state), force=True)
+        """Starts saving; returns once the state may be donated."""
+        self.wait()
+        with _writing(self._folder):
+            tree = _without_keys(state)
+            self._unsealed = int(state.round)
+            self._checkpointer.save_async(self._unsealed, tree, force=True, custom_metadata={"leaves": _leaves(tree)})
 
     def wait(self) -> None:
         """Blocks until every save is on disk."""
-        with _writing(pathlib.Path(self._checkpointer.directory)):
+        if self._unsealed is None:
+            return
+        step, self._unsealed = self._unsealed, None
+        with _writing(self._folder):
             self._checkpointer.wait()
+            try:
+                _seal(self._folder / str(step))
+            except (OSError, WorkdirError):
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)
+                raise
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Returns the newest checkpoint with the structure, shapes, dtypes and shardings of `like`.
+    def close(self) -> None:
+        """Waits for the last save and lets go of the folder."""
+        try:
+            self.wait()
+        finally:
+            if "_checkpointer" in self.__dict__:
+                with _writing(self._folder):
+                    self._checkpointer.close()
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`.
 
         Raises:
-          ResumeError: there is none, it cannot be read, or it belongs to another network.
+          ResumeError: it belongs to another network, optimizer or averager, or cannot be read.
         """
-        directory = self._checkpointer.directory
-        if self.latest() is None:
-            raise ResumeError(f"no whole checkpoint in {directory}; start without --resume")
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _without_keys(like)
-        )
-        before, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
-        asyncio_log = logging.getLogger("asyncio")
-        asyncio_log.addFilter(_without_lost_reads)
+        from orbax.checkpoint import v1 as ocp
+
+        path, tree = self._folder.absolute() / str(step), _without_keys(like)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
         try:
-            restored = _with_keys(self._checkpointer.load(self.latest(), abstract), like)
-        except Exception as error:  # orbax raises many types for a damaged or foreign checkpoint
-            raise ResumeError(
-                f"the checkpoint {directory}/{self.latest()} cannot be read as this run's: {_first_line(error)}"
-            ) from error
-        sys.unraisablehook = before
-        asyncio_log.removeFilter(_without_lost_reads)
+            then, now = ocp.metadata(path).custom_metadata["leaves"], _leaves(tree)
+            # Compared here, because orbax would convert dtypes in silence.
+            if differing := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+                name = differing[0]
+                raise ResumeError(
+                    f"the checkpoint {path} is of another network, optimizer or averager: {name} was "
+                    f"{then.get(name, 'missing')}, now it is {now.get(name, 'missing')}; repeat what it was started "
+                    "with, or choose another workdir (--workdir)"
+                )
+            restored = _with_keys(ocp.load(path, abstract), like)
+        except ResumeError:
+            raise
+        except Exception as error:  # orbax raises many types
+            raise ResumeError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+        if int(restored.round) != step:
+            raise ResumeError(f"the checkpoint {path} is that of round {int(restored.round)}, whatever its name says")
         return restored
 
 
-def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Wraps `sys.unraisablehook`: when a load fails, the reads still under way each complain, as long as the process
-    lives, that the event loop they belong to is closed; the one clear error would drown in their tracebacks."""
-
-    def wrapped(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    return wrapped
+def _leaves(tree: PyTree) -> dict[str, str]:
+    """Path, dtype and shape of every leaf."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{[*x.shape]}" for path, x in leaves}
 
 
-def _without_lost_reads(record: logging.LogRecord) -> bool:
-    """For the log of asyncio: when one read fails, the other failed ones complain too, whenever they are collected."""
-    return "exception was never retrieved" not in record.getMessage()
+def _sum(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(step: pathlib.Path) -> list[str]:
+    """The files of a checkpoint, but for the sums and what file managers and network file systems hide there."""
+    paths = (path.relative_to(step) for path in step.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if path.name != SUMS and not path.name.startswith("."))
+
+
+def _seal(step: pathlib.Path) -> None:
+    """Writes the sums of a checkpoint's files; from now on it is whole."""
+    lines = [f"{_sum(step / name)}  {name}\n" for name in _files(step)]
+    write_atomically(step / SUMS, "".join(lines).encode())
+
+
+def _damage(step: pathlib.Path) -> str | None:
+    """What is wrong with a finished checkpoint; None if it is as it was written."""
+    name = SUMS
+    try:
+        lines = [line.split("  ", 1) for line in (step / SUMS).read_text().splitlines()]
+        sums = {name: digest for digest, name in lines}
+        for name in sorted({*_files(step), *sums}):
+            if not (step / name).exists():
+                return f"{name} is missing"
+            if name not in sums or _sum(step / name) != sums[name]:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError) as error:
+        return f"{name}: {_first_line(error)}"
+    return None if sums else f"{SUMS} is empty"
 
 
 def _first_line(error: BaseException) -> str:
@@ -102,23 +195,71 @@ def _first_line(error: BaseException) -> str:
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")
 
 
+def _let_go(error: BaseException) -> None:
+    """Lets what a failed save has left complain now, while `_quiet` hears it: futures that nobody will await, which
+    the error's frames hold, and the other writes of the save, which have nowhere to report to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        time.sleep(_STRAY_WRITES)
+        gc.collect()
+
+
+_STRAY_WRITES = 0.2
+"""Seconds given to the writes of a save that has failed; there is no handle to wait for."""
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into one clear line, and removes what is half written."""
+    """Turns a failure to write into one clear line."""
     try:
         yield
+    except WorkdirError:
+        raise
     except (OSError, ValueError) as error:
-        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _let_go(error)
         raise WorkdirError(
-            f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and --resume, or choose "
-            "another --workdir"
+            f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and go on with "
+            "resume=True (--resume), or choose another workdir (--workdir)"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what orbax and the reads and writes it leaves behind say to themselves off the terminal.
+
+    It logs every save, and the tracebacks of what it raises anyway; and when one write of a save fails, each of those
+    still under way complains that the event loop it belongs to is closed.
+    """
+
+    def not_of_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(not_of_orbax)
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        logger.removeFilter(not_of_orbax)
 
 
 @contextlib.contextmanager
 def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
     """Opens (and makes) the folder of one run's checkpoints; leaving the block waits for the last save.
+
+    The caller holds the folder (`wavg_jax.lock`), so what a process that was killed has left half written is removed.
 
     Args:
       folder: where they are; each is a sub-folder named after the rounds done.
@@ -127,19 +268,15 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
     Raises:
       WorkdirError: the folder cannot be made, or a save failed.
     """
-    from orbax.checkpoint import v1 as ocp  # half a second, which a run without a folder need not wait for
-
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # orbax logs every save, and the traceback of what is raised here anyway
-    try:
+    with _quiet():
         with _writing(folder):
-            policy = ocp.training.preservation_policies.LatestN(keep)
-            checkpointer = ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy)
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(folder)
+        checkpoints = Checkpoints(folder, keep)
         try:
-            yield Checkpoints(checkpointer)
+            yield checkpoints
         finally:
-            with _writing(folder):
-                checkpointer.close()
-    finally:
-        logger.setLevel(level)
+            try:
+                checkpoints.close()
+            finally:
+                _remove_unfinished(folder)

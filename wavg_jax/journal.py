@@ -2,11 +2,18 @@
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Iterator
 
-from wavg_jax.base import ResumeError, SettingsError, TrainState
-from wavg_jax.checkpoint import Checkpoints, open_checkpoints
-from wavg_jax.records import Records, Row, check_settings
+from wavg_jax.base import ResumeError, SettingsError, TrainState, WavgWarning
+from wavg_jax.checkpoint import Checkpoints, Found, open_checkpoints
+from wavg_jax.records import Records, Row, check_settings, open_records
+
+
+def _listed(found: Found) -> str:
+    """What cannot be used, newest first."""
+    wrong = found.damaged | dict.fromkeys(found.unfinished, "was never finished")
+    return "; ".join(f"checkpoint {step}: {wrong[step]}" for step in sorted(wrong, reverse=True))
 
 
 class Journal:
@@ -37,28 +44,58 @@ class Journal:
         before = self.rows()
         if not resume and (before or (self._folder is not None and self._folder.exists())):
             raise SettingsError(
-                f"the folder already holds the run {self._name!r}; go on with --resume (resume=True), or choose "
-                "another --workdir"
+                f"the folder already holds the run {self._name!r}; go on with resume=True (--resume), or choose "
+                "another workdir (--workdir)"
             )
         if before:
             check_settings(before[0], first)
-            if self._folder is not None and not self._folder.exists():
-                raise ResumeError(
-                    f"{self._name!r} has rows but no checkpoints ({self._folder} is not there); put them back, or "
-                    "start over in another --workdir"
-                )
-        done = 0
-        if self._folder is not None:
-            self._checkpoints = self._stack.enter_context(open_checkpoints(self._folder))
-            done = self._checkpoints.latest() or 0
+        if self._folder is None:
+            self._records.append(first)
+            return initial
+        self._checkpoints = self._stack.enter_context(open_checkpoints(self._folder))
+        found = self._checkpoints.find()
+        done = found.whole or 0
         if done > first["rounds"]:
-            raise ResumeError(f"{self._name!r} has done {done} rounds already, more than --rounds={first['rounds']}")
-        # Read before the rows are touched: if it cannot be read, nothing is lost.
-        state = self._checkpoints.restore(initial) if self._checkpoints is not None and done else initial
+            raise ResumeError(
+                f"{self._name!r} has done {done} rounds already, more than rounds={first['rounds']} "
+                f"(--rounds={first['rounds']})"
+            )
+        # All is read before anything is touched: if it cannot be, nothing is lost.
+        state = self._checkpoints.restore(done, initial) if done else initial
+        if not done:
+            self._check_start(found, before)
         self._records.rewind(self._name, done, first["rounds"])
         if not done:
             self._records.append(first)
+        self._mend(found, done, len(before) - 1)
         return state
+
+    def _check_start(self, found: Found, before: list[Row]) -> None:
+        """Refuses to start a recorded run from the beginning if it had a checkpoint once."""
+        due = before[0]["checkpoint_every"] if before else 0
+        if found.damaged or len(before) - 1 > due:
+            raise ResumeError(
+                f"{self._name!r} has rows of {len(before[1:])} rounds but no whole checkpoint in {self._folder} "
+                f"({_listed(found) or 'it is empty'}); put one back from a copy, or start over in another workdir "
+                "(--workdir)"
+            )
+
+    def _mend(self, found: Found, done: int, recorded: int) -> None:
+        """Sets aside what cannot be used, and says what that costs."""
+        assert self._checkpoints is not None
+        useless = sorted({*found.damaged, *found.unfinished})
+        for step in useless:
+            self._checkpoints.set_aside(step)
+        again = f"{recorded - done} recorded rounds are done again" if recorded > done else "no round is done again"
+        if useless:
+            warnings.warn(
+                f"{self._name!r} goes on from {f'its checkpoint of round {done}' if done else 'the start'}, {again}: "
+                f"{_listed(found)} (set aside in {self._folder} as damaged-{useless[-1]})",
+                WavgWarning,
+                stacklevel=2,
+            )
+        elif recorded > 0 and not done:
+            warnings.warn(f"{self._name!r} was stopped before its first checkpoint: {again}", WavgWarning, stacklevel=2)
 
     def append(self, row: Row) -> None:
         """Adds the row of a round."""
@@ -80,8 +117,8 @@ def open_journal(workdir: pathlib.Path | None, name: str) -> Iterator[Journal]:
     """Opens the journal of the run `name` in a folder, or in memory if `workdir` is None.
 
     Raises:
-      WorkdirError: the folder cannot be made or written.
+      WorkdirError: the folder cannot be made or written, or another process writes it.
     """
     with contextlib.ExitStack() as stack:
         folder = None if workdir is None else workdir / "checkpoints" / name
-        yield Journal(Records(workdir), name, folder, stack)
+        yield Journal(stack.enter_context(open_records(workdir)), name, folder, stack)

@@ -11,6 +11,7 @@ is null.
   replica_map           how those of one device were run, a name in `wavg_jax.mapping.MAPS`
   resident              whether the training split lay on the devices as a whole
   replicas, batch_size, rounds
+  checkpoint_every      rounds between checkpoints
   local_steps, samples_per_round    of the longest round
   score_samples         held-out samples scored in a round; null for all
   faults                simulated: {speed, rate, sent}, [K] each; null for none
@@ -37,6 +38,7 @@ is null.
   confusion             [classes][classes] counts on the test split, rows true; on a run's last round only
 """
 
+import collections
 import contextlib
 import errno
 import json
@@ -44,11 +46,13 @@ import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from wavg_jax.base import DataError, ResumeError, WorkdirError
+from wavg_jax.base import DataError, ResumeError, SettingsError, WorkdirError
+from wavg_jax.lock import check_free, hold
 
 FILE = "rows.jsonl"
 Row = dict[str, Any]
@@ -127,9 +131,10 @@ def _append_line(path: pathlib.Path, line: bytes) -> None:
 
 
 def check_writable(workdir: pathlib.Path | None) -> None:
-    """Raises WorkdirError if a folder cannot be made or written, without making it; None is fine."""
+    """Raises WorkdirError if a folder cannot be made or written or is in use, without making it; None is fine."""
     if workdir is None:
         return
+    check_free(workdir)
     there = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=there) as probe:
@@ -140,8 +145,22 @@ def check_writable(workdir: pathlib.Path | None) -> None:
         ) from error
 
 
+def check_name(name: str) -> None:
+    """Raises SettingsError unless the name of a run can be that of a folder, on any system and in any message."""
+    fits = 0 < len(name.encode(errors="replace")) <= _LONGEST and name.isprintable() and name.strip(" .")
+    if not fits or {"/", "\\", ":"} & set(name):
+        raise SettingsError(
+            f"name is {name!r:.60}; give the run a name of 1 to {_LONGEST} printable characters that is not a path "
+            "(no /, \\ or :, not only dots)"
+        )
+
+
+_LONGEST = 200
+"""Bytes in the name of a run; file systems stop at 255."""
+
+
 class Records:
-    """The rows of a run folder, appended one whole line at a time. Many runs may share a folder, one after another."""
+    """The rows of a run folder, appended one whole line at a time. Where others might write too, use `open_records`."""
 
     def __init__(self, workdir: pathlib.Path | None):
         """Opens (and makes) the folder; None keeps the rows in memory.
@@ -192,17 +211,67 @@ class Records:
           planned: rounds that the run is to have now.
 
         Raises:
-          ResumeError: rows of the rounds before are missing.
+          ResumeError: rows of the rounds before are missing, or there twice.
         """
-        present = {row["round"] for row in self.of(run) if row["kind"] == "round"}
-        missing = sorted(set(range(1, done + 1)) - present)
-        if missing:
-            raise ResumeError(f"{self.path} lacks round {missing[0]} of {run!r}, which its checkpoint is past")
         keep = [r for r in self.rows if r["run"] != run or (done > 0 and r.get("round", 0) <= done)]
+        rounds = [row for row in keep if row["run"] == run and row["kind"] == "round"]
+        if lacking := [name for row in rounds for name in ROUND if name not in row]:
+            raise ResumeError(f"cannot resume with {self.path}: a row of {run!r} lacks {lacking[0]!r}")
+        if done:
+            try:
+                check_rounds(run, rounds, done)
+            except DataError as error:
+                raise ResumeError(f"cannot resume with {self.path}: {error}") from error
         keep = [r | {"rounds": planned} if r["run"] == run and r["kind"] == "run" else r for r in keep]
         if self.path is not None:
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep).encode())
         self.rows = keep
+
+
+@contextlib.contextmanager
+def open_records(workdir: pathlib.Path | None) -> Iterator[Records]:
+    """Opens (and makes) a folder to write rows there; None keeps them in memory.
+
+    Many runs may share a folder, one after another; while the block runs nobody else writes there.
+
+    Raises:
+      WorkdirError: it cannot be made or written, or another process writes it.
+    """
+    with contextlib.nullcontext() if workdir is None else hold(workdir):
+        yield Records(workdir)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """
+    >>> _ranges([7, 3, 4, 5])
+    '3 to 5, 7'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, replicas: int | None = None) -> None:
+    """Raises DataError unless rows are those of the rounds 1 to `last` of a run, each once, with K weights each."""
+    counts = collections.Counter(row["round"] for row in rounds)
+    if missing := set(range(1, last + 1)) - set(counts):
+        raise DataError(f"run {run!r} lacks round {_ranges(missing)}; put the rows back from a copy, or train again")
+    if twice := [number for number, count in counts.items() if count > 1]:
+        raise DataError(
+            f"run {run!r} has round {_ranges(twice)} twice, as if two processes had written at once; keep one row of "
+            f"each in {FILE}"
+        )
+    for row in rounds:
+        for name in ("weights", "alive") if replicas is not None else ():
+            if len(row[name]) != replicas:
+                raise DataError(
+                    f"run {run!r}, round {row['round']}: {len(row[name])} {name} for {replicas} replicas; put the row "
+                    "back from a copy, or train again"
+                )
 
 
 FIXED = (
@@ -210,15 +279,37 @@ FIXED = (
     *("local_steps", "batch_size", "parameters", "score_samples", "faults"),
 )
 """Entries of a run's first row that must be as they were when the run is resumed, beside its `settings`."""
+READ = (*FIXED, "settings", "data_crc", "classes", "heldout_samples", "test_samples", "rounds", "checkpoint_every")
+"""Entries of a run's first row without which it cannot be resumed, beside `replica_map`."""
+ROUND = ("round", "local_steps", "samples", "elapsed", "train_loss")
+"""Entries of a round's row without which a run cannot be resumed."""
 
 
 def recorded_run(workdir: pathlib.Path | None, name: str) -> Row | None:
-    """The first row of a run in a folder, or None if there is none that can be read."""
+    """The first row of a run in a folder, or None if there is none that can be read.
+
+    Raises:
+      ResumeError: it lacks an entry that is read when the run is resumed.
+    """
     if workdir is None or not (workdir / FILE).exists():
         return None
     with contextlib.suppress(DataError):  # a first row that was cut short; what is damaged beyond that is found later
-        return next((row for row in read_rows(workdir) if row["run"] == name), None)
+        first = next((row for row in read_rows(workdir) if row["run"] == name), None)
+        if first is not None:
+            _check_first(first)
+        return first
     return None
+
+
+def _check_first(first: Row) -> None:
+    if first["kind"] != "run":
+        raise ResumeError(f"cannot resume {first['run']!r}: its first row is missing; put it back from a copy")
+    for name in (*READ, "replica_map"):
+        if name not in first:
+            raise ResumeError(
+                f"cannot resume {first['run']!r}: its first row lacks {name!r}, as one that an earlier version wrote; "
+                "start over in another workdir (--workdir)"
+            )
 
 
 def check_settings(before: Row, first: Row) -> None:
@@ -227,8 +318,26 @@ def check_settings(before: Row, first: Row) -> None:
     Raises:
       ResumeError: they differ; names the first difference.
     """
+    _check_first(before)
+    first = _plain(first)
+    # The data first: flags such as --chance follow from them. How they are split and spoilt is a matter of flags.
+    then, now = (
+        {
+            "dataset": row["dataset"],
+            "classes": row["classes"],
+            "training samples": row["train_samples"] + row["heldout_samples"],
+            "test samples": row["test_samples"],
+        }
+        for row in (before, first)
+    )
+    for name, value in then.items():
+        if value != now[name]:
+            raise ResumeError(
+                f"cannot resume {before['run']!r}: the data are not those it was started with ({name}: {value}, now "
+                f"{now[name]}); give the same data (--dataset, --data_dir), or choose another workdir (--workdir)"
+            )
     # The settings last: a flag of that name is what the user can mend.
-    then, now = ({key: row.get(key) for key in FIXED} | row["settings"] for row in (before, _plain(first)))
+    then, now = ({key: row[key] for key in FIXED} | row["settings"] for row in (before, first))
     for name in sorted({*now, *then}):
         if now.get(name) != then.get(name):
             raise ResumeError(

@@ -98,6 +98,7 @@ class Run:
             "local_steps": plan.schedule.longest,
             "batch_size": plan.batch_size,
             "rounds": plan.rounds,
+            "checkpoint_every": plan.checkpoint_every,
             "samples_per_round": self.replicas * plan.schedule.longest * plan.batch_size,
             "parameters": tree.count(initial.params),
             "bytes_per_round": 2 * self.replicas * per_replica if self.replicas > 1 else 0,

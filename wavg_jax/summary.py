@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wavg_jax.base import DataError
+from wavg_jax.records import check_rounds
 
 Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -295,6 +296,8 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
         return np.array([row[field] for row in rounds], np.float64)
 
     try:
+        if rounds:
+            check_rounds(str(header["run"]), rounds, rounds[-1]["round"], header["replicas"])
         last = rounds[-1].get("confusion") if rounds else None
         run = Run(
             header=header,
@@ -314,6 +317,8 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
         _check(run)
     except KeyError as e:
         raise DataError(f"a row of run {header.get('run')!r} lacks the field {e}") from e
+    except DataError:
+        raise
     except (TypeError, ValueError, AttributeError) as e:
         raise DataError(f"the rows of run {header.get('run')!r} do not fit together: {e}") from e
     return run
@@ -328,10 +333,6 @@ def _check(run: Run) -> None:
         return
     for metric in METRICS.values():
         metric(run)
-    if len(set(run.rounds)) < len(run.rounds):
-        raise ValueError("a round is recorded twice")
-    if not run.weights.shape == run.alive.shape == (len(run.rounds), run.replicas):
-        raise ValueError(f"weights and alive must have one entry for each of {run.replicas} replicas")
 
 
 def _summary(runs: Sequence[Run], label: str) -> Summary:

@@ -16,7 +16,7 @@ from wavg_jax.interrupt import stop_requests
 from wavg_jax.journal import open_journal
 from wavg_jax.placement import has_room, place
 from wavg_jax.recipe import Recipe
-from wavg_jax.records import Row, check_writable, recorded_run
+from wavg_jax.records import Row, check_name, check_writable, recorded_run
 from wavg_jax.run import Plan, Run, evaluated
 from wavg_jax.schedule import Schedule, fixed
 
@@ -93,12 +93,12 @@ def fit(
       resident: whether the training split is copied to the devices as a whole; if not, every round's batches are sent
         there while the round before runs. None decides by its size.
       workdir: folder for `rows.jsonl` and `checkpoints/`; None keeps the rows in memory and saves nothing.
-      name: of this run within the folder.
+      name: of this run within the folder; no path.
       checkpoint_every: rounds between checkpoints; one is also saved at the end and at SIGTERM or Ctrl-C.
       evaluate_every: rounds between evaluations on the test split; the last round is always evaluated. Rows in between
         have no test metrics.
-      resume: go on from the newest checkpoint in `workdir`, bit for bit on the same machine; start if there is no such
-        run. Data and sizes are compared with the first part's; learning rates and schemes cannot be, so put them in
+      resume: go on from the newest whole checkpoint in `workdir`, bit for bit on the same machine; start if there is no
+        such run. Data and sizes are compared with the first part's; learning rates and schemes cannot be, so put them in
         `settings`.
       facts: further entries of the run's first row, such as `arm`.
       settings: further settings that must agree when the run is resumed.
@@ -132,6 +132,7 @@ def fit(
         faults=faults,
     )
     _check(plan, recipe, data, resume and workdir is None)
+    check_name(name)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
     if replica_map == "auto":
