@@ -62,6 +62,13 @@ def test_means_differences_and_marks():
     assert entry.weights.tolist() == [0.25, 0.75]
 
 
+def test_differences_are_paired_by_seed_and_not_by_position():
+    # Plain has the seeds 0 to 2, the other 3 to 1; by position the differences would be 200, -300 and -600.
+    made = [header(), *cells("plain", {"a": (0, 0, 0)})]
+    made += [cell("a", "other", seed, value) for seed, value in ((3, 8200), (2, 8500), (1, 8000))]
+    assert matrix.tabulate(made).entries["a", "other"].versus == pytest.approx((-0.005, 0.0212132, 2))
+
+
 def test_verdicts_and_ranks():
     found = matrix.tabulate(rows())
     assert found.best == {"a": "good", "b": "good"}

@@ -155,6 +155,15 @@ def test_differences_are_paired_by_seed(arm: str, metric: str, mean: float, sd: 
     assert value == pytest.approx(Statistic(mean, sd, n), nan_ok=True)
 
 
+def test_differences_are_paired_by_seed_and_not_by_position() -> None:
+    # Seeds 0 to 2 and 3 to 1: by seed the differences are 0.1 and 0.2, by position they would be 0.2, 0 and -0.1.
+    accuracies = {("plain", 0): 0.5, ("plain", 1): 0.6, ("plain", 2): 0.8}
+    accuracies |= {("weighted", 3): 0.7, ("weighted", 2): 1.0, ("weighted", 1): 0.7}
+    rows = [row for (arm, seed), a in accuracies.items() for row in (run_row(arm, seed), round_row(arm, seed, 1, a))]
+    value = arms(rows)["weighted"].differences["accuracy"]
+    assert value == pytest.approx(Statistic(0.15, math.sqrt(0.005), 2))
+
+
 def test_the_reference_has_no_differences_and_without_it_nobody_has() -> None:
     assert arms(make_rows())["plain"].differences == {}
     alone = [row for row in make_rows() if row["arm"] == "weighted"]
