@@ -6,6 +6,7 @@ There are two kinds of rows, beside those of `wavg_jax.records`:
   run                   "matrix"
   scenarios             {name: title}, those that were asked for
   settings              the flags that all cells share; must agree when the recording is gone on with
+  started               when it was begun: UTC, ISO 8601; may be missing
   recommend             whether the report says which weighting can be recommended; may be missing, which means true
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
 
