@@ -54,11 +54,11 @@ def test_means_differences_and_marks():
     assert entry.accuracy == pytest.approx((0.84, 0.03, 3))
     assert entry.versus == pytest.approx((0.02, 0.01, 3))
     # t = 4.303 for 3 seeds: the half width is 4.303 * 0.01 / sqrt 3 = 0.0248, more than 0.02.
-    assert not entry.marked
-    assert found.entries["b", "good"].marked  # 0.11 +- 0.0248
-    assert found.entries["a", "bad"].marked  # -0.0333 +- 4.303 * 0.00577 / sqrt 3 = 0.0143
-    assert found.entries["b", "bad"].marked  # -0.03 +- 0.0248
-    assert not found.entries["a", "plain"].marked
+    assert not entry.versus.shown
+    assert found.entries["b", "good"].versus.shown  # 0.11 +- 0.0248
+    assert found.entries["a", "bad"].versus.shown  # -0.0333 +- 4.303 * 0.00577 / sqrt 3 = 0.0143
+    assert found.entries["b", "bad"].versus.shown  # -0.03 +- 0.0248
+    assert not found.entries["a", "plain"].versus.shown
     assert entry.weights.tolist() == [0.25, 0.75]
 
 
@@ -125,7 +125,7 @@ def test_a_matrix_without_plain_or_with_one_seed_is_shown_but_not_judged():
         assert set(found.verdicts["good"].missing) == {"a", "b"}
         assert "none can be recommended" in matrix_report.findings(found)[0]
         heatmap.draw(found)
-        assert "| good | 0 | 0 | - | - | 2 missing |" in matrix_report.markdown(found, [])
+        assert "| good | 0 | 0 | n/a | n/a | 2 missing |" in matrix_report.markdown(found, [])
 
 
 def test_a_number_that_is_not_finite_is_left_out_and_said():

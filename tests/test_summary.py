@@ -9,7 +9,8 @@ import pytest
 
 from wavg_jax import summary
 from wavg_jax.base import DataError
-from wavg_jax.summary import Statistic, summarise
+from wavg_jax.statistic import Statistic, statistic
+from wavg_jax.summary import summarise
 
 Row = dict[str, Any]
 
@@ -106,7 +107,7 @@ def arms(rows: list[Row]) -> dict[str, summary.Arm]:
 def test_statistic_is_the_mean_and_sample_sd_of_the_finite_values(
     values: list[float], expected: tuple[float, float, int]
 ) -> None:
-    assert summary.statistic(values) == pytest.approx(Statistic(*expected), nan_ok=True)
+    assert statistic(values) == pytest.approx(Statistic(*expected), nan_ok=True)
 
 
 def test_arms_come_in_the_order_of_the_comparison() -> None:
