@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from rich.console import Console
 
 from experiments import report as binary
-from wavg_jax import canvas, findings, headline, plots, report, tables
+from wavg_jax import canvas, findings, headline, plots, report, summary, tables
 from wavg_jax.base import DataError, WavgError, WorkdirError
 from wavg_jax.summary import summarise
 
@@ -233,8 +233,8 @@ def test_a_target_out_of_reach_or_missing_and_a_clock_that_was_not_measured_are_
         ),
         (
             ALL_DEAD,
-            "weighted: all replicas were dead (numbers not finite, or masked) in 4 of 4 rounds (all seeds together), in "
-            "which nothing was averaged; with seeds 0, 1 that is how the run ended.",
+            "weighted: all replicas were dead (numbers not finite, or masked) in 4 of 4 rounds (all seeds together), "
+            "in which nothing was averaged; with seeds 0, 1 that is how the run ended.",
         ),
         (PAIRS, "One device that is already busy gains nothing from K replicas"),
     ],
@@ -251,6 +251,47 @@ def test_uneven_weights_that_spare_nobody_and_dead_replicas_are_reported() -> No
     assert "replica 1 took no part in 2 rounds" in found
     assert "the weights differed (effective number 6.50 of 8 replicas), but no replica's mean weight was below" in found
     assert "The noisy shards (3) had 1.08 of 1/8." in found
+
+
+def test_the_report_is_dated_by_its_rows(written: pathlib.Path) -> None:
+    assert "\nWhen the runs were made is not recorded.\n" in (written / "report.md").read_text()
+    days = [{"started": f"2026-01-{day:02}T10:11:12Z"} for day in (31, 30)]
+    assert report.dated(days) == "The runs were started from 2026-01-30 to 2026-01-31 (UTC)."
+    assert report.dated([*days[:1], {}]) == "The runs were started on 2026-01-31 (UTC); of some it is not recorded."
+
+
+def test_the_answer_tells_where_weighting_helped_and_where_not() -> None:
+    def scenario(noisy: list[int], *pairs: tuple[float, float]) -> list[Row]:
+        made = {(arm, n): [pair[i]] for n, pair in enumerate(pairs) for i, arm in enumerate(("plain", "weighted"))}
+        return small(made, noisy_shards=noisy)
+
+    helped = scenario([0, 1], (0.7, 0.8), (0.6, 0.71), (0.65, 0.76))
+    equal = scenario([], (0.8, 0.81), (0.7, 0.69), (0.75, 0.75))
+    few = scenario([0], (0.7, 0.8), (0.6, 0.75))
+    harm = scenario([0, 1, 2], (0.8, 0.7), (0.71, 0.6), (0.76, 0.65))
+    alone = [row for row in scenario([1, 2, 3, 4], (0.5, 0.5)) if row["arm"] == "weighted"]
+    first, *rest = findings.answer(summarise([*equal, *few, *helped, *alone, *harm]))
+    assert first == (
+        "Weighting helped: 2 of 8 shards with random labels; weighting did harm: 3 of 8 shards with random labels; no "
+        "difference in accuracy from plain averaging is shown: clean shards; too few seeds to show a difference: 1 of "
+        "8 shards with random labels; no comparison with plain averaging: 4 of 8 shards with random labels."
+    )
+    assert len(rest) == 4
+    assert rest[2] == (
+        "2 of 8 shards with random labels: weighted ended 10.67 points of test accuracy above plain (paired over 3 "
+        "seeds, 95 % interval +9.23 to +12.10). Its test loss is 0.107 lower. The highest mean of all arms is that of "
+        "weighted, 75.67 %."
+    )
+
+
+def test_scenarios_that_differ_in_more_than_their_shards_are_told_apart() -> None:
+    def made(**header: Any) -> list[Row]:
+        return small({("weighted", 0): [0.5]}, **header)
+
+    one = summarise([*made(settings={"lr": 1}), *made(settings={"lr": 2}), *made(settings={"lr": 1}, noisy_shards=[3])])
+    assert summary.names(one) == ("clean shards (lr = 1)", "clean shards (lr = 2)", "1 of 8 shards with random labels")
+    two = summarise([*made(), *made(dataset="digits", settings={"partition": "dirichlet"})])
+    assert summary.names(two) == ("fashion_mnist, clean shards", "digits, clean dirichlet shards")
 
 
 def test_dead_rounds_are_no_part_of_the_effective_number() -> None:

@@ -1,7 +1,8 @@
 """What the figures of all reports share: two themes, sizes, axes, and the images they become.
 
-Every figure is painted twice, for light and for dark pages, so that heat maps too have colours made for their background,
-and looks the same in every browser. Nothing here touches pyplot, so there is no global state and no figure to close.
+Every figure is painted twice, for light and for dark pages, so that heat maps too have colours made for their
+background, and looks the same in every browser. Nothing here touches pyplot, so there is no global state and no
+figure to close.
 """
 
 import io
@@ -141,4 +142,4 @@ def colour_bar(theme: Theme, figure: Figure, ax: Axes, image: object, label: str
     bar = figure.colorbar(image, ax=ax, pad=0.015)  # type: ignore[arg-type]
     bar.set_label(label, size=TEXT, color=theme.ink)
     bar.ax.tick_params(labelsize=SMALL, colors=theme.ink)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)

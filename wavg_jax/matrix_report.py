@@ -26,11 +26,10 @@ def findings(matrix: Matrix) -> list[str]:
     lines += [_strict(matrix)]
     if matrix.lacking:
         lines.append(f"{matrix.lacking} cells of the matrix are not recorded; what is judged is judged without them.")
-    if len(matrix.seeds) <= 2:
-        lines.append(
-            f"{len(matrix.seeds)} seed{'s are' if len(matrix.seeds) > 1 else ' is'} too few seeds to show a difference: "
-            "what is not marked may still differ."
-        )
+    n = len(matrix.seeds)
+    if n <= 2:
+        shown = "1 seed is" if n == 1 else f"{n} seeds are"
+        lines.append(f"{shown} too few seeds to show a difference: what is not marked may still differ.")
     compared = sum(entry.versus.n > 1 and w != REFERENCE for (_, w), entry in matrix.entries.items())
     lines += [
         f"{compared} differences from {REFERENCE} are tested one by one, at 95 %: about {0.05 * compared:.0f} of them "

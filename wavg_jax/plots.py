@@ -188,7 +188,7 @@ def _heat_map(summary: Summary) -> Plot | None:
     run = arm.runs[0]
     k, title = run.replicas, f"Weight of each replica: {arm.name}, seed {run.seed}"
     noisy = set(run.header["noisy_shards"] or ())
-    weights = np.where(run.alive.any(axis=1)[:, None], run.weights, np.nan).T
+    weights = np.where(run.alive.any(axis=1, keepdims=True), run.weights, np.nan).T
     norm = TwoSlopeNorm(1 / k, vmin=0, vmax=max([2 / k, *weights[np.isfinite(weights)]]))
     dead = np.argwhere(~run.alive)
     ticks = sorted({*range(0, k, math.ceil(k / 16)), *noisy})
@@ -212,8 +212,8 @@ def _heat_map(summary: Summary) -> Plot | None:
         return figure
 
     caption = (
-        f"Arm {arm.name}, seed {run.seed}. Red: less than the equal weight 1/{k}, blue: more. A cross: the replica took "
-        "no part."
+        f"Arm {arm.name}, seed {run.seed}. Red: less than the equal weight 1/{k}, blue: more. A cross: the replica "
+        "took no part."
     )
     return canvas.plot("weights", title, caption, paint)
 

@@ -50,7 +50,7 @@ def weights_over(weights: Floats, alive: NDArray[np.bool_], effective: Floats) -
       alive: [R, K].
       effective: number of replicas [R].
     """
-    kept = alive.any(axis=1)  # the weights of a round in which all are dead say nothing
+    kept = np.asarray(alive.any(axis=1))  # the weights of a round in which all are dead say nothing
     lost, rounds = int((~kept).sum()), len(kept)
     weights, alive, effective = weights[kept], alive[kept], effective[kept]
     finite = effective[np.isfinite(effective)]

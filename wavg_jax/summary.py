@@ -354,8 +354,11 @@ def _arm(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> Arm:
 
 
 def _weights(runs: Sequence[Run]) -> Weights:
-    columns = ([run.weights for run in runs], [run.alive for run in runs], [run.effective for run in runs])
-    return weights_over(*map(np.concatenate, columns))
+    return weights_over(
+        np.concatenate([run.weights for run in runs]),
+        np.concatenate([run.alive for run in runs]),
+        np.concatenate([run.effective for run in runs]),
+    )
 
 
 def _number(value: Any) -> float:
