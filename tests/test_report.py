@@ -284,6 +284,11 @@ def test_the_answer_tells_where_weighting_helped_and_where_not() -> None:
     )
 
 
+def test_the_answer_names_the_runs_that_diverged() -> None:
+    _, line = findings.answer(summarise(DIVERGED))
+    assert line.endswith("Left out, since they diverged: plain with seed 1; weighted with seed 1.")
+
+
 def test_scenarios_that_differ_in_more_than_their_shards_are_told_apart() -> None:
     def made(**header: Any) -> list[Row]:
         return small({("weighted", 0): [0.5]}, **header)

@@ -6,6 +6,7 @@ figure to close.
 """
 
 import io
+import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,11 +100,17 @@ def _png(figure: Figure) -> bytes:
     return image.getvalue()
 
 
-def axes(theme: Theme, title: str, height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """A figure with its title, and empty axes."""
+def axes(theme: Theme, title: str, subtitle: str, height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure with its title, what it was drawn from below that, and empty axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.paper, layout="constrained")
-    figure.suptitle(title, x=0.012, ha="left", fontsize=TEXT + 0.5, fontweight="bold", color=theme.ink)
+    below = textwrap.wrap(subtitle, int(12 * width))
+    # The title is made higher by the lines below it, which are in another weight.
+    top = figure.suptitle(
+        title + "\n " * len(below), x=0.012, ha="left", fontsize=TEXT + 0.5, fontweight="bold", color=theme.ink
+    )
     ax = figure.add_subplot(facecolor=theme.paper)
+    lines = ax.annotate("\n".join(below), (0, 0), xycoords=top, va="bottom", fontsize=TEXT, color=theme.ink)
+    lines.set_in_layout(False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(theme.ink)
     ax.tick_params(labelsize=TEXT, colors=theme.ink)
@@ -112,15 +119,9 @@ def axes(theme: Theme, title: str, height: float, width: float = WIDTH) -> tuple
     return figure, ax
 
 
-def subtitle(theme: Theme, ax: Axes, text: str) -> None:
-    """What a figure without a legend shows, below its title."""
-    ax.set_title(text, loc="left", size=TEXT, color=theme.ink)
-
-
-def legend(theme: Theme, ax: Axes, heading: str) -> None:
-    """Names the lines above the axes, where they cover nothing, under a heading."""
-    box = ax.legend(
-        title=heading,
+def legend(theme: Theme, ax: Axes) -> None:
+    """Names the lines above the axes, where they cover nothing."""
+    ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0.2,
@@ -132,9 +133,7 @@ def legend(theme: Theme, ax: Axes, heading: str) -> None:
         frameon=False,
         fontsize=SMALL,
         labelcolor=theme.ink,
-        alignment="left",
     )
-    box.get_title().set(size=TEXT, color=theme.ink)
 
 
 def colour_bar(theme: Theme, figure: Figure, ax: Axes, image: object, label: str) -> None:

@@ -18,7 +18,9 @@ def answer(summaries: Sequence[Summary]) -> list[str]:
     lines = [sentence[0].upper() + sentence[1:] + "."]
     for one, name in zip(summaries, names, strict=True):
         if _comparable(one):
-            lines.append(f"{name[0].upper() + name[1:]}: {_versus(one.focus)}{_loss(one.focus)}{_highest(one)}")
+            lines.append(
+                f"{name[0].upper() + name[1:]}: {_versus(one.focus)}{_loss(one.focus)}{_highest(one)}{_lost(one)}"
+            )
     return lines
 
 
@@ -59,6 +61,21 @@ def _highest(one: Summary) -> str:
     return f" The highest mean of all arms is that of {best}, {100 * found[best]:.2f} %."
 
 
+def _lost(one: Summary) -> str:
+    """Which runs are in no mean: leaving them out flatters their arm."""
+    found = [f"{arm.name} with {_which(arm)}" for arm in one.arms if _diverged(arm)]
+    return f" Left out, since they diverged: {'; '.join(found)}." if found else ""
+
+
+def _diverged(arm: Arm) -> list[int]:
+    return [run.seed for run in arm.runs if run.diverged[-1]]
+
+
+def _which(arm: Arm) -> str:
+    found = _diverged(arm)
+    return "every seed" if len(found) == len(arm.runs) else _seeds(found)
+
+
 def findings(one: Summary) -> list[str]:
     """What the numbers say, in sentences: differences, weights, and what to beware of."""
     lines = [line for arm in one.arms for line in _failures(arm)]
@@ -86,12 +103,10 @@ def findings(one: Summary) -> list[str]:
 def _failures(arm: Arm) -> list[str]:
     """What went wrong with an arm as a whole, before any of its numbers."""
     lines = []
-    diverged = [run.seed for run in arm.runs if run.diverged[-1]]
-    if diverged:
-        which = "every seed" if len(diverged) == len(arm.runs) else _seeds(diverged)
+    if _diverged(arm):
         lines.append(
-            f"{arm.name} diverged with {which}: the network's outputs are not finite, so these runs have no quality, "
-            "and are in no mean and no difference of it."
+            f"{arm.name} diverged with {_which(arm)}: the network's outputs are not finite, so these runs have no "
+            "quality, and are in no mean and no difference of it."
         )
     if arm.weights is not None and arm.weights.lost:
         ended = [run.seed for run in arm.runs if not run.alive[-1].any()]

@@ -29,7 +29,7 @@ def draw(summaries: Sequence[Summary]) -> Plot:
     rows = sum(len(one.arms) + HEAD + len(name) + 0.5 for one, name in zip(summaries, names, strict=True))
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, TITLE, 1.25 + ROW * rows)
+        figure, axes = canvas.axes(theme, TITLE, _seeds(summaries), 1.35 + ROW * rows)
         ticks: list[tuple[float, str]] = []
         y = -0.9
         for one, name in zip(summaries, names, strict=True):
@@ -57,6 +57,12 @@ def draw(summaries: Sequence[Summary]) -> Plot:
         "(Student's t), from three seeds on. Differences are paired by seed, in points."
     )
     return canvas.plot("headline", TITLE, caption, paint)
+
+
+def _seeds(summaries: Sequence[Summary]) -> str:
+    counts = sorted({len(arm.runs) for one in summaries for arm in one.arms})
+    data = ", ".join(map(str, summary.distinct(one.header["dataset"] for one in summaries)))
+    return f"{data}, {' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] > 1)}"
 
 
 def _text(axes: Axes, theme: Theme, y: float, text: str, *, bold: bool = False) -> None:

@@ -37,7 +37,8 @@ def draw(matrix: Matrix) -> Plot:
 
 def _paint(matrix: Matrix, theme: Theme) -> Figure:
     rows, columns = len(matrix.weightings), len(matrix.titles)
-    figure, axes = canvas.axes(theme, TITLE, 2.5 + 0.31 * rows, WIDTH)
+    made_from = f"{matrix.headers[0]['dataset']}, {len(matrix.seeds)} seed{'s' * (len(matrix.seeds) > 1)}"
+    figure, axes = canvas.axes(theme, TITLE, made_from, 2.7 + 0.31 * rows, WIDTH)
     limit = _limit(matrix)
     # Linear within a point, logarithmic beyond: rescues of 10 points must not hide differences of 1.
     norm = SymLogNorm(linthresh=1.0, linscale=1.0, vmin=-limit, vmax=limit, base=10)

@@ -39,7 +39,7 @@ span.scroll {{ display: block; }}
   linear-gradient(to left, var(--shade), transparent) right / 16px 100%;
   background-repeat: no-repeat; background-attachment: local, local, scroll, scroll; }}
 .hint {{ display: none; margin: 0; font-size: 13px; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+table {{ border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .5rem; border-bottom: 1px solid var(--rule); white-space: nowrap; font-size: 15px; }}
 th {{ border-bottom-width: 2px; white-space: normal; vertical-align: bottom; }}
 th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--paper); }}

@@ -120,7 +120,7 @@ def _accuracy(summary: Summary, name: str, title: str, caption: str, clock: tupl
     target = 100 * summary.target
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, title, HEIGHT)
+        figure, axes = canvas.axes(theme, title, heading(summary), HEIGHT)
         edges = _lines(theme, axes, summary, arms, lambda run: scale * x(run), lambda run: 100 * run.accuracy)
         if math.isfinite(target):
             axes.axhline(target, color=theme.ink, linestyle=":", linewidth=1.2)
@@ -131,7 +131,7 @@ def _accuracy(summary: Summary, name: str, title: str, caption: str, clock: tupl
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
         axes.grid(axis="y", color=theme.faint, linewidth=0.8)
-        canvas.legend(theme, axes, heading(summary))
+        canvas.legend(theme, axes)
         return figure
 
     return canvas.plot(name, title, caption, paint)
@@ -158,7 +158,7 @@ def _effective(summary: Summary) -> Plot | None:
     title, k = "Effective number of replicas", int(summary.header["replicas"])
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, title, HEIGHT - 0.8)
+        figure, axes = canvas.axes(theme, title, heading(summary), HEIGHT - 0.8)
         edges = _lines(theme, axes, summary, arms, lambda run: run.rounds, _living)
         lowest = np.concatenate([lower for lower, _ in edges])
         # At least a tenth of K is shown, or the rounding of equal weights would look like a trend.
@@ -169,7 +169,7 @@ def _effective(summary: Summary) -> Plot | None:
         axes.set_ylabel("effective number")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="y", color=theme.faint, linewidth=0.8)
-        canvas.legend(theme, axes, heading(summary))
+        canvas.legend(theme, axes)
         return figure
 
     caption = f"1 / Σ w²: from 1 (one replica decides) to {k} (dotted: all count the same). Band: ± 1 sd over seeds."
@@ -187,6 +187,7 @@ def _heat_map(summary: Summary) -> Plot | None:
         return None
     run = arm.runs[0]
     k, title = run.replicas, f"Weight of each replica: {arm.name}, seed {run.seed}"
+    made_from = f"{summary.header['dataset']}, {summary.scenario}"
     noisy = set(run.header["noisy_shards"] or ())
     weights = np.where(run.alive.any(axis=1, keepdims=True), run.weights, np.nan).T
     norm = TwoSlopeNorm(1 / k, vmin=0, vmax=max([2 / k, *weights[np.isfinite(weights)]]))
@@ -194,14 +195,13 @@ def _heat_map(summary: Summary) -> Plot | None:
     ticks = sorted({*range(0, k, math.ceil(k / 16)), *noisy})
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, title, max(3.4, min(1.8 + 0.3 * k, 7)))
+        figure, axes = canvas.axes(theme, title, made_from, max(3.4, min(1.8 + 0.3 * k, 7)))
         extent = (run.rounds[0] - 0.5, run.rounds[-1] + 0.5, k - 0.5, -0.5)
         image = axes.imshow(
             weights, aspect="auto", cmap=theme.diverging, norm=norm, interpolation="nearest", extent=extent
         )
         if dead.size:
             axes.plot(run.rounds[dead[:, 0]], dead[:, 1], linestyle="", marker="x", color=theme.ink, markeredgewidth=2)
-        canvas.subtitle(theme, axes, f"{summary.header['dataset']}, {summary.scenario}")
         axes.set_yticks(ticks, [f"{tick} (noisy)" if tick in noisy else str(tick) for tick in ticks])
         for label, tick in zip(axes.get_yticklabels(), ticks, strict=True):
             label.set_fontweight("bold" if tick in noisy else "normal")
@@ -228,7 +228,7 @@ def _confusion(summary: Summary) -> Plot | None:
     title, names = f"Confusion matrix: {arm.name}", _class_names(summary, len(share))
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, title, 6.0)
+        figure, axes = canvas.axes(theme, title, heading(summary), 6.0)
         image = axes.imshow(share, cmap=theme.shares, vmin=0, vmax=100)
         if len(share) <= 12:
             for (row, column), value in np.ndenumerate(share):
@@ -240,7 +240,6 @@ def _confusion(summary: Summary) -> Plot | None:
             axes.set_yticks(range(len(names)), names)
         else:
             canvas.colour_bar(theme, figure, axes, image, "share of the true class (%)")
-        canvas.subtitle(theme, axes, heading(summary))
         axes.set_xlabel("predicted class", size=TEXT)
         axes.set_ylabel("true class", size=TEXT)
         return figure
