@@ -18,6 +18,7 @@ from wavg_jax.summary import Row, Summary
 from wavg_jax.tables import Table, escape, markdown_table, tables
 from wavg_jax.terminal import terminal
 
+QUESTION = "Did weighting help?"
 CLOCKS = {
     "measured": "wall time on this hardware, in which all replicas share what devices there are; compilation and the "
     "test split are on no clock",
@@ -29,6 +30,12 @@ CLOCKS = {
 def terminal_table(one: Summary) -> Group:
     """The tables and findings of a scenario, for `rich.print`."""
     return terminal(_heading(one), tables(one), findings(one))
+
+
+def terminal_report(summaries: Sequence[Summary]) -> list[Group]:
+    """The tables of every scenario, for `rich.print`, and at the end, where a terminal's reader looks, the answer."""
+    conclusion, *numbers = answer(summaries)
+    return [*map(terminal_table, summaries), terminal(f"{QUESTION} {conclusion}", (), numbers)]
 
 
 def markdown(summaries: Sequence[Summary], first: Plot, drawn: Sequence[Sequence[Plot]]) -> str:
@@ -43,7 +50,7 @@ def markdown(summaries: Sequence[Summary], first: Plot, drawn: Sequence[Sequence
     head = [
         "# Report of training with replicas",
         escape(dated([run.header for one in summaries for run in one.runs])),
-        "## Did weighting help?",
+        f"## {QUESTION}",
         f"**{escape(conclusion)}**",
         image(first),
         escape(first.caption),
