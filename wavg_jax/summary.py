@@ -22,7 +22,8 @@ KNOWN_ARMS = {
     "sync": "one network on all shards together, with a batch K times as large: what averaging gradients at every "
     "step does",
     "plain": "K replicas, each trained on its own shard; after every round they are blended with equal weights",
-    "weighted": "the same, blended with weights that depend on how good each replica is",
+    "weighted": "K replicas, each trained on its own shard; after every round they are blended with weights that "
+    "depend on how good each replica is",
 }
 """What the arms of the comparison are, in their order."""
 REFERENCE = "plain"
