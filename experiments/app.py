@@ -120,7 +120,7 @@ def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
     if matrix.recorded(rows):
         shown, files = matrix_report.write(folder, rows)
     else:
-        shown, files = [report.terminal_table(one) for one in summarise(rows)], report.write(folder, rows)
+        shown, files = report.terminal_report(summarise(rows)), report.write(folder, rows)
     for part in shown:
         console.print(part)
     for path in files:

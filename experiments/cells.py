@@ -52,6 +52,7 @@ def header(
         "scenarios": dict(scenarios),
         "recommend": recommend,
         "settings": {name: F[name].value for name in settings},
+        "started": machine.now(),
         "dataset": dataset.name,
         "train_samples": len(dataset.train.y) - F.heldout,
         "heldout_samples": F.heldout,

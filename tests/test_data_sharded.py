@@ -48,6 +48,7 @@ def test_shard_holds_out_partitions_and_spoils():
     assert not wrong[np.concatenate([data.shards[k] for k in (0, 1, 3)])].any()
     assert wrong[data.shards[2]].mean() > 0.8
     np.testing.assert_array_equal(data.heldout.y, clean.heldout.y)
+    assert data.class_names == tuple("0123456789")
 
 
 def test_the_seed_decides_for_every_arm_alike():

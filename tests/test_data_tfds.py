@@ -39,7 +39,7 @@ def mnist_dir(tmp_path):
 def test_mnist_from_the_publishers_files(tmp_path, place, packed, capfd):
     write(tmp_path / place, mnist_files(), packed)
     data = load("mnist", tmp_path)
-    assert (data.name, data.classes) == ("mnist", 10)
+    assert (data.name, data.classes, data.class_names) == ("mnist", 10, tuple("0123456789"))
     assert data.train.x.shape == (50, 28, 28, 1)
     assert (data.train.x.dtype, data.train.y.dtype) == (np.uint8, np.int32)
     assert_same_samples(data.train, *samples(50, (28, 28)))
@@ -61,6 +61,7 @@ def test_cifar10_from_the_publishers_files(tmp_path, form):
         write(tmp_path / "cifar10/cifar-10-batches-bin", cifar_files(), packed=False)
     data = load("cifar10", tmp_path)
     assert data.train.x.shape == (50, 32, 32, 3)
+    assert (data.classes, data.class_names[3]) == (10, "cat")
     batches = [samples(10, (32, 32, 3), seed) for seed in range(6)]
     assert_same_samples(data.train, *(np.concatenate(arrays) for arrays in zip(*batches[:5], strict=True)))
     assert_same_samples(data.test, *batches[5])

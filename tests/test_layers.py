@@ -13,8 +13,8 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
-    {"tree"},
-    {"signals", "reduce", "outer", "pull", "mapping", "data", "models"},
+    {"tree", "statistic", "canvas"},
+    {"signals", "reduce", "outer", "pull", "mapping", "data", "models", "shares", "page"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
@@ -23,10 +23,9 @@ FLOORS = [
     {"rounds"},
     {"programs"},
     {"timing", "automap", "run"},
-    {"loop", "plots", "findings"},
-    {"trainer"},
-    {"report", "matrix"},
-    {"heatmap"},
+    {"loop", "plots", "findings", "tables", "matrix"},
+    {"trainer", "headline", "terminal", "heatmap"},
+    {"report"},
     {"matrix_report"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

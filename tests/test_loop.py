@@ -12,7 +12,7 @@ import wavg_jax as wavg
 from wavg_jax import feeder, machine, placement, policy, schedule
 
 TASK, INNER, WEIGHTED = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.softmax("loss", 1.0))
-CLOCKS = ("seconds", "elapsed", "compile_seconds")
+CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
 
 
 def run(**options):

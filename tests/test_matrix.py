@@ -2,13 +2,16 @@
 
 import io
 import json
+import re
 import struct
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from wavg_jax import heatmap, matrix, matrix_report
+from wavg_jax import canvas, heatmap, matrix, matrix_report
 from wavg_jax.base import DataError
+from wavg_jax.terminal import terminal
 
 # Accuracy in 1/10,000, three seeds each.
 PLAIN = {"a": (8000, 8200, 8400), "b": (6000, 6000, 6600)}  # sd 200, and 600 / sqrt 3 = 346
@@ -54,12 +57,19 @@ def test_means_differences_and_marks():
     assert entry.accuracy == pytest.approx((0.84, 0.03, 3))
     assert entry.versus == pytest.approx((0.02, 0.01, 3))
     # t = 4.303 for 3 seeds: the half width is 4.303 * 0.01 / sqrt 3 = 0.0248, more than 0.02.
-    assert not entry.marked
-    assert found.entries["b", "good"].marked  # 0.11 +- 0.0248
-    assert found.entries["a", "bad"].marked  # -0.0333 +- 4.303 * 0.00577 / sqrt 3 = 0.0143
-    assert found.entries["b", "bad"].marked  # -0.03 +- 0.0248
-    assert not found.entries["a", "plain"].marked
+    assert not entry.versus.shown
+    assert found.entries["b", "good"].versus.shown  # 0.11 +- 0.0248
+    assert found.entries["a", "bad"].versus.shown  # -0.0333 +- 4.303 * 0.00577 / sqrt 3 = 0.0143
+    assert found.entries["b", "bad"].versus.shown  # -0.03 +- 0.0248
+    assert not found.entries["a", "plain"].versus.shown
     assert entry.weights.tolist() == [0.25, 0.75]
+
+
+def test_differences_are_paired_by_seed_and_not_by_position():
+    # Plain has the seeds 0 to 2, the other 3 to 1; by position the differences would be 200, -300 and -600.
+    made = [header(), *cells("plain", {"a": (0, 0, 0)})]
+    made += [cell("a", "other", seed, value) for seed, value in ((3, 8200), (2, 8500), (1, 8000))]
+    assert matrix.tabulate(made).entries["a", "other"].versus == pytest.approx((-0.005, 0.0212132, 2))
 
 
 def test_verdicts_and_ranks():
@@ -118,7 +128,7 @@ def test_a_matrix_without_plain_or_with_one_seed_is_shown_but_not_judged():
         assert set(found.verdicts["good"].missing) == {"a", "b"}
         assert "none can be recommended" in matrix_report.findings(found)[0]
         heatmap.draw(found)
-        assert "| good | 0 | 0 | - | - | 2 missing |" in matrix_report.markdown(found, [])
+        assert "| good | 0 | 0 | n/a | n/a | 2 missing |" in matrix_report.markdown(found, [])
 
 
 def test_a_number_that_is_not_finite_is_left_out_and_said():
@@ -165,6 +175,52 @@ def test_the_report_says_who_can_be_recommended_and_needs_no_other_file(tmp_path
     before = {path: path.read_bytes() for path in files}
     matrix_report.write(tmp_path, rows())
     assert {path: path.read_bytes() for path in files} == before
+
+
+def test_the_report_is_dated_by_its_rows():
+    assert "When the runs were made is not recorded." in matrix_report.markdown(matrix.tabulate(rows()), [])
+    made = [header() | {"started": f"2026-0{month}-02T03:04:05Z"} for month in (5, 3)] + rows()[1:]
+    text = matrix_report.markdown(matrix.tabulate(made), [])
+    assert "The runs were started from 2026-03-02 to 2026-05-02 (UTC).\n" in text
+
+
+def test_two_seeds_are_called_too_few():
+    found = matrix.tabulate([row for row in rows() if row.get("seed", 0) < 2])
+    text = matrix_report.markdown(found, [])
+    assert "2 seeds are too few seeds to show a difference: what is not marked may still differ." in text
+    # Differences of 100 and 200, t = 12.7: not shown; of 1000 and 1100: shown.
+    assert "| good | 82.50 ± 2.12 | +1.50 (too few seeds) |" in text
+    assert "(+4.15 to +16.85)" in text
+
+
+def test_minus_signs_are_all_alike_and_what_is_missing_has_none():
+    found = matrix.tabulate([row for row in rows() if row["run"] != "a/bad/2" and row.get("weighting") != "plain"])
+    text = matrix_report.markdown(matrix.tabulate(rows()), []) + matrix_report.markdown(found, [])
+    assert "n/a" in text
+    assert not re.search(r"[| (]-(\d|[ |])", text)
+
+
+def test_the_figure_is_drawn_for_light_and_dark_pages_and_scrolls_on_narrow_ones(tmp_path):
+    plot = heatmap.draw(matrix.tabulate(rows()))
+    for png, theme in ((plot.png, canvas.LIGHT), (plot.dark, canvas.DARK)):
+        corner = Image.open(io.BytesIO(png)).convert("RGB").getpixel((0, 0))
+        assert "#" + bytes(corner).hex() == theme.paper
+    matrix_report.write(tmp_path, rows())
+    page = (tmp_path / "report.html").read_text()
+    assert re.search('<span class="hint">.{0,99}<span class="scroll" tabindex="0"><picture>', page)
+    assert '<a href="#the-scenarios">' in page
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_tables_fit_a_terminal_unfolded(width):
+    said = io.StringIO()
+    found = matrix.tabulate(rows())
+    tables = matrix_report.tables(found)
+    Console(file=said, width=width).print(terminal("", tables, matrix_report.findings(found)))
+    text = said.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for cell in (cell for table in tables for section in table.sections for row in section for cell in row[:-1]):
+        assert cell in text
 
 
 def test_without_a_weighting_that_meets_it_the_nearest_is_named():

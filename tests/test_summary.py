@@ -10,7 +10,8 @@ import pytest
 
 from wavg_jax import summary
 from wavg_jax.base import DataError
-from wavg_jax.summary import Statistic, summarise
+from wavg_jax.statistic import Statistic, statistic
+from wavg_jax.summary import summarise
 
 Row = dict[str, Any]
 
@@ -107,7 +108,7 @@ def arms(rows: list[Row]) -> dict[str, summary.Arm]:
 def test_statistic_is_the_mean_and_sample_sd_of_the_finite_values(
     values: list[float], expected: tuple[float, float, int]
 ) -> None:
-    assert summary.statistic(values) == pytest.approx(Statistic(*expected), nan_ok=True)
+    assert statistic(values) == pytest.approx(Statistic(*expected), nan_ok=True)
 
 
 def test_arms_come_in_the_order_of_the_comparison() -> None:
@@ -154,6 +155,15 @@ def test_metrics_over_seeds(arm: str, metric: str, mean: float, sd: float, n: in
 def test_differences_are_paired_by_seed(arm: str, metric: str, mean: float, sd: float, n: int) -> None:
     value = arms(make_rows())[arm].differences[metric]
     assert value == pytest.approx(Statistic(mean, sd, n), nan_ok=True)
+
+
+def test_differences_are_paired_by_seed_and_not_by_position() -> None:
+    # Seeds 0 to 2 and 3 to 1: by seed the differences are 0.1 and 0.2, by position they would be 0.2, 0 and -0.1.
+    accuracies = {("plain", 0): 0.5, ("plain", 1): 0.6, ("plain", 2): 0.8}
+    accuracies |= {("weighted", 3): 0.7, ("weighted", 2): 1.0, ("weighted", 1): 0.7}
+    rows = [row for (arm, seed), a in accuracies.items() for row in (run_row(arm, seed), round_row(arm, seed, 1, a))]
+    value = arms(rows)["weighted"].differences["accuracy"]
+    assert value == pytest.approx(Statistic(0.15, math.sqrt(0.005), 2))
 
 
 def test_the_reference_has_no_differences_and_without_it_nobody_has() -> None:

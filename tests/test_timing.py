@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from absl import flags
 from absl.testing import flagsaver
 from small import regression, sharded
@@ -30,6 +31,13 @@ def test_every_part_that_a_round_has_takes_time_and_no_other():
     assert alone[1:] == (0, 0, 0)
 
 
+def test_a_device_is_charged_with_its_share_of_one_mean(monkeypatch):
+    # Whatever is timed takes 8 s, the 10 means that are timed together too; each of 4 devices sums a quarter of one.
+    monkeypatch.setattr(timing, "_seconds", lambda function, arguments, repeats: 8.0)
+    found = parts(wavg.averager(wavg.uniform()), sharded())
+    assert found == pytest.approx((8.0, 0.0, 8.0, 8.0 / 10 / 4))
+
+
 def test_each_arm_is_charged_with_what_it_does(monkeypatch):
     # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, or 0.05 with a search, one
     # exchange 0.001.
@@ -51,7 +59,8 @@ def test_each_arm_is_charged_with_what_it_does(monkeypatch):
     assert totals == {"sequential": 7.0, "sync": 1.05, "plain": 1.01, "weighted": 1.15}
     assert few == {"plain": paths["plain"]}
     assert changing == {"plain": None, "weighted": None}
-    assert all(path["round"] == path["local"] + path["score"] + path["blend"] for path in paths.values())
+    # Newer Pythons add floats up more exactly than a + b + c does.
+    assert all(path["round"] == pytest.approx(path["local"] + path["score"] + path["blend"]) for path in paths.values())
     assert flags.FLAGS.local_steps != 50
 
 

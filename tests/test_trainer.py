@@ -1,5 +1,7 @@
 """fit(): one compilation, donated buffers, what reaches the weights, dead replicas, placement, policies, bad input."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from wavg_jax.recipe import make_work, put_shared
 TASK = regression()
 INNER = optax.sgd(0.1, momentum=0.9)
 WEIGHTED = wavg.averager(wavg.softmax("loss", 0.5))
-CLOCKS = ("seconds", "elapsed", "compile_seconds")
+CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
 
 
 def run(sharded_data, averager=WEIGHTED, task=TASK, inner=INNER, **options):
@@ -38,6 +40,8 @@ def test_it_learns_and_says_what_happened():
     result = run(sharded(), rounds=10)
     first, *rows = result.rows
     assert (first["kind"], first["replicas"], first["parameters"], first["shard_sizes"]) == ("run", 4, 15, [60] * 4)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["started"])
+    assert first["class_names"] is None
     assert first["bytes_per_round"] == 2 * 4 * (15 + 1) * 4  # up and down, 4 replicas, 15 parameters and 1 statistic
     assert [row["round"] for row in rows] == list(range(1, 11))
     assert [row["samples"] for row in rows] == [4 * 4 * 8 * r for r in range(1, 11)]

@@ -1,26 +1,85 @@
 """What the numbers of a report say, in sentences."""
 
-import math
-
-import scipy.stats
+from collections.abc import Sequence
 
 from wavg_jax import summary
-from wavg_jax.summary import REFERENCE, Arm, Statistic, Summary
+from wavg_jax.statistic import Statistic, interval
+from wavg_jax.summary import REFERENCE, Arm, Summary
 
 
-def half_width(d: Statistic) -> float:
-    """Half of the 95 % interval of a mean by Student's t: with 3 seeds it is 2.5 times their sd.
+def answer(summaries: Sequence[Summary]) -> list[str]:
+    """Says whether weighting helped, and where it did not: first in one sentence, then with numbers by scenario."""
+    names = summary.names(summaries)
+    said: dict[str, list[str]] = {}
+    for one, name in zip(summaries, names, strict=True):
+        said.setdefault(_outcome(one), []).append(name)
+    order = [outcome for outcome in OUTCOMES if outcome in said]
+    sentence = "; ".join(f"{outcome}: {', '.join(said[outcome])}" for outcome in order)
+    lines = [sentence[0].upper() + sentence[1:] + "."]
+    for one, name in zip(summaries, names, strict=True):
+        if _comparable(one):
+            lines.append(
+                f"{name[0].upper() + name[1:]}: {_versus(one.focus)}{_loss(one.focus)}{_highest(one)}{_lost(one)}"
+            )
+    return lines
 
-    >>> from wavg_jax.summary import statistic
-    >>> round(half_width(statistic([1.0, 2.0, 3.0])), 3)
-    2.484
-    """
-    return float(scipy.stats.t.ppf(0.975, d.n - 1)) * d.sd / math.sqrt(d.n)
+
+HELPED, HARMED, EQUAL, UNDECIDED, APART = OUTCOMES = (
+    "weighting helped",
+    "weighting did harm",
+    "no difference in accuracy from plain averaging is shown",
+    "too few seeds to show a difference",
+    "no comparison with plain averaging",
+)
+"""What can come out of a scenario, in the order in which it is told."""
+
+
+def _comparable(one: Summary) -> bool:
+    return bool(one.focus.differences) and one.focus.weights is not None
+
+
+def _outcome(one: Summary) -> str:
+    if not _comparable(one) or not one.focus.differences["accuracy"].n:
+        return APART
+    d = one.focus.differences["accuracy"]
+    if d.shown:
+        return HELPED if d.mean > 0 else HARMED
+    return UNDECIDED if d.too_few else EQUAL
+
+
+def _loss(arm: Arm) -> str:
+    """Where accuracy does not tell arms apart, the loss may."""
+    d = arm.differences["loss"]
+    return f" Its test loss is {abs(d.mean):.3f} {'lower' if d.mean < 0 else 'higher'}." if d.shown else ""
+
+
+def _highest(one: Summary) -> str:
+    found = {arm.name: arm.metrics["accuracy"].mean for arm in one.arms if arm.metrics["accuracy"].n}
+    if not found:
+        return ""
+    best = max(found, key=lambda name: found[name])
+    return f" The highest mean of all arms is that of {best}, {100 * found[best]:.2f} %."
+
+
+def _lost(one: Summary) -> str:
+    """Which runs are in no mean: leaving them out flatters their arm."""
+    found = [f"{arm.name} with {_which(arm)}" for arm in one.arms if _diverged(arm)]
+    return f" Left out, since they diverged: {'; '.join(found)}." if found else ""
+
+
+def _diverged(arm: Arm) -> list[int]:
+    return [run.seed for run in arm.runs if run.diverged[-1]]
+
+
+def _which(arm: Arm) -> str:
+    found = _diverged(arm)
+    return "every seed" if len(found) == len(arm.runs) else _seeds(found)
 
 
 def findings(one: Summary) -> list[str]:
     """What the numbers say, in sentences: differences, weights, and what to beware of."""
-    lines = [_versus(arm) for arm in one.arms if arm.differences]
+    lines = [line for arm in one.arms for line in _failures(arm)]
+    lines += [_versus(arm) for arm in one.arms if arm.differences]
     for arm in one.arms:
         lines += _weight_findings(arm, set(one.header["noisy_shards"] or ()))
     for run in one.runs:
@@ -41,19 +100,49 @@ def findings(one: Summary) -> list[str]:
     return lines
 
 
+def _failures(arm: Arm) -> list[str]:
+    """What went wrong with an arm as a whole, before any of its numbers."""
+    lines = []
+    if _diverged(arm):
+        lines.append(
+            f"{arm.name} diverged with {_which(arm)}: the network's outputs are not finite, so these runs have no "
+            "quality, and are in no mean and no difference of it."
+        )
+    if arm.weights is not None and arm.weights.lost:
+        ended = [run.seed for run in arm.runs if not run.alive[-1].any()]
+        last = f"; with {_seeds(ended)} that is how the run ended" if ended else ""
+        lines.append(
+            f"{arm.name}: all replicas were dead (numbers not finite, or masked) in {arm.weights.lost} of "
+            f"{arm.weights.rounds} rounds (all seeds together), in which nothing was averaged{last}."
+        )
+    return lines
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {summary.text(seeds)}"
+
+
 def _versus(arm: Arm) -> str:
     d = arm.differences["accuracy"]
     if d.n == 0:
-        return f"{arm.name} cannot be compared with {REFERENCE}: they share no seed."
+        why = "no seed in which both ended with finite numbers" if arm.pairs else "they share no seed"
+        return f"{arm.name} cannot be compared with {REFERENCE}: {why}."
     if d.mean == 0 and d.sd == 0:
         return f"{arm.name} ended at the test accuracy of {REFERENCE} in each of {d.n} seeds."
     side = "above" if d.mean >= 0 else "below"
     line = f"{arm.name} ended {abs(100 * d.mean):.2f} points of test accuracy {side} {REFERENCE}"
+    return f"{line} ({_certainty(d)}."
+
+
+def _certainty(d: Statistic) -> str:
     if d.n == 1:
-        return f"{line} with one seed; how much seeds differ is not known."
-    half = half_width(d)
-    line += f" (paired over {d.n} seeds, 95 % interval {100 * (d.mean - half):+.2f} to {100 * (d.mean + half):+.2f})"
-    return f"{line}." if abs(d.mean) > half else f"{line}: seeds differ by as much, so no difference is shown."
+        return "one seed): too few seeds to show a difference"
+    line = f"paired over {d.n} seeds, 95 % interval {interval(d)})"
+    if d.shown:
+        return line
+    return f"{line}: " + (
+        "too few seeds to show a difference" if d.too_few else "seeds differ by as much, so no difference is shown"
+    )
 
 
 def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:
@@ -65,7 +154,7 @@ def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:
         for i, rounds in enumerate(w.dead)
         if rounds
     ]
-    if arm.name == REFERENCE:
+    if arm.name == REFERENCE or w.lost == w.rounds:
         return lines
     effective = f"effective number {w.effective_mean:.2f} of {k} replicas"
     if w.uniform:

@@ -1,6 +1,7 @@
-"""Names the hardware and the versions that a number was measured with."""
+"""Names the time, the hardware and the versions that a number was measured with."""
 
 import contextlib
+import datetime
 import os
 import pathlib
 import platform
@@ -24,6 +25,11 @@ def hardware() -> dict[str, str | int]:
         # For a GPU the versions of its driver and libraries; on a CPU just "cpu".
         "platform_version": " ".join(device.client.platform_version.split()),
     }
+
+
+def now() -> str:
+    """The time, UTC, as ISO 8601 to the second: "2026-01-31T12:00:00Z"."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def on_cpu() -> bool:

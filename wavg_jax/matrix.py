@@ -6,6 +6,7 @@ There are two kinds of rows, beside those of `wavg_jax.records`:
   run                   "matrix"
   scenarios             {name: title}, those that were asked for
   settings              the flags that all cells share; must agree when the recording is gone on with
+  started               when it was begun: UTC, ISO 8601; may be missing
   recommend             whether the report says which weighting can be recommended; may be missing, which means true
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
 
@@ -27,8 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wavg_jax.base import DataError
-from wavg_jax.findings import half_width
-from wavg_jax.summary import REFERENCE, Floats, Row, Statistic, distinct, statistic
+from wavg_jax.statistic import Floats, Statistic, statistic
+from wavg_jax.summary import REFERENCE, Row, distinct
 
 METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
 MARGIN = 0.01
@@ -59,11 +60,6 @@ class Entry(NamedTuple):
     def versus(self) -> Statistic:
         """Test accuracy minus plain averaging's."""
         return self.differences["test_accuracy"]
-
-    @property
-    def marked(self) -> bool:
-        """Whether the 95 % interval of the difference in test accuracy leaves 0 out."""
-        return self.versus.n > 1 and abs(self.versus.mean) > half_width(self.versus)
 
 
 class Verdict(NamedTuple):
@@ -245,7 +241,7 @@ def _verdict(entries: Mapping[tuple[str, str], Entry], weighting: str, scenarios
     shortfall = short.get(shortfall_in, math.nan)
     return Verdict(
         missing=tuple(s for s in scenarios if s not in judged),
-        worse=tuple(s for s, entry in judged.items() if entry.marked and entry.versus.mean < 0),
+        worse=tuple(s for s, entry in judged.items() if entry.versus.shown and entry.versus.mean < 0),
         below=tuple(s for s, entry in judged.items() if entry.versus.mean < -spread[s]),
         gap=gaps.get(gap_in, math.nan),
         gap_in=gap_in,

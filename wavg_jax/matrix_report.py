@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from rich.console import Group
 
 from wavg_jax import heatmap, records, summary
-from wavg_jax.findings import half_width
-from wavg_jax.heatmap import signed
+from wavg_jax.canvas import Plot
+from wavg_jax.heatmap import NONE
 from wavg_jax.matrix import MARGIN, Entry, Matrix, Verdict, tabulate
-from wavg_jax.plots import Plot
-from wavg_jax.report import Table, escape, flag, markdown_table, number, page, pairs, terminal
-from wavg_jax.summary import REFERENCE, Row, Statistic
+from wavg_jax.page import page
+from wavg_jax.report import AGAIN, dated, document, flag, image, pairs
+from wavg_jax.statistic import Statistic, interval, number, signed
+from wavg_jax.summary import REFERENCE, Row
+from wavg_jax.tables import Table, escape, markdown_table
+from wavg_jax.terminal import terminal
 
 POINT = f"{100 * MARGIN:g} point"
 
@@ -23,6 +26,10 @@ def findings(matrix: Matrix) -> list[str]:
     lines += [_strict(matrix)]
     if matrix.lacking:
         lines.append(f"{matrix.lacking} cells of the matrix are not recorded; what is judged is judged without them.")
+    n = len(matrix.seeds)
+    if n <= 2:
+        shown = "1 seed is" if n == 1 else f"{n} seeds are"
+        lines.append(f"{shown} too few seeds to show a difference: what is not marked may still differ.")
     compared = sum(entry.versus.n > 1 and w != REFERENCE for (_, w), entry in matrix.entries.items())
     lines += [
         f"{compared} differences from {REFERENCE} are tested one by one, at 95 %: about {0.05 * compared:.0f} of them "
@@ -71,7 +78,7 @@ def _scenarios(matrix: Matrix) -> Table:
     for scenario, title in matrix.titles.items():
         best = matrix.best[scenario]
         plain, top = matrix.entries.get((scenario, REFERENCE)), matrix.entries[scenario, best]
-        shown = "-" if plain is None else number(100, 2)(plain.accuracy, "")
+        shown = NONE if plain is None else number(100, 2)(plain.accuracy, "")
         rate = f"{matrix.rates[scenario]:g}"
         rows.append((title, rate, shown, best, number(100, 2)(top.accuracy, ""), _interval(top.versus)))
     note = "Test accuracy, mean ± standard deviation over seeds; the difference is in points, with its 95 % interval."
@@ -80,10 +87,10 @@ def _scenarios(matrix: Matrix) -> Table:
 
 
 def _interval(d: Statistic) -> str:
-    if d.n < 2:
-        return "-" if d.n == 0 else signed(100 * d.mean, 2)
-    low, high = d.mean - half_width(d), d.mean + half_width(d)
-    return f"{signed(100 * d.mean, 2)} ({signed(100 * low, 2)} to {signed(100 * high, 2)})"
+    if not d.n:
+        return NONE
+    shown = signed(100 * d.mean, 2)
+    return f"{shown} (too few seeds)" if d.too_few else f"{shown} ({interval(d)})"
 
 
 def _verdicts(matrix: Matrix) -> Table:
@@ -97,7 +104,7 @@ def _verdicts(matrix: Matrix) -> Table:
         "scenarios, indicative only if other work ran beside."
     )
     heads = ("weighting", "worse", "below", "gap", "in", *(("recommended",) if matrix.recommend else ()), "round")
-    return Table("The weightings", note, heads, (tuple(rows),))
+    return Table("The weightings", note, heads, (tuple(rows),), spare=("round",))
 
 
 def _verdict(matrix: Matrix, name: str, verdict: Verdict) -> tuple[str, ...]:
@@ -114,10 +121,10 @@ def _verdict(matrix: Matrix, name: str, verdict: Verdict) -> tuple[str, ...]:
         name,
         str(len(verdict.worse)),
         str(len(verdict.below)),
-        "-" if math.isnan(verdict.gap) else f"{100 * verdict.gap:.2f}",
-        matrix.titles.get(verdict.gap_in, "-"),
+        NONE if math.isnan(verdict.gap) else f"{100 * verdict.gap:.2f}",
+        matrix.titles.get(verdict.gap_in, NONE),
         *((said,) if matrix.recommend else ()),
-        f"{sum(times) / len(times):.2f}" if times else "-",
+        f"{sum(times) / len(times):.2f}" if times else NONE,
     )
 
 
@@ -127,7 +134,7 @@ def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], 
     def cell(scenario: str, weighting: str) -> str:
         entry = matrix.entries.get((scenario, weighting))
         if entry is None:
-            return "-"
+            return NONE
         seeds = f" ({entry.accuracy.n} of {len(matrix.seeds)})" if entry.accuracy.n < len(matrix.seeds) else ""
         return show(entry) + seeds
 
@@ -192,19 +199,16 @@ def markdown(matrix: Matrix, drawn: Sequence[Plot]) -> str:
     """The report as Markdown; images are named `plots/NAME.png`."""
     settings = matrix.headers[0]["settings"]
     flags = [f"--{name}={flag(value)}" for name, value in settings.items() if value is not None]
-    parts = [f"# {_heading(matrix)}", "\n".join(f"- {escape(line)}" for line in findings(matrix))]
+    head = [f"# {escape(_heading(matrix))}", escape(dated(matrix.headers))]
+    head += ["\n".join(f"- {escape(line)}" for line in findings(matrix))]
     for plot in drawn:
-        parts += [f"## {plot.title}", f"![{plot.title}](plots/{plot.name}.png)", escape(plot.caption)]
+        head += [f"## {plot.title}", image(plot), escape(plot.caption)]
+    parts = []
     for table in tables(matrix) + _wide(matrix):
         parts += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
-    parts += [
-        *("## Setup", markdown_table(_setup(matrix)), "Flags that all cells share:"),
-        "```\n" + "\n".join(flags) + "\n```",
-        "## Build it again",
-        "From the recorded rows alone, where each DIR holds a `rows.jsonl`:",
-        "```\npython -m experiments.report DIR...\n```",
-    ]
-    return "\n\n".join(parts) + "\n"
+    parts += ["## Setup", markdown_table(_setup(matrix), numbers=False), "Flags that all cells share:"]
+    parts += ["```\n" + "\n".join(flags) + "\n```", *AGAIN]
+    return document(head, parts)
 
 
 def _heading(matrix: Matrix) -> str:

@@ -1,45 +1,21 @@
-"""The figures of a report, as PNG images.
+"""The figures of one scenario: accuracy on three axes, effective replicas, weights, confusion matrix."""
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and every arm has a line style of its own.
-Nothing here touches pyplot, so there is no global state and no figure to close.
-"""
-
-import io
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from wavg_jax.summary import KNOWN_ARMS, Arm, Floats, Run, Summary
+from wavg_jax import canvas
+from wavg_jax.canvas import DASHES, MARKERS, SMALL, TEXT, Plot, Theme
+from wavg_jax.statistic import Floats, clock_unit
+from wavg_jax.summary import KNOWN_ARMS, Arm, Run, Summary
 
-INK = "#333333"
-# The known arms first, in their order; then whatever else was trained.
-COLOURS = ("#7F7F7F", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-STYLES = ("-.", "--", "-", "-", (0, (5, 1)), (0, (3, 1, 1, 1)), ":", (0, (1, 1)))
-SIZE = (9.0, 4.8)  # inches, at 100 dots each: the 900 px that a report is wide
-DPI = 150
-
-
-class Plot(NamedTuple):
-    """A drawn figure.
-
-    Attributes:
-      name: what the file is called, without ending.
-      title: what it shows, in a few words.
-      caption: how to read it.
-      png: the image.
-    """
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
+HEIGHT = 4.4
+Clock = Callable[[Run], Floats]
 
 
 def draw(summary: Summary) -> tuple[Plot, ...]:
@@ -53,8 +29,8 @@ def draw(summary: Summary) -> tuple[Plot, ...]:
       the effective number of replicas; the weights of one seed; the confusion matrix.
     """
     band = (
-        "Line: mean over seeds, up to the last round that all have; band: ± 1 standard deviation; dotted: target. "
-        "The frame may leave out early rounds."
+        "Line: mean over seeds, up to the last round in which all have finite numbers; band: ± 1 standard deviation; "
+        "dotted: target. The frame may leave out early rounds."
     )
     k = int(summary.header["replicas"])
     plots = [
@@ -63,59 +39,38 @@ def draw(summary: Summary) -> tuple[Plot, ...]:
             "accuracy_measured",
             "Test accuracy on the measured clock",
             f"{band} Wall time of all replicas on this hardware, compilation apart.",
-            "measured wall time on this hardware (s)",
-            lambda run: run.elapsed,
+            ("wall time on this hardware", lambda run: run.elapsed),
         ),
         _accuracy(
             summary,
             "accuracy_critical_path",
             "Test accuracy on the computed clock (critical path)",
             f"{band} Computed, not measured: rounds times what one replica's local phase, scoring and blend take.",
-            f"critical path, computed for {k} devices (s)",
-            lambda run: run.critical,
+            (f"critical path, computed for {k} device{'s' if k > 1 else ''}", lambda run: run.critical),
         ),
-        _accuracy(
-            summary,
-            "accuracy_samples",
-            "Test accuracy against samples",
-            band,
-            "training samples seen, all replicas together",
-            lambda run: run.samples,
-        ),
+        _accuracy(summary, "accuracy_samples", "Test accuracy against samples", band, None),
         _effective(summary),
-        _heat_map(summary.focus),
-        _confusion(summary.focus),
+        _heat_map(summary),
+        _confusion(summary),
     ]
     return tuple(plot for plot in plots if plot is not None)
 
 
-def colour(summary: Summary, arm: Arm) -> str:
-    """The colour of an arm, the same in every figure."""
-    return COLOURS[_index(summary, arm) % len(COLOURS)]
-
-
-def _index(summary: Summary, arm: Arm) -> int:
+def index(summary: Summary, arm: Arm) -> int:
+    """The place of an arm among colours, dashes and markers, the same in every figure and whichever arms were run."""
     others = [other.name for other in summary.arms if other.name not in KNOWN_ARMS]
-    return (*KNOWN_ARMS, *others).index(arm.name)
+    return (*KNOWN_ARMS, *others).index(arm.name) % len(MARKERS)
 
 
-def _axes(height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(SIZE[0], height), dpi=DPI, facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(labelsize=11, colors=INK)
-    axes.xaxis.label.set(size=12, color=INK)
-    axes.yaxis.label.set(size=12, color=INK)
-    return figure, axes
+def heading(summary: Summary) -> str:
+    """What a figure says below its title: what was trained on, and over how many seeds, where all arms have as many."""
+    seeds = {len(arm.runs) for arm in summary.arms}
+    count = f", {_seeds(*seeds)}" if len(seeds) == 1 else ""
+    return f"{summary.header['dataset']}, {summary.scenario}{count}"
 
 
-def render(figure: Figure, name: str, title: str, caption: str) -> Plot:
-    """Turns a figure into the image of a plot."""
-    image = io.BytesIO()
-    # Unlike savefig, this draws once; without the writer's version the same rows give the same bytes.
-    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
-    return Plot(name, title, caption, image.getvalue())
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' if n > 1 else ''}"
 
 
 def _mean_sd(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
@@ -126,51 +81,60 @@ def _mean_sd(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
 
 
 def _lines(
-    axes: Axes, summary: Summary, arms: Sequence[Arm], x: Callable[[Run], Floats], y: Callable[[Run], Floats]
+    theme: Theme, axes: Axes, summary: Summary, arms: Sequence[Arm], x: Clock, y: Clock
 ) -> list[tuple[Floats, Floats]]:
     """Draws mean and band of each arm; returns the lower and upper edges of the bands, arm by arm."""
     edges = []
+    uneven = len({len(arm.runs) for arm in summary.arms}) > 1
     for arm in arms:
         across, _ = _mean_sd([x(run) for run in arm.runs])
         mean, sd = _mean_sd([y(run) for run in arm.runs])
-        index, seeds = _index(summary, arm), len(arm.runs)
-        label = f"{arm.name} ({seeds} seed{'s' if seeds > 1 else ''})"
-        ink = COLOURS[index % len(COLOURS)]
+        place = index(summary, arm)
+        ink = theme.colours[place]
         axes.fill_between(across, mean - sd, mean + sd, color=ink, alpha=0.18, linewidth=0)
-        marker = "o" if len(mean) < 3 else None
+        apart = max(len(mean) // 6, 1)
         axes.plot(
             across,
             mean,
             color=ink,
-            linestyle=STYLES[index % len(STYLES)],
+            linestyle=DASHES[place],
             linewidth=2,
-            marker=marker,
-            label=label,
+            marker=MARKERS[place],
+            markersize=5.5,
+            # Not where the other arms have theirs.
+            markevery=(place % apart, apart),
+            label=f"{arm.name} ({_seeds(len(arm.runs))})" if uneven else arm.name,
         )
         edges.append((mean - sd, mean + sd))
     return edges
 
 
-def _accuracy(
-    summary: Summary, name: str, title: str, caption: str, x_label: str, x: Callable[[Run], Floats]
-) -> Plot | None:
+def _accuracy(summary: Summary, name: str, title: str, caption: str, clock: tuple[str, Clock] | None) -> Plot | None:
+    """Test accuracy on a clock, or, without one, against samples."""
+    label, x = clock or ("training samples seen, all replicas together", lambda run: run.samples)
     arms = [arm for arm in summary.arms if all(np.isfinite(x(run)).all() for run in arm.runs)]
     if not arms:
         return None
-    figure, axes = _axes()
-    edges = _lines(axes, summary, arms, x, lambda run: 100 * run.accuracy)
+    unit, scale = clock_unit([float(x(run)[-1]) for arm in arms for run in arm.runs])
+    label, scale = (label, 1.0) if clock is None else (f"{label} ({unit})", scale)
     target = 100 * summary.target
-    if math.isfinite(target):
-        axes.axhline(target, color=INK, linestyle=":", linewidth=1.2)
-    axes.set_ylim(*_limits(edges, target))
-    axes.set_xlim(left=0)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("test accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(8))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.legend(loc="lower right", framealpha=0.8, edgecolor="none", fontsize=11)
-    return render(figure, name, title, caption)
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, heading(summary), HEIGHT)
+        edges = _lines(theme, axes, summary, arms, lambda run: scale * x(run), lambda run: 100 * run.accuracy)
+        if math.isfinite(target):
+            axes.axhline(target, color=theme.ink, linestyle=":", linewidth=1.2)
+        axes.set_ylim(*_limits(edges, target))
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+        axes.set_ylabel("test accuracy (%)")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        axes.grid(axis="y", color=theme.faint, linewidth=0.8)
+        canvas.legend(theme, axes)
+        return figure
+
+    return canvas.plot(name, title, caption, paint)
 
 
 def _limits(edges: Sequence[tuple[Floats, Floats]], target: float) -> tuple[float, float]:
@@ -188,83 +152,108 @@ def _limits(edges: Sequence[tuple[Floats, Floats]], target: float) -> tuple[floa
 
 
 def _effective(summary: Summary) -> Plot | None:
-    arms = [arm for arm in summary.arms if arm.weights is not None]
+    arms = [arm for arm in summary.arms if arm.weights is not None and arm.weights.lost < arm.weights.rounds]
     if not arms:
         return None
-    figure, axes = _axes(height=3.8)
-    edges = _lines(axes, summary, arms, lambda run: run.rounds, lambda run: run.effective)
-    k = int(summary.header["replicas"])
-    lowest = np.concatenate([lower for lower, _ in edges])
-    # At least a tenth of K is shown, or the rounding of equal weights would look like a trend.
-    bottom = min([0.9 * k, *lowest[np.isfinite(lowest)]])
-    axes.set_ylim(max(bottom - 0.05 * (k - bottom), 0), k + 0.08 * (k - bottom))
-    axes.axhline(k, color=INK, linestyle=":", linewidth=1.2)
-    axes.set_xlabel("round")
-    axes.set_ylabel("effective number of replicas")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.legend(loc="best", framealpha=0.8, edgecolor="none", fontsize=11)
+    title, k = "Effective number of replicas", int(summary.header["replicas"])
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, heading(summary), HEIGHT - 0.8)
+        edges = _lines(theme, axes, summary, arms, lambda run: run.rounds, _living)
+        lowest = np.concatenate([lower for lower, _ in edges])
+        # At least a tenth of K is shown, or the rounding of equal weights would look like a trend.
+        bottom = min([0.9 * k, *lowest[np.isfinite(lowest)]])
+        axes.set_ylim(max(bottom - 0.05 * (k - bottom), 0), k + 0.08 * (k - bottom))
+        axes.axhline(k, color=theme.ink, linestyle=":", linewidth=1.2)
+        axes.set_xlabel("round")
+        axes.set_ylabel("effective number")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(axis="y", color=theme.faint, linewidth=0.8)
+        canvas.legend(theme, axes)
+        return figure
+
     caption = f"1 / Σ w²: from 1 (one replica decides) to {k} (dotted: all count the same). Band: ± 1 sd over seeds."
-    return render(figure, "effective_replicas", "Effective number of replicas", caption)
+    return canvas.plot("effective_replicas", title, caption, paint)
 
 
-def _heat_map(arm: Arm) -> Plot | None:
+def _living(run: Run) -> Floats:
+    """The effective number of replicas [R]; none in a round in which all were dead."""
+    return np.where(run.alive.any(axis=1), run.effective, np.nan)
+
+
+def _heat_map(summary: Summary) -> Plot | None:
+    arm = summary.focus
     if arm.weights is None:
         return None
     run = arm.runs[0]
-    k = run.replicas
+    k, title = run.replicas, f"Weight of each replica: {arm.name}, seed {run.seed}"
+    made_from = f"{summary.header['dataset']}, {summary.scenario}"
     noisy = set(run.header["noisy_shards"] or ())
-    figure, axes = _axes(height=max(3.2, min(1.4 + 0.32 * k, 7)))
-    weights = run.weights.T
-    finite = weights[np.isfinite(weights)]
-    norm = TwoSlopeNorm(1 / k, vmin=0, vmax=max([2 / k, *finite]))
-    first, last = run.rounds[0] - 0.5, run.rounds[-1] + 0.5
-    image = axes.imshow(
-        weights,
-        aspect="auto",
-        cmap="PuOr",
-        norm=norm,
-        interpolation="nearest",
-        extent=(first, last, k - 0.5, -0.5),
-    )
+    weights = np.where(run.alive.any(axis=1, keepdims=True), run.weights, np.nan).T
+    norm = TwoSlopeNorm(1 / k, vmin=0, vmax=max([2 / k, *weights[np.isfinite(weights)]]))
     dead = np.argwhere(~run.alive)
-    if dead.size:
-        axes.plot(run.rounds[dead[:, 0]], dead[:, 1], linestyle="", marker="x", color="white", markeredgewidth=2)
-    step = math.ceil(k / 16)
-    ticks = sorted({*range(0, k, step), *noisy})
-    axes.set_yticks(ticks, [f"{tick} (noisy)" if tick in noisy else str(tick) for tick in ticks])
-    for label, tick in zip(axes.get_yticklabels(), ticks, strict=True):
-        label.set_fontweight("bold" if tick in noisy else "normal")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("round")
-    axes.set_ylabel("replica")
-    bar = figure.colorbar(image, ax=axes, pad=0.015)
-    bar.set_label(f"weight (white: 1/K = {1 / k:.3g})", size=11, color=INK)
-    bar.ax.tick_params(labelsize=10, colors=INK)
-    caption = f"Arm {arm.name}, seed {run.seed}. White is the equal weight 1/{k}. A cross: the replica took no part."
-    return render(figure, "weights", "Weight of each replica", caption)
+    ticks = sorted({*range(0, k, math.ceil(k / 16)), *noisy})
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, made_from, max(3.4, min(1.8 + 0.3 * k, 7)))
+        extent = (run.rounds[0] - 0.5, run.rounds[-1] + 0.5, k - 0.5, -0.5)
+        image = axes.imshow(
+            weights, aspect="auto", cmap=theme.diverging, norm=norm, interpolation="nearest", extent=extent
+        )
+        if dead.size:
+            axes.plot(run.rounds[dead[:, 0]], dead[:, 1], linestyle="", marker="x", color=theme.ink, markeredgewidth=2)
+        axes.set_yticks(ticks, [f"{tick} (noisy)" if tick in noisy else str(tick) for tick in ticks])
+        for label, tick in zip(axes.get_yticklabels(), ticks, strict=True):
+            label.set_fontweight("bold" if tick in noisy else "normal")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("round")
+        axes.set_ylabel("replica")
+        canvas.colour_bar(theme, figure, axes, image, f"weight (equal: 1/{k} = {1 / k:.3g})")
+        return figure
+
+    caption = (
+        f"Arm {arm.name}, seed {run.seed}. Red: less than the equal weight 1/{k}, blue: more. A cross: the replica "
+        "took no part."
+    )
+    return canvas.plot("weights", title, caption, paint)
 
 
-def _confusion(arm: Arm) -> Plot | None:
+def _confusion(summary: Summary) -> Plot | None:
+    arm = summary.focus
     counts = [run.confusion for run in arm.runs if run.confusion is not None]
     if not counts:
         return None
     total = np.sum(counts, axis=0)
     share = 100 * total / np.maximum(total.sum(axis=1, keepdims=True), 1)
-    classes = len(share)
-    figure, axes = _axes(height=7.2)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    if classes <= 12:
-        for (row, column), value in np.ndenumerate(share):
-            ink = "white" if value > 55 else INK
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=10, color=ink)
-        axes.set_xticks(range(classes))
-        axes.set_yticks(range(classes))
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    bar = figure.colorbar(image, ax=axes, pad=0.015)
-    bar.set_label("share of the true class (%)", size=11, color=INK)
-    bar.ax.tick_params(labelsize=10, colors=INK)
+    title, names = f"Confusion matrix: {arm.name}", _class_names(summary, len(share))
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, heading(summary), 6.0)
+        image = axes.imshow(share, cmap=theme.shares, vmin=0, vmax=100)
+        if len(share) <= 12:
+            for (row, column), value in np.ndenumerate(share):
+                if value >= 0.5:
+                    ink = theme.on(*theme.shares(value / 100)[:3])
+                    axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=SMALL, color=ink)
+            slanted = max(map(len, names)) > 2
+            axes.set_xticks(range(len(names)), names, rotation=45 * slanted, ha="right" if slanted else "center")
+            axes.set_yticks(range(len(names)), names)
+        else:
+            canvas.colour_bar(theme, figure, axes, image, "share of the true class (%)")
+        axes.set_xlabel("predicted class", size=TEXT)
+        axes.set_ylabel("true class", size=TEXT)
+        return figure
+
     seeds = ", ".join(str(run.seed) for run in arm.runs if run.confusion is not None)
-    caption = f"Arm {arm.name}, final round, test split, summed over seeds {seeds}; each row adds up to 100 %."
-    return render(figure, "confusion", "Confusion matrix", caption)
+    caption = (
+        f"Arm {arm.name}, final round, test split, summed over seeds {seeds}: share of each true class in %, by row; "
+        "a share below 0.5 is left out."
+    )
+    return canvas.plot("confusion", title, caption, paint)
+
+
+def _class_names(summary: Summary, classes: int) -> list[str]:
+    """Their names, cut where they are long; their numbers where no names were recorded."""
+    names = summary.header.get("class_names") or ()
+    names = names if len(names) == classes else range(classes)
+    return [name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, names)]

@@ -5,7 +5,9 @@ is null.
 
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it is a run of; its seed
+  started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"
   dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+  class_names           [classes]; null where they are not known; it and started are missing in older rows
   data_crc              of labels and shards, to tell data apart
   devices               how many the replicas were spread over
   replica_map           how those of one device were run, a name in `wavg_jax.mapping.MAPS`

@@ -13,14 +13,21 @@ from numpy.typing import NDArray
 
 from wavg_jax.base import DataError
 from wavg_jax.records import check_rounds
+from wavg_jax.shares import Weights, weights_over
+from wavg_jax.statistic import Floats, Statistic, statistic
 
 Row = Mapping[str, Any]
-Floats = NDArray[np.float64]
 
-KNOWN_ARMS = ("sequential", "sync", "plain", "weighted")
+KNOWN_ARMS = {
+    "sequential": "one network, small batches one after another, on all shards together; no data parallelism",
+    "sync": "one network on all shards together, with a batch K times as large: what averaging gradients at every "
+    "step does",
+    "plain": "K replicas, each trained on its own shard; after every round they are blended with equal weights",
+    "weighted": "K replicas, each trained on its own shard; after every round they are blended with weights that "
+    "depend on how good each replica is",
+}
+"""What the arms of the comparison are, in their order."""
 REFERENCE = "plain"
-# A larger share of K than this is what a coefficient of variation of the weights under about 10 % gives.
-UNIFORM_SHARE = 0.99
 SHOWN = (  # fields of a run row that only the reader needs
     *("run", "arm", "seed", "classes", "heldout_samples", "test_samples", "shard_sizes", "local_steps"),
     *("batch_size", "samples_per_round", "hardware", "versions"),
@@ -29,24 +36,12 @@ SHOWN = (  # fields of a run row that only the reader needs
 BOOKKEEPING = frozenset({"arm", "arms", "seed", "seeds", "workdir", "data_dir", "out", "resume", "flagfile"})
 
 
-class Statistic(NamedTuple):
-    """A quantity over seeds.
-
-    Attributes:
-      mean: mean over the `n` seeds that have a finite value; nan when none has.
-      sd: sample standard deviation (n - 1); nan below two seeds.
-      n: seeds with a finite value.
-    """
-
-    mean: float
-    sd: float
-    n: int
-
-
 class Run(NamedTuple):
     """One arm trained from one seed: its run row, and its R round rows as arrays [R]; see `wavg_jax.records`.
 
-    `weights` and `alive` are [R, K]; `confusion` are counts [C, C] of the last round, true class by row.
+    `weights` and `alive` are [R, K]; `confusion` are counts [C, C] of the last round, true class by row. `diverged`
+    marks the rounds after which the network's outputs were not finite: such a network has no quality, so `accuracy`
+    and the other measures of it are nan there.
     """
 
     header: Row
@@ -61,6 +56,7 @@ class Run(NamedTuple):
     weights: Floats
     alive: NDArray[np.bool_]
     effective: Floats
+    diverged: NDArray[np.bool_]
     confusion: Floats | None
 
     @property
@@ -112,33 +108,6 @@ METRICS: Mapping[str, Callable[[Run], float]] = {
 }
 
 
-class Weights(NamedTuple):
-    """How an arm of K replicas weighted them, over its rounds and seeds.
-
-    Attributes:
-      effective_mean: mean effective number of replicas.
-      effective_min: the smallest of any round.
-      share: mean of the effective number over the number of live replicas: 1 when all count the same.
-      mean: mean weight of each replica over the rounds in which it was alive [K].
-      dead: rounds in which each replica was not alive [K].
-    """
-
-    effective_mean: float
-    effective_min: float
-    share: float
-    mean: Floats
-    dead: NDArray[np.int64]
-
-    @property
-    def uniform(self) -> bool:
-        return self.share > UNIFORM_SHARE
-
-    @property
-    def down_weighted(self) -> tuple[int, ...]:
-        """Replicas whose mean weight is less than half of 1/K."""
-        return tuple(int(k) for k in np.flatnonzero(self.mean < 0.5 / len(self.mean)))
-
-
 class Arm(NamedTuple):
     """All seeds of one arm.
 
@@ -147,6 +116,7 @@ class Arm(NamedTuple):
       metrics: each of `METRICS` over the seeds.
       differences: this arm minus the reference, seed by seed, for the seeds that both have; empty for the
         reference itself or where there is none.
+      pairs: seeds that this arm and the reference have.
       weights: None for an arm of one replica.
     """
 
@@ -154,6 +124,7 @@ class Arm(NamedTuple):
     runs: tuple[Run, ...]
     metrics: Mapping[str, Statistic]
     differences: Mapping[str, Statistic]
+    pairs: tuple[int, ...]
     weights: Weights | None
 
     @property
@@ -193,6 +164,15 @@ class Summary(NamedTuple):
         return _number(self.header["target_accuracy"])
 
     @property
+    def scenario(self) -> str:
+        """What sets its shards apart from equal, clean ones, in a few words."""
+        noisy, k, partition = self.header["noisy_shards"], self.header["replicas"], self.settings.get("partition")
+        kind = "shards" if partition in (None, "iid") else f"{partition} shards"
+        if not noisy:
+            return f"clean {kind}"
+        return f"{len(noisy)} of {k} {kind} with random labels" if k > 1 else f"{len(noisy)} {kind} with random labels"
+
+    @property
     def focus(self) -> Arm:
         """The arm that is drawn in detail: weighted, or else the last of those with the most replicas."""
         return max(reversed(self.arms), key=lambda arm: (arm.name == "weighted", arm.runs[0].replicas))
@@ -214,18 +194,13 @@ def distinct(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(result)
 
 
-def statistic(values: Sequence[float] | Floats) -> Statistic:
-    """Mean and sample standard deviation of `values` [n]; non-finite ones are left out and lower `n`.
-
-    >>> statistic([1.0, 2.0, 3.0, float("nan")])
-    Statistic(mean=2.0, sd=1.0, n=3)
-    """
-    array = np.asarray(values, np.float64)
-    finite = array[np.isfinite(array)]
-    if finite.size < 2 or np.ptp(finite) == 0:  # equal values get the spread 0, without the mean's rounding
-        first = float(finite[0]) if finite.size else float("nan")
-        return Statistic(first, 0.0 if finite.size > 1 else float("nan"), finite.size)
-    return Statistic(float(finite.mean()), float(finite.std(ddof=1)), finite.size)
+def names(summaries: Sequence[Summary]) -> tuple[str, ...]:
+    """What tells the scenarios of one report apart: their shards, then the data set, then their labels."""
+    found = [one.scenario for one in summaries]
+    if len(distinct(one.header["dataset"] for one in summaries)) > 1:
+        found = [f"{one.header['dataset']}, {name}" for one, name in zip(summaries, found, strict=True)]
+    twice = {name for name in found if found.count(name) > 1}
+    return tuple(f"{name} ({one.label})" if name in twice else name for one, name in zip(summaries, found, strict=True))
 
 
 def summarise(rows: Sequence[Row]) -> tuple[Summary, ...]:
@@ -298,6 +273,8 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
     try:
         if rounds:
             check_rounds(str(header["run"]), rounds, rounds[-1]["round"], header["replicas"])
+        # A round that was not evaluated has no accuracy either.
+        diverged = np.isfinite(column("test_accuracy")) & ~np.isfinite(column("test_loss"))
         last = rounds[-1].get("confusion") if rounds else None
         run = Run(
             header=header,
@@ -305,14 +282,15 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
             samples=column("samples"),
             seconds=column("seconds"),
             elapsed=column("elapsed"),
-            accuracy=column("test_accuracy"),
+            accuracy=np.where(diverged, np.nan, column("test_accuracy")),
             loss=column("test_loss"),
-            macro_f1=column("test_macro_f1"),
-            ece=column("test_ece"),
+            macro_f1=np.where(diverged, np.nan, column("test_macro_f1")),
+            ece=np.where(diverged, np.nan, column("test_ece")),
             weights=column("weights"),
             alive=np.array([row["alive"] for row in rounds], np.bool_),
             effective=column("effective_replicas"),
-            confusion=None if last is None else np.array(last, np.float64),
+            diverged=diverged,
+            confusion=None if last is None or diverged[-1] else np.array(last, np.float64),
         )
         _check(run)
     except KeyError as e:
@@ -358,7 +336,7 @@ def _summary(runs: Sequence[Run], label: str) -> Summary:
 
 
 def _arm_order(name: str) -> tuple[int, str]:
-    return (KNOWN_ARMS.index(name) if name in KNOWN_ARMS else len(KNOWN_ARMS), name)
+    return ([*KNOWN_ARMS, name].index(name), name)
 
 
 def _arm(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> Arm:
@@ -372,25 +350,16 @@ def _arm(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> Arm:
         runs=tuple(runs),
         metrics={key: statistic([value(run) for run in runs]) for key, value in METRICS.items()},
         differences={key: statistic([value(a) - value(b) for a, b in pairs]) for key, value in compared.items()},
+        pairs=tuple(a.seed for a, _ in pairs),
         weights=_weights(runs) if runs[0].replicas > 1 else None,
     )
 
 
 def _weights(runs: Sequence[Run]) -> Weights:
-    effective = np.concatenate([run.effective for run in runs])
-    weights = np.concatenate([run.weights for run in runs])
-    alive = np.concatenate([run.alive for run in runs])
-    finite = effective[np.isfinite(effective)]
-    # A dead replica's zero weight is not the weighting's doing, so it must not count as down-weighting.
-    weighed = alive & np.isfinite(weights)
-    counts = weighed.sum(axis=0)
-    totals = np.where(weighed, weights, 0.0).sum(axis=0)
-    return Weights(
-        effective_mean=statistic(effective).mean,
-        effective_min=float(finite.min()) if finite.size else float("nan"),
-        share=statistic(effective / np.maximum(alive.sum(axis=1), 1)).mean,
-        mean=np.where(counts > 0, totals / np.maximum(counts, 1), np.nan),
-        dead=(~alive).sum(axis=0).astype(np.int64),
+    return weights_over(
+        np.concatenate([run.weights for run in runs]),
+        np.concatenate([run.alive for run in runs]),
+        np.concatenate([run.effective for run in runs]),
     )
 
 

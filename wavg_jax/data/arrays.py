@@ -37,12 +37,14 @@ class Dataset(NamedTuple):
       train: training split.
       test: test split, never used in training or scoring.
       classes: number of classes; labels lie in [0, classes).
+      class_names: what reports call the classes, one name for each; None where only their numbers are known.
     """
 
     name: str
     train: Split
     test: Split
     classes: int
+    class_names: tuple[str, ...] | None = None
 
 
 def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:

@@ -43,7 +43,7 @@ class Published(NamedTuple):
     """A data set as its publisher offers it.
 
     Attributes:
-      classes: number of classes.
+      class_names: in the order of their numbers.
       url: address of the folder with the files to download.
       archive: the one file to download that holds all parts; "" where each part is a gzip file of its own.
       folder: the folder inside the archive; "" without one.
@@ -51,12 +51,16 @@ class Published(NamedTuple):
       decode: `{name of a part: Found} -> {"train": Split, "test": Split}`, with images [N, H, W, C].
     """
 
-    classes: int
+    class_names: tuple[str, ...]
     url: str
     archive: str
     folder: str
     parts: Mapping[str, Part]
     decode: Callable[[Mapping[str, Found]], dict[str, Split]]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
 
 def read_published(name: str, published: Published, data_dir: Path) -> dict[str, Split]:
@@ -239,9 +243,10 @@ def _idx_parts(train_images: str, train_labels: str, test_images: str, test_labe
 
 _decode_mnist = functools.partial(_decode_idx, (28, 28), 10)
 
+DIGITS = tuple("0123456789")
 PUBLISHED = {
     "mnist": Published(
-        classes=10,
+        class_names=DIGITS,
         url="https://storage.googleapis.com/cvdf-datasets/mnist/",
         archive="",
         folder="",
@@ -254,7 +259,10 @@ PUBLISHED = {
         decode=_decode_mnist,
     ),
     "fashion_mnist": Published(
-        classes=10,
+        class_names=(
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
         url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         archive="",
         folder="",
@@ -267,7 +275,10 @@ PUBLISHED = {
         decode=_decode_mnist,
     ),
     "cifar10": Published(
-        classes=10,
+        class_names=(
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        ),
         url="https://www.cs.toronto.edu/~kriz/",
         archive="cifar-10-binary.tar.gz",
         folder="cifar-10-batches-bin",

@@ -24,6 +24,7 @@ class ShardedData(NamedTuple):
       prepare: stored inputs [B, ...] -> the network's inputs [B, ...] float32, inside jit.
       augment: `(rng, prepared x) -> x`, applied in training; or None.
       noisy: numbers of the shards that were given random labels.
+      class_names: what reports call the classes; None where only their numbers are known.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ShardedData(NamedTuple):
     prepare: Callable[[jax.Array], jax.Array]
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     noisy: tuple[int, ...] = ()
+    class_names: tuple[str, ...] | None = None
 
 
 def shard(
@@ -77,7 +79,16 @@ def shard(
     prepare = make_prepare(dataset)
     train = Split(train.x, labels)
     return ShardedData(
-        dataset.name, train, held, dataset.test, shards, dataset.classes, prepare, augment, tuple(sorted(noisy))
+        name=dataset.name,
+        train=train,
+        heldout=held,
+        test=dataset.test,
+        shards=shards,
+        classes=dataset.classes,
+        prepare=prepare,
+        augment=augment,
+        noisy=tuple(sorted(noisy)),
+        class_names=dataset.class_names,
     )
 
 

@@ -68,7 +68,9 @@ def load_tfds(name: str, data_dir: str | PathLike[str]) -> Dataset:
         raise DataError(
             f"the prepared set in {folder} cannot be read ({reason}): delete that folder to prepare it again"
         ) from None
-    return from_arrays(*train, *test, name=name, classes=PUBLISHED[name].classes)
+    published = PUBLISHED[name]
+    dataset = from_arrays(*train, *test, name=name, classes=published.classes)
+    return dataset._replace(class_names=published.class_names)
 
 
 def _find_prepared(folder: Path) -> Path | None:
