@@ -13,6 +13,7 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
+    {"checks"},
     {"tree"},
     {"signals", "reduce", "outer", "pull", "mapping", "data", "models"},
     {"weighting", "policy", "placement"},

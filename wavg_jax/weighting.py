@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import tree
+from wavg_jax import checks, tree
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
 
@@ -59,6 +59,9 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
       Weights [K, ...] float32 that sum to 1 over K; equal over the living where no score is usable; all 0 if none is
       alive.
 
+    Raises:
+      SettingsError: `alive` is not a bool [K].
+
     >>> import jax.numpy as jnp
     >>> normalise(jnp.array([3.0, 1.0, jnp.nan, 9.0]), jnp.array([True, True, True, False])).round(4).tolist()
     [0.75, 0.25, 0.0, 0.0]
@@ -66,6 +69,7 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
     [[0.5, 0.75], [0.5, 0.25]]
     """
     scores = jnp.asarray(scores, jnp.float32)
+    alive = checks.mask(alive, scores.shape[0] if scores.ndim else 0)
     kept = _scaled(jnp.where(usable(scores, alive) & (scores > 0), scores, 0))
     total = tree.ordered_sum(kept)[None]
     # The minimum, like others below, keeps the product apart from sums it may enter: see `_power_of_two`. And a
