@@ -1,21 +1,15 @@
-"""Arrays in: what is accepted, what is refused and how, the held-out split, and standardising on the device."""
+"""Arrays in: what is accepted, what is refused and how, and the held-out split."""
 
 import io
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from wavg_jax.base import DataError, SettingsError
-from wavg_jax.data import Split, from_arrays, from_npz, hold_out, make_prepare
+from wavg_jax.data import Split, from_arrays, from_npz, hold_out
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
 Y = np.array([0, 1, 2, 0, 1, 2])
-
-
-def images(*shape, dtype=np.uint8):
-    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
 
 
 @pytest.mark.parametrize(
@@ -148,47 +142,3 @@ def test_holding_out_nothing_keeps_everything():
 def test_hold_out_refused(n, seed, flag):
     with pytest.raises(SettingsError, match=flag):
         hold_out(Split(X, Y.astype(np.int32)), n, seed)
-
-
-@pytest.mark.parametrize(
-    ("shape", "out", "axes"),
-    [
-        ((40, 5, 6), (40, 5, 6, 1), (0, 1, 2, 3)),
-        ((40, 5, 6, 3), (40, 5, 6, 3), (0, 1, 2)),
-        ((40, 7), (40, 7), (0, 1)),
-        ((40, 2, 5, 6, 3), (40, 2, 5, 6, 3), (0, 1, 2, 3)),
-    ],
-)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_prepared_training_data_has_mean_0_and_std_1(shape, out, axes, dtype):
-    x = images(*shape, dtype=dtype)
-    data = from_arrays(x, np.zeros(40), x[:1], [0])
-    prepared = jax.jit(make_prepare(data))(jnp.asarray(data.train.x))
-    assert prepared.shape == out
-    assert prepared.dtype == jnp.float32
-    np.testing.assert_allclose(np.mean(prepared, axes), 0, atol=1e-5)
-    np.testing.assert_allclose(np.std(prepared, axes), 1, atol=1e-5)
-
-
-def test_prepare_in_numbers():
-    # Values 0 and 255 in equal parts: mean 1/2, std 1/2, so they become -1 and 1.
-    x = np.array([0, 255, 255, 0], np.uint8).reshape(1, 2, 2)
-    prepare = make_prepare(from_arrays(x, [0], x, [0]))
-    assert (prepare.mean, prepare.std) == ((0.5,), (0.5,))
-    np.testing.assert_allclose(prepare(jnp.asarray(x))[0, :, :, 0], [[-1, 1], [1, -1]], atol=1e-6)
-
-
-@pytest.mark.parametrize("value", [np.uint8(7), np.float32(0.1)])
-def test_constant_inputs_become_0(value):
-    x = np.full((30, 4, 4), value)
-    prepared = make_prepare(from_arrays(x, np.zeros(30), x, np.zeros(30)))(jnp.asarray(x))
-    np.testing.assert_allclose(prepared, 0, atol=1e-6)
-
-
-def test_prepare_uses_the_training_split_alone_and_maps_over_replicas():
-    data = from_arrays(images(40, 5, 6, 3), np.zeros(40), images(10, 5, 6, 3) // 4, np.zeros(10))
-    prepare = make_prepare(data)
-    assert prepare == make_prepare(data._replace(test=data.train))
-    assert hash(prepare) == hash(make_prepare(data))
-    stacked = jnp.asarray(data.train.x).reshape(4, 10, 5, 6, 3)
-    np.testing.assert_array_equal(jax.vmap(prepare)(stacked).reshape(40, 5, 6, 3), prepare(data.train.x))

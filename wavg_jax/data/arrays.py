@@ -1,14 +1,11 @@
-"""Data sets as numpy arrays: checked once when they come in, standardised on the device when they are used."""
+"""Data sets as numpy arrays, checked once when they come in."""
 
-import dataclasses
 import zipfile
 import zlib
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -224,69 +221,3 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     left = np.ones(len(split.y), bool)
     left[held] = False
     return Split(split.x[left], split.y[left]), Split(split.x[held], split.y[held])
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepare:
-    """A function from stored inputs to the network's; equal by value, so that equal data share compiled programs.
-
-    Attributes:
-      mean: of each channel, or one for all features; of uint8 values divided by 255.
-      std: likewise; 1 where the values are constant.
-      add_channel: whether samples are images [H, W] that need a channel axis.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    add_channel: bool
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Standardises a batch: `(x - mean) / std`, after `x / 255` for uint8.
-
-        Args:
-          x: stored inputs [B, ...].
-
-        Returns:
-          Inputs [B, ...], float32; images [B, H, W] become [B, H, W, 1].
-        """
-        scale = 1 / 255 if x.dtype == jnp.uint8 else 1.0
-        if self.add_channel:
-            x = x[..., None]
-        axes = (1,) * (x.ndim - 1) + (-1,)
-        mean, std = (jnp.asarray(v, jnp.float32).reshape(axes) for v in (self.mean, self.std))
-        return (x.astype(jnp.float32) * scale - mean) / std
-
-
-def make_prepare(dataset: Dataset) -> Prepare:
-    """Measures the training split and returns the function that standardises inputs with it, on the device.
-
-    Images [N, H, W] have one channel, [N, H, W, C] and more axes one per entry of the last axis; feature vectors
-    [N, F] get one mean and one standard deviation for all features.
-
-    Args:
-      dataset: whose training split is measured, in float64.
-
-    Returns:
-      `x [B, ...] -> float32 [B, ...]`, to be called inside jit.
-
-    >>> import numpy as np
-    >>> data = from_arrays(np.array([[0.0, 2.0], [4.0, 6.0]]), [0, 1], np.zeros((1, 2)), [0])
-    >>> prepare = make_prepare(data)
-    >>> prepare.mean, round(prepare.std[0], 4)
-    ((3.0,), 2.2361)
-    """
-    x = dataset.train.x
-    channels = x.shape[-1] if x.ndim > 3 else 1
-    rows = x.reshape(len(x), -1)
-    # In pieces, so that the float64 copies stay small, and per position first, which numpy adds up fastest.
-    pieces = [rows[i : i + 1000] for i in range(0, len(rows), 1000)]
-    per_position = sum(p.sum(0, dtype=np.float64) for p in pieces) / len(rows)
-    mean = per_position.reshape(-1, channels).mean(0)
-    centre = np.tile(mean, rows.shape[1] // channels)
-    square = sum(np.square(p - centre).sum(0) for p in pieces) / len(rows)
-    std = np.sqrt(square.reshape(-1, channels).mean(0))
-    # What rounding leaves of a constant channel must not be blown up to noise.
-    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0 if x.dtype != np.uint8 else 255.0)
-    if x.dtype == np.uint8:
-        mean, std = mean / 255, std / 255
-    return Prepare(tuple(mean.tolist()), tuple(std.tolist()), add_channel=x.ndim == 3)

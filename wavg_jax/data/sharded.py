@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import Dataset, Split, hold_out, make_prepare
+from wavg_jax.data.arrays import Dataset, Split, hold_out
+from wavg_jax.data.prepare import Scale, make_prepare, per_channel
 from wavg_jax.data.shards import Shards, label_noise
 
 
@@ -45,6 +46,7 @@ def shard(
     seed: int,
     noisy: Sequence[int] = (),
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    scale: Scale | None = per_channel,
 ) -> ShardedData:
     """Holds samples out, deals the rest out to replicas and spoils the labels of the noisy shards.
 
@@ -57,6 +59,7 @@ def shard(
       seed: decides the held-out samples, the shards and the noise.
       noisy: numbers of the shards that get random labels.
       augment: `(rng, prepared x) -> x` for training, such as `crop_flip`; or None.
+      scale: which numbers of a sample are standardised together; see `make_prepare`.
 
     Returns:
       The sharded data.
@@ -74,7 +77,7 @@ def shard(
     shards = tuple(partition(train, seed))
     _check(shards, len(train.y))
     labels = label_noise(train.y, shards, noisy, dataset.classes, seed)
-    prepare = make_prepare(dataset)
+    prepare = make_prepare(dataset, scale)
     train = Split(train.x, labels)
     return ShardedData(
         dataset.name, train, held, dataset.test, shards, dataset.classes, prepare, augment, tuple(sorted(noisy))
