@@ -1,6 +1,7 @@
 """What is handed in is checked, by its structure, shapes and dtypes alone: while a function is traced, so that the
 compiled program pays nothing for it."""
 
+import reprlib
 from typing import Any
 
 import jax
@@ -8,6 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavg_jax.base import PyTree, SettingsError
+
+
+def brief(value: Any) -> str:
+    """What a value looks like, in a part of a line.
+
+    >>> brief([1, 2, 3, 4, 5, 6, 7, 8])
+    '[1, 2, 3, 4, 5, 6, ...]'
+    """
+    return " ".join(reprlib.repr(value).split())
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
@@ -27,7 +37,7 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     number = int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
     if number is None or (least is not None and number < least):
         bound = "" if least is None else f", at least {least}"
-        raise SettingsError(f"{name} is {value!r}; it must be a whole number{bound}")
+        raise SettingsError(f"{name} is {brief(value)}; it must be a whole number{bound}")
     return number
 
 
