@@ -223,7 +223,7 @@ def averager(
             return sent if transform is None else transform(sent, params, alive)
 
         reduction, sent = place(reduce), send()
-        checks.stacked(sent, params, "transform(...)")
+        checks.alike("transform(...)", sent, "stacked", stacked, "a transform returns what it was given, changed")
         weights, weighting_state = weighting.update(
             sent, state.weighting, params, alive=alive, blend=lambda w: reduction(sent, w), **signals
         )
