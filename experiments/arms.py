@@ -16,7 +16,7 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.flags import ARMS, numbers, settings
-from experiments.options import FEEDS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.options import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.schemes import SCHEMES
 from wavg_jax import data, models, policy, signals, timing, trainer, tree
 from wavg_jax.base import DataError, SettingsError
@@ -151,6 +151,7 @@ def make_data(dataset: data.Dataset, seed: int) -> data.ShardedData:
         seed=seed,
         noisy=tuple(range(F.noisy)),
         augment=data.crop_flip if F.augment else None,
+        scale=SCALES[F.scale],
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from absl import flags
 
-from experiments.options import FEEDS, OUTERS, PULLS, REDUCES, SCHEDULES, SMOOTHINGS
+from experiments.options import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
 from experiments.schemes import SCHEMES
 from wavg_jax.base import SettingsError
 from wavg_jax.mapping import MAPS
@@ -29,6 +29,9 @@ flags.DEFINE_enum("partition", "iid", ["iid", "sized", "dirichlet"], "How the tr
 flags.DEFINE_list("proportions", "1,2,3,4", "partition=sized: relative sizes of the shards, repeated as needed.")
 flags.DEFINE_float("alpha", 0.3, "partition=dirichlet: concentration; small means few labels per shard.", lower_bound=0)
 flags.DEFINE_integer("noisy", 0, "The first so many shards get random labels.", lower_bound=0)
+flags.DEFINE_enum(
+    "scale", "channel", list(SCALES), "What shares a mean and a deviation; features of vectors are channels."
+)
 flags.DEFINE_bool("augment", False, "Random crops and flips of the images, with a key per replica.")
 
 # Network
@@ -134,7 +137,7 @@ flags.DEFINE_float(
 )
 
 NAMES = frozenset(flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__])
-DATA = ("dataset", "heldout", "augment")
+DATA = ("dataset", "heldout", "augment", "scale")
 SHARDS = ("partition", "alpha", "proportions", "noisy")
 NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
 SCHEME = ("temperature", "chance", "byzantine")

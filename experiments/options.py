@@ -6,7 +6,7 @@ from typing import Any
 import optax
 from absl import flags
 
-from wavg_jax import outer, pull, reduce, schedule, smoothing
+from wavg_jax import data, outer, pull, reduce, schedule, smoothing
 from wavg_jax.base import SettingsError
 
 Flags = flags.FlagValues
@@ -59,5 +59,6 @@ def make_outer(f: Flags) -> optax.GradientTransformation | None:
     return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen
 
 
+SCALES = {"channel": data.per_channel, "feature": data.per_feature, "all": data.overall, "none": None}
 FEEDS: dict[str, bool | None] = {"auto": None, "resident": True, "stream": False}
 """Whether the training split lies on the devices as a whole."""

@@ -29,6 +29,7 @@ from experiments import app, arms, cells
 from experiments import flags as shared_flags
 from experiments.cells import Cell
 from experiments.flags import numbers
+from experiments.options import SCALES
 from experiments.schemes import SCHEMES
 from wavg_jax import data, progress, trainer
 from wavg_jax.base import SettingsError
@@ -113,7 +114,15 @@ class Study(NamedTuple):
         """The data of a scenario and seed, the same for every weighting."""
         one = self.scenarios[scenario]
         augment = data.crop_flip if F.augment else None
-        return data.shard(self.dataset, one.partition, heldout=F.heldout, seed=seed, noisy=one.noisy, augment=augment)
+        return data.shard(
+            self.dataset,
+            one.partition,
+            heldout=F.heldout,
+            seed=seed,
+            noisy=one.noisy,
+            augment=augment,
+            scale=SCALES[F.scale],
+        )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,21 +1,15 @@
-"""Arrays in: what is accepted, what is refused and how, the held-out split, and standardising on the device."""
+"""Arrays in: what is accepted, what is refused and how, and the held-out split."""
 
 import io
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wavg_jax.base import DataError, SettingsError
-from wavg_jax.data import Split, from_arrays, from_npz, hold_out, make_prepare
+from wavg_jax.base import DataError, SettingsError, WavgWarning
+from wavg_jax.data import Split, from_arrays, from_npz, hold_out, load
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
 Y = np.array([0, 1, 2, 0, 1, 2])
-
-
-def images(*shape, dtype=np.uint8):
-    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +56,18 @@ REFUSED = {
     "label too large": ({"classes": 2}, r"2 train labels are not in \[0, 2\), the first at index 2 is 2"),
     "test label too large": ({"y_test": [3], "classes": 3}, r"1 test labels are not in \[0, 3\)"),
     "sample shape": ({"x_test": X[:1, :3]}, r"test sample is float32\(3,\), a training sample float32\(4,\)"),
+    "label of a billion": ({"y_train": spoilt(Y, 0, 10**9)}, "largest label is 1000000000, but no .* label 3: mend"),
+    "gap in the labels": ({"y_train": Y * 2}, "largest label is 4, but no training sample has label 1"),
+    "a billion classes": ({"classes": 1e9}, "1000000000 classes for 6 training samples: .*at most"),
+    "one class": ({"y_train": Y * 0}, "1 classes for 6 training samples: give labels of at least 2"),
+    "one class said": ({"y_train": Y * 0, "classes": 1}, "1 classes"),
+    "no classes": ({"classes": 0}, "0 classes"),
+    "classes in words": ({"classes": "three"}, "the number of classes is 'three': give a whole number"),
+    "half a class": ({"classes": 3.5}, "the number of classes is 3.5: give a whole number"),
+    "infinite classes": ({"classes": np.inf}, "give a whole number"),
+    "classes by name": ({"classes": ["a", "b", "c"]}, "give a whole number"),
+    "ragged inputs": ({"x_train": [[1.0], [1.0, 2.0]]}, "train inputs are no array .*samples of one shape"),
+    "ragged labels": ({"y_train": [[1], [1, 2]]}, "train labels are no array"),
     "sample type": ({"x_test": X[:1].astype(np.uint8)}, "give both in one shape and type"),
 }
 
@@ -73,6 +79,13 @@ def test_refused(case):
     with pytest.raises(DataError, match=message) as caught:
         from_arrays(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_more_classes_than_are_seen_may_be_said_and_one_alone_is_warned_of():
+    assert from_arrays(X, Y, X[:1], [0], classes=1000).classes == 1000
+    with pytest.warns(WavgWarning, match="mine: every training sample has label 2, so there is nothing") as caught:
+        assert from_arrays(X, Y * 0 + 2, X[:1], [0], classes=3, name="mine").classes == 3
+    assert caught[0].filename == __file__
 
 
 def test_npz_round_trip(tmp_path):
@@ -94,6 +107,22 @@ def one_array():
     return buffer.getvalue()
 
 
+WHOLE = {"x_train": X, "y_train": Y, "x_test": X[:1], "y_test": Y[:1]}
+
+
+def test_npz_may_say_how_many_classes_there_are(tmp_path):
+    for number in (np.array(7), np.array([7.0])):
+        np.savez(tmp_path / "mine.npz", **WHOLE, classes=number)
+        assert from_npz(tmp_path / "mine.npz").classes == 7
+
+
+@pytest.mark.parametrize("path", [None, 7, b"mine.npz"])
+def test_what_is_no_path_is_refused(path):
+    for read in (from_npz, load):
+        with pytest.raises(SettingsError, match="give a name or path"):
+            read(path)
+
+
 OBJECTS = dict.fromkeys(("x_train", "y_train", "x_test", "y_test"), np.array([{}]))
 NOT_NPZ = {
     "text": (b"hello", "cannot be read as an npz file"),
@@ -102,6 +131,9 @@ NOT_NPZ = {
     "truncated": (archive(x_train=X)[:-100], "cannot be read as an npz file"),
     "objects": (archive(**OBJECTS), "cannot be read as an npz file"),
     "lacks arrays": (archive(x_train=X, y_train=Y), "lacks x_test, y_test: write x_train, y_train, x_test, y_test"),
+    "a billion classes": (archive(**WHOLE, classes=10**9), "1000000000 classes for 6"),
+    "half a class": (archive(**WHOLE, classes=3.5), "number of classes is .*3.5"),
+    "two numbers of classes": (archive(**WHOLE, classes=[3, 4]), "number of classes"),
     "refused": (archive(x_train=X, y_train=Y[1:], x_test=X, y_test=Y), "mine: 6 train inputs but 5 labels"),
 }
 
@@ -144,51 +176,23 @@ def test_holding_out_nothing_keeps_everything():
     assert (len(train.y), held.x.shape) == (6, (0, 4))
 
 
-@pytest.mark.parametrize(("n", "seed", "flag"), [(6, 0, "--heldout"), (-1, 0, "--heldout"), (2, -1, "--seed")])
+@pytest.mark.parametrize(
+    ("n", "seed", "flag"),
+    [
+        (6, 0, "--heldout"),
+        (-1, 0, "--heldout"),
+        (2, -1, "--seed"),
+        (2.5, 0, "heldout is 2.5; it must be a whole number"),
+        (None, 0, "heldout is None"),
+        (2, 0.5, "seed is 0.5"),
+        (2, None, "seed is None"),
+    ],
+)
 def test_hold_out_refused(n, seed, flag):
     with pytest.raises(SettingsError, match=flag):
         hold_out(Split(X, Y.astype(np.int32)), n, seed)
 
 
-@pytest.mark.parametrize(
-    ("shape", "out", "axes"),
-    [
-        ((40, 5, 6), (40, 5, 6, 1), (0, 1, 2, 3)),
-        ((40, 5, 6, 3), (40, 5, 6, 3), (0, 1, 2)),
-        ((40, 7), (40, 7), (0, 1)),
-        ((40, 2, 5, 6, 3), (40, 2, 5, 6, 3), (0, 1, 2, 3)),
-    ],
-)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_prepared_training_data_has_mean_0_and_std_1(shape, out, axes, dtype):
-    x = images(*shape, dtype=dtype)
-    data = from_arrays(x, np.zeros(40), x[:1], [0])
-    prepared = jax.jit(make_prepare(data))(jnp.asarray(data.train.x))
-    assert prepared.shape == out
-    assert prepared.dtype == jnp.float32
-    np.testing.assert_allclose(np.mean(prepared, axes), 0, atol=1e-5)
-    np.testing.assert_allclose(np.std(prepared, axes), 1, atol=1e-5)
-
-
-def test_prepare_in_numbers():
-    # Values 0 and 255 in equal parts: mean 1/2, std 1/2, so they become -1 and 1.
-    x = np.array([0, 255, 255, 0], np.uint8).reshape(1, 2, 2)
-    prepare = make_prepare(from_arrays(x, [0], x, [0]))
-    assert (prepare.mean, prepare.std) == ((0.5,), (0.5,))
-    np.testing.assert_allclose(prepare(jnp.asarray(x))[0, :, :, 0], [[-1, 1], [1, -1]], atol=1e-6)
-
-
-@pytest.mark.parametrize("value", [np.uint8(7), np.float32(0.1)])
-def test_constant_inputs_become_0(value):
-    x = np.full((30, 4, 4), value)
-    prepared = make_prepare(from_arrays(x, np.zeros(30), x, np.zeros(30)))(jnp.asarray(x))
-    np.testing.assert_allclose(prepared, 0, atol=1e-6)
-
-
-def test_prepare_uses_the_training_split_alone_and_maps_over_replicas():
-    data = from_arrays(images(40, 5, 6, 3), np.zeros(40), images(10, 5, 6, 3) // 4, np.zeros(10))
-    prepare = make_prepare(data)
-    assert prepare == make_prepare(data._replace(test=data.train))
-    assert hash(prepare) == hash(make_prepare(data))
-    stacked = jnp.asarray(data.train.x).reshape(4, 10, 5, 6, 3)
-    np.testing.assert_array_equal(jax.vmap(prepare)(stacked).reshape(40, 5, 6, 3), prepare(data.train.x))
+def test_hold_out_of_a_whole_data_set_is_refused():
+    with pytest.raises(SettingsError, match=r"the samples are a Dataset: give a data\.Split, such as dataset\.train"):
+        hold_out(from_arrays(X, Y, X[:1], [0]), 2, 0)

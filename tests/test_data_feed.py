@@ -93,6 +93,11 @@ REFUSED = {
     "no steps": ({"local_steps": 0}, "--local_steps to 1"),
     "negative step": ({"first_step": -1}, "counted from 0"),
     "negative seed": ({"seed": -1}, "--seed to 0"),
+    "half a step": ({"local_steps": 1.5}, "local_steps is 1.5; it must be a whole number"),
+    "batch size in words": ({"batch_size": "all"}, "batch_size is 'all'"),
+    "step that is no number": ({"first_step": None}, "first_step is None"),
+    "no shards": ({"shards": []}, "there are no shards"),
+    "one shard bare": ({"shards": np.arange(9)}, r"shard 0 is int64 of shape \(\)"),
 }
 
 
@@ -100,4 +105,10 @@ REFUSED = {
 def test_refused(case):
     changed, message = REFUSED[case]
     with pytest.raises(SettingsError, match=message):
-        round_indices(SHARDS, **{"seed": 0, "first_step": 0, "local_steps": 2, "batch_size": 5} | changed)
+        round_indices(**{"shards": SHARDS, "seed": 0, "first_step": 0, "local_steps": 2, "batch_size": 5} | changed)
+
+
+def test_shards_may_be_lists():
+    sizes = {"seed": 0, "first_step": 0, "local_steps": 2, "batch_size": 5}
+    lists = [shard.tolist() for shard in SHARDS]
+    np.testing.assert_array_equal(round_indices(lists, **sizes), round_indices(SHARDS, **sizes))

@@ -81,6 +81,13 @@ def test_pool_is_one_shard_of_all_with_the_same_labels():
         (lambda split, seed: (np.arange(5), np.arange(4, 9)), "a sample in two"),
         (lambda split, seed: (np.arange(5), np.arange(0)), "shard 1 is empty"),
         (lambda split, seed: (np.arange(5000),), "shard 0 is empty or not within 0 to 1336"),
+        (lambda split, seed: [[0, 1], []], "shard 1 is empty"),
+        (lambda split, seed: None, "the partition returned None: return an array of indices for each replica"),
+        (lambda split, seed: np.arange(5), r"shard 0 is int64 of shape \(\): .*for each replica"),
+        (lambda split, seed: [[0.5, 1.5]], "shard 0 is float64 of shape .2,.: give the whole numbers"),
+        (lambda split, seed: [split.y < 5], r"shard 0 is bool .*np\.flatnonzero\(mask\)"),
+        (lambda split, seed: ["ab"], "shard 0 is <U2"),
+        (lambda split, seed: [[[0, 1], [2]]], "shard 0 is object"),
         (lambda split, seed: iid(len(split.y), 2000, seed), "2000 replicas for 1337 .*--replicas"),
     ],
 )
@@ -92,3 +99,34 @@ def test_partition_refused(partition, message):
 def test_too_many_held_out():
     with pytest.raises(SettingsError, match="--heldout between 0 and 1436"):
         shard(digits(), split_iid, heldout=1437, seed=0)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda shards: np.array(list(shards))])
+def test_a_partition_may_return_lists(kind):
+    def lists(split, seed):
+        return kind([list(range(0, 600)), list(range(600, 1200))])
+
+    data = shard(digits(), lists, heldout=237, seed=0)
+    assert [(s.dtype, len(s)) for s in data.shards] == [(np.int32, 600)] * 2
+    np.testing.assert_array_equal(data.shards[1], np.arange(600, 1200))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset": digits().train}, r"the data set is a Split: give a data\.Dataset"),
+        ({"partition": iid(1337, 4, 0)}, r"the partition is a tuple: give a function \(split, seed\) -> shards"),
+        ({"heldout": 0.1}, "heldout is 0.1; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"noisy": 2}, "noisy is 2: give the numbers"),
+        ({"noisy": (4,)}, r"noisy shards \[4\]: there are 4"),
+        ({"noisy": [False, True]}, "noisy shard is False"),
+        ({"augment": True}, "augment is a bool: give a function"),
+        ({"scale": "feature"}, r"data\.per_feature"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(changed, message):
+    good = {"dataset": digits(), "partition": split_iid, "heldout": 100, "seed": 0}
+    with pytest.raises(SettingsError, match=message) as raised:
+        shard(**(good | changed))
+    assert "\n" not in str(raised.value)

@@ -115,6 +115,20 @@ REFUSED = {
     "dirichlet replicas": (lambda: dirichlet(LABELS, 1001, 1.0, 0), "--replicas"),
     "shards too small": (lambda: dirichlet(LABELS, 8, 1.0, 0, min_size=300), "--replicas to 3 or less"),
     "no such shard": (lambda: label_noise(LABELS, iid(1000, 4, 0), (4,), 10, 0), r"noisy shards \[4\].*0 to 3"),
+    "half a replica": (lambda: iid(9, 2.5, 0), "replicas is 2.5; it must be a whole number"),
+    "the samples for their number": (lambda: iid(LABELS, 4, 0), "number of training samples is array.*whole"),
+    "proportions in words": (lambda: sized(9, "half", 0), "one positive number per replica"),
+    "one proportion": (lambda: sized(9, 2.0, 0), "one positive number per replica"),
+    "labels of one-hot": (lambda: dirichlet(np.eye(9), 4, 1.0, 0), r"labels have shape \(9, 9\)"),
+    "alpha in words": (lambda: dirichlet(LABELS, 4, "strong", 0), "'strong' .--alpha.: give a number > 0"),
+    "dirichlet half a replica": (lambda: dirichlet(LABELS, 4.0, 1.0, 0), "replicas is 4.0"),
+    "shards too small by half": (lambda: dirichlet(LABELS, 4, 1.0, 0, min_size=1.5), "min_size is 1.5"),
+    "a noisy shard that is no list": (
+        lambda: label_noise(LABELS, iid(1000, 4, 0), 2, 10, 0),
+        r"noisy is 2: .*\(0, 1\)",
+    ),
+    "half a noisy shard": (lambda: label_noise(LABELS, iid(1000, 4, 0), (0.5,), 10, 0), "noisy shard is 0.5"),
+    "seed in words": (lambda: iid(3, 2, "one"), "seed is 'one'"),
     "negative seed": (lambda: iid(3, 2, -1), "--seed"),
 }
 

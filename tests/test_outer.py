@@ -1,5 +1,7 @@
 """The named outer optimizers through the averager, against NumPy of the published formulas over several rounds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import optax
 import pytest
 
 import wavg_jax as wavg
+from wavg_jax import placement
+from wavg_jax.checkpoint import open_checkpoints
 
 ROUNDS = 4
 START = np.array([1.0, -2.0, 0.5])
@@ -140,3 +144,95 @@ def test_a_round_with_nobody_alive_neither_applies_nor_forgets_what_is_held():
     lost, same, _ = avg.update({"w": jnp.array([[99.0]])}, state, params, alive=jnp.zeros(1, bool))
     assert lost["w"].tolist() == [10]
     assert same.outer.held["w"].tolist() == state.outer.held["w"].tolist() == [6]
+
+
+NARROW = [jnp.bfloat16, jnp.float16]
+
+
+def toward(target, outer, dtype, rounds=200):
+    """Parameters and state after so many rounds in which the blend is `target`, starting from 1."""
+    avg = wavg.averager(wavg.uniform(), outer=outer)
+    params = {"narrow": jnp.ones(3, dtype), "wide": jnp.ones(2)}
+    stacked = wavg.replicate(jax.tree.map(lambda x: jnp.full_like(x, target), params), 2)
+    state = avg.init(params)
+    update = jax.jit(avg.update, donate_argnums=(1, 2))
+    for _ in range(rounds):
+        params, state, _ = update(stacked, state, params)
+    assert update._cache_size() == 1
+    return params, state
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_small_steps_add_up_in_parameters_that_are_stored_in_few_bits(dtype):
+    # 0.75 + 0.25 * 0.99^200 = 0.7835; each step, 0.0025 or less, is under half of bfloat16's 0.0039 below 1.
+    params, state = toward(0.75, wavg.outer.lookahead(0.01), dtype)
+    expected = 0.75 + 0.25 * 0.99**200
+    assert params["narrow"].dtype == dtype
+    np.testing.assert_allclose(np.float32(params["narrow"]), expected, atol=0.005)
+    np.testing.assert_allclose(params["wide"], expected, rtol=1e-5)
+    assert state.masters["narrow"].dtype == jnp.float32
+    np.testing.assert_array_equal(state.masters["narrow"].astype(dtype), params["narrow"])
+
+
+def test_masters_are_kept_only_where_they_are_needed():
+    params = {"narrow": jnp.ones(3, jnp.bfloat16), "wide": jnp.ones(2)}
+    outer = wavg.outer.lookahead()
+    assert jax.tree.leaves(wavg.averager(wavg.uniform()).init(params)) == []
+    assert jax.tree.leaves(wavg.averager(wavg.uniform(), outer=outer).init({"wide": params["wide"]})) == []
+    (master,) = jax.tree.leaves(wavg.averager(wavg.uniform(), outer=outer).init(params))
+    assert (master.shape, master.dtype) == ((3,), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_round_without_movement_changes_nothing_with_masters_between_two_stored_numbers(dtype):
+    params, state = toward(0.75, wavg.outer.lookahead(0.01), dtype, rounds=5)
+    avg = wavg.averager(wavg.uniform(), outer=wavg.outer.lookahead(0.01))
+    same = jax.jit(avg.update)(wavg.replicate(params, 2), state, params)[:2]
+    jax.tree.map(np.testing.assert_array_equal, same, (params, state))
+    lost = jax.jit(avg.update)(wavg.replicate(params, 2), state, params, alive=jnp.zeros(2, bool))[:2]
+    jax.tree.map(np.testing.assert_array_equal, lost, (params, state))
+
+
+def test_parameters_that_are_not_the_masters_cast_are_what_the_step_starts_from():
+    # The masters say 0.9878 or so; the caller has put 3 in one place: 3 + 0.5 * (1 - 3) = 2.
+    params, state = toward(0.75, wavg.outer.lookahead(0.01), jnp.bfloat16, rounds=5)
+    params["narrow"] = params["narrow"].at[1].set(3)
+    avg = wavg.averager(wavg.uniform(), outer=wavg.outer.lookahead(0.5))
+    stacked = wavg.replicate(jax.tree.map(jnp.ones_like, params), 2)
+    for update in (avg.update, jax.jit(avg.update)):
+        new, after, _ = update(stacked, state, params)
+        assert (new["narrow"][1], after.masters["narrow"][1]) == (2, 2)
+        # 0.9878 + 0.5 * (1 - 0.9883), the pseudo-gradient being that of the stored number.
+        start, stored = state.masters["narrow"][0], jnp.float32(params["narrow"][0])
+        assert start != stored
+        np.testing.assert_allclose(after.masters["narrow"][0], start + 0.5 * (1 - stored), rtol=1e-6)
+
+
+def test_masters_are_the_same_with_the_replicas_on_several_devices():
+    avg = wavg.averager(wavg.uniform(), outer=wavg.outer.nesterov())
+    params = {"w": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(2)}
+    rng = np.random.default_rng(0)
+    rounds = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=(4, *x.shape)), x.dtype), params) for _ in range(3)]
+    there, ends = placement.on(tuple(jax.devices()[:4])), []
+    for place in (placement.single(), there):
+        new, state = jax.device_put((params, avg.init(params)), place.shared)
+        where = (place.shared, place.shared, place.shared)
+        update = jax.jit(functools.partial(avg.update, place=place.reduce), out_shardings=where)
+        for stacked in rounds:
+            new, state, _ = update(jax.device_put(stacked, place.stacked), state, new)
+        assert update._cache_size() == 1
+        np.testing.assert_array_equal(state.masters["w"].astype(jnp.bfloat16), new["w"])
+        ends.append((state.masters["w"], new["b"]))
+    for one, spread in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, spread, rtol=1e-5, atol=1e-6)
+
+
+def test_masters_are_in_the_checkpoint(tmp_path):
+    params, state = toward(0.75, wavg.outer.lookahead(0.01), jnp.bfloat16, rounds=5)
+    held = wavg.TrainState(params, {}, {}, state, jnp.int32(5))
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(held)
+        checkpoints.wait()
+        restored = checkpoints.restore(held)
+    jax.tree.map(np.testing.assert_array_equal, restored, held)
+    assert restored.averager.masters["wide"] is None

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wavg_jax import placement, robust, search, tree, weighting, wrappers
+from wavg_jax import outer, placement, robust, search, tree, weighting, wrappers
 from wavg_jax.averager import averager
 from wavg_jax.base import Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
@@ -435,6 +435,34 @@ def test_bfloat16_parameters_stay_bfloat16_and_the_rest_does_not_become_it(name)
     assert {x.dtype for x in jax.tree.leaves(new)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
     assert described([after]) == described([state])
+
+
+@functools.cache
+def slowly():
+    """100 rounds of every scheme with steps of a hundredth from 1 toward 0.75, in bfloat16: `{name: params}`."""
+    start = jax.tree.map(jnp.ones_like, HALF)
+    stacked = tree.replicate(jax.tree.map(lambda x: 0.75 * x, start), K)
+    arrays = jax.device_put(signals(stacked))
+
+    def many(name):
+        avg = averager(TABLE[name].make(), outer=outer.lookahead(0.01))
+        read = {n: evaluate if n == "evaluate" else arrays[n] for n in avg.needs}
+
+        def one(_, held):
+            params, state = held
+            return avg.update(stacked, state, params, **read)[:2]
+
+        # A loop holds nothing whose shape or dtype changes.
+        return jax.lax.fori_loop(0, 100, one, (start, avg.init(start, K)))[0]
+
+    return jax.device_get(jax.jit(lambda: {name: many(name) for name in TABLE}, compiler_options=QUICKLY)())
+
+
+@every_scheme
+def test_small_outer_steps_add_up_in_bfloat16(name):
+    for x in jax.tree.leaves(slowly()[name]):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(x), 0.75 + 0.25 * 0.99**100, atol=0.005)
 
 
 @every_scheme

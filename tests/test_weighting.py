@@ -123,6 +123,23 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     np.testing.assert_array_equal(with_dead[[0, 2, 3]], survivors)
 
 
+@pytest.mark.parametrize(
+    ("rule", "signal", "higher"),
+    [
+        (wavg.proportional, "val_accuracy", True),
+        (wavg.inverse, "val_loss", False),
+        (wavg.softmax, "val_loss", False),
+        (weighting.rank, "val_accuracy", True),
+        (weighting.best, "val_loss", False),
+    ],
+)
+def test_every_rule_takes_a_signal_of_ones_own_with_its_direction_and_trusts_the_best_most(rule, signal, higher):
+    weights = weights_of(rule(signal, higher_is_better=higher), [0.2, 0.4, 0.6, 0.8])
+    assert weights.argmax() == (3 if higher else 0)
+    with pytest.raises(wavg.SettingsError, match="higher_is_better="):
+        rule(signal)
+
+
 PARAMS = {"w": jnp.zeros((3, 5)), "b": jnp.zeros(3)}
 
 
@@ -236,6 +253,11 @@ def test_effective_replicas():
         (lambda: wavg.softmax("cosine"), "higher_is_better"),
         (lambda: wavg.proportional("loss"), "inverse"),
         (lambda: wavg.inverse("accuracy"), "proportional"),
+        (lambda: wavg.proportional("val_loss"), "'val_loss'.*higher_is_better="),
+        (lambda: wavg.inverse("val_accuracy"), "'val_accuracy'.*higher_is_better="),
+        (lambda: wavg.proportional("val_loss", higher_is_better=False), "worst val_loss most; use inverse"),
+        (lambda: wavg.inverse("val_accuracy", higher_is_better=True), "worst val_accuracy most; use proportional"),
+        (lambda: wavg.softmax("val_loss", higher_is_better="no"), "higher_is_better is 'no'; say True or False"),
         (lambda: wavg.proportional("accuracy", power=0.0), "greater than 0"),
         (lambda: wavg.proportional("accuracy", chance=NAN), "finite"),
         (lambda: weighting.rank("cosine"), "higher_is_better"),

@@ -1,5 +1,6 @@
 """The averager: a weighting, then one reduction, then an optional outer optimizer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import machine, tree
-from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
+from wavg_jax import checks, machine, tree
+from wavg_jax.base import Averager, Init, PyTree, SettingsError, Weighting
 from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
 
@@ -17,10 +18,46 @@ Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
 
 
 class AveragerState(NamedTuple):
-    """State of the weighting and of the outer optimizer."""
+    """State of the weighting and of the outer optimizer.
+
+    Attributes:
+      weighting: the weighting's.
+      outer: the outer optimizer's; None without one.
+      masters: with an outer optimizer, the global parameters that are stored in less than float32, in float32, so that
+        small steps add up; None in place of every other leaf.
+    """
 
     weighting: PyTree
     outer: PyTree
+    masters: PyTree
+
+
+def _masters(params: PyTree) -> PyTree:
+    """Copies of the leaves that are narrower than what they are updated in; None in place of the others."""
+
+    def leaf(x: jax.Array) -> jax.Array | None:
+        wide = tree.accumulator_dtype(x.dtype)
+        return None if x.dtype == wide else x.astype(wide)
+
+    return jax.tree.map(leaf, params)
+
+
+def _current(masters: PyTree, params: PyTree) -> PyTree:
+    """The global parameters in their accumulator dtypes: the masters, or `params` where these are not the masters cast,
+    which the caller has changed."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        # As bits: XLA may leave out a cast to bfloat16 and back, with which numbers would be compared.
+        return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+    def leaf(p: jax.Array, master: jax.Array | None) -> jax.Array:
+        if master is None:
+            return tree.as_accumulators(p)
+        cast = tree.cast_like(master, p)
+        same = bits(cast) == bits(p) if jnp.issubdtype(p.dtype, jnp.inexact) else cast == p
+        return jnp.where(same, master, p.astype(master.dtype))
+
+    return jax.tree.map(leaf, params, masters)
 
 
 def _as_is(function: Callable) -> Callable:
@@ -30,13 +67,20 @@ def _as_is(function: Callable) -> Callable:
 def _living(stacked: PyTree, alive: jax.Array | None) -> jax.Array:
     """The replicas that are alive and whose parameters are all finite: bool [K]."""
     finite = tree.all_finite(stacked)
-    return finite if alive is None else finite & jnp.asarray(alive, bool)
+    return finite if alive is None else finite & checks.mask(alive, finite.shape[0])
+
+
+def _check_restart(stacked: PyTree, old: PyTree, new: PyTree) -> int:
+    checks.alike("old", old, "new", new, "give the global parameters before and after the update")
+    return checks.stacked(stacked, new, of="new")
 
 
 def _replace(stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree:
     """`Averager.restart` where every replica is replaced."""
-    del old, alive
-    return tree.replicate(new, tree.count_replicas(stacked))
+    replicas = _check_restart(stacked, old, new)
+    if alive is not None:
+        checks.mask(alive, replicas)
+    return tree.replicate(new, replicas)
 
 
 def _restart(pull: Pull) -> Callable:
@@ -47,12 +91,44 @@ def _restart(pull: Pull) -> Callable:
         return pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None]).astype(x.dtype)
 
     def restart(stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree:
+        replaced = tree.replicate(new, _check_restart(stacked, old, new))
         living = _living(stacked, alive)
-        replaced = tree.replicate(new, living.shape[0])
         pulled = jax.tree.map(lambda x, o, n: jnp.broadcast_to(one(x, o, n), x.shape), stacked, old, new)
         return tree.select_replicas(living, pulled, replaced)
 
     return restart
+
+
+def _check_update(
+    weighting: Weighting, init: Init, stacked: PyTree, state: PyTree, params: PyTree, signals: dict[str, Any]
+) -> int:
+    """Refuses what does not fit together, and returns K."""
+    missing = sorted(set(weighting.needs) - set(signals))
+    if missing:
+        raise SettingsError(
+            f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=... to update; wavg_jax.signals "
+            "says what it is and measures it"
+        )
+    replicas = checks.stacked(stacked, params)
+    made = jax.eval_shape(functools.partial(init, replicas=replicas), params)
+    mend = f"make it with this averager's init(params, replicas={replicas})"
+    checks.alike("state", state, "this averager's state", made, mend)
+    return replicas
+
+
+def _step(
+    outer: optax.GradientTransformation | None, blend: PyTree, state: AveragerState, params: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The parameters, the outer optimizer's state and the masters after the blend."""
+    if outer is None:
+        return tree.cast_like(blend, params), state.outer, state.masters
+    # From what the replicas started from: what rounding took off the masters is no movement of theirs.
+    pseudo_gradient = optax.tree.sub(*tree.as_accumulators((params, blend)))
+    current = _current(state.masters, params)
+    updates, outer_state = outer.update(pseudo_gradient, state.outer, current)
+    new = optax.apply_updates(current, updates)
+    masters = jax.tree.map(lambda p, x: None if p.dtype == x.dtype else x, params, new)
+    return tree.cast_like(new, params), outer_state, masters
 
 
 def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
@@ -88,6 +164,11 @@ def averager(
     A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
     is left, the parameters and the state stay as they were. The update is pure and can be jitted.
 
+    With an outer optimizer, parameters in bfloat16 or float16 are updated in float32: the state holds masters of them,
+    and `params` are the masters cast. The pseudo-gradient is taken from `params`, from which the replicas started.
+    Where the `params` handed in are not the masters cast, having been loaded from elsewhere, say, the step starts from
+    `params`.
+
     Args:
       weighting: how much each replica counts, such as `wavg_jax.softmax("loss", temperature=0.2)`.
       outer: an optax optimizer, such as `wavg_jax.outer.nesterov(0.7, 0.9)` for DiLoCo.
@@ -100,7 +181,8 @@ def averager(
     Returns:
       An `Averager`. Its `update` takes, beside the signals, `alive` (bool [K]) and `place`, a function that lays the
       reduction out over several devices, as `wavg_jax.placement.Placement.reduce` does. It raises SettingsError if a
-      signal that the weighting needs is not given.
+      signal that the weighting needs is not given, or if `stacked`, `state`, `params`, `alive` and the weights do not
+      fit together; shapes are looked at while tracing, so that the compiled update does not pay for it.
 
     Raises:
       SettingsError: `pull` is not between 0 and 1.
@@ -116,15 +198,12 @@ def averager(
     """
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
-        return AveragerState(weighting.init(params, replicas), outer and outer.init(tree.as_accumulators(params)))
-
-    def step(blend: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        checks.arrays("params", params)
+        k = None if replicas is None else checks.whole("replicas", replicas, 1)
+        state = weighting.init(params, k)
         if outer is None:
-            return tree.cast_like(blend, params), state
-        masters = tree.as_accumulators(params)
-        pseudo_gradient = optax.tree.sub(masters, blend)
-        updates, state = outer.update(pseudo_gradient, state, masters)
-        return tree.cast_like(optax.apply_updates(masters, updates), params), state
+            return AveragerState(state, None, None)
+        return AveragerState(state, outer.init(tree.as_accumulators(params)), _masters(params))
 
     def update(
         stacked: PyTree,
@@ -135,26 +214,23 @@ def averager(
         place: Callable[[Callable], Callable] = _as_is,
         **signals: Any,
     ) -> tuple[PyTree, AveragerState, PyTree]:
-        missing = sorted(set(weighting.needs) - set(signals))
-        if missing:
-            raise SettingsError(
-                f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=... to update; wavg_jax.signals "
-                "says what it is and measures it"
-            )
+        replicas = _check_update(weighting, init, stacked, state, params, signals)
         alive = _living(stacked, alive)
 
         def send() -> PyTree:
             # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
-            sent = tree.select_replicas(alive, stacked, tree.replicate(params, alive.shape[0]))
+            sent = tree.select_replicas(alive, stacked, tree.replicate(params, replicas))
             return sent if transform is None else transform(sent, params, alive)
 
         reduction, sent = place(reduce), send()
+        checks.alike("transform(...)", sent, "stacked", stacked, "a transform returns what it was given, changed")
         weights, weighting_state = weighting.update(
             sent, state.weighting, params, alive=alive, blend=lambda w: reduction(sent, w), **signals
         )
+        checks.weights(weights, sent)
         blend = _apart(alive, lambda: reduction(sent if transform else send(), weights), params)
-        new_params, outer_state = step(blend, state.outer, params)
-        new = (new_params, AveragerState(weighting_state, outer_state))
+        new_params, outer_state, masters = _step(outer, blend, state, params)
+        new = (new_params, AveragerState(weighting_state, outer_state, masters))
         new_params, new_state = tree.select(alive.any(), new, (params, state))
         return new_params, new_state, weights
 

@@ -1,7 +1,8 @@
 """Named outer optimizers: optax transformations of the pseudo-gradient `params - blend`.
 
 Any optax optimizer can be the outer one. `None`, no outer optimizer, takes the blend as it is, as `optax.sgd(1.0)`
-does. Below g is the pseudo-gradient and p the global parameters; a memory starts at 0.
+does. Below g is the pseudo-gradient and p the global parameters, kept in float32 where they are stored in less; a
+memory starts at 0.
 """
 
 from typing import NamedTuple

@@ -6,6 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from wavg_jax import checks
 from wavg_jax.base import PyTree
 from wavg_jax.tree import accumulator_dtype
 
@@ -73,6 +74,7 @@ def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array
 
 def _leafwise(leaf: Callable[[jax.Array, jax.Array], jax.Array], stacked: PyTree, weights: PyTree) -> PyTree:
     """Applies `leaf(weights, stacked)` to every leaf of `stacked`, of which `weights` is a prefix tree."""
+    checks.weights(weights, stacked)
     return jax.tree.map(lambda w, sub: jax.tree.map(lambda x: leaf(w, x), sub), weights, stacked)
 
 
@@ -91,6 +93,9 @@ def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = No
     Returns:
       A tree with leaves [...] in their accumulator dtype (float32, or float64 for float64 leaves);
       `wavg_jax.tree.cast_like` brings them back.
+
+    Raises:
+      SettingsError: the weights are no such tree.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "b": jnp.array([1.0, jnp.nan])}

@@ -14,6 +14,7 @@ import numpy as np
 
 from wavg_jax import tree
 from wavg_jax.base import PyTree, SettingsError, Weighting
+from wavg_jax.checks import whole
 from wavg_jax.weighting import normalise
 
 
@@ -33,12 +34,6 @@ def _from_stacked(weigh: Callable[..., PyTree]) -> Weighting:
         return weigh(stacked, params, alive, blend), state
 
     return Weighting(lambda params, replicas=None: (), update)
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingsError(f"{name} is {value!r}; it must be a whole number of replicas, at least {least}")
-    return value
 
 
 def _squares(difference: PyTree) -> jax.Array:
@@ -116,7 +111,7 @@ def trimmed_mean(trim: int) -> Weighting:
     Raises:
       SettingsError: `trim` is not a whole number, or negative.
     """
-    trim = _whole("trim", trim, 0)
+    trim = whole("trim", trim, 0)
     return _middle(lambda n: jnp.minimum(trim, jnp.maximum(n - 1, 0) // 2))
 
 
@@ -139,8 +134,7 @@ def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
     Raises:
       SettingsError: `iterations` is not a positive whole number, or `smoothing` not a positive number.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise SettingsError(f"iterations is {iterations!r}; it must be a whole number, at least 1")
+    iterations = whole("iterations", iterations, 1)
     if not 0 < smoothing < float("inf"):
         raise SettingsError(f"smoothing is {smoothing}; it must be a finite distance greater than 0")
 
@@ -200,7 +194,7 @@ def multi_krum(byzantine: int, keep: int) -> Weighting:
     Raises:
       SettingsError: `byzantine` is not a whole number or negative, `keep` not a positive whole number.
     """
-    byzantine, keep = _whole("byzantine", byzantine, 0), _whole("keep", keep, 1)
+    byzantine, keep = whole("byzantine", byzantine, 0), whole("keep", keep, 1)
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
         del params, blend

@@ -98,8 +98,8 @@ def fit(
       evaluate_every: rounds between evaluations on the test split; the last round is always evaluated. Rows in between
         have no test metrics.
       resume: go on from the newest whole checkpoint in `workdir`, bit for bit on the same machine; start if there is no
-        such run. Data and sizes are compared with the first part's; learning rates and schemes cannot be, so put them in
-        `settings`.
+        such run. Data and sizes are compared with the first part's; learning rates and schemes cannot be, so put them
+        in `settings`.
       facts: further entries of the run's first row, such as `arm`.
       settings: further settings that must agree when the run is resumed.
       on_round: called with every new row; None shows a progress bar.

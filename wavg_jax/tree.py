@@ -7,28 +7,46 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from wavg_jax import machine
-from wavg_jax.base import PyTree
+from wavg_jax import checks, machine
+from wavg_jax.base import PyTree, SettingsError
 
 
 def replicate(tree: PyTree, replicas: int) -> PyTree:
     """Copies every leaf K times: [...] -> [K, ...], each replica with memory of its own, so that it can be donated.
 
+    Raises:
+      SettingsError: `replicas` is not a whole number of at least 1.
+
     >>> import jax.numpy as jnp
     >>> replicate({"w": jnp.ones((2, 3))}, 4)["w"].shape
     (4, 2, 3)
     """
+    replicas = checks.whole("replicas", replicas, 1)
     return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], replicas, axis=0), tree)
 
 
-def replica(stacked: PyTree, k: int) -> PyTree:
-    """Takes replica `k` out of a stacked tree: [K, ...] -> [...]."""
+def replica(stacked: PyTree, k: int | jax.Array) -> PyTree:
+    """Takes replica `k` out of a stacked tree: [K, ...] -> [...].
+
+    Args:
+      stacked: tree with leaves [K, ...].
+      k: 0 to K - 1. A traced `k` cannot be checked, and is clamped as JAX clamps indices.
+
+    Raises:
+      SettingsError: there is no such replica, or the leaves do not have one K.
+    """
+    if not isinstance(k, jax.core.Tracer):
+        replicas = checks.replicas(stacked)
+        if isinstance(k, jax.Array) and not k.ndim and jnp.issubdtype(k.dtype, jnp.integer):
+            k = int(k)
+        if checks.whole("the replica", k) not in range(replicas):
+            raise SettingsError(f"there is no replica {k} of {replicas}; they are numbered from 0 to {replicas - 1}")
     return jax.tree.map(lambda x: x[k], stacked)
 
 
 def count_replicas(stacked: PyTree) -> int:
-    """Returns K, the length of the leading axis of a stacked tree's first leaf."""
-    return int(jax.tree.leaves(stacked)[0].shape[0])
+    """Returns K, the length of the leading axis of a stacked tree's leaves; SettingsError if they differ in it."""
+    return checks.replicas(stacked)
 
 
 def all_finite(stacked: PyTree) -> jax.Array:

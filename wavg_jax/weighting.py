@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import tree
+from wavg_jax import checks, tree
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
 
@@ -59,6 +59,9 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
       Weights [K, ...] float32 that sum to 1 over K; equal over the living where no score is usable; all 0 if none is
       alive.
 
+    Raises:
+      SettingsError: `alive` is not a bool [K].
+
     >>> import jax.numpy as jnp
     >>> normalise(jnp.array([3.0, 1.0, jnp.nan, 9.0]), jnp.array([True, True, True, False])).round(4).tolist()
     [0.75, 0.25, 0.0, 0.0]
@@ -66,6 +69,7 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
     [[0.5, 0.75], [0.5, 0.25]]
     """
     scores = jnp.asarray(scores, jnp.float32)
+    alive = checks.mask(alive, scores.shape[0] if scores.ndim else 0)
     kept = _scaled(jnp.where(usable(scores, alive) & (scores > 0), scores, 0))
     total = tree.ordered_sum(kept)[None]
     # The minimum, like others below, keeps the product apart from sums it may enter: see `_power_of_two`. And a
@@ -97,14 +101,17 @@ def direction(signal: str, higher_is_better: bool | None = None) -> float:
     """1 where more of a signal is better, -1 where less is; what is not said is looked up in `HIGHER_IS_BETTER`.
 
     Raises:
-      SettingsError: neither said nor known.
+      SettingsError: neither said nor known, or not said by True or False.
 
     >>> direction("loss"), direction("accuracy"), direction("profit", higher_is_better=True)
     (-1.0, 1.0, 1.0)
     """
-    if higher_is_better is None and signal not in HIGHER_IS_BETTER:
+    known = HIGHER_IS_BETTER.get(signal) if higher_is_better is None else higher_is_better
+    if known is None:
         raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
-    return 1.0 if (HIGHER_IS_BETTER[signal] if higher_is_better is None else higher_is_better) else -1.0
+    if not isinstance(known, bool):
+        raise SettingsError(f"higher_is_better is {known!r}; say True or False")
+    return 1.0 if known else -1.0
 
 
 def values_of(signal: str, signals: dict[str, Any], alive: jax.Array) -> PyTree:
@@ -135,9 +142,11 @@ def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] 
     return Weighting(lambda params, replicas=None: (), update, (signal,))
 
 
-def _check_direction(signal: str, higher_is_better: bool, instead: str) -> None:
-    if HIGHER_IS_BETTER.get(signal, higher_is_better) != higher_is_better:
-        raise SettingsError(f"this would trust the replica with the worst {signal} most; use {instead}({signal!r})")
+def _check_direction(signal: str, higher_is_better: bool | None, needed: bool, instead: str) -> None:
+    """Refuses a signal that does not go the way that a rule needs, or of which that is not known."""
+    if (direction(signal, higher_is_better) > 0) != needed:
+        said = repr(signal) if higher_is_better is None else f"{signal!r}, higher_is_better={higher_is_better}"
+        raise SettingsError(f"this would trust the replica with the worst {signal} most; use {instead}({said})")
 
 
 def uniform() -> Weighting:
@@ -152,7 +161,9 @@ def uniform() -> Weighting:
     return Weighting(lambda params, replicas=None: (), update)
 
 
-def proportional(signal: str = "accuracy", *, chance: float = 0.0, power: float = 1.0) -> Weighting:
+def proportional(
+    signal: str = "accuracy", *, chance: float = 0.0, power: float = 1.0, higher_is_better: bool | None = None
+) -> Weighting:
     """Weights in proportion to a score where more is better, `w_k ~ max(s_k - chance, 0)^power`.
 
     With held-out accuracy this is the weighting that Ramroach and Joshi (2021) describe in words: sub-networks are not
@@ -163,11 +174,13 @@ def proportional(signal: str = "accuracy", *, chance: float = 0.0, power: float 
       signal: name of a signal that is not negative.
       chance: what a replica that learnt nothing scores, such as 1 / classes of accuracy; it and less count 0.
       power: sharpens the differences if above 1, evens them out if below.
+      higher_is_better: say True for a signal that the library does not measure.
 
     Raises:
-      SettingsError: less is better of this signal, or `chance` or `power` is not a number that can work.
+      SettingsError: less is better of this signal, the direction of an unknown signal is not given, or `chance` or
+        `power` is not a number that can work.
     """
-    _check_direction(signal, higher_is_better=True, instead="inverse")
+    _check_direction(signal, higher_is_better, needed=True, instead="inverse")
     if not math.isfinite(chance):
         raise SettingsError(f"proportional(chance={chance}): it must be a finite number, such as 0.1 for 10 classes")
     if not 0 < power < math.inf:
@@ -183,7 +196,7 @@ def proportional(signal: str = "accuracy", *, chance: float = 0.0, power: float 
     return _from_signal(signal, scores)
 
 
-def inverse(signal: str = "loss") -> Weighting:
+def inverse(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
     """Weights in inverse proportion to a score where less is better, `w_k = (1/s_k) / sum_j (1/s_j)`.
 
     With `loss` this is WASGD's first rule (Guo et al. 2020, arXiv:2004.03749), with `grad_norm` the model-level, with
@@ -192,11 +205,12 @@ def inverse(signal: str = "loss") -> Weighting:
 
     Args:
       signal: name of a signal that is not negative.
+      higher_is_better: say False for a signal that the library does not measure.
 
     Raises:
-      SettingsError: more is better of this signal.
+      SettingsError: more is better of this signal, or the direction of an unknown signal is not given.
     """
-    _check_direction(signal, higher_is_better=False, instead="proportional")
+    _check_direction(signal, higher_is_better, needed=False, instead="proportional")
 
     def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
         usable = usable & (values >= 0)

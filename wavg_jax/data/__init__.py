@@ -1,9 +1,10 @@
 """Data sets in, shards out: what replicas are trained, scored and tested on."""
 
-from wavg_jax.data.arrays import Dataset, Split, from_arrays, from_npz, hold_out, make_prepare
+from wavg_jax.data.arrays import Dataset, Split, from_arrays, from_npz, hold_out
 from wavg_jax.data.augment import crop_flip
 from wavg_jax.data.digits import digits
 from wavg_jax.data.feed import round_indices
+from wavg_jax.data.prepare import make_prepare, overall, per_channel, per_feature
 from wavg_jax.data.sharded import ShardedData, pool, shard
 from wavg_jax.data.shards import dirichlet, iid, label_noise, sized
 from wavg_jax.data.sources import load
@@ -22,6 +23,9 @@ __all__ = [
     "label_noise",
     "load",
     "make_prepare",
+    "overall",
+    "per_channel",
+    "per_feature",
     "pool",
     "round_indices",
     "shard",

@@ -1,20 +1,23 @@
-"""Data sets as numpy arrays: checked once when they come in, standardised on the device when they are used."""
+"""Data sets as numpy arrays, checked once when they come in."""
 
-import dataclasses
+import warnings
 import zipfile
 import zlib
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wavg_jax.base import DataError, SettingsError
+from wavg_jax.base import DataError, SettingsError, WavgWarning
+from wavg_jax.checks import whole
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+_UNSEEN = 1_000_000
+"""How many more classes than training samples there may be: more than any data set has, and less than takes an hour to
+find out that no machine can hold the last layer."""
 
 
 class Split(NamedTuple):
@@ -59,9 +62,9 @@ def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
       The generator; the same arguments always give the same one.
 
     Raises:
-      SettingsError: the seed is negative.
+      SettingsError: the seed is negative, or no whole number.
     """
-    if seed < 0:
+    if whole("the seed", seed) < 0:
         raise SettingsError(f"the seed is {seed}, but seeds are not negative: set --seed to 0 or more")
     # A spawn key is padded apart from the seed; plain [seed, 0] would be the same stream as [seed].
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *which)))
@@ -85,14 +88,14 @@ def from_arrays(
       x_test: inputs [M, ...] with the sample shape and type of `x_train`.
       y_test: labels [M].
       name: what rows and reports call the data set.
-      classes: number of classes; by default the largest label plus one, all of which must occur in training.
+      classes: number of classes, 2 or more; by default the largest label plus one, all of which must occur in training.
 
     Returns:
-      The data set.
+      The data set. A `WavgWarning` is given if all training labels are the same.
 
     Raises:
-      DataError: lengths, shapes or types do not fit, an array is empty, an input is NaN or infinite, or a label is no
-        whole number in [0, classes).
+      DataError: lengths, shapes or types do not fit, an array is empty, an input is NaN or infinite, a label is no
+        whole number in [0, classes), or the number of classes cannot be right.
 
     >>> import numpy as np
     >>> data = from_arrays(np.zeros((3, 2)), [0, 1, 1], np.zeros((1, 2)), [0])
@@ -109,14 +112,7 @@ def from_arrays(
             f"{name}: a test sample is {test.x.dtype}{test.x.shape[1:]}, a training sample "
             f"{train.x.dtype}{train.x.shape[1:]}: give both in one shape and type"
         )
-    if classes is None:
-        classes = int(max(train.y.max(), test.y.max())) + 1
-        absent = np.setdiff1d(np.arange(classes), train.y)
-        if len(absent) and min(train.y.min(), test.y.min()) >= 0:
-            raise DataError(
-                f"{name}: the largest label is {classes - 1}, but no training sample has label {absent[0]}: mend the "
-                "labels, or say how many classes there are (classes)"
-            )
+    classes = _classes(name, train.y, test.y, classes)
     for part, split in (("train", train), ("test", test)):
         wrong = np.flatnonzero((split.y < 0) | (split.y >= classes))
         if len(wrong):
@@ -127,8 +123,43 @@ def from_arrays(
     return Dataset(name, train, test, classes)
 
 
+def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> int:
+    """The number of classes, from the labels if it is not given."""
+    seen = np.unique(train)
+    if classes is None:
+        classes = int(max(seen[-1], test.max())) + 1
+        # Compared with what occurs: a label of 1e9 must not make an array of as many numbers.
+        gap = np.flatnonzero(np.append(seen, -1) != np.arange(len(seen) + 1))[0]
+        if gap < classes and min(seen[0], test.min()) >= 0:
+            raise DataError(
+                f"{name}: the largest label is {classes - 1}, but no training sample has label {gap}: mend the labels, "
+                "or say how many classes there are (classes)"
+            )
+    number = np.asarray(classes)
+    if number.size != 1 or number.dtype.kind not in "uif" or not float(number.item()).is_integer():
+        raise DataError(f"{name}: the number of classes is {classes!r}: give a whole number (classes)")
+    classes, most = int(number.item()), len(train) + _UNSEEN
+    if not 2 <= classes <= most:
+        raise DataError(
+            f"{name}: {classes} classes for {len(train)} training samples: give labels of at least 2 classes, and of "
+            f"{most} at most (classes)"
+        )
+    if len(seen) == 1:
+        said = f"{name}: every training sample has label {seen[0]}, so there is nothing to tell apart"
+        warnings.warn(said, WavgWarning, stacklevel=3)
+    return classes
+
+
+def as_array(what: str, values: ArrayLike) -> np.ndarray:
+    """An array of what was given; DataError if its parts differ in shape."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{what} are no array ({_one_line(error)}): give samples of one shape") from None
+
+
 def _inputs(part: str, x: ArrayLike) -> np.ndarray:
-    x = np.asarray(x)
+    x = as_array(f"{part} inputs", x)
     if x.dtype.kind not in "buif":
         raise DataError(f"{part} inputs are of type {x.dtype}: give uint8 or floating-point numbers")
     if x.ndim < 2 or not x.size:
@@ -148,7 +179,7 @@ def _inputs(part: str, x: ArrayLike) -> np.ndarray:
 
 
 def _labels(part: str, y: ArrayLike) -> np.ndarray:
-    y = np.asarray(y)
+    y = as_array(f"{part} labels", y)
     if y.ndim != 1:
         raise DataError(f"{part} labels have shape {y.shape}: give one class number per sample, [N]")
     if y.dtype.kind not in "buif":
@@ -180,12 +211,10 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
     Raises:
       DataError: the file is missing, is no npz file, lacks an array, or `from_arrays` refuses what it holds.
     """
-    path = Path(path).expanduser()
+    path = as_path("the path of an npz file", path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
-            missing = [key for key in NPZ_KEYS if key not in loaded]
-            arrays = [] if missing else [loaded[key] for key in NPZ_KEYS]
-            classes = int(loaded["classes"]) if "classes" in loaded else None
+            stored = {key: loaded[key] for key in (*NPZ_KEYS, "classes") if key in loaded}
     except FileNotFoundError:
         raise DataError(f"there is no file {path}: check the path (--dataset)") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -193,9 +222,19 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
         raise DataError(
             f"{path} cannot be read as an npz file of number arrays ({_one_line(error)}): write it with numpy.savez"
         ) from None
-    if missing:
+    if missing := [key for key in NPZ_KEYS if key not in stored]:
         raise DataError(f"{path} lacks {', '.join(missing)}: write {', '.join(NPZ_KEYS)} with numpy.savez")
-    return from_arrays(*arrays, name=path.stem, classes=classes)
+    return from_arrays(**stored, name=path.stem)
+
+
+def as_path(name: str, path: str | PathLike[str]) -> Path:
+    """A path, with "~" for the home folder; SettingsError if it is something else."""
+    try:
+        return Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise SettingsError(
+            f"{name} is {path!r} ({_one_line(error)}): give a name or path, such as data/mine.npz"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:
@@ -215,9 +254,11 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
       first of them are a fair sample too.
 
     Raises:
-      SettingsError: n is negative or leaves nothing to train on.
+      SettingsError: n is no whole number, negative, or leaves nothing to train on.
     """
-    if not 0 <= n < len(split.y):
+    if not isinstance(split, Split):
+        raise SettingsError(f"the samples are a {type(split).__name__}: give a data.Split, such as dataset.train")
+    if not 0 <= whole("heldout", n) < len(split.y):
         raise SettingsError(
             f"{n} held-out samples asked for, out of {len(split.y)} training samples: "
             f"set --heldout between 0 and {len(split.y) - 1}"
@@ -226,69 +267,3 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     left = np.ones(len(split.y), bool)
     left[held] = False
     return Split(split.x[left], split.y[left]), Split(split.x[held], split.y[held])
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepare:
-    """A function from stored inputs to the network's; equal by value, so that equal data share compiled programs.
-
-    Attributes:
-      mean: of each channel, or one for all features; of uint8 values divided by 255.
-      std: likewise; 1 where the values are constant.
-      add_channel: whether samples are images [H, W] that need a channel axis.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    add_channel: bool
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Standardises a batch: `(x - mean) / std`, after `x / 255` for uint8.
-
-        Args:
-          x: stored inputs [B, ...].
-
-        Returns:
-          Inputs [B, ...], float32; images [B, H, W] become [B, H, W, 1].
-        """
-        scale = 1 / 255 if x.dtype == jnp.uint8 else 1.0
-        if self.add_channel:
-            x = x[..., None]
-        axes = (1,) * (x.ndim - 1) + (-1,)
-        mean, std = (jnp.asarray(v, jnp.float32).reshape(axes) for v in (self.mean, self.std))
-        return (x.astype(jnp.float32) * scale - mean) / std
-
-
-def make_prepare(dataset: Dataset) -> Prepare:
-    """Measures the training split and returns the function that standardises inputs with it, on the device.
-
-    Images [N, H, W] have one channel, [N, H, W, C] and more axes one per entry of the last axis; feature vectors
-    [N, F] get one mean and one standard deviation for all features.
-
-    Args:
-      dataset: whose training split is measured, in float64.
-
-    Returns:
-      `x [B, ...] -> float32 [B, ...]`, to be called inside jit.
-
-    >>> import numpy as np
-    >>> data = from_arrays(np.array([[0.0, 2.0], [4.0, 6.0]]), [0, 1], np.zeros((1, 2)), [0])
-    >>> prepare = make_prepare(data)
-    >>> prepare.mean, round(prepare.std[0], 4)
-    ((3.0,), 2.2361)
-    """
-    x = dataset.train.x
-    channels = x.shape[-1] if x.ndim > 3 else 1
-    rows = x.reshape(len(x), -1)
-    # In pieces, so that the float64 copies stay small, and per position first, which numpy adds up fastest.
-    pieces = [rows[i : i + 1000] for i in range(0, len(rows), 1000)]
-    per_position = sum(p.sum(0, dtype=np.float64) for p in pieces) / len(rows)
-    mean = per_position.reshape(-1, channels).mean(0)
-    centre = np.tile(mean, rows.shape[1] // channels)
-    square = sum(np.square(p - centre).sum(0) for p in pieces) / len(rows)
-    std = np.sqrt(square.reshape(-1, channels).mean(0))
-    # What rounding leaves of a constant channel must not be blown up to noise.
-    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0 if x.dtype != np.uint8 else 255.0)
-    if x.dtype == np.uint8:
-        mean, std = mean / 255, std / 255
-    return Prepare(tuple(mean.tolist()), tuple(std.tolist()), add_channel=x.ndim == 3)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax.base import DataError, SettingsError
+from wavg_jax.checks import whole
 
 
 def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
@@ -28,7 +29,7 @@ def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
     """
     if x.ndim != 4:
         raise DataError(f"crop_flip got inputs of shape {x.shape}: it takes images [B, H, W, C], train without it")
-    if padding < 0:
+    if whole("padding", padding) < 0:
         raise SettingsError(f"crop_flip got padding {padding}: give 0 or more")
     batch, *image = x.shape
     crop_rng, flip_rng = jax.random.split(rng)

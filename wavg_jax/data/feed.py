@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from wavg_jax.base import SettingsError
+from wavg_jax.checks import whole
+from wavg_jax.data.shards import as_indices
 
 
 def round_indices(
@@ -36,10 +38,13 @@ def round_indices(
     ((2, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]])
     """
     for flag, value, least in (("local_steps", local_steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
+        if whole(flag, value) < least:
             raise SettingsError(f"{flag} is {value}: set --{flag} to {least} or more")
-    if first_step < 0:
+    if whole("first_step", first_step) < 0:
         raise SettingsError(f"first_step is {first_step}: steps are counted from 0")
+    shards = [as_indices(k, shard) for k, shard in enumerate(shards)]
+    if not shards:
+        raise SettingsError("there are no shards: give the indices of the samples of at least one replica")
     sizes = [len(shard) for shard in shards]
     smallest = int(np.argmin(sizes))
     if batch_size > sizes[smallest]:
@@ -54,7 +59,7 @@ def round_indices(
 
 def _stream(shard: np.ndarray, seed: int, replica: int, start: int, count: int) -> np.ndarray:
     """Positions `start` to `start + count` of a replica's stream, drawing only the epochs they touch."""
-    shard = shard.astype(np.int32)
+    shard = shard.astype(np.int32, copy=False)
     first, last = start // len(shard), (start + count - 1) // len(shard)
     epochs = [
         np.random.default_rng(np.random.SeedSequence([seed, replica, epoch])).permutation(shard)

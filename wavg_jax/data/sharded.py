@@ -1,14 +1,16 @@
 """The bundle that training takes: the training split cut into shards, a held-out split and a test split."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import Dataset, Split, hold_out, make_prepare
-from wavg_jax.data.shards import Shards, label_noise
+from wavg_jax.checks import brief
+from wavg_jax.data.arrays import Dataset, Split, hold_out
+from wavg_jax.data.prepare import Scale, make_prepare, per_channel
+from wavg_jax.data.shards import Shards, as_indices, label_noise, noisy_shards
 
 
 class ShardedData(NamedTuple):
@@ -47,6 +49,7 @@ def shard(
     seed: int,
     noisy: Sequence[int] = (),
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    scale: Scale | None = per_channel,
 ) -> ShardedData:
     """Holds samples out, deals the rest out to replicas and spoils the labels of the noisy shards.
 
@@ -54,29 +57,32 @@ def shard(
 
     Args:
       dataset: the whole.
-      partition: `(training split, seed) -> shards`, such as `lambda split, seed: iid(len(split.y), 8, seed)`.
+      partition: `(training split, seed) -> shards`, an array or list of indices for each replica, such as
+        `lambda split, seed: iid(len(split.y), 8, seed)`.
       heldout: number of training samples to hold out.
       seed: decides the held-out samples, the shards and the noise.
       noisy: numbers of the shards that get random labels.
       augment: `(rng, prepared x) -> x` for training, such as `crop_flip`; or None.
+      scale: which numbers of a sample are standardised together; see `make_prepare`.
 
     Returns:
       The sharded data.
 
     Raises:
-      SettingsError: too many samples held out, more replicas than samples, a noisy shard that there is not, or a
-        partition with an empty shard or with a sample in two.
+      SettingsError: an argument of another type, too many samples held out, more replicas than samples, a noisy shard
+        that there is not, or a partition with an empty shard or with a sample in two.
 
     >>> from wavg_jax.data import digits, iid
     >>> data = shard(digits(), lambda split, seed: iid(len(split.y), 4, seed), heldout=237, seed=0)
     >>> [len(s) for s in data.shards], len(data.heldout.y), data.prepare(data.test.x[:2]).shape
     ([300, 300, 300, 300], 237, (2, 8, 8, 1))
     """
+    _check(dataset, partition, augment)
     train, held = hold_out(dataset.train, heldout, seed)
-    shards = tuple(partition(train, seed))
-    _check(shards, len(train.y))
+    shards = _dealt(partition(train, seed), len(train.y))
+    noisy = noisy_shards(noisy, len(shards))
     labels = label_noise(train.y, shards, noisy, dataset.classes, seed)
-    prepare = make_prepare(dataset)
+    prepare = make_prepare(dataset, scale)
     train = Split(train.x, labels)
     return ShardedData(
         name=dataset.name,
@@ -87,7 +93,7 @@ def shard(
         classes=dataset.classes,
         prepare=prepare,
         augment=augment,
-        noisy=tuple(sorted(noisy)),
+        noisy=noisy,
         class_names=dataset.class_names,
     )
 
@@ -104,9 +110,28 @@ def pool(data: ShardedData) -> ShardedData:
     return data._replace(shards=(np.sort(np.concatenate(data.shards)),))
 
 
-def _check(shards: Shards, n: int) -> None:
+def _check(dataset: Dataset, partition: Callable, augment: Callable | None) -> None:
+    if not isinstance(dataset, Dataset):
+        raise SettingsError(
+            f"the data set is a {type(dataset).__name__}: give a data.Dataset, as data.load and data.from_arrays make"
+        )
+    if not callable(partition):
+        raise SettingsError(
+            f"the partition is a {type(partition).__name__}: give a function (split, seed) -> shards, such as "
+            "lambda split, seed: data.iid(len(split.y), 8, seed)"
+        )
+    if augment is not None and not callable(augment):
+        raise SettingsError(f"augment is a {type(augment).__name__}: give a function (rng, x) -> x, or None")
+
+
+def _dealt(shards: Any, n: int) -> Shards:
+    """What a partition of range(n) returned, as index arrays."""
+    if not isinstance(shards, Iterable):
+        raise SettingsError(f"the partition returned {brief(shards)}: return an array of indices for each replica")
+    shards = tuple(as_indices(k, indices) for k, indices in enumerate(shards))
     for k, indices in enumerate(shards):
         if not len(indices) or indices.min() < 0 or indices.max() >= n:
             raise SettingsError(f"the partition's shard {k} is empty or not within 0 to {n - 1}: mend the partition")
     if not shards or np.bincount(np.concatenate(shards)).max() > 1:
         raise SettingsError("the partition has no shards, or a sample in two of them: mend the partition")
+    return tuple(indices.astype(np.int32) for indices in shards)

@@ -1,11 +1,13 @@
 """How the training samples are dealt out to K replicas: partitions of range(n), each decided by its seed alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import generator
+from wavg_jax.checks import brief, whole
+from wavg_jax.data.arrays import as_array, generator
 
 Shards = tuple[np.ndarray, ...]
 
@@ -48,9 +50,12 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     >>> [len(shard) for shard in sized(38, (1, 2, 16), seed=0)]
     [2, 4, 32]
     """
-    share = np.asarray(proportions, np.float64)
+    try:
+        share = np.asarray(proportions, np.float64)
+    except (TypeError, ValueError):
+        share = np.zeros(())
     if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
-        raise SettingsError(f"shard proportions {tuple(proportions)}: give one positive number per replica")
+        raise SettingsError(f"shard proportions {brief(proportions)}: give one positive number per replica")
     _check_replicas(n, len(share))
     # Every shard has one sample before the rest is shared out, so the targets shrink by what is not there to give.
     exact = np.maximum(n * (share / share.sum()), 1)
@@ -80,7 +85,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
       K index arrays, int32, ascending.
 
     Raises:
-      SettingsError: alpha is not positive, or N // K is less than `min_size`.
+      SettingsError: the labels are no [N], alpha is not positive, or N // K is less than `min_size`.
 
     Reference: Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019 (arXiv:1909.06335).
@@ -90,10 +95,13 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     >>> [len(shard) for shard in shards], sorted(np.concatenate(shards)) == list(range(100))
     ([25, 25, 25, 25], True)
     """
-    labels = np.asarray(labels)
+    labels = as_array("the labels", labels)
+    if labels.ndim != 1:
+        raise SettingsError(f"the labels have shape {labels.shape}: give one class number per sample, [N]")
     _check_replicas(len(labels), replicas)
-    if not 0 < alpha < np.inf:
-        raise SettingsError(f"the Dirichlet concentration is {alpha} (--alpha): give a number > 0")
+    whole("min_size", min_size)
+    if not isinstance(alpha, int | float | np.number) or not 0 < alpha < np.inf:
+        raise SettingsError(f"the Dirichlet concentration is {brief(alpha)} (--alpha): give a number > 0")
     if len(labels) // replicas < min_size:
         raise SettingsError(
             f"{len(labels)} samples give {replicas} replicas {len(labels) // replicas} each, fewer than the {min_size} "
@@ -143,18 +151,49 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
     Raises:
       SettingsError: a number in `noisy` is no shard.
     """
-    if unknown := [k for k in noisy if not 0 <= k < len(shards)]:
-        raise SettingsError(
-            f"noisy shards {unknown}: there are {len(shards)}, give numbers from 0 to {len(shards) - 1}"
-        )
+    noisy = noisy_shards(noisy, len(shards))
     labels = np.array(labels, np.int32)
-    for k in set(noisy):
+    for k in noisy:
         labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
     return labels
 
 
+def noisy_shards(noisy: Sequence[int], shards: int) -> tuple[int, ...]:
+    """The numbers of the noisy ones among so many shards, each once and ascending.
+
+    Raises:
+      SettingsError: a number is no shard's, or they are no numbers.
+    """
+    if not isinstance(noisy, Iterable):
+        raise SettingsError(f"noisy is {brief(noisy)}: give the numbers of the noisy shards, such as (0, 1)")
+    numbers = sorted({whole("the number of a noisy shard", k) for k in noisy})
+    if unknown := [k for k in numbers if k not in range(shards)]:
+        raise SettingsError(f"noisy shards {unknown}: there are {shards}, give numbers from 0 to {shards - 1}")
+    return tuple(numbers)
+
+
+def as_indices(shard: int, indices: Any) -> np.ndarray:
+    """The indices of a shard's samples as an array, which may have been given as a list.
+
+    Raises:
+      SettingsError: they are no whole numbers [n].
+    """
+    try:
+        array = np.asarray(indices)
+    except ValueError:  # lists of different lengths
+        array = np.empty((), object)
+    if array.ndim == 1 and not array.size:
+        return array.astype(np.int32)  # an empty list is of floats to NumPy
+    if array.ndim != 1 or array.dtype.kind not in "ui":
+        how = "np.flatnonzero(mask) of a mask" if array.dtype == bool else "an array or list for each replica"
+        raise SettingsError(
+            f"shard {shard} is {array.dtype} of shape {array.shape}: give the whole numbers of its samples, [n], {how}"
+        )
+    return array
+
+
 def _check_replicas(n: int, replicas: int) -> None:
-    if not 1 <= replicas <= n:
+    if not 1 <= whole("replicas", replicas) <= whole("n, the number of training samples", n):
         raise SettingsError(f"{replicas} replicas for {n} training samples: set --replicas between 1 and {n}")
 
 

@@ -3,7 +3,7 @@
 from os import PathLike, fspath
 
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import Dataset, from_npz
+from wavg_jax.data.arrays import Dataset, as_path, from_npz
 from wavg_jax.data.digits import digits
 from wavg_jax.data.published import PUBLISHED
 
@@ -26,7 +26,7 @@ def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/t
     >>> load("digits").classes
     10
     """
-    name = fspath(name_or_path)
+    name, data_dir = fspath(as_path("the data set", name_or_path)), as_path("data_dir", data_dir)
     if name.endswith(".npz"):
         return from_npz(name)
     if name == "digits":

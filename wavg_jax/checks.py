@@ -1,0 +1,163 @@
+"""What is handed in is checked, by its structure, shapes and dtypes alone: while a function is traced, so that the
+compiled program pays nothing for it."""
+
+import reprlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wavg_jax.base import PyTree, SettingsError
+
+
+def brief(value: Any) -> str:
+    """What a value looks like, in a part of a line.
+
+    >>> brief([1, 2, 3, 4, 5, 6, 7, 8])
+    '[1, 2, 3, 4, 5, 6, ...]'
+    """
+    return " ".join(reprlib.repr(value).split())
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """Returns a whole number as an `int`.
+
+    Args:
+      name: what the error calls it.
+      value: of Python or NumPy; a bool is no number.
+      least: the smallest that is allowed.
+
+    Raises:
+      SettingsError: it is something else, or smaller.
+
+    >>> whole("replicas", np.int64(4), 1)
+    4
+    """
+    number = int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f", at least {least}"
+        raise SettingsError(f"{name} is {brief(value)}; it must be a whole number{bound}")
+    return number
+
+
+def _named(name: str, tree: PyTree) -> dict[str, Any]:
+    """The leaves by the expression that reaches them, such as `params['dense']['bias']`."""
+    return {name + jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def _leaves(name: str, tree: PyTree) -> dict[str, Any]:
+    """The same, and they must be arrays."""
+    leaves = _named(name, tree)
+    for where, x in leaves.items():
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise SettingsError(f"{where} is a {type(x).__name__}; it must be an array, such as jnp.asarray(...) makes")
+    return leaves
+
+
+def arrays(name: str, tree: PyTree) -> None:
+    """Raises SettingsError if a tree has no leaves, or one that is no array."""
+    if not _leaves(name, tree):
+        raise SettingsError(f"{name} is {tree!r}, which holds no arrays; give a tree of arrays")
+
+
+def _same_tree(name: str, tree: PyTree, of: str, like: PyTree, mend: str) -> None:
+    structures: list[Any] = [jax.tree.structure(t) for t in (tree, like)]
+    if structures[0] == structures[1]:
+        return
+    ours, theirs = ([jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(t)] for t in (tree, like))
+    more, fewer = [p for p in ours if p not in theirs], [p for p in theirs if p not in ours]
+    if fewer:
+        difference = f"there is no {name}{fewer[0]}" + (f", but {name}{more[0]}" if more else "")
+    elif more:
+        difference = f"{name}{more[0]} is not in {of}"
+    else:
+        difference = f"one is a {type(tree).__name__}, the other a {type(like).__name__}, or they differ so inside"
+    raise SettingsError(f"{name} is not a tree like {of}: {difference}; {mend}")
+
+
+def alike(name: str, tree: PyTree, of: str, like: PyTree, mend: str) -> None:
+    """Raises SettingsError, which ends in `mend`, unless two trees have the same structure and shapes."""
+    _same_tree(name, tree, of, like, mend)
+    for (where, x), y in zip(_named(name, tree).items(), jax.tree.leaves(like), strict=True):
+        if np.shape(x) != np.shape(y):
+            raise SettingsError(f"{where} has shape {np.shape(x)} where {of} has {np.shape(y)}; {mend}")
+
+
+_REPLICATE = "wavg.replicate(params, K) makes such a tree"
+
+
+def stacked(tree: PyTree, like: PyTree, name: str = "stacked", of: str = "params") -> int:
+    """Checks that every leaf of `tree` is [K, *shape] for the [*shape] of its counterpart in `like`, in its dtype.
+
+    Returns:
+      K, the number of replicas.
+
+    Raises:
+      SettingsError: the structure, a shape or a dtype differs, or K is 0. It names the leaf.
+    """
+    arrays(of, like)
+    _same_tree(name, tree, of, like, _REPLICATE)
+    pairs = [(where, x, y) for (where, x), y in zip(_leaves(name, tree).items(), jax.tree.leaves(like), strict=True)]
+    fitting = [x.shape[0] for _, x, y in pairs if x.ndim and x.shape[1:] == y.shape]
+    replicas = fitting[0] if fitting else None
+    for where, x, y in pairs:
+        if not x.ndim or x.shape != (replicas, *y.shape):
+            wanted = ", ".join(map(str, ("K" if replicas is None else replicas, *y.shape)))
+            raise SettingsError(
+                f"{where} has shape {x.shape}; with {of}{where.removeprefix(name)} of shape {y.shape} it must be "
+                f"[{wanted}], one for each of K replicas; {_REPLICATE}"
+            )
+        if jnp.result_type(x) != jnp.result_type(y):
+            raise SettingsError(
+                f"{where} is {x.dtype}, {of}{where.removeprefix(name)} {y.dtype}; give both in one dtype (x.astype)"
+            )
+    if not replicas:
+        raise SettingsError(f"{name} holds 0 replicas; {_REPLICATE} with K of at least 1")
+    return replicas
+
+
+def replicas(tree: PyTree) -> int:
+    """Returns K, the length of the leading axis, which all leaves of a stacked tree have in common.
+
+    Raises:
+      SettingsError: they do not.
+    """
+    leaves = _leaves("stacked", tree)
+    if not leaves:
+        raise SettingsError("stacked holds no arrays, so the number of replicas is not known")
+    (first, x), *_ = leaves.items()
+    for where, y in leaves.items():
+        if not y.ndim or y.shape[:1] != x.shape[:1]:
+            raise SettingsError(
+                f"{first} has shape {x.shape} and {where} {y.shape}: the leading axis of every leaf must be that of "
+                f"the replicas; {_REPLICATE}"
+            )
+    return int(x.shape[0])
+
+
+def mask(alive: Any, replicas: int) -> jax.Array:
+    """Returns `alive` as an array; SettingsError if it is not a bool [K]."""
+    alive = jnp.asarray(alive)
+    if alive.shape != (replicas,) or alive.dtype != bool:
+        raise SettingsError(
+            f"alive is {alive.dtype} of shape {alive.shape}; it must be a bool for each replica, [{replicas}]"
+        )
+    return alive
+
+
+def weights(given: PyTree, stacked: PyTree) -> None:
+    """Raises SettingsError unless weights are a prefix tree of a stacked tree, with leaves [K] or like the leaf."""
+    try:
+        wide = jax.tree.leaves(jax.tree.broadcast(given, stacked))
+    except ValueError:
+        raise SettingsError(
+            f"the weights, a {type(given).__name__}, are no prefix of the tree of the parameters; give one array "
+            "[K] for all of it, or an array for each of its branches or leaves"
+        ) from None
+    for (where, x), w in zip(_leaves("stacked", stacked).items(), wide, strict=True):
+        if not x.ndim or jnp.shape(w) not in (x.shape[:1], x.shape):
+            raise SettingsError(
+                f"the weights of {where} have shape {jnp.shape(w)}; for a leaf of shape {x.shape} they must be "
+                f"[K], {x.shape[:1]}, or one per element, {x.shape}"
+            )

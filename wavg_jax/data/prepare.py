@@ -1,0 +1,109 @@
+"""From stored inputs to the network's: standardised on the device, by means and deviations of the training split."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wavg_jax.base import SettingsError
+from wavg_jax.data.arrays import Dataset
+
+Scale = Callable[[tuple[int, ...]], int]
+"""`shape of a stored sample -> how many means there are`; number i of a sample has mean i modulo that many."""
+
+
+def per_channel(shape: tuple[int, ...]) -> int:
+    """A mean and a deviation for each entry of the last axis: each feature of vectors [F], each channel of images
+    [H, W, C]. Images [H, W] have one channel."""
+    return 1 if len(shape) == 2 else shape[-1]
+
+
+def per_feature(shape: tuple[int, ...]) -> int:
+    """A mean and a deviation for each number of a sample; of images, for each pixel and channel."""
+    return math.prod(shape)
+
+
+def overall(shape: tuple[int, ...]) -> int:
+    """One mean and one deviation for all numbers, whose units must be comparable then."""
+    del shape
+    return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """A function from stored inputs to the network's; equal by value, so that equal data share compiled programs.
+
+    Attributes:
+      mean: one for all numbers of a sample, one for each entry of its last axis, or one for each number; of uint8
+        values divided by 255.
+      std: likewise; 1 where the values are constant.
+      add_channel: whether samples are images [H, W] that need a channel axis.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    add_channel: bool
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Standardises a batch: `(x - mean) / std`, after `x / 255` for uint8.
+
+        Args:
+          x: stored inputs [B, ...].
+
+        Returns:
+          Inputs [B, ...], float32; images [B, H, W] become [B, H, W, 1].
+        """
+        x = jnp.asarray(x)
+        scale = 1 / 255 if x.dtype == jnp.uint8 else 1.0
+        if self.add_channel:
+            x = x[..., None]
+        sample = x.shape[1:]
+        if len(self.mean) != math.prod(sample):
+            sample = (1,) * (len(sample) - 1) + (-1,)
+        mean, std = (np.asarray(v, np.float32).reshape(1, *sample) for v in (self.mean, self.std))
+        return (x.astype(jnp.float32) * scale - mean) / std
+
+
+def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Prepare:
+    """Measures the training split and returns the function that standardises inputs with it, on the device.
+
+    Args:
+      dataset: whose training split is measured, in float64.
+      scale: which numbers have a mean and a deviation in common: `per_channel`, that is per feature for vectors [N, F]
+        and per channel for images [N, H, W] and [N, H, W, C], `per_feature`, `overall`, or None, which leaves floats as
+        they are stored and divides uint8 by 255. What is constant in the training split keeps the deviation 1.
+
+    Returns:
+      `x [B, ...] -> float32 [B, ...]`, to be called inside jit.
+
+    Raises:
+      SettingsError: the scale is none of these.
+
+    >>> from wavg_jax.data import from_arrays
+    >>> data = from_arrays(np.array([[0.0, 20.0], [4.0, 60.0]]), [0, 1], np.zeros((1, 2)), [0])
+    >>> make_prepare(data).mean, make_prepare(data).std, make_prepare(data, overall).mean
+    ((2.0, 40.0), (2.0, 20.0), (21.0,))
+    """
+    if scale not in (None, per_channel, per_feature, overall):
+        raise SettingsError(f"scale is {scale!r}; give data.per_channel, data.per_feature, data.overall or None")
+    x = dataset.train.x
+    if scale is None:
+        return Prepare((0.0,), (1.0,), add_channel=x.ndim == 3)
+    means = scale(x.shape[1:])
+    rows = x.reshape(len(x), -1)
+    # In pieces, so that the float64 copies stay small, and per position first, which numpy adds up fastest.
+    pieces = [rows[i : i + 1000] for i in range(0, len(rows), 1000)]
+    per_position = sum(p.sum(0, dtype=np.float64) for p in pieces) / len(rows)
+    mean = per_position.reshape(-1, means).mean(0)
+    centre = np.tile(mean, rows.shape[1] // means)
+    square = sum(np.square(p - centre).sum(0) for p in pieces) / len(rows)
+    std = np.sqrt(square.reshape(-1, means).mean(0))
+    # What rounding leaves of a constant channel must not be blown up to noise.
+    constant = std <= np.maximum(np.finfo(np.float32).eps * np.abs(mean), np.finfo(np.float32).tiny)
+    std = np.where(constant, 255.0 if x.dtype == np.uint8 else 1.0, std)
+    if x.dtype == np.uint8:
+        mean, std = mean / 255, std / 255
+    return Prepare(tuple(mean.tolist()), tuple(std.tolist()), add_channel=x.ndim == 3)
