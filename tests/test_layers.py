@@ -13,13 +13,13 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
-    {"checks", "statistic", "canvas"},
-    {"tree"},
+    {"checks", "statistic", "canvas", "lock"},
+    {"tree", "records"},
     {"signals", "reduce", "outer", "pull", "mapping", "data", "models", "shares", "page"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
-    {"recipe", "checkpoint", "records"},
+    {"recipe", "checkpoint"},
     {"sync", "journal", "summary", "feeder"},
     {"rounds"},
     {"programs"},
