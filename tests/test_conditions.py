@@ -26,7 +26,7 @@ class Planned:
     def __call__(self, task, sharded, averager, *, local_steps, rounds, batch_size, on_round, **options):
         steps = getattr(local_steps, "longest", local_steps)
         samples = len(sharded.shards) * steps * batch_size
-        self.runs.append(types.SimpleNamespace(sharded=sharded, samples=samples, **options))
+        self.runs.append(types.SimpleNamespace(sharded=sharded, averager=averager, samples=samples, **options))
         row = {"run": options["name"], "test_accuracy": 0.5}
         for _ in range(rounds):
             on_round(row)
@@ -85,8 +85,9 @@ def test_an_arm_has_a_rate_for_each_scenario_and_where_they_agree_one_optimizer(
         for run in planned.of(noisy):
             rates = [run.settings[f"lr_{arm}"] for arm in arms.ARMS]
             assert rates == [sequential, sync, 0.7, 0.4]
-    inner = {(run.facts["arm"], run.inner) for run in planned.runs}
-    assert [sum(name == arm for name, _ in inner) for arm in arms.ARMS] == [2, 3, 1, 1]
+    made = {(run.facts["arm"], run.inner, run.averager) for run in planned.runs}  # where equal, programs are shared
+    assert [sum(name == arm for name, *_ in made) for arm in arms.ARMS] == [2, 3, 1, 1]
+    assert len({(run.facts["arm"], tuple(map(len, run.sharded.shards))) for run in planned.runs}) == 4
 
 
 def test_the_first_scenario_has_the_names_that_it_has_alone(planned):
