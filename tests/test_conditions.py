@@ -47,9 +47,9 @@ def planned(monkeypatch, tmp_path):
     for binary in (compare, train):
         monkeypatch.setattr(binary, "read_rows", lambda folder: [])
 
-    def watched(total, done=0, unit="rounds", show=progress.bar):
+    def watched(total, *more, show=progress.bar):
         bar.append(total)
-        return show(total, done, unit)
+        return show(total, *more)
 
     monkeypatch.setattr(progress, "bar", watched)
     fit.bar = bar
