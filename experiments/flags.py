@@ -121,7 +121,9 @@ flags.DEFINE_integer(
 )
 
 # The run
-flags.DEFINE_list("seeds", "0,1,2", "Seeds of data split, initial parameters and order; at least 3 for a comparison.")
+flags.DEFINE_list(
+    "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and order; at least 3 for a comparison."
+)
 flags.DEFINE_list("steps", "10,100,500", "Which H, local steps between two blends.")
 flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoints in --workdir.")
