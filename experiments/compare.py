@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         arms.make_recipe(arm, task, first)
     workdir = arms.choose_workdir("compare")
     done = arms.rounds_done(workdir)
+    print(_plan(dataset.name, [arm.name for arm in chosen], scenarios, len(seeds)))
     with progress.bar(len(chosen) * len(scenarios) * len(seeds) * F.rounds, done) as advance:
         paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
         for scenario, seed in itertools.product(scenarios, seeds):
@@ -61,6 +62,13 @@ def main(argv: Sequence[str]) -> None:
                     path=paths[arm.name],
                 )
     app.publish(read_rows(workdir), workdir)
+
+
+def _plan(dataset: str, names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds: int) -> str:
+    """What is about to be done, in a sentence."""
+    shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
+    with_what = ", then with ".join(conditions.title(scenario.noisy) for scenario in scenarios)
+    return f"{dataset}, {F.replicas} replicas: {shown}, {seeds} seeds, with {with_what} (--noisy)"
 
 
 if __name__ == "__main__":

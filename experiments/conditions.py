@@ -18,6 +18,11 @@ class Scenario(NamedTuple):
     rates: Mapping[str, float]
 
 
+def title(noisy: int) -> str:
+    """What the shards of a scenario are like, for a reader."""
+    return f"{noisy} of {F.replicas} shards with random labels" if noisy else "clean shards"
+
+
 def read_scenarios() -> tuple[Scenario, ...]:
     """Reads --noisy, by default none of the shards and half of them, and the learning rates in each scenario.
 

@@ -84,8 +84,7 @@ def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None
     console = Console(width=None if sys.stdout.isatty() else 100)  # in a log, rich would fold at 80
     scenarios = tuple(dict.fromkeys(noisy for own in found.values() for noisy, _ in own))
     for noisy in scenarios:
-        shards = f"{noisy} of {F.replicas} shards noisy" if noisy else "no noisy shards"
-        table = Table("rate", *found, title=f"{shards}: held-out accuracy (%) over {seeds} seeds")
+        table = Table("rate", *found, title=f"{conditions.title(noisy)}: held-out accuracy (%) over {seeds} seeds")
         for rate in rates:
             values = [own[noisy, rate] for own in found.values()]
             table.add_row(f"{rate:g}", *(f"{100 * value.mean:.2f} ± {100 * value.sd:.2f}" for value in values))

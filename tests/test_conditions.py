@@ -56,7 +56,7 @@ def planned(monkeypatch, tmp_path):
     return fit
 
 
-def test_compare_runs_clean_shards_and_half_of_them_noisy_with_the_recommended_weighting(planned):
+def test_compare_runs_clean_shards_and_half_of_them_noisy_with_the_recommended_weighting(planned, capfd):
     assert invoke(compare.main) == 0
     assert len(planned.runs) == 2 * 5 * 4
     assert planned.bar == [2 * 5 * 4 * 20]
@@ -65,6 +65,8 @@ def test_compare_runs_clean_shards_and_half_of_them_noisy_with_the_recommended_w
     assert [run.settings["noisy"] for run in planned.runs] == [0] * 20 + [2] * 20  # as a binary of one scenario says it
     names = [run.name for run in planned.runs]
     assert len(set(names)) == len(names)
+    said = " ".join(capfd.readouterr().out.split())  # before the first of them, since random labels are no small thing
+    assert "weighted (learned), 5 seeds, with clean shards, then with 2 of 4 shards with random labels" in said
     assert names[:4] == ["sequential-seed0", "sync-seed0", "plain-seed0", "weighted-seed0"]
     assert names[20:22] == ["sequential-noisy2-seed0", "sync-noisy2-seed0"]
 
@@ -120,7 +122,7 @@ def test_tune_prints_the_best_rates_of_every_scenario_as_one_flag(planned, capfd
     assert invoke(tune.main, "--tune=plain", "--rates=0.05,0.1,0.2,0.4", "--tuning_seeds=7") == 0
     said = capfd.readouterr().out
     assert "--lr_plain=0.2,0.1\n" in said
-    assert "2 of 4 shards noisy" in said
+    assert "2 of 4 shards with random labels" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
 
 
