@@ -19,7 +19,7 @@ from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.flags import ARMS
 from wavg_jax import progress, trainer
-from wavg_jax.records import read_rows
+from wavg_jax.records import check_writable, read_rows
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
 F = flags.FLAGS
@@ -37,10 +37,12 @@ def main(argv: Sequence[str]) -> None:
     dataset = arms.load()
     task = arms.make_task(dataset)
     chosen = arms.make_arms(arms.chosen("arms"), scenarios[0])
+    arms.check_heldout({arm.name: arm.averager for arm in chosen})
     first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
     for arm in chosen:  # so that what cannot work is found before the first of them runs
         arms.make_recipe(arm, task, first)
     workdir = arms.choose_workdir("compare")
+    check_writable(workdir)
     done = arms.rounds_done(workdir)
     print(_plan(dataset.name, [arm.name for arm in chosen], scenarios, len(seeds)))
     with progress.bar(len(chosen) * len(scenarios) * len(seeds) * F.rounds, done) as advance:

@@ -170,11 +170,11 @@ def read_seeds() -> tuple[int, ...]:
     """Reads --seeds.
 
     Raises:
-      SettingsError: one is not a number, or is there twice.
+      SettingsError: one is not a number below 2**32, or is there twice.
     """
     seeds = numbers("seeds", int, least=0)
-    if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seeds={','.join(map(str, seeds))}: each seed once")
+    if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
+        raise SettingsError(f"--seeds={','.join(map(str, seeds))}: give each seed once, and below 2**32")
     return seeds
 
 

@@ -183,3 +183,15 @@ def test_the_flags_of_a_recorded_result_still_mean_what_was_recorded(folder):
         (scenario,) = conditions.read_scenarios() if compared else (conditions.read_scenario(),)
         now = conditions.settings(recorded.keys() & set(flags.FLAGS) - GONE, scenario)
     assert now == {name: recorded[name] for name in now}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workdir=file/run"], ["--seeds=4294967296"], ["--seeds=1,1"], ["--heldout=0"]], ids=" ".join
+)
+def test_compare_finds_what_cannot_work_before_it_times_anything(arguments, planned, capfd, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(arms, "critical_path", lambda *_: pytest.fail("timed"))
+    assert invoke(compare.main, *arguments) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
