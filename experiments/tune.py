@@ -87,12 +87,17 @@ def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None
         table = Table("rate", *found, title=f"{conditions.title(noisy)}: held-out accuracy (%) over {seeds} seeds")
         for rate in rates:
             values = [own[noisy, rate] for own in found.values()]
-            table.add_row(f"{rate:g}", *(f"{100 * value.mean:.2f} ± {100 * value.sd:.2f}" for value in values))
+            table.add_row(f"{rate:g}", *map(_percent, values))
         console.print(table)
     for name, own in found.items():
         best = [rates[int(np.argmax([own[noisy, rate].mean for rate in rates]))] for noisy in scenarios]
         edge = " (at the edge of the rates tried: try more)" if {min(rates), max(rates)} & set(best) else ""
         console.print(f"--lr_{name}={','.join(f'{rate:g}' for rate in best)}{edge}", highlight=False)
+
+
+def _percent(value: Statistic) -> str:
+    """Mean and, of two seeds or more, standard deviation."""
+    return f"{100 * value.mean:.2f}" + (f" ± {100 * value.sd:.2f}" if value.n > 1 else "")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(cap
         dataset = load(name, folder)
         return dataset._replace(test=dataset.test._replace(y=np.zeros_like(dataset.test.y)))
 
-    arguments = (*QUICK, "--tune=plain", "--rates=0.1,0.4", "--tuning_seeds=7")
+    arguments = (*QUICK, "--tune=plain", "--noisy=0", "--rates=0.1,0.4", "--tuning_seeds=7")
     said = []
     for load in (data.load, poisoned):
         monkeypatch.setattr(data, "load", load)
