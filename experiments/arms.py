@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import functools
 import itertools
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ import optax
 from absl import flags
 
 import wavg_jax as wavg
-from experiments.flags import ARMS, numbers, settings
+from experiments.conditions import Scenario, read_scenario, settings
+from experiments.flags import ARMS, RUN, numbers
 from experiments.options import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.schemes import SCHEMES
 from wavg_jax import data, models, policy, signals, timing, trainer, tree
@@ -86,8 +86,9 @@ def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
         )
 
 
-def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
-    """Builds the arms at an equal budget of K*H*B training samples a round."""
+def make_arms(names: tuple[str, ...] = ARMS, scenario: Scenario | None = None) -> list[Arm]:
+    """Builds the arms at an equal budget of K*H*B training samples a round, by default for the one scenario."""
+    rates = (scenario or read_scenario()).rates
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
     options: dict[str, Any] = {
         "outer": make_outer(F),
@@ -107,12 +108,18 @@ def make_arms(names: tuple[str, ...] = ARMS) -> list[Arm]:
         "plain": (plain, False, steps, batch),
         "weighted": (weighted, False, steps, batch),
     }
-    rates = {name: float(F[f"lr_{name}"].value or 0) for name in names}
-    for name, rate in rates.items():
-        if not math.isfinite(rate):
-            raise SettingsError(f"--lr_{name} is {rate}; give a finite learning rate")
-    inner = {name: OPTIMIZERS[F.inner](rate) for name, rate in rates.items()}
-    return [Arm(name, arms[name][0], inner[name], *arms[name][1:]) for name in names]
+    return [Arm(name, arms[name][0], make_inner(F.inner, rates[name]), *arms[name][1:]) for name in names]
+
+
+@functools.cache
+def make_inner(name: str, rate: float) -> optax.GradientTransformation:
+    """The inner optimizer of that name; made once for a rate, so that runs share their programs."""
+    return OPTIMIZERS[name](rate)
+
+
+def in_scenario(arm: Arm, scenario: Scenario) -> Arm:
+    """The same arm at its learning rate in another scenario; where that is the same, it shares its programs."""
+    return arm._replace(inner=make_inner(F.inner, scenario.rates[arm.name]))
 
 
 def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
@@ -135,10 +142,8 @@ def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
     return models.from_linen(networks[F.model](), shape)
 
 
-def make_data(dataset: data.Dataset, seed: int) -> data.ShardedData:
-    """Holds out, cuts into shards, and spoils labels; the same for every arm of a seed."""
-    if F.noisy > F.replicas:
-        raise SettingsError(f"--noisy={F.noisy} is more than the {F.replicas} shards (--replicas)")
+def make_data(dataset: data.Dataset, seed: int, noisy: int = 0) -> data.ShardedData:
+    """Holds out, cuts into shards, and spoils the labels of the first `noisy`; the same for every arm of a seed."""
     partitions: dict[str, Callable] = {
         "iid": lambda split, seed: data.iid(len(split.y), F.replicas, seed),
         "sized": lambda split, seed: data.sized(len(split.y), _proportions(), seed),
@@ -149,7 +154,7 @@ def make_data(dataset: data.Dataset, seed: int) -> data.ShardedData:
         partitions[F.partition],
         heldout=F.heldout,
         seed=seed,
-        noisy=tuple(range(F.noisy)),
+        noisy=tuple(range(noisy)),
         augment=data.crop_flip if F.augment else None,
         scale=SCALES[F.scale],
     )
@@ -228,12 +233,18 @@ def run_arm(
     arm: Arm,
     task: wavg.Task,
     sharded: data.ShardedData,
+    scenario: Scenario,
     seed: int,
-    workdir: pathlib.Path | None,
-    path: Row | None,
     on_round: Callable[[Row], None] | None,
+    *,
+    workdir: pathlib.Path | None = None,
+    name: str | None = None,
+    path: Row | None = None,
 ) -> trainer.Result:
-    """Runs one arm for one seed; its rows and checkpoints go to `workdir`."""
+    """Runs one arm in one scenario for one seed.
+
+    Its rows and checkpoints go to `workdir`, by default under the name ARM-seedSEED.
+    """
     facts = {
         "arm": arm.name,
         "target_accuracy": F.target_accuracy,
@@ -256,11 +267,11 @@ def run_arm(
         replica_map=F.replica_map,
         resident=FEEDS[F.feed],
         workdir=workdir,
-        name=f"{arm.name}-seed{seed}",
+        name=name or f"{arm.name}-seed{seed}",
         checkpoint_every=F.checkpoint_every,
         resume=F.resume,
         facts=facts,
-        settings=settings(),
+        settings=settings(RUN, scenario),
         on_round=on_round,
     )
 

@@ -1,7 +1,7 @@
 """Recording a matrix: one row per cell, a scenario, weighting and seed; see `wavg_jax.matrix` for the rows."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def header(
     dataset: data.Dataset,
     task: wavg.Task,
     scenarios: Mapping[str, str],
-    settings: Iterable[str],
+    settings: Mapping[str, Any],
     *,
     recommend: bool = True,
 ) -> Row:
@@ -42,7 +42,7 @@ def header(
       dataset: what is trained on.
       task: the network.
       scenarios: name -> title.
-      settings: names of the flags that all cells share.
+      settings: values of the flags that all cells share, by name.
       recommend: whether the report should say which weighting can be recommended.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
@@ -51,7 +51,7 @@ def header(
         "run": "matrix",
         "scenarios": dict(scenarios),
         "recommend": recommend,
-        "settings": {name: F[name].value for name in settings},
+        "settings": dict(settings),
         "started": machine.now(),
         "dataset": dataset.name,
         "train_samples": len(dataset.train.y) - F.heldout,

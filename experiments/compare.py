@@ -1,22 +1,25 @@
 """The comparison: one network trained sequentially, synchronously, with plain and with weighted averaging.
 
-All arms start from the same initial parameters and see the same number of training samples, over several seeds.
+All arms start from the same initial parameters and see the same number of training samples, over several seeds, in
+every scenario: by default once with clean shards, once with random labels on half of them.
 
   python -m experiments.compare
+  python -m experiments.compare --noisy=0,1,2,3 --seeds=0,1,2,3,4
   python -m experiments.compare --flagfile=experiments/presets/fashion_noisy2.flags
 
 Leaves rows.jsonl, report.md, report.html, plots and checkpoints in --workdir.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import app, arms
+from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.flags import ARMS
 from wavg_jax import progress, trainer
-from wavg_jax.records import read_rows
+from wavg_jax.records import check_writable, read_rows
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
 F = flags.FLAGS
@@ -27,27 +30,47 @@ for _name in READS:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs every arm for every seed and writes the report."""
+    """Runs every arm for every scenario and seed and writes the report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    seeds = shared_flags.read_seeds()
+    seeds, scenarios = shared_flags.read_seeds(), conditions.read_scenarios()
     dataset = arms.load()
     task = arms.make_task(dataset)
-    chosen = arms.make_arms(arms.chosen("arms"))
-    first = arms.make_data(dataset, seeds[0])
+    chosen = arms.make_arms(arms.chosen("arms"), scenarios[0])
+    arms.check_heldout({arm.name: arm.averager for arm in chosen})
+    first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
     for arm in chosen:  # so that what cannot work is found before the first of them runs
         arms.make_recipe(arm, task, first)
     workdir = arms.choose_workdir("compare")
+    check_writable(workdir)
     done = arms.rounds_done(workdir)
-    with progress.bar(len(chosen) * len(seeds) * F.rounds, done) as advance:
-        paths = arms.critical_path(chosen, task, first)
-        for seed in seeds:  # the arms alternate, so that a machine that slows down slows them all
-            sharded = arms.make_data(dataset, seed)
-            for arm in chosen:
+    print(_plan(dataset.name, [arm.name for arm in chosen], scenarios, len(seeds)))
+    with progress.bar(len(chosen) * len(scenarios) * len(seeds) * F.rounds, done) as advance:
+        paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
+        for scenario, seed in itertools.product(scenarios, seeds):
+            sharded = arms.make_data(dataset, seed, scenario.noisy)
+            # The first goes by the name that it has alone, so that a folder can be gone on with in more scenarios.
+            suffix = "" if scenario == scenarios[0] else f"-noisy{scenario.noisy}"
+            for arm in chosen:  # the arms alternate, so that a machine that slows down slows them all
                 arms.run_arm(
-                    arm, task, sharded, seed, workdir, paths[arm.name], lambda row: advance(trainer.caption(row))
+                    arms.in_scenario(arm, scenario),
+                    task,
+                    sharded,
+                    scenario,
+                    seed,
+                    lambda row: advance(trainer.caption(row)),
+                    workdir=workdir,
+                    name=f"{arm.name}{suffix}-seed{seed}",
+                    path=paths[arm.name],
                 )
     app.publish(read_rows(workdir), workdir)
+
+
+def _plan(dataset: str, names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds: int) -> str:
+    """What is about to be done, in a sentence."""
+    shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
+    with_what = ", then with ".join(conditions.title(scenario.noisy) for scenario in scenarios)
+    return f"{dataset}, {F.replicas} replicas: {shown}, {seeds} seeds, with {with_what} (--noisy)"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,12 @@ flags.DEFINE_integer(
 flags.DEFINE_enum("partition", "iid", ["iid", "sized", "dirichlet"], "How the training data are cut into shards.")
 flags.DEFINE_list("proportions", "1,2,3,4", "partition=sized: relative sizes of the shards, repeated as needed.")
 flags.DEFINE_float("alpha", 0.3, "partition=dirichlet: concentration; small means few labels per shard.", lower_bound=0)
-flags.DEFINE_integer("noisy", 0, "The first so many shards get random labels.", lower_bound=0)
+flags.DEFINE_list(
+    "noisy",
+    None,
+    "The first so many shards get random labels. compare and tune take several numbers, a scenario each, by default 0 "
+    "and half of the shards; the others take one, by default 0.",
+)
 flags.DEFINE_enum(
     "scale", "channel", list(SCALES), "What shares a mean and a deviation; features of vectors are channels."
 )
@@ -49,15 +54,22 @@ flags.DEFINE_integer("local_steps", 10, "H, the local steps between two blends."
 flags.DEFINE_integer("rounds", 20, "How many blends.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 16, "Samples per replica and step.", lower_bound=1)
 flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
-for _arm, _rate in zip(ARMS, (0.4, 0.4, 0.4, 0.4), strict=True):
-    flags.DEFINE_float(f"lr_{_arm}", _rate, f"Learning rate of the arm {_arm}.", lower_bound=0)
+RATES = {"sequential": (0.4, 0.025), "sync": (0.4, 0.1), "plain": (0.4, 0.4), "weighted": (0.4, 0.4)}
+"""Arm -> default learning rate with clean and with noisy shards; experiments/results/tuning/digits.txt."""
+for _arm, _defaults in RATES.items():
+    flags.DEFINE_list(
+        f"lr_{_arm}",
+        None,
+        f"Learning rate of the arm {_arm}: one, or one for each scenario of --noisy; by default {_defaults[0]} with "
+        f"clean shards and {_defaults[1]} with noisy ones.",
+    )
 flags.DEFINE_enum("opt_state_at_sync", "keep", ["keep", "average", "reset"], "What becomes of the optimizer's state.")
 flags.DEFINE_enum(
     "stats_at_sync", "average", ["average", "keep", "reset", "reestimate"], "What becomes of BatchNorm statistics."
 )
 
 # Averaging
-flags.DEFINE_enum("weighting", "accuracy", list(SCHEMES), "How the arm weighted weighs its replicas.")
+flags.DEFINE_enum("weighting", "learned", list(SCHEMES), "How the arm weighted weighs its replicas.")
 flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: the softmax's temperature, in nats.")
 flags.DEFINE_float(
     "chance",
@@ -112,7 +124,9 @@ flags.DEFINE_integer(
 )
 
 # The run
-flags.DEFINE_list("seeds", "0,1,2", "Seeds of data split, initial parameters and order; at least 3 for a comparison.")
+flags.DEFINE_list(
+    "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and order; at least 3 for a comparison."
+)
 flags.DEFINE_list("steps", "10,100,500", "Which H, local steps between two blends.")
 flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoints in --workdir.")
@@ -144,11 +158,8 @@ SCHEME = ("temperature", "chance", "byzantine")
 """What `experiments.schemes` reads."""
 _BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "feed", "data_dir", "rounds", "seeds", "steps")
 """Flags that may differ when a run is resumed."""
-
-
-def settings() -> dict[str, object]:
-    """The flags that make a run of `fit` what it is, for its first row."""
-    return {name: flags.FLAGS[name].value for name in sorted(NAMES.difference(_BOOKKEEPING))}
+RUN = NAMES.difference(_BOOKKEEPING)
+"""Flags that make a run of `fit` what it is."""
 
 
 def refuse_unused(reads: Collection[str]) -> None:
@@ -162,11 +173,11 @@ def read_seeds() -> tuple[int, ...]:
     """Reads --seeds.
 
     Raises:
-      SettingsError: one is not a number, or is there twice.
+      SettingsError: one is not a number below 2**32, or is there twice.
     """
     seeds = numbers("seeds", int, least=0)
-    if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seeds={','.join(map(str, seeds))}: each seed once")
+    if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
+        raise SettingsError(f"--seeds={','.join(map(str, seeds))}: give each seed once, and below 2**32")
     return seeds
 
 

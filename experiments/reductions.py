@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 import wavg_jax as wavg
-from experiments import app, arms, cells
+from experiments import app, arms, cells, conditions
 from experiments import flags as shared_flags
 from experiments.cells import Cell
 from experiments.flags import numbers
@@ -39,18 +39,20 @@ def main(argv: Sequence[str]) -> None:
     """Trains every cell that is not recorded yet and writes the report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    steps, seeds = numbers("steps", int), shared_flags.read_seeds()
+    steps, seeds, scenario = numbers("steps", int), shared_flags.read_seeds(), conditions.read_scenario()
     for h in steps:
         if F.total_steps % h:
             raise SettingsError(f"--total_steps={F.total_steps} is not a multiple of H={h} (--steps)")
+    rate = scenario.rates["plain"]
     dataset = arms.load()
     task = arms.make_task(dataset)
-    inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
+    inner = arms.make_inner(F.inner, rate)
     variants = _variants()
     workdir = arms.choose_workdir("reductions")
     check_writable(workdir)
     lengths = {f"H={h}": h for h in steps}
-    header = cells.header(dataset, task, {name: name for name in lengths}, SETTINGS, recommend=False)
+    settings = conditions.settings(SETTINGS, scenario)
+    header = cells.header(dataset, task, {name: name for name in lengths}, settings, recommend=False)
 
     def rounds(cell: Cell) -> int:
         return F.total_steps // lengths[cell.scenario]
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
         return wavg.fit(
             task,
-            arms.make_data(dataset, cell.seed),
+            arms.make_data(dataset, cell.seed, scenario.noisy),
             inner=inner,
             local_steps=lengths[cell.scenario],
             rounds=rounds(cell),
@@ -72,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
             **variants[cell.weighting],
         ).rows
 
-    every = [Cell(h, name, seed, float(F.lr_plain)) for h in lengths for name in variants for seed in seeds]
+    every = [Cell(h, name, seed, rate) for h in lengths for name in variants for seed in seeds]
     with open_records(workdir) as records:
         cells.begin(records, header)
         cells.fill(every, records, rounds, train, lambda scenario: "lr_plain")

@@ -13,13 +13,11 @@ With --tune_rates nothing is recorded: plain averaging is trained at these learn
 and judged on the held-out split; the best rate of every scenario is printed as flags.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import optax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -143,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("scenarios")
     check_writable(workdir)
     titles = {name: make(F.replicas).title for name, make in SCENARIOS.items()}
-    header = cells.header(dataset, study.task, titles, SETTINGS)
+    header = cells.header(dataset, study.task, titles, {name: F[name].value for name in SETTINGS})
 
     def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
         return _train(study, cell, study.shard(cell.scenario, cell.seed), averagers[cell.weighting], advance)
@@ -176,12 +174,7 @@ def _check(study: Study) -> None:
         sharded = study.shard(name, 0)
         data.round_indices(sharded.shards, seed=0, first_step=0, local_steps=F.local_steps, batch_size=F.batch_size)
         plain = wavg.averager(wavg.uniform())
-        trainer.make_recipe(study.task, sharded, plain, _inner(F.inner, 1.0), devices=F.devices)
-
-
-@functools.cache
-def _inner(name: str, rate: float) -> optax.GradientTransformation:
-    return arms.OPTIMIZERS[name](rate)
+        trainer.make_recipe(study.task, sharded, plain, arms.make_inner(F.inner, 1.0), devices=F.devices)
 
 
 def _train(
@@ -192,7 +185,7 @@ def _train(
         study.task,
         sharded,
         averager,
-        inner=_inner(F.inner, cell.rate),
+        inner=arms.make_inner(F.inner, cell.rate),
         local_steps=F.local_steps,
         rounds=F.rounds,
         batch_size=F.batch_size,

@@ -18,7 +18,7 @@ from absl import flags
 from rich.console import Console
 
 import wavg_jax as wavg
-from experiments import app, arms
+from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.benchmarks.harness import alternate, refuse_unused, round_runner
 from experiments.flags import numbers
@@ -54,19 +54,20 @@ def main(argv: Sequence[str]) -> None:
     if not names or set(names) - set(SCHEMES):
         raise SettingsError(f"--cost_weightings={','.join(names)}: choose from {', '.join(SCHEMES)}")
     steps, subsets = numbers("steps", int), numbers("subsets", int, least=0)
+    scenario = conditions.read_scenario()
     dataset = arms.load()
     dtype = jnp.bfloat16 if F.bfloat16 else None
     # A network that computes in float32 whatever it is given would be scored in float32 too.
     task = arms.make_task(dataset, of_inputs=dtype is not None)
-    sharded = arms.make_data(dataset, 0)
-    inner = arms.OPTIMIZERS[F.inner](float(F.lr_plain))
+    sharded = arms.make_data(dataset, 0, scenario.noisy)
+    inner = arms.make_inner(F.inner, scenario.rates["plain"])
     averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in ("plain", *names)}
     arms.check_heldout(averagers)
     workdir = arms.choose_workdir("cost")
     records = Records(workdir)
     if records.rows:
         raise SettingsError("the folder already holds rows; choose another --workdir")
-    settings = {name: F[name].value for name in SETTINGS}
+    settings = conditions.settings(SETTINGS, scenario)
     records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
     base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
     base = automap.settle(base, sharded, batch_size=F.batch_size)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import app, arms
+from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from wavg_jax import progress, trainer
 from wavg_jax.records import read_rows
@@ -28,13 +28,14 @@ def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
+    scenario = conditions.read_scenario()
     dataset = arms.load()
     task = arms.make_task(dataset)
-    (arm,) = arms.make_arms((F.arm,))
+    (arm,) = arms.make_arms((F.arm,), scenario)
     workdir = arms.choose_workdir("train")
     with progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
-        sharded = arms.make_data(dataset, F.seed)
-        arms.run_arm(arm, task, sharded, F.seed, workdir, None, lambda row: advance(trainer.caption(row)))
+        sharded = arms.make_data(dataset, F.seed, scenario.noisy)
+        arms.run_arm(arm, task, sharded, scenario, F.seed, lambda row: advance(trainer.caption(row)), workdir=workdir)
     app.publish(read_rows(workdir), workdir)
 
 

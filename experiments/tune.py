@@ -2,9 +2,12 @@
 
   python -m experiments.tune --flagfile=experiments/presets/fashion.flags
 
-The test split is not touched. Prints the held-out accuracy of every rate and the flags of the best, for a preset.
+The test split is not touched. Prints the held-out accuracy of every rate in every scenario (--noisy) and, for a preset,
+the flags of the best there.
 """
 
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,12 +15,12 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import app, arms
+from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
 from wavg_jax import data, progress, trainer
 from wavg_jax.base import SettingsError, Task
-from wavg_jax.records import Row
+from wavg_jax.statistic import Statistic, statistic
 
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
 flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")
@@ -28,44 +31,73 @@ READS = shared_flags.NAMES - {"seeds", "steps", "workdir", "resume", "checkpoint
 for _name in READS:
     flags.declare_key_flag(_name)
 
+Found = dict[tuple[int, float], Statistic]
+"""(noisy shards, rate) -> held-out accuracy over the tuning seeds."""
 
-def accuracy(
-    name: str, rate: float, task: Task, spaces: dict[int, data.ShardedData], on_round: Callable[[Row], None]
-) -> float:
-    """Mean held-out accuracy over the tuning seeds after the last round of one arm at one rate."""
-    F[f"lr_{name}"].value = rate
-    (arm,) = arms.make_arms((name,))
-    finals = [arms.run_arm(arm, task, sharded, seed, None, None, on_round).rows[-1] for seed, sharded in spaces.items()]
-    return float(np.mean([row["test_accuracy"] for row in finals]))
+
+def spaces(dataset: data.Dataset, noisy: int, seeds: Sequence[int]) -> dict[int, data.ShardedData]:
+    """What every rate is tried on in one scenario, by seed."""
+    made = {seed: arms.make_data(dataset, seed, noisy) for seed in seeds}
+    # What a run calls its test split is here the held-out one.
+    return {seed: sharded._replace(test=sharded.heldout) for seed, sharded in made.items()}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Tries every rate for every arm and prints what came out."""
+    """Tries every rate for every arm in every scenario and prints what came out."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     rates, seeds = numbers("rates", float), numbers("tuning_seeds", int, least=0)
-    names = arms.chosen("tune")
+    scenarios = conditions.read_scenarios()
+    chosen = arms.make_arms(arms.chosen("tune"), scenarios[0])
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
     dataset = arms.load()
     task = arms.make_task(dataset)
-    spaces = {seed: arms.make_data(dataset, seed) for seed in seeds}
-    # What a run calls its test split is here the held-out one.
-    spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
-    with progress.bar(len(names) * len(rates) * len(seeds) * F.rounds) as advance:
-        found = {
-            name: [accuracy(name, rate, task, spaces, lambda row: advance(trainer.caption(row))) for rate in rates]
-            for name in names
-        }
-    table = Table("arm", *(f"{rate:g}" for rate in rates), title=f"held-out accuracy (%) over {len(seeds)} seeds")
-    for name, values in found.items():
-        table.add_row(name, *(f"{100 * value:.2f}" for value in values))
-    console = Console()
-    console.print(table)
-    for name, values in found.items():
-        best = rates[int(np.argmax(values))]
-        edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
-        console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
+    tried = [scenario._replace(rates=dict.fromkeys(ARMS, rate)) for rate in rates for scenario in scenarios]
+    everything = {scenario.noisy: spaces(dataset, scenario.noisy, seeds) for scenario in scenarios}
+    found: dict[str, Found] = {arm.name: {} for arm in chosen}
+    with progress.bar(len(chosen) * len(tried) * len(seeds) * F.rounds) as advance:
+        for arm, scenario in itertools.product(chosen, tried):
+            found[arm.name][scenario.noisy, scenario.rates[arm.name]] = statistic(
+                [
+                    _accuracy(arms.in_scenario(arm, scenario), task, sharded, scenario, seed, advance)
+                    for seed, sharded in everything[scenario.noisy].items()
+                ]
+            )
+    _show(found, rates, len(seeds))
+
+
+def _accuracy(
+    arm: arms.Arm,
+    task: Task,
+    sharded: data.ShardedData,
+    scenario: conditions.Scenario,
+    seed: int,
+    advance: Callable[[str], None],
+) -> float:
+    """Held-out accuracy after the last round."""
+    run = arms.run_arm(arm, task, sharded, scenario, seed, lambda row: advance(trainer.caption(row)))
+    return float(run.rows[-1]["test_accuracy"])
+
+
+def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 100)  # in a log, rich would fold at 80
+    scenarios = tuple(dict.fromkeys(noisy for own in found.values() for noisy, _ in own))
+    for noisy in scenarios:
+        table = Table("rate", *found, title=f"{conditions.title(noisy)}: held-out accuracy (%) over {seeds} seeds")
+        for rate in rates:
+            values = [own[noisy, rate] for own in found.values()]
+            table.add_row(f"{rate:g}", *map(_percent, values))
+        console.print(table)
+    for name, own in found.items():
+        best = [rates[int(np.argmax([own[noisy, rate].mean for rate in rates]))] for noisy in scenarios]
+        edge = " (at the edge of the rates tried: try more)" if {min(rates), max(rates)} & set(best) else ""
+        console.print(f"--lr_{name}={','.join(f'{rate:g}' for rate in best)}{edge}", highlight=False)
+
+
+def _percent(value: Statistic) -> str:
+    """Mean and, of two seeds or more, standard deviation."""
+    return f"{100 * value.mean:.2f}" + (f" ± {100 * value.sd:.2f}" if value.n > 1 else "")
 
 
 if __name__ == "__main__":

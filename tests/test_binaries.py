@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 from binary import invoke
 
+import wavg_jax as wavg
 from experiments import app, arms, compare, options, reductions, report, scenarios, scoring_cost, train, tune
 from wavg_jax import data, machine, records, schedule
 
@@ -163,11 +165,30 @@ def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_leaves_rows_plots_and_a_report_and_resumes(tmp_path):
-    arguments = (*QUICK, "--seeds=0,1,2", f"--workdir={tmp_path}")
-    assert invoke(compare.main, *arguments) == 0
+def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp_path, monkeypatch, compilations):
+    compiled = {}
+
+    def watched(*positional, on_round, name, fit=wavg.fit, **options):
+        def stop(row):
+            on_round(row)
+            if name == "plain-noisy1-seed1" and not options["resume"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        before = len(compilations)
+        fit(*positional, on_round=stop, name=name, **options)
+        compiled[name] = len(compilations) - before
+
+    monkeypatch.setattr(wavg, "fit", watched)
+    arguments = (*QUICK, "--seeds=0,1", f"--workdir={tmp_path}")
+    assert invoke(compare.main, *arguments) == 143
+    assert invoke(compare.main, *arguments, "--resume") == 0
+    assert compiled["plain-seed0"] > 0
+    # The others have another learning rate there.
+    assert [compiled[f"{arm}-noisy1-seed0"] for arm in ("plain", "weighted")] == [0, 0]
+    assert [compiled[f"{arm}-noisy1-seed1"] for arm in arms.ARMS] == [0] * 4
     rows = records.read_rows(tmp_path)
-    assert len(rows) == 4 * 3 * (1 + 2)
+    assert len(rows) == 2 * 4 * 2 * (1 + 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {row["run"] for row in rows}
     assert len({row["samples"] for row in rows if row.get("round") == 2}) == 1  # an equal budget
     assert all(row["critical_path"]["round"] > 0 for row in rows if row["kind"] == "run")
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -218,7 +239,7 @@ def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(cap
         dataset = load(name, folder)
         return dataset._replace(test=dataset.test._replace(y=np.zeros_like(dataset.test.y)))
 
-    arguments = (*QUICK, "--tune=plain", "--rates=0.1,0.4", "--tuning_seeds=7")
+    arguments = (*QUICK, "--tune=plain", "--noisy=0", "--rates=0.1,0.4", "--tuning_seeds=7")
     said = []
     for load in (data.load, poisoned):
         monkeypatch.setattr(data, "load", load)

@@ -3,8 +3,13 @@
 import pathlib
 
 import nbformat
+import optax
 import pytest
 from nbclient import NotebookClient
+
+import wavg_jax as wavg
+from experiments.flags import RATES
+from wavg_jax import data, models
 
 NOTEBOOK = pathlib.Path(__file__).parent.parent / "experiments" / "notebooks" / "compare.ipynb"
 SHORT = {"ROUNDS": "LOCAL_STEPS, ROUNDS, BATCH = 5, 3, 8", "SEEDS": "SEEDS = (0, 1)"}
@@ -35,6 +40,20 @@ def test_the_notebook_runs_and_shows_its_plots(monkeypatch, tmp_path):
     assert len(images) >= 4
     assert "JAX" in text
     assert "weighted" in text
+    shown = [line for line in text.splitlines() if "noisy shards" in line]
+    assert len(shown) >= 2  # a scenario each
+    (trained,) = (cell for cell in notebook.cells if "wavg.fit(" in cell.source)
+    assert 1 <= len(trained.outputs) <= 2  # one bar for all runs, and perhaps what is said of it
+
+
+def test_the_notebook_shows_the_recommended_weighting_with_clean_and_noisy_shards():
+    names = {}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []) or "ARMS =" in cell.source:
+            exec(cell.source, {"wavg": wavg, "data": data, "models": models, "optax": optax} | names, names)
+    assert [bool(noisy) for noisy in names["SCENARIOS"]] == [False, True]
+    assert names["ARMS"]["weighted"][0].needs == wavg.learned().needs == ("evaluate",)
+    assert {arm: tuple(rates) for arm, rates in names["RATES"].items()} == RATES  # as the binary has them
 
 
 def test_the_notebook_is_committed_without_outputs():

@@ -233,6 +233,6 @@ def test_masters_are_in_the_checkpoint(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(held)
         checkpoints.wait()
-        restored = checkpoints.restore(held)
+        restored = checkpoints.restore(5, held)
     jax.tree.map(np.testing.assert_array_equal, restored, held)
     assert restored.averager.masters["wide"] is None
