@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import regression, sharded
+from small import initial, regression, sharded
 
 import wavg_jax as wavg
 from wavg_jax import pull, schedule, smoothing
@@ -80,7 +80,7 @@ def test_a_straggler_does_part_of_the_steps_and_the_others_all(devices):
 
 
 def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_that_is_sent():
-    start = np.asarray(TASK.init(jax.random.key(0))[0]["w"])
+    start = np.asarray(initial(TASK)[0]["w"])
     plain = run(APART, rounds=1, local_steps=1)
     bad = run(APART, rounds=1, local_steps=1, faults=faults(4, rate={0: 10.0}, sent={1: -1.0}))
     own, kept = (np.asarray(result.state.replicas.params["w"]) - start for result in (plain, bad))
@@ -128,8 +128,8 @@ def test_the_average_of_the_global_parameters_is_evaluated_and_returned():
     np.testing.assert_array_equal(smooth.state.params["w"], after[-1])  # training goes on as without
     assert smooth.rows[3]["test_loss"] != run().rows[3]["test_loss"]
     # The regression counts its training steps; the average's count goes on for 4 batches, all a round has.
-    assert float(smooth.mutable["seen"]) == 3 * 4 + 4
-    assert float(smooth.state.mutable["seen"]) == 3 * 4
+    assert float(smooth.mutable["seen"]) == pytest.approx(3 * 4 + 4)
+    assert float(smooth.state.mutable["seen"]) == pytest.approx(3 * 4)
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_pulled_replicas_stay_apart_and_the_centre_moves():
     elastic = wavg.averager(wavg.uniform(), pull=pull.toward_old(0.1), outer=optax.sgd(0.4))
     state = run(elastic).state
     assert float(jnp.ptp(state.replicas.params["w"], axis=0).max()) > 1e-3
-    assert float(jnp.abs(state.params["w"] - TASK.init(jax.random.key(0))[0]["w"]).max()) > 1e-3
+    assert float(jnp.abs(state.params["w"] - initial(TASK)[0]["w"]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -13,12 +13,12 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
-    {"tree"},
+    {"tree", "keys"},
     {"signals", "reduce", "outer", "pull", "mapping", "data", "models"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
-    {"recipe", "checkpoint", "records"},
+    {"recipe", "checkpoint", "records", "reestimation"},
     {"sync", "journal", "summary", "feeder"},
     {"rounds"},
     {"programs"},
