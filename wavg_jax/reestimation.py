@@ -28,11 +28,12 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
 
         mean_i b_i = mean_i f_i(0) / (1 - m)
 
-    The momentum m, which only the network knows, is f(p) / p for a probe p beside which b vanishes. So n batches cost
-    n + 2 forward passes. A variance becomes the mean of the batches' variances.
+    The momentum m, which only the network knows, is f(p) / p for a probe p beside which b vanishes. It is taken on the
+    first batch, and again with -p on the last, so n batches cost n + 2 forward passes. A variance becomes the mean of
+    the batches' variances.
 
-    A leaf goes on from its old value, batch by batch, where f is something else: f(p) / p and f(-p) / -p differ, or are
-    1 (counts, constants) or 0 (what keeps no memory, or is normalised), or it is not float32 or wider.
+    A number goes on from its old value, batch by batch, where f is something else: the two differ, or are 1 (counts,
+    constants) or 0 (what keeps no memory, or is normalised), or it is not float32 or wider.
 
     Args:
       task: the network.
@@ -57,8 +58,11 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
 
         statistics, others = _where(leaves, probed, True), _where(leaves, probed, False)
         batches = jax.random.split(rng, jax.tree.leaves(items)[0].shape[0])
-        first = jax.tree.map(lambda x: x[0], items)
-        momenta = _momenta(lambda s, o: update(s, o, first, batches[0]), statistics, others)
+        # The momentum is no constant either if it differs between two batches, or with the counts of a step later.
+        ends = [jax.tree.map(lambda x, i=i: x[i], (items, batches)) for i in (0, count - 1)]
+        up, later = update([jnp.full_like(s, _PROBE) for s in statistics], others, *ends[0])
+        down, _ = update([jnp.full_like(s, -_PROBE) for s in statistics], later, *ends[1])
+        momenta = [_momentum(u, d) for u, d in zip(up, down, strict=True)]
 
         def step(carry: tuple, batch: tuple) -> tuple[tuple, None]:
             old, total = carry
@@ -88,15 +92,8 @@ def _where(leaves: list, mask: list[bool], value: bool) -> list:
     return [x for x, m in zip(leaves, mask, strict=True) if m == value]
 
 
-def _momenta(update: Callable, statistics: list, others: list) -> list[jax.Array]:
-    """The momentum of every number in `statistics`, NaN where it is no exponential average."""
-    up, others = update([jnp.full_like(s, _PROBE) for s in statistics], others)
-    # With the counts of a step later, since a momentum that depends on one is no constant either.
-    down, _ = update([jnp.full_like(s, -_PROBE) for s in statistics], others)
-
-    def one(up: jax.Array, down: jax.Array) -> jax.Array:
-        m = up / _PROBE
-        average = (jnp.abs(m + down / _PROBE) <= _AGREEMENT) & (m >= _LEAST) & (m <= _MOST)
-        return jnp.where(average, m, jnp.nan)
-
-    return [one(u, d) for u, d in zip(up, down, strict=True)]
+def _momentum(up: jax.Array, down: jax.Array) -> jax.Array:
+    """The momentum of each number, from what became of the probe and of its negative; NaN where it is no average."""
+    m = up / _PROBE
+    average = (jnp.abs(m + down / _PROBE) <= _AGREEMENT) & (m >= _LEAST) & (m <= _MOST)
+    return jnp.where(average, m, jnp.nan)
