@@ -13,6 +13,7 @@ key is either split, in one place alone, or handed to one consumer:
 `Task.init`, `Task.loss` and `augment` are consumers: below the key that they are given they may split, fold or draw.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -77,7 +78,6 @@ def own(state: PyTree, rng: jax.Array) -> PyTree:
 
 def _made_of(rng: jax.Array, key: jax.Array) -> jax.Array:
     """A key of the kind of `key` that depends on both."""
-    both = jax.random.fold_in(rng, jax.random.bits(key))
-    return jax.random.wrap_key_data(
-        jax.random.bits(both, jax.random.key_data(key).shape), impl=str(jax.random.key_impl(key))
-    )
+    words = jax.random.key_data(key)  # and no draw from it, since it may be split elsewhere
+    bits = jax.random.bits(functools.reduce(jax.random.fold_in, words, rng), words.shape)
+    return jax.random.wrap_key_data(bits, impl=str(jax.random.key_impl(key)))

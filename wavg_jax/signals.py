@@ -216,10 +216,12 @@ def _common_gradient(
     labels are noise, and so trusts the worst replicas most.
     """
     batch = _common_batch(prepare, chunks, min(COMMON_BATCH, chunks.y.size), dtype)
+    loss_rng, state_rng = jax.random.split(keys.roots(jax.random.key(0)).gradient)
+    mutable = keys.own(mutable, state_rng)  # what is drawn here is not what the next step draws
 
     def loss(params: PyTree) -> jax.Array:
         cast_params, cast_mutable = _cast((params, mutable), dtype)
-        return task.loss(cast_params, cast_mutable, batch, keys.roots(jax.random.key(0)).gradient)[0]
+        return task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
     norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), jax.grad(loss)(params))
     return {"grad_norm": optax.tree.sum(norms), "layer_grad_norm": norms}
