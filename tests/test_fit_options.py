@@ -90,6 +90,21 @@ def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_tha
     np.testing.assert_allclose(bad.params["w"] - start, blend, rtol=1e-4, atol=1e-6)
 
 
+def test_scores_are_of_what_a_replica_sends():
+    source = sharded()
+    apart = wavg.averager(wavg.softmax("loss", 0.5), pull=0.0)
+    lying = run(apart, source, rounds=1, faults=faults(4, sent={1: -2.0}))
+    start, own = initial(TASK)[0], lying.state.replicas.params
+    sent = jax.tree.map(np.array, own)
+    for name, s in start.items():
+        sent[name][1] = s - 2 * (own[name][1] - s)
+    logits = np.asarray(source.prepare(source.heldout.x)) @ sent["w"] + sent["b"][:, None]
+    losses = -np.asarray(jax.nn.log_softmax(logits))[:, np.arange(len(source.heldout.y)), source.heldout.y].mean(axis=1)
+    np.testing.assert_allclose(lying.rows[1]["scores"]["loss"], losses, rtol=1e-4)
+    assert np.argmax(losses) == 1  # what it keeps to itself is as good as the others'
+    assert np.argmin(lying.rows[1]["weights"]) == 1
+
+
 def test_faults_are_of_as_many_replicas_as_there_are():
     with pytest.raises(wavg.SettingsError, match="faults are of 3 replicas, there are 4"):
         run(faults=faults(3))
