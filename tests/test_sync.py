@@ -157,7 +157,10 @@ def numbers(state):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("how", [policy.keep, policy.average, policy.reset])
 def test_states_with_counts_and_keys_train_under_every_policy(how, devices):
-    state = run(opt_state_at_sync=how, stats_at_sync=how, devices=devices).state
+    result = run(opt_state_at_sync=how, stats_at_sync=how, devices=devices)
+    numbers_sent = 15 + 3 + (15 if how is policy.average else 0)  # parameters, statistics, momentum; up and down
+    assert result.rows[0]["bytes_per_round"] == 2 * K * 4 * numbers_sent
+    state = result.state
     assert state.replicas.mutable["count"].tolist() == [LARGE - 1 + 4] * K
     assert int(state.mutable["count"]) == LARGE - 1 + 4
     assert state.replicas.mutable["key"][0] == state.mutable["key"]

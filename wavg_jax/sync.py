@@ -25,7 +25,7 @@ def mean_over_living(recipe: Recipe, stacked: PyTree, weights: jax.Array, otherw
     Counts, flags and random keys have no mean: those of the first replica with weight stand for all.
     """
     leaves, structure = jax.tree.flatten(stacked)
-    means = iter(recipe.placement.reduce(weighted_mean)([x for x in leaves if tree.is_float(x)], weights))
+    means = iter(recipe.placement.reduce(weighted_mean)(tree.floats(stacked), weights))
     first = jnp.argmax(weights > 0)
     chosen = [next(means).astype(x.dtype) if tree.is_float(x) else x[first] for x in leaves]
     return tree.select((weights > 0).any(), jax.tree.unflatten(structure, chosen), otherwise)

@@ -75,6 +75,11 @@ def is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+def floats(tree: PyTree) -> list[jax.Array]:
+    """The floating-point leaves of a tree, which are what is averaged and exchanged."""
+    return [x for x in jax.tree.leaves(tree) if is_float(x)]
+
+
 def with_floats(stacked: PyTree, one: PyTree) -> PyTree:
     """Gives every replica the floating-point leaves of `one`: [K, ...], [...] -> [K, ...]; it keeps its other leaves.
 
