@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavg_jax import data, models
+from wavg_jax import data, keys, models
 
 
 def blobs(train: int = 260, test: int = 60, seed: int = 0) -> data.Dataset:
@@ -34,6 +34,11 @@ def regression():
         return x @ params["w"] + params["b"][None], {"seen": seen}
 
     return models.classifier(init, apply)
+
+
+def initial(task, seed=0):
+    """Parameters and collections with which `fit` starts."""
+    return task.init(keys.roots(jax.random.key(seed)).init)
 
 
 def filled(task):

@@ -12,6 +12,7 @@ import threading
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -168,6 +169,18 @@ def test_the_checkpoint_of_another_optimizer_is_refused_and_not_converted(change
         resumed(workdir, **change)
     assert "\n" not in str(raised.value)
     assert content(workdir) == before
+
+
+def test_keys_of_any_kind_come_back_as_they_were(tmp_path):
+    keys = {"default": jax.random.key(1), "other": jax.random.split(jax.random.key(1, impl="rbg"), 2)}
+    held = wavg.TrainState({}, {}, keys, {}, jnp.int32(3))
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(held)
+        checkpoints.wait()
+        restored = checkpoints.restore(3, held)
+    for name, key in keys.items():
+        assert restored.replicas[name].dtype == key.dtype
+        assert (restored.replicas[name] == key).all()
 
 
 def test_the_sums_are_those_of_sha256sum(workdir):

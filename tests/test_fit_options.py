@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import regression, sharded
+from small import initial, regression, sharded
 
 import wavg_jax as wavg
 from wavg_jax import pull, schedule, smoothing
@@ -85,7 +85,7 @@ def test_a_straggler_does_part_of_the_steps_and_the_others_all(devices):
 
 
 def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_that_is_sent():
-    start = np.asarray(TASK.init(jax.random.key(0))[0]["w"])
+    start = np.asarray(initial(TASK)[0]["w"])
     plain = run(APART, rounds=1, local_steps=1)
     bad = run(APART, rounds=1, local_steps=1, faults=faults(4, rate={0: 10.0}, sent={1: -1.0}))
     own, kept = (np.asarray(result.state.replicas.params["w"]) - start for result in (plain, bad))
@@ -93,6 +93,21 @@ def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_tha
     np.testing.assert_allclose(kept[1:], own[1:], rtol=1e-4, atol=1e-6)  # the liar itself trains on from the truth
     blend = (10 * own[0] - own[1] + own[2] + own[3]) / 4
     np.testing.assert_allclose(bad.params["w"] - start, blend, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_are_of_what_a_replica_sends():
+    source = sharded()
+    apart = wavg.averager(wavg.softmax("loss", 0.5), pull=0.0)
+    lying = run(apart, source, rounds=1, faults=faults(4, sent={1: -2.0}))
+    start, own = initial(TASK)[0], lying.state.replicas.params
+    sent = jax.tree.map(np.array, own)
+    for name, s in start.items():
+        sent[name][1] = s - 2 * (own[name][1] - s)
+    logits = np.asarray(source.prepare(source.heldout.x)) @ sent["w"] + sent["b"][:, None]
+    losses = -np.asarray(jax.nn.log_softmax(logits))[:, np.arange(len(source.heldout.y)), source.heldout.y].mean(axis=1)
+    np.testing.assert_allclose(lying.rows[1]["scores"]["loss"], losses, rtol=1e-4)
+    assert np.argmax(losses) == 1  # what it keeps to itself is as good as the others'
+    assert np.argmin(lying.rows[1]["weights"]) == 1
 
 
 def test_faults_are_of_as_many_replicas_as_there_are():
@@ -156,7 +171,7 @@ def test_pulled_replicas_stay_apart_and_the_centre_moves():
     elastic = wavg.averager(wavg.uniform(), pull=pull.toward_old(0.1), outer=optax.sgd(0.4))
     state = run(elastic).state
     assert float(jnp.ptp(state.replicas.params["w"], axis=0).max()) > 1e-3
-    assert float(jnp.abs(state.params["w"] - TASK.init(jax.random.key(0))[0]["w"]).max()) > 1e-3
+    assert float(jnp.abs(state.params["w"] - initial(TASK)[0]["w"]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("devices", [1, 4])

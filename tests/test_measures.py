@@ -11,7 +11,7 @@ import sklearn.metrics
 from small import regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax import metrics, models, signals
+from wavg_jax import keys, metrics, models, signals
 from wavg_jax.base import Batch
 
 TASK = regression()
@@ -147,10 +147,8 @@ def test_fisher_is_the_mean_square_of_the_gradients_of_samples_with_drawn_labels
     order = np.arange(signals.FISHER_SAMPLES) % 20
     x = np.asarray(SOURCE.prepare(jnp.asarray(SOURCE.heldout.x[order])), np.float64)
     logits = np.asarray(logits_of_all())[order]
-    keys = jax.random.split(jax.random.key(0), len(order))
-    y = [
-        jax.random.categorical(key, jax.nn.log_softmax(row)) for key, row in zip(keys, jnp.asarray(logits), strict=True)
-    ]
+    drawn = jax.random.split(keys.roots(jax.random.key(0)).fisher, len(order))
+    y = [jax.random.categorical(k, jax.nn.log_softmax(row)) for k, row in zip(drawn, jnp.asarray(logits), strict=True)]
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     residual = np.eye(3)[np.array(y)] - p
     np.testing.assert_allclose(found["b"], np.square(residual).mean(axis=0), rtol=1e-4)

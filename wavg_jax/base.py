@@ -57,7 +57,8 @@ class Task(NamedTuple):
 
     Attributes:
       init: `rng -> (params, mutable)`. `mutable` holds what training changes without a gradient, such as BatchNorm
-        statistics; `{}` when there is none.
+        statistics; `{}` when there is none. Numbers in it are averaged over replicas; counts, flags and keys made by
+        `jax.random.key` are not, each replica has its own.
       loss: `(params, mutable, batch, rng) -> (loss, (mutable, metrics))`: the mean training loss of a `Batch` (a
         float32 scalar), the mutable collections after it, and a dict of float32 scalar metrics.
       predict: `(params, mutable, x) -> logits`: [B, ...] -> [B, classes] float32, in evaluation mode.
@@ -153,7 +154,7 @@ class Replicas(NamedTuple):
 
     Attributes:
       params: parameters [K, ...].
-      opt_state: state of the inner optimizer [K, ...].
+      opt_state: state of the inner optimizer [K, ...]; random keys in it differ from replica to replica.
       mutable: collections such as BatchNorm statistics [K, ...].
       rng: one key per replica [K], for dropout and augmentation.
     """
@@ -169,7 +170,7 @@ class Smoothed(NamedTuple):
 
     Attributes:
       params: the average.
-      mutable: the mutable collections re-estimated for it.
+      mutable: the mutable collections re-estimated for it; see `wavg_jax.reestimation`.
       state: of the smoothing transformation.
     """
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.keys import is_key
 from wavg_jax.records import write_atomically
 
 if TYPE_CHECKING:
@@ -31,17 +32,16 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"
 
 
-def _is_key(x: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _without_keys(tree: PyTree) -> PyTree:
     """Typed random keys as the integers they are made of, which is what can be stored."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 def _with_keys(stored: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jax.random.wrap_key_data(x) if _is_key(y) else x, stored, like)
+    def leaf(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.random.wrap_key_data(x, impl=str(jax.random.key_impl(y))) if is_key(y) else x
+
+    return jax.tree.map(leaf, stored, like)
 
 
 class Found(NamedTuple):

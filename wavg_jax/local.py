@@ -75,20 +75,3 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
         return replica, total / jnp.asarray(steps, jnp.float32)
 
     return run
-
-
-def refresh(task: Task, fetch: Fetch = as_is) -> Callable:
-    """Builds `(params, mutable, items, shared, rng) -> mutable`: the mutable collections after the network has run in
-    training mode over the items, its parameters fixed. Re-estimates BatchNorm statistics."""
-
-    def run(params: PyTree, mutable: PyTree, items: PyTree, shared: PyTree, rng: jax.Array) -> PyTree:
-        def step(carry: tuple[PyTree, jax.Array], item: PyTree) -> tuple[tuple[PyTree, jax.Array], None]:
-            mutable, rng = carry
-            rng, fetch_rng, loss_rng = jax.random.split(rng, 3)
-            _, (mutable, _) = task.loss(params, mutable, fetch(item, shared, fetch_rng), loss_rng)
-            return (mutable, rng), None
-
-        (mutable, _), _ = jax.lax.scan(step, (mutable, rng), items)
-        return mutable
-
-    return run

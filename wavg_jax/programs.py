@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from wavg_jax import machine, signals, tree
+from wavg_jax import keys, machine, signals, tree
 from wavg_jax.base import PyTree, Replicas, Smoothed, Task, TrainState
 from wavg_jax.placement import compiler_options
 from wavg_jax.recipe import Recipe
@@ -17,16 +17,25 @@ from wavg_jax.rounds import make_round
 
 
 def initial_state(recipe: Recipe, params: PyTree, mutable: PyTree, rng: jax.Array, replicas: int) -> TrainState:
-    """The state before the first round: K equal replicas with different keys."""
-    smoothing = recipe.smoothing
+    """The state before the first round: K equal replicas with different keys, those in their states too.
+
+    Args:
+      recipe: what a round is made of.
+      params, mutable: of `Task.init`, with the key `wavg_jax.keys.roots(rng).init`.
+      rng: the key of the run.
+      replicas: K.
+    """
+    smoothing, roots = recipe.smoothing, keys.roots(rng)
+    states = tree.replicate((recipe.inner.init(params), mutable), replicas)
+    opt_state, own_mutable = jax.vmap(keys.own)(states, jax.random.split(roots.states, replicas))
     return TrainState(
         params=params,
         mutable=mutable,
         replicas=Replicas(
             tree.replicate(params, replicas),
-            tree.replicate(recipe.inner.init(params), replicas),
-            tree.replicate(mutable, replicas),
-            jax.random.split(jax.random.fold_in(rng, 1), replicas),
+            opt_state,
+            own_mutable,
+            jax.random.split(roots.replicas, replicas),
         ),
         averager=recipe.averager.init(params, replicas),
         round=jnp.zeros((), jnp.int32),
@@ -54,7 +63,7 @@ _QUICKLY = {"xla_backend_optimization_level": 0}
 
 @functools.lru_cache(maxsize=16)
 def _initialiser(task: Task) -> Callable:
-    return jax.jit(task.init, compiler_options=_QUICKLY)
+    return jax.jit(lambda rng: task.init(keys.roots(rng).init), compiler_options=_QUICKLY)
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wavg_jax import local, signals, sync, tree
+from wavg_jax import keys, local, signals, sync, tree
 from wavg_jax.base import PyTree, Replicas, TrainState
 from wavg_jax.local import Pace
 from wavg_jax.recipe import Recipe, Shared, Work, fetch, longest_round, steps_taken
@@ -159,17 +159,19 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
         mean_weights = per_replica(weights)
         logged = {name: score for name, score in scores.items() if isinstance(score, jax.Array) and score.ndim == 1}
         log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive, steps)
-        refresh = sync.refresher(recipe, after, alive, work, shared)
+        rng, stats_rng, smooth_rng = keys.split_each(after.rng, 3)
+        refresh = sync.refresher(recipe, alive, work, shared)
         mutable, global_mutable = sync.blend_stats(
-            recipe, after.mutable, state.mutable, alive, mean_weights, functools.partial(refresh, params)
+            recipe, after.mutable, state.mutable, alive, mean_weights, functools.partial(refresh, stats_rng, params)
         )
         replicas = Replicas(
             recipe.averager.restart(after.params, state.params, params, alive=alive),
             sync.blend_opt_state(recipe, after.opt_state, params, alive, mean_weights),
             mutable,
-            after.rng,
+            rng,
         )
-        smoothed = sync.smooth(recipe, state.smoothed, params, global_mutable, refresh, longest_round(work))
+        refresh_smooth = functools.partial(refresh, smooth_rng)
+        smoothed = sync.smooth(recipe, state.smoothed, params, global_mutable, refresh_smooth, longest_round(work))
         return TrainState(params, global_mutable, replicas, averager_state, state.round + 1, smoothed), log
 
     return run

@@ -75,9 +75,9 @@ class Run:
     def describe(self) -> Row:
         """The run's first row, but for what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
-        per_replica = tree.nbytes(initial.params) + tree.nbytes(initial.mutable)
+        per_replica = tree.nbytes(initial.params) + tree.nbytes(tree.floats(initial.mutable))
         if self.recipe.opt_state_at_sync is policy.average:
-            per_replica += tree.nbytes(self.recipe.inner.init(initial.params))
+            per_replica += tree.nbytes(tree.floats(self.recipe.inner.init(initial.params)))
         return {
             "kind": "run",
             "run": self.name,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wavg_jax import tree
+from wavg_jax import keys, tree
 from wavg_jax.base import Batch, PyTree, SettingsError, Task
 
 HIGHER_IS_BETTER = {
@@ -216,10 +216,12 @@ def _common_gradient(
     labels are noise, and so trusts the worst replicas most.
     """
     batch = _common_batch(prepare, chunks, min(COMMON_BATCH, chunks.y.size), dtype)
+    loss_rng, state_rng = jax.random.split(keys.roots(jax.random.key(0)).gradient)
+    mutable = keys.own(mutable, state_rng)  # what is drawn here is not what the next step draws
 
     def loss(params: PyTree) -> jax.Array:
         cast_params, cast_mutable = _cast((params, mutable), dtype)
-        return task.loss(cast_params, cast_mutable, batch, jax.random.key(0))[0]
+        return task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
     norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), jax.grad(loss)(params))
     return {"grad_norm": optax.tree.sum(norms), "layer_grad_norm": norms}
@@ -251,9 +253,9 @@ def _diagonal_fisher(
     def cut(a: jax.Array) -> jax.Array:
         return a.reshape(-1, FISHER_TOGETHER, *a.shape[1:])
 
-    keys = jax.random.split(jax.random.key(0), FISHER_SAMPLES)
+    each = jax.random.split(keys.roots(jax.random.key(0)).fisher, FISHER_SAMPLES)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    total, _ = jax.lax.scan(add, nothing, (cut(batch.x), cut(keys)))
+    total, _ = jax.lax.scan(add, nothing, (cut(batch.x), cut(each)))
     return {"fisher": optax.tree.scale(1 / FISHER_SAMPLES, total)}
 
 

@@ -3,6 +3,9 @@
 Each is an `optax.GradientTransformation` that is fed parameters instead of gradients, once after every round:
 `update(params, state) -> (smoothed params, state)`. That is the interface of `optax.ema`, so whatever optax or a user
 has of this kind works too.
+
+Statistics such as BatchNorm's are re-estimated for the average in every round, on each replica's
+last batches; see `wavg_jax.reestimation`.
 """
 
 import math

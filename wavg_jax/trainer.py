@@ -73,11 +73,11 @@ def fit(
       data: shards, held-out split and test split; see `wavg_jax.data.shard`. The held-out split alone is scored; the
         test split is only reported.
       averager: how the replicas become the next global parameters; see `wavg_jax.averager`.
-      inner: the inner optimizer, any optax transformation.
+      inner: the inner optimizer, any optax transformation. Random keys in its state become each replica's own.
       local_steps: H, steps between two blends, or a schedule of it; see `wavg_jax.schedule`.
       rounds: how many blends.
       batch_size: samples per replica and step.
-      seed: of the initial parameters, the order of samples, dropout and augmentation.
+      seed: of the initial parameters, the order of samples, dropout and augmentation; see `wavg_jax.keys`.
       score_samples: held-out samples on which a round's replicas and blends are scored, another subset in each round;
         None scores all of them. Scoring costs time in proportion.
       score_dtype: dtype of the scoring passes, such as `jnp.bfloat16` where the hardware is faster in it; None is the

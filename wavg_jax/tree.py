@@ -88,6 +88,26 @@ def select_replicas(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b), yes, no)
 
 
+def is_float(x: jax.Array) -> bool:
+    """Whether `x` holds floating-point numbers, which can be averaged; counts, flags and random keys cannot."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def floats(tree: PyTree) -> list[jax.Array]:
+    """The floating-point leaves of a tree, which are what is averaged and exchanged."""
+    return [x for x in jax.tree.leaves(tree) if is_float(x)]
+
+
+def with_floats(stacked: PyTree, one: PyTree) -> PyTree:
+    """Gives every replica the floating-point leaves of `one`: [K, ...], [...] -> [K, ...]; it keeps its other leaves.
+
+    >>> stacked = {"moment": jnp.array([1.0, 2.0]), "count": jnp.array([7, 8])}
+    >>> {name: x.tolist() for name, x in with_floats(stacked, {"moment": jnp.array(0.0), "count": 0}).items()}
+    {'count': [7, 8], 'moment': [0.0, 0.0]}
+    """
+    return jax.tree.map(lambda x, y: jnp.broadcast_to(y, x.shape).astype(x.dtype) if is_float(x) else x, stacked, one)
+
+
 def select(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     """Takes the whole tree `yes` if the bool scalar `condition` holds, else `no`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
