@@ -1,5 +1,6 @@
 """What the binaries share: one clear line and exit code 2 for bad input, and the report at the end."""
 
+import math
 import os
 import pathlib
 import sys
@@ -35,10 +36,15 @@ Main = Callable[[Sequence[str]], None]
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags and returns what else is on the command line; an unknown flag or value ends with exit code 2."""
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            # absl's bounds let NaN pass, of which nothing is below.
+            if isinstance(value, float) and not math.isfinite(value):
+                raise flags.IllegalFlagValueError(f"--{name}={value}: give a finite number")
     except flags.Error as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    return rest
 
 
 def call(main: Main, argv: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ and judged on the held-out split; the best rate of every scenario is printed as 
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from experiments.cells import Cell
 from experiments.flags import numbers
 from experiments.schemes import SCHEMES
 from wavg_jax import data, progress, trainer
-from wavg_jax.base import SettingsError
+from wavg_jax.base import Diverged, SettingsError, WavgWarning
 from wavg_jax.data.shards import Shards
 from wavg_jax.faults import Faults, faults
 from wavg_jax.records import Records, Row, check_writable, read_rows
@@ -177,8 +178,12 @@ def _inner(name: str, rate: float) -> optax.GradientTransformation:
 def _train(
     study: Study, cell: Cell, sharded: data.ShardedData, averager: wavg.Averager, advance: Callable[[str], None]
 ) -> list[Row]:
-    """Trains one cell; returns its rows, of which the last alone has test metrics."""
-    result = wavg.fit(
+    """Trains one cell; returns its rows, of which the last alone has test metrics.
+
+    A cell that diverges is warned of, and is judged by its last good parameters: that it does is a result.
+    """
+    run = functools.partial(
+        wavg.fit,
         study.task,
         sharded,
         averager,
@@ -196,7 +201,11 @@ def _train(
         evaluate_every=F.rounds,
         on_round=lambda row: advance(f"{cell.name} at {cell.rate:g}"),
     )
-    return result.rows
+    try:
+        return run().rows
+    except Diverged as error:
+        warnings.warn(f"{cell.name} at {cell.rate:g}: {error}", WavgWarning, stacklevel=2)
+        return error.result.rows
 
 
 def _tune(study: Study, seeds: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@
 The test split is not touched. Prints the held-out accuracy of every rate and the flags of the best, for a preset.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from experiments import app, arms
 from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
 from wavg_jax import data, progress, trainer
-from wavg_jax.base import SettingsError, Task
+from wavg_jax.base import Diverged, SettingsError, Task
 from wavg_jax.records import Row
 
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
@@ -32,10 +33,13 @@ for _name in READS:
 def accuracy(
     name: str, rate: float, task: Task, spaces: dict[int, data.ShardedData], on_round: Callable[[Row], None]
 ) -> float:
-    """Mean held-out accuracy over the tuning seeds after the last round of one arm at one rate."""
+    """Mean held-out accuracy over the tuning seeds after the last round of one arm at one rate; NaN if one diverges."""
     F[f"lr_{name}"].value = rate
     (arm,) = arms.make_arms((name,))
-    finals = [arms.run_arm(arm, task, sharded, seed, None, None, on_round).rows[-1] for seed, sharded in spaces.items()]
+    try:
+        finals = [arms.run_arm(arm, task, own, seed, None, None, on_round).rows[-1] for seed, own in spaces.items()]
+    except Diverged:
+        return math.nan
     return float(np.mean([row["test_accuracy"] for row in finals]))
 
 
@@ -59,11 +63,13 @@ def main(argv: Sequence[str]) -> None:
         }
     table = Table("arm", *(f"{rate:g}" for rate in rates), title=f"held-out accuracy (%) over {len(seeds)} seeds")
     for name, values in found.items():
-        table.add_row(name, *(f"{100 * value:.2f}" for value in values))
+        table.add_row(name, *("diverged" if math.isnan(value) else f"{100 * value:.2f}" for value in values))
     console = Console()
     console.print(table)
     for name, values in found.items():
-        best = rates[int(np.argmax(values))]
+        if np.isnan(values).all():
+            raise SettingsError(f"--rates={','.join(F.rates)}: {name} diverges at every rate; try lower ones")
+        best = rates[int(np.nanargmax(values))]
         edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
         console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
 

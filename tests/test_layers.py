@@ -19,7 +19,7 @@ FLOORS = [
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
     {"recipe", "checkpoint", "records"},
-    {"sync", "journal", "summary", "feeder"},
+    {"sync", "journal", "summary", "feeder", "liveness"},
     {"rounds"},
     {"programs"},
     {"timing", "automap", "run"},

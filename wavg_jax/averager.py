@@ -86,7 +86,8 @@ def averager(
     optimization"), so any optax optimizer can be the outer one, and `optax.sgd(1.0)` is plain averaging.
 
     A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
-    is left, the parameters and the state stay as they were. The update is pure and can be jitted.
+    is left, or the outer step is not finite, the parameters and the state stay as they were and all weights are 0. The
+    update is pure and can be jitted.
 
     Args:
       weighting: how much each replica counts, such as `wavg_jax.softmax("loss", temperature=0.2)`.
@@ -155,8 +156,9 @@ def averager(
         blend = _apart(alive, lambda: reduction(sent if transform else send(), weights), params)
         new_params, outer_state = step(blend, state.outer, params)
         new = (new_params, AveragerState(weighting_state, outer_state))
-        new_params, new_state = tree.select(alive.any(), new, (params, state))
-        return new_params, new_state, weights
+        taken = alive.any() & tree.all_finite(jax.tree.map(lambda x: x[None], new_params))[0]
+        new_params, new_state = tree.select(taken, new, (params, state))
+        return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
 
     restart = _replace if pull == 1.0 else _restart(pull if callable(pull) else toward_new(pull))
     return Averager(init, update, weighting.needs, restart)

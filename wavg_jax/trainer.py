@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from wavg_jax import automap, loop, mapping, policy, progress, signals
-from wavg_jax.base import Averager, PyTree, SettingsError, Task, TrainState
+from wavg_jax import automap, liveness, loop, mapping, policy, progress, signals
+from wavg_jax.base import Averager, Diverged, PyTree, SettingsError, Task, TrainState
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
 from wavg_jax.interrupt import stop_requests
@@ -110,6 +110,8 @@ def fit(
     Raises:
       SettingsError, DataError, WorkdirError, ResumeError: bad input, before anything is trained or written where that
         can be known.
+      Diverged: no replica came through a round with finite numbers, or the outer step was not finite. Its `result` has
+        the last parameters that were, and a checkpoint of them is saved.
       Stopped: SIGTERM or Ctrl-C came; the round was finished and a checkpoint saved.
     """
     schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
@@ -150,7 +152,10 @@ def fit(
         first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
         state = loop.train(run, journal, state, on_round, stopped)
-    return Result(*evaluated(state), state, journal.rows())
+    result = Result(*evaluated(state), state, journal.rows())
+    if liveness.lost(result.rows[-1]["weights"]):
+        raise Diverged(liveness.explain(result.rows[-1], folder), result)
+    return result
 
 
 def caption(row: Row) -> str:
