@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import optax
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 import wavg_jax as wavg
@@ -233,12 +232,12 @@ def _show(found: dict[str, list[tuple[float, float]]], rates: tuple[float, ...],
     table = Table("scenario", *(f"{rate:g}" for rate in rates), title=title)
     for name, values in found.items():
         table.add_row(name, *(f"{100 * accuracy:.2f}  {loss:.3f}" for accuracy, loss in values))
-    console = Console()
+    console = app.console()
     console.print(table)
     for name, values in found.items():
         best = rates[int(np.argmax([accuracy for accuracy, _ in values]))]
         edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
-        console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
+        console.print(f"--lr_{name}={best:g}{edge}", soft_wrap=True)
 
 
 if __name__ == "__main__":

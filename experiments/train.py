@@ -28,11 +28,12 @@ def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    dataset = arms.load()
-    task = arms.make_task(dataset)
-    (arm,) = arms.make_arms((F.arm,))
     workdir = arms.choose_workdir("train")
     with progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
+        progress.doing("loading data")
+        dataset = arms.load()
+        task = arms.make_task(dataset)
+        (arm,) = arms.make_arms((F.arm,))
         sharded = arms.make_data(dataset, F.seed)
         arms.run_arm(arm, task, sharded, F.seed, workdir, None, lambda row: advance(trainer.caption(row)))
     app.publish(read_rows(workdir), workdir)

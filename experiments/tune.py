@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from experiments import app, arms
@@ -51,12 +50,13 @@ def main(argv: Sequence[str]) -> None:
     names = arms.chosen("tune")
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
-    dataset = arms.load()
-    task = arms.make_task(dataset)
-    spaces = {seed: arms.make_data(dataset, seed) for seed in seeds}
-    # What a run calls its test split is here the held-out one.
-    spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
     with progress.bar(len(names) * len(rates) * len(seeds) * F.rounds) as advance:
+        progress.doing("loading data")
+        dataset = arms.load()
+        task = arms.make_task(dataset)
+        spaces = {seed: arms.make_data(dataset, seed) for seed in seeds}
+        # What a run calls its test split is here the held-out one.
+        spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
         found = {
             name: [accuracy(name, rate, task, spaces, lambda row: advance(trainer.caption(row))) for rate in rates]
             for name in names
@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> None:
     table = Table("arm", *(f"{rate:g}" for rate in rates), title=f"held-out accuracy (%) over {len(seeds)} seeds")
     for name, values in found.items():
         table.add_row(name, *("diverged" if math.isnan(value) else f"{100 * value:.2f}" for value in values))
-    console = Console()
+    console = app.console()
     console.print(table)
     for name, values in found.items():
         if np.isnan(values).all():
             raise SettingsError(f"--rates={','.join(F.rates)}: {name} diverges at every rate; try lower ones")
         best = rates[int(np.nanargmax(values))]
         edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
-        console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
+        console.print(f"--lr_{name}={best:g}{edge}", soft_wrap=True)
 
 
 if __name__ == "__main__":

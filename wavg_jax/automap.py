@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from wavg_jax import machine, placement, rounds
+from wavg_jax import machine, placement, progress, rounds
 from wavg_jax.averager import averager
 from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
@@ -82,6 +82,7 @@ def settle(
     if key not in _known:
         names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
         found = _recall(key)
+        progress.doing("timing the ways to run replicas")
         trials = {} if found in names else _trials({name: _mapped(bare, name) for name in names}, few, batch_size)
         _known[key] = _fastest(trials) if trials else str(found)
         _remember(key, _known[key])

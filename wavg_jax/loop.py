@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from wavg_jax import liveness
+from wavg_jax import liveness, progress
 from wavg_jax.base import Stopped, TrainState
 from wavg_jax.feeder import open_feeder
 from wavg_jax.journal import Journal
@@ -80,6 +80,7 @@ def train(
     books = _Books(run, journal, on_round, done)
     given = sum(row["local_steps"] for row in journal.rows()[1:])
     pending: _Launched | None = None
+    progress.doing(f"{run.name}: round {done + 1}")
     with open_feeder(run.work) as feeder:
         for number in range(done + 1, plan.rounds + 1):
             steps = plan.schedule.steps(books.past(number, given))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import rounds, tree
+from wavg_jax import progress, rounds, tree
 from wavg_jax.base import PyTree
 from wavg_jax.data import ShardedData
 from wavg_jax.placement import single
@@ -62,6 +62,7 @@ def measure_parts(
       chunk: samples at a time when scoring.
       repeats: calls, of which the median counts.
     """
+    progress.doing("timing the parts of a round")
     recipe = recipe._replace(placement=single(), faults=None)
     part = rounds.pieces(recipe)
     first = data._replace(shards=data.shards[:1])

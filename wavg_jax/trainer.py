@@ -135,19 +135,19 @@ def fit(
     _check(plan, recipe, data, resume and workdir is None)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
-    if replica_map == "auto":
-        recorded = recorded_run(folder, name) if resume else None
-        decided = None if recorded is None else recorded["replica_map"]
-        steps = rounds * schedule.longest
-        recipe = automap.settle(recipe, data, batch_size=batch_size, steps=steps, decided=decided)
-    # Compiles, and so finds what does not fit together, before anything is written.
-    run = Run(recipe, data, plan, name)
     with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(open_journal(folder, name))
-        stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         if on_round is None:
             advance = stack.enter_context(progress.bar(rounds))
             on_round = lambda row: advance(caption(row))  # noqa: E731
+        if replica_map == "auto":
+            recorded = recorded_run(folder, name) if resume else None
+            decided = None if recorded is None else recorded["replica_map"]
+            steps = rounds * schedule.longest
+            recipe = automap.settle(recipe, data, batch_size=batch_size, steps=steps, decided=decided)
+        # Compiles, and so finds what does not fit together, before anything is written.
+        run = Run(recipe, data, plan, name)
+        journal = stack.enter_context(open_journal(folder, name))
+        stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         first = run.describe() | dict(facts or {})
         first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
@@ -160,9 +160,10 @@ def fit(
 
 def caption(row: Row) -> str:
     """What a progress bar says after a round."""
-    accuracy = row["test_accuracy"]
-    tested = f"training loss {row['train_loss']:.3f}" if accuracy is None else f"test accuracy {100 * accuracy:.1f} %"
-    return f"{row['run']}: {tested}"
+    accuracy, loss = row["test_accuracy"], row["train_loss"]
+    if accuracy is not None:
+        return f"{row['run']}: test accuracy {100 * accuracy:.1f} %"
+    return f"{row['run']}: " + ("no replica alive" if loss is None else f"training loss {loss:.3f}")
 
 
 _ROUNDS_HELD = 3
