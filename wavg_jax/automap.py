@@ -109,11 +109,17 @@ def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.sta
     return jax.jit(recipe.task.loss).lower(params, mutable, batch, rng)
 
 
+def _where() -> list[dict]:
+    """What the speed of a program depends on beside it. Of this library the release: commits seldom change what is
+    fastest, and timing the ways again after each would cost more than it gains."""
+    return [machine.hardware(), machine.versions() | {"wavg-jax": machine.release()}, machine.environment()]
+
+
 def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
     """Tells apart what may be fastest in different ways."""
     optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
-    where = [replicas, len(recipe.placement.devices), machine.hardware(), machine.versions(), machine.environment()]
-    text = json.dumps([loss.as_text(), str(optimizer), recipe.augment is not None, where])
+    what = [replicas, len(recipe.placement.devices), recipe.augment is not None]
+    text = json.dumps([loss.as_text(), str(optimizer), what, _where()])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -7,7 +7,7 @@ its user who decides whether other data (a resumed run goes on with those of the
 
 import pathlib
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from wavg_jax.base import WavgWarning
 from wavg_jax.records import Row
 
 
-def lost(weights: Sequence[float] | np.ndarray) -> bool:
-    """Whether nothing came of a round, by its row's weights [K]: they are all 0."""
+def lost(weights: Any) -> bool:
+    """Whether nothing came of a round, by its weights [K]: they are all 0."""
     return not np.any(weights)
 
 

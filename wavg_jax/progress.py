@@ -81,22 +81,23 @@ def _cell(console: Console, total: int, done: int) -> Iterator[Say]:
     """One line of text in a notebook's output, replaced as it changes, which needs no widgets."""
     from IPython.display import display
 
-    begun, last, now = time.monotonic(), -_PAUSE, [done, "starting ..."]
+    begun, last = time.monotonic(), -_PAUSE
+    count, shown = done, "starting ..."
 
     def line() -> dict[str, str]:
         passed = time.monotonic() - begun
-        count, text = int(now[0]), now[1]
         left = f"{_clock(passed / (count - done) * (total - count))} left" if count > done else "-:-- left"
         filled = 20 * count // max(total, 1)
-        text = f"{text}  [{'#' * filled}{'.' * (20 - filled)}] {count}/{total}  {_clock(passed)}  {left}"
-        return {"text/plain": text}
+        return {
+            "text/plain": f"{shown}  [{'#' * filled}{'.' * (20 - filled)}] {count}/{total}  {_clock(passed)}  {left}"
+        }
 
     handle = display(line(), raw=True, display_id=True)
 
     def say(text: str, advance: int) -> None:
-        nonlocal last
-        now[:] = int(now[0]) + advance, text
-        if time.monotonic() >= last + _PAUSE or now[0] == total:
+        nonlocal last, count, shown
+        count, shown = count + advance, text
+        if time.monotonic() >= last + _PAUSE or count == total:
             last = time.monotonic()
             handle.update(line(), raw=True)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +10,13 @@ import jax
 import optax
 
 from wavg_jax import automap, liveness, loop, mapping, policy, progress, signals
-from wavg_jax.base import Averager, Diverged, PyTree, SettingsError, Task, TrainState
+from wavg_jax.base import Averager, Diverged, PyTree, SettingsError, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
 from wavg_jax.interrupt import stop_requests
 from wavg_jax.journal import open_journal
 from wavg_jax.placement import has_room, place
-from wavg_jax.recipe import Recipe
+from wavg_jax.recipe import Recipe, check_room
 from wavg_jax.records import Row, check_writable, recorded_run
 from wavg_jax.run import Plan, Run, evaluated
 from wavg_jax.schedule import Schedule, fixed
@@ -166,22 +167,6 @@ def caption(row: Row) -> str:
     return f"{row['run']}: " + ("no replica alive" if loss is None else f"training loss {loss:.3f}")
 
 
-_ROUNDS_HELD = 3
-"""Rounds whose samples are in memory at a time when they are streamed: one runs, one waits, one is being made."""
-
-
-def _check_stream(plan: Plan, recipe: Recipe, data: ShardedData) -> None:
-    """Refuses rounds with more samples than may be sent to the devices at a time."""
-    samples = len(data.shards) * plan.schedule.longest * plan.batch_size
-    nbytes = _ROUNDS_HELD * samples * data.train.x[:1].nbytes
-    if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
-        raise SettingsError(
-            f"the training data are streamed, and {_ROUNDS_HELD} rounds of them, {nbytes / 1e9:.1f} GB, do not fit a "
-            "quarter of the memory; take fewer --local_steps or a smaller --batch_size, or keep the data on the "
-            "devices all the same (--feed=resident, resident=True)"
-        )
-
-
 def make_recipe(
     task: Task,
     data: ShardedData,
@@ -214,6 +199,10 @@ def make_recipe(
     )
 
 
+_MANY = 256
+"""Replicas above which it is said that compiling takes long: 64 take 3 seconds on 2 cores, 256 take 12."""
+
+
 def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir: bool) -> None:
     """Refuses what cannot work before anything is compiled."""
     lowest = {"rounds": 1, "batch_size": 1, "seed": 0, "checkpoint_every": 1, "evaluate_every": 1, "chunk": 1}
@@ -225,14 +214,17 @@ def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir
         raise SettingsError(f"the faults are of {len(recipe.faults.speed)} replicas, there are {len(data.shards)}")
     if plan.seed >= 2**32:
         raise SettingsError(f"--seed is {plan.seed}; seeds are below 2**32, larger ones would repeat smaller ones")
-    if not recipe.resident:
-        _check_stream(plan, recipe, data)
+    check_room(recipe, data, plan.schedule.longest, plan.batch_size)
+    if len(data.shards) > _MANY:
+        warnings.warn(
+            f"the blend of {len(data.shards)} replicas is written out one by one: compiling it may take minutes",
+            WavgWarning,
+            stacklevel=3,
+        )
     if resume_without_workdir:
         raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
     signals.measurable(recipe.averager.needs)
-    round_indices(
-        data.shards, seed=plan.seed, first_step=0, local_steps=plan.schedule.longest, batch_size=plan.batch_size
-    )  # for its errors
+    round_indices(data.shards, seed=plan.seed, first_step=0, local_steps=1, batch_size=plan.batch_size)  # its errors
     x = jax.eval_shape(recipe.prepare, jax.ShapeDtypeStruct((1, *data.train.x.shape[1:]), data.train.x.dtype))
     logits = jax.eval_shape(lambda rng, x: recipe.task.predict(*recipe.task.init(rng), x), jax.random.key(0), x)
     if logits.shape != (1, data.classes):
