@@ -13,7 +13,7 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
-    {"tree"},
+    {"tree", "arguments"},
     {"signals", "reduce", "outer", "pull", "mapping", "data", "models"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},

@@ -117,3 +117,12 @@ def test_a_rate_that_diverges_is_not_chosen_and_does_not_end_the_tuning(capfd):
     assert "--lr_plain=0.1" in said
     assert invoke(tune.main, *QUICK, "--rounds=1", "--rates=1e30", "--tune=plain", "--tuning_seeds=7") == 2
     assert "at every rate" in capfd.readouterr().err
+
+
+def test_so_many_replicas_that_compiling_takes_minutes_are_warned_of_before_it_begins():
+    many = sharded(replicas=257, heldout=0)
+    with (
+        pytest.warns(wavg.WavgWarning, match=r"257 replicas.*minutes"),
+        pytest.raises(wavg.SettingsError, match="batches of 8"),  # so that the test need not wait
+    ):
+        run(many)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import machine, tree
+from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, check_all, either, has, number
 from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
 from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
@@ -68,6 +69,15 @@ def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> P
     return jax.lax.cond(alive.any(), lambda: tree.cast_like(blended(), masters), lambda: masters)
 
 
+_ARGUMENTS = {
+    "weighting": has("a Weighting, such as wavg_jax.learned()", "init", "update", "needs", lacks="restart"),
+    "outer": either(NONE, OPTIMIZER),
+    "reduce": FUNCTION,
+    "pull": either(number(0, 1), FUNCTION),
+    "transform": either(NONE, FUNCTION),
+}
+
+
 def averager(
     weighting: Weighting,
     *,
@@ -104,7 +114,7 @@ def averager(
       signal that the weighting needs is not given.
 
     Raises:
-      SettingsError: `pull` is not between 0 and 1.
+      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -115,6 +125,8 @@ def averager(
     >>> [round(float(w), 4) for w in weights], blend["w"].round(4).tolist()
     ([0.75, 0.25], [2.0, 2.0])
     """
+
+    check_all(_ARGUMENTS, locals())
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
         return AveragerState(weighting.init(params, replicas), outer and outer.init(tree.as_accumulators(params)))

@@ -1,15 +1,35 @@
 """fit(): the whole run, round after round, with rows, checkpoints and resumption."""
 
 import contextlib
+import operator
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from wavg_jax import automap, liveness, loop, mapping, policy, progress, signals
+from wavg_jax.arguments import (
+    FLOATING,
+    FUNCTION,
+    MAPPING,
+    NONE,
+    OPTIMIZER,
+    PATH,
+    TEXT,
+    YES_OR_NO,
+    Rule,
+    check,
+    check_all,
+    each,
+    either,
+    has,
+    instance,
+    whole,
+)
 from wavg_jax.base import Averager, Diverged, PyTree, SettingsError, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
@@ -36,6 +56,37 @@ class Result(NamedTuple):
     mutable: PyTree
     state: TrainState
     rows: list[Row]
+
+
+_ARGUMENTS = {
+    "task": has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", "init", "loss", "predict"),
+    "data": instance(ShardedData, "sharded data: wavg_jax.data.shard cuts a data set into them"),
+    "averager": has("an Averager: wavg_jax.averager(weighting) makes one", "init", "update", "needs", "restart"),
+    "inner": OPTIMIZER,
+    "--local_steps": either(whole(1), instance(Schedule, "one of wavg_jax.schedule")),
+    "--rounds": whole(1),
+    "--batch_size": whole(1),
+    "--seed": whole(0, 2**32 - 1),  # larger ones would repeat smaller ones
+    "--score_samples": either(NONE, whole(1)),
+    "score_dtype": either(NONE, FLOATING),
+    "smoothing": either(NONE, OPTIMIZER),
+    "faults": either(NONE, instance(Faults, "one of wavg_jax.faults.faults")),
+    "opt_state_at_sync": FUNCTION,
+    "stats_at_sync": FUNCTION,
+    "--devices": either(NONE, whole(1)),
+    "resident": either(NONE, YES_OR_NO),
+    "--workdir": either(NONE, PATH),
+    "name": TEXT,
+    "--checkpoint_every": whole(1),
+    "evaluate_every": whole(1),
+    "resume": YES_OR_NO,
+    "facts": either(NONE, MAPPING),
+    "settings": either(NONE, MAPPING),
+    "on_round": either(NONE, FUNCTION),
+    "chunk": whole(1),
+}
+_INDICES = Rule(lambda shard: isinstance(shard, np.ndarray) and shard.ndim == 1 and shard.dtype.kind in "iu", "indices")
+_SHARDS = each(_INDICES, "K arrays of indices, as those of wavg_jax.data.iid", least=1)
 
 
 def fit(
@@ -115,8 +166,12 @@ def fit(
         the last parameters that were, and a checkpoint of them is saved.
       Stopped: SIGTERM or Ctrl-C came; the round was finished and a checkpoint saved.
     """
+    check_all(_ARGUMENTS, locals())
+    check("data.shards", data.shards, _SHARDS)
     schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
-    plan = Plan(schedule, rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk)
+    # numpy's whole numbers overflow and are not JSON
+    counts = map(operator.index, (rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk))
+    plan = Plan(schedule, *counts)
     mapping.check(replica_map, "auto")
     recipe = make_recipe(
         task,
@@ -138,13 +193,13 @@ def fit(
     check_writable(folder)
     with contextlib.ExitStack() as stack:
         if on_round is None:
-            advance = stack.enter_context(progress.bar(rounds))
+            advance = stack.enter_context(progress.bar(plan.rounds))
             on_round = lambda row: advance(caption(row))  # noqa: E731
         if replica_map == "auto":
             recorded = recorded_run(folder, name) if resume else None
             decided = None if recorded is None else recorded["replica_map"]
-            steps = rounds * schedule.longest
-            recipe = automap.settle(recipe, data, batch_size=batch_size, steps=steps, decided=decided)
+            steps = plan.rounds * schedule.longest
+            recipe = automap.settle(recipe, data, batch_size=plan.batch_size, steps=steps, decided=decided)
         # Compiles, and so finds what does not fit together, before anything is written.
         run = Run(recipe, data, plan, name)
         journal = stack.enter_context(open_journal(folder, name))
@@ -205,15 +260,8 @@ _MANY = 256
 
 def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir: bool) -> None:
     """Refuses what cannot work before anything is compiled."""
-    lowest = {"rounds": 1, "batch_size": 1, "seed": 0, "checkpoint_every": 1, "evaluate_every": 1, "chunk": 1}
-    given = plan._asdict() | {"score_samples": recipe.score_samples}
-    for option, least in (lowest | {"score_samples": 1}).items():
-        if given[option] is not None and given[option] < least:
-            raise SettingsError(f"--{option} is {given[option]}; it must be at least {least}")
     if recipe.faults is not None and len(recipe.faults.speed) != len(data.shards):
         raise SettingsError(f"the faults are of {len(recipe.faults.speed)} replicas, there are {len(data.shards)}")
-    if plan.seed >= 2**32:
-        raise SettingsError(f"--seed is {plan.seed}; seeds are below 2**32, larger ones would repeat smaller ones")
     check_room(recipe, data, plan.schedule.longest, plan.batch_size)
     if len(data.shards) > _MANY:
         warnings.warn(
