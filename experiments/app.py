@@ -81,9 +81,10 @@ def call(main: Main, argv: Sequence[str]) -> None:
 def _out_of_memory(error: BaseException) -> str:
     """What to do about it, and how much was asked for where that is known."""
     asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*)", str(error))
+    amount = f" (asked for {asked[1].replace('. ', ' ').strip()})" if asked else ""
     return (
-        f"out of memory{f' (asked for {asked[1].strip()})' if asked else ''}: take fewer --replicas, --local_steps or "
-        "--heldout samples, a smaller --batch_size or network (--hidden), more --devices, or --feed=stream"
+        f"out of memory{amount}: take fewer --replicas, --local_steps or --heldout samples, a smaller --batch_size or "
+        "network (--hidden), more --devices, or --feed=stream"
     )
 
 

@@ -43,13 +43,13 @@ def faults(
     Faults(speed=(0.25, 1.0, 1.0), rate=(1.0, 1.0, 1.0), sent=(1.0, 1.0, -1.0))
     """
 
-    check("replicas", replicas, whole(1))
+    check("faults: replicas", replicas, whole(1))
 
     def row(name: str, factors: Mapping[int, float] | None) -> tuple[float, ...]:
-        check(name, factors, either(NONE, MAPPING))
+        check(f"faults: {name}", factors, either(NONE, MAPPING))
         for k, factor in (factors or {}).items():
-            check(f"the replica that {name} names", k, whole(0, replicas - 1))
-            check(f"{name} of replica {k}", factor, _SPEED if name == "speed" else number())
+            check(f"faults: the replica that {name} names", k, whole(0, replicas - 1))
+            check(f"faults: {name} of replica {k}", factor, _SPEED if name == "speed" else number())
         return tuple(float((factors or {}).get(k, 1.0)) for k in range(replicas))
 
     return Faults(row("speed", speed), row("rate", rate), row("sent", sent))
