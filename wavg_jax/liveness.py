@@ -48,7 +48,5 @@ def explain(row: Row, workdir: pathlib.Path | None) -> str:
         else ("no replica is finite after its local steps", "lower the learning rate, or look for extreme inputs")
     )
     saved = f", and saved in {workdir}; --resume would go on with the next round's data" if workdir is not None else ""
-    return (
-        f"{row['run']!r} diverged in round {row['round']}: {seen}; {remedy}. The parameters are those after round "
-        f"{row['round'] - 1}{saved}"
-    )
+    before = f"those after round {row['round'] - 1}" if row["round"] > 1 else "the initial ones"
+    return f"{row['run']!r} diverged in round {row['round']}: {seen}; {remedy}. The parameters are {before}{saved}"
