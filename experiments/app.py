@@ -96,14 +96,21 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows the library's own warnings as one line, without the line of code they come from."""
+    """Shows the library's own warnings as one line, without the line of code they come from, and mends the cache."""
+    damaged = _DAMAGED.search(str(message))
     if issubclass(category, WavgWarning):
         print(f"warning: {message}", file=file or sys.stderr)
+    elif damaged and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        # A process that was killed while it wrote leaves half a file, which JAX warns of but does not write again.
+        for path in pathlib.Path(jax.config.jax_compilation_cache_dir).glob(f"{damaged[1]}-*-cache"):  # type: ignore[attr-defined]
+            path.unlink(missing_ok=True)
+        print(f"warning: the kept program {damaged[1]} is damaged and is compiled again", file=file or sys.stderr)
     else:
         _python_shows(message, category, filename, lineno, file, line)
 
 
 _python_shows = warnings.showwarning
+_DAMAGED = re.compile(r"persistent compilation cache entry for '(\w+)'")
 
 
 _MOST_DEVICES = 64

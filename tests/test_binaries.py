@@ -315,3 +315,16 @@ def test_more_cpu_devices_than_can_work_are_not_set_up():
     command = [sys.executable, "-c", f"{code}; print(jax.config.jax_num_cpu_devices)"]
     said = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert int(said.stdout) == max(64, machine.cores())
+
+
+@pytest.mark.slow
+def test_a_damaged_program_in_the_cache_is_one_line_and_is_mended(tmp_path):
+    command = ("experiments.train", *QUICK, f"--compilation_cache={tmp_path / 'cache'}")
+    assert run(*command, f"--workdir={tmp_path / 'a'}").returncode == 0
+    (kept,) = (tmp_path / "cache").glob("jit_predict-*-cache")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])  # as a kill leaves it
+    again = run(*command, f"--workdir={tmp_path / 'b'}")
+    assert again.returncode == 0
+    assert again.stderr.strip() == "warning: the kept program jit_predict is damaged and is compiled again"
+    assert run(*command, f"--workdir={tmp_path / 'c'}").stderr == ""
