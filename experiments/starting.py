@@ -47,10 +47,10 @@ def _watch(signals: int) -> None:
 
 def take_over() -> None:
     """Handles Ctrl-C from now on, and says that the binary starts; a longer line will overwrite it."""
-    if sys.stderr.isatty():
-        print("starting", end="\r", file=sys.stderr, flush=True)
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, leave)
     threading.Thread(target=_watch, args=(signals,), daemon=True, name="interrupts").start()
+    if sys.stderr.isatty():
+        print("starting", end="\r", file=sys.stderr, flush=True)

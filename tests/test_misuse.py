@@ -10,7 +10,7 @@ from flax import nnx
 from small import blobs, regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax import faults, models, outer, pull, schedule, smoothing
+from wavg_jax import arguments, faults, models, outer, pull, schedule, smoothing
 
 NAN, INF = float("nan"), float("inf")
 TASK, DATA, PLAIN, INNER = regression(), sharded(), wavg.averager(wavg.uniform()), optax.sgd(0.1)
@@ -63,8 +63,13 @@ def fit(**given):
 
 def one(function, name, *values, **others):
     """Calls of a function with one argument wrong: (how it reads, the call, the argument)."""
+    # Not repr, which holds addresses: the processes of the tests must agree on the names.
     return [
-        (f"{function.__name__}({name}={value!r:.40})", lambda v=value: function(**others, **{name: v}), name)
+        (
+            f"{function.__name__}({name}={arguments._shown(value)})",
+            lambda v=value: function(**others, **{name: v}),
+            name,
+        )
         for value in values
     ]
 
