@@ -1,0 +1,8 @@
+"""The binaries: `python -m experiments.NAME`."""
+
+import sys
+
+if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module that it is to run: one of ours
+    from experiments import starting
+
+    starting.take_over()

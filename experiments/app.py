@@ -1,19 +1,25 @@
 """What the binaries share: one clear line and exit code 2 for bad input, and the report at the end."""
 
+import contextlib
+import math
 import os
 import pathlib
+import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import jax
 from absl import app, flags, logging
 from rich.console import Console
 
+from experiments import flags as shared_flags
+from experiments import starting, usage
 from wavg_jax import machine
-from wavg_jax.base import SettingsError, Stopped, WavgError, WavgWarning
-from wavg_jax.records import Row
+from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
+from wavg_jax.records import Row, read_rows
 
 flags.DEFINE_string(
     "compilation_cache",
@@ -27,18 +33,30 @@ flags.DEFINE_enum(
     ["bfloat16", "tensorfloat32", "float32"],
     "Precision of matrix products and convolutions where the hardware offers several; by default the backend's own.",
 )
+OWN = ["compilation_cache", "matmul_precision"]
 F = flags.FLAGS
 
 Main = Callable[[Sequence[str]], None]
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses the flags and returns what else is on the command line; an unknown flag or value ends with exit code 2."""
+    """Parses the flags and returns what else is on the command line.
+
+    An unknown flag or value ends with exit code 2. --help, -h or -? shows the running binary's help and ends with 0.
+    """
+    if {"--help", "-help", "-h", "-?"}.intersection(argv[1:]):
+        print(usage.text(sys.modules["__main__"], shared_flags.TOPICS | {"JAX": OWN}, OWN))
+        raise SystemExit(0)
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            # absl's bounds let NaN pass, of which nothing is below.
+            if isinstance(value, float) and not math.isfinite(value):
+                raise flags.IllegalFlagValueError(f"--{name}={value}: give a finite number")
     except flags.Error as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    return rest
 
 
 def call(main: Main, argv: Sequence[str]) -> None:
@@ -48,9 +66,27 @@ def call(main: Main, argv: Sequence[str]) -> None:
     except WavgError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(143) from None
+    except KeyboardInterrupt:
+        starting.interrupted()
+        raise SystemExit(starting.INTERRUPTED) from None
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """What to do about it, and how much was asked for where that is known."""
+    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*)", str(error))
+    amount = f" (asked for {asked[1].replace('. ', ' ').strip()})" if asked else ""
+    return (
+        f"out of memory{amount}: take fewer --replicas, --local_steps or --heldout samples, a smaller --batch_size or "
+        "network (--hidden), more --devices, or --feed=stream"
+    )
 
 
 def _show_warning(
@@ -61,14 +97,26 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows the library's own warnings as one line, without the line of code they come from."""
+    """Shows the library's own warnings as one line, without the line of code they come from, and mends the cache."""
+    damaged = _DAMAGED.search(str(message))
     if issubclass(category, WavgWarning):
         print(f"warning: {message}", file=file or sys.stderr)
+    elif damaged and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        # A process that was killed while it wrote leaves half a file, which JAX warns of but does not write again.
+        for path in pathlib.Path(jax.config.jax_compilation_cache_dir).glob(f"{damaged[1]}-*-cache"):  # type: ignore[attr-defined]
+            path.unlink(missing_ok=True)
+        print(f"warning: the kept program {damaged[1]} is damaged and is compiled again", file=file or sys.stderr)
     else:
         _python_shows(message, category, filename, lineno, file, line)
 
 
 _python_shows = warnings.showwarning
+_DAMAGED = re.compile(r"persistent compilation cache entry for '(\w+)'")
+
+
+_MOST_DEVICES = 64
+"""CPU devices beyond the cores that may be asked for. So many take 10 seconds to meet for the first time, 256 take 50,
+and 1,000 were not seen to."""
 
 
 def configure() -> None:
@@ -85,15 +133,21 @@ def configure() -> None:
     if jax.config.jax_num_cpu_devices < 0 and not decided:  # type: ignore[attr-defined]
         # One device for each core: XLA runs the replicas of one device on few cores, and those of several side by side.
         wanted = F["devices"].value if "devices" in F else None
-        jax.config.update("jax_num_cpu_devices", max(machine.cores(), wanted or 1))
+        jax.config.update("jax_num_cpu_devices", max(machine.cores(), min(wanted or 1, _MOST_DEVICES)))
 
 
 def run(main: Main) -> None:
     """Runs a binary.
 
-    Exit codes: 0 done; 2 bad input (an unknown flag, a value that cannot work, data or a folder that cannot be used);
-    143 stopped by SIGTERM or Ctrl-C after a whole round, with a checkpoint.
+    Exit codes:
+      0: done.
+      1: a bug, with a traceback.
+      2: one line says why it cannot go on: an unknown flag, a value that cannot work, data or a folder that cannot be
+        used, no memory left, or a run that diverged.
+      130: interrupted by Ctrl-C where nothing could be finished first, or by a second one.
+      143: stopped by SIGTERM or the first Ctrl-C after a whole round, with a checkpoint; also SIGTERM at other times.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C unwinds, see `call`
     warnings.showwarning = _show_warning
     logging.set_verbosity(logging.WARNING)  # TFDS and Orbax tell at INFO what only their developers need
 
@@ -101,7 +155,12 @@ def run(main: Main) -> None:
         configure()
         call(main, argv)
 
-    app.run(configured, flags_parser=parse)
+    try:
+        app.run(configured, flags_parser=parse)
+    except SystemExit as ended:
+        if ended.code == starting.INTERRUPTED:
+            os._exit(starting.INTERRUPTED)  # Python would wait for programs that are still being compiled
+        raise
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:
@@ -110,18 +169,34 @@ def refuse_arguments(argv: Sequence[str]) -> None:
         raise SettingsError(f"{argv[0]!r} is not a flag; every setting is given as --name=value, see --help")
 
 
+def console(log_width: int = 100) -> Console:
+    """The terminal, for text shown as it is; in a log, which rich would fold at 80, `log_width` columns wide."""
+    return Console(width=None if sys.stdout.isatty() else log_width, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def reported(folder: pathlib.Path) -> Iterator[None]:
+    """Publishes what a folder holds after the block, and also where a run in it diverged, before that is said."""
+    try:
+        yield
+    except Diverged:
+        publish(read_rows(folder), folder)
+        raise
+    publish(read_rows(folder), folder)
+
+
 def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
     """Shows the tables of recorded rows, and writes their report to a folder."""
     # matplotlib and scipy take more than a second to import, and training need not wait for them.
     from wavg_jax import matrix, matrix_report, report
     from wavg_jax.summary import summarise
 
-    console = Console(width=None if sys.stdout.isatty() else 100)  # in a log, rich would fold at 80
+    out = console()
     if matrix.recorded(rows):
         shown, files = matrix_report.write(folder, rows)
     else:
         shown, files = report.terminal_report(summarise(rows)), report.write(folder, rows)
     for part in shown:
-        console.print(part)
+        out.print(part)
     for path in files:
-        console.print(f"wrote {path}", soft_wrap=True)
+        out.print(f"wrote {path}", soft_wrap=True)

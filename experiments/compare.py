@@ -19,7 +19,7 @@ from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.flags import ARMS
 from wavg_jax import progress, trainer
-from wavg_jax.records import check_writable, read_rows
+from wavg_jax.records import check_writable
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
 F = flags.FLAGS
@@ -34,18 +34,22 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     seeds, scenarios = shared_flags.read_seeds(), conditions.read_scenarios()
-    dataset = arms.load()
-    task = arms.make_task(dataset)
-    chosen = arms.make_arms(arms.chosen("arms"), scenarios[0])
-    arms.check_heldout({arm.name: arm.averager for arm in chosen})
-    first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
-    for arm in chosen:  # so that what cannot work is found before the first of them runs
-        arms.make_recipe(arm, task, first)
+    names = arms.chosen("arms")
     workdir = arms.choose_workdir("compare")
     check_writable(workdir)
     done = arms.rounds_done(workdir)
-    print(_plan(dataset.name, [arm.name for arm in chosen], scenarios, len(seeds)))
-    with progress.bar(len(chosen) * len(scenarios) * len(seeds) * F.rounds, done) as advance:
+    print(_plan(names, scenarios, len(seeds)))
+    total = len(names) * len(scenarios) * len(seeds) * F.rounds
+    with app.reported(workdir), progress.bar(total, done) as advance:
+        progress.doing("loading data")
+        dataset = arms.load()
+        task = arms.make_task(dataset)
+        chosen = arms.make_arms(names, scenarios[0])
+        arms.check_heldout({arm.name: arm.averager for arm in chosen})
+        first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
+        for arm in chosen:  # so that what cannot work is found before the first of them runs
+            arms.make_recipe(arm, task, first)
+        progress.doing("timing the parts of a round")
         paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
         for scenario, seed in itertools.product(scenarios, seeds):
             sharded = arms.make_data(dataset, seed, scenario.noisy)
@@ -63,14 +67,13 @@ def main(argv: Sequence[str]) -> None:
                     name=f"{arm.name}{suffix}-seed{seed}",
                     path=paths[arm.name],
                 )
-    app.publish(read_rows(workdir), workdir)
 
 
-def _plan(dataset: str, names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds: int) -> str:
+def _plan(names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds: int) -> str:
     """What is about to be done, in a sentence."""
     shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
     with_what = ", then with ".join(conditions.title(scenario.noisy) for scenario in scenarios)
-    return f"{dataset}, {F.replicas} replicas: {shown}, {seeds} seeds, with {with_what} (--noisy)"
+    return f"{F.dataset}, {F.replicas} replicas: {shown}, {seeds} seeds, with {with_what} (--noisy)"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,15 @@ from wavg_jax.mapping import MAPS
 
 ARMS = ("sequential", "sync", "plain", "weighted")
 
-# Data
+_STARTS: dict[str, int] = {}
+
+
+def _topic(title: str) -> None:
+    """Begins a group of flags in `--help`."""
+    _STARTS[title] = len(flags.FLAGS.flags_by_module_dict().get(__name__, ()))
+
+
+_topic("Data")
 flags.DEFINE_string(
     "dataset", "digits", "digits (embedded), mnist, fashion_mnist, cifar10, or a .npz file of your own."
 )
@@ -39,7 +47,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("augment", False, "Random crops and flips of the images, with a key per replica.")
 
-# Network
+_topic("Network")
 flags.DEFINE_enum("model", "mlp", ["mlp", "cnn", "resnet"], "The network; resnet is ResNet-20.")
 flags.DEFINE_list("hidden", "128", "model=mlp: widths of the hidden layers.")
 flags.DEFINE_bool("batch_norm", False, "model=cnn: use BatchNorm.")
@@ -48,7 +56,7 @@ flags.DEFINE_enum(
     "compute_dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation; parameters and sums stay float32."
 )
 
-# Training
+_topic("Training")
 flags.DEFINE_integer("replicas", 4, "K, the number of replicas and of shards.", lower_bound=1)
 flags.DEFINE_integer("local_steps", 10, "H, the local steps between two blends.", lower_bound=1)
 flags.DEFINE_integer("rounds", 20, "How many blends.", lower_bound=1)
@@ -68,7 +76,7 @@ flags.DEFINE_enum(
     "stats_at_sync", "average", ["average", "keep", "reset", "reestimate"], "What becomes of BatchNorm statistics."
 )
 
-# Averaging
+_topic("Averaging")
 flags.DEFINE_enum("weighting", "learned", list(SCHEMES), "How the arm weighted weighs its replicas.")
 flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: the softmax's temperature, in nats.")
 flags.DEFINE_float(
@@ -123,7 +131,7 @@ flags.DEFINE_integer(
     "post_local_steps", 5, "schedule=post_local: local steps with H=1, before those with --local_steps.", lower_bound=0
 )
 
-# The run
+_topic("The run")
 flags.DEFINE_list(
     "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and order; at least 3 for a comparison."
 )
@@ -150,7 +158,11 @@ flags.DEFINE_float(
     "target_accuracy", 0.95, "Test accuracy that `time to target` refers to.", lower_bound=0, upper_bound=1
 )
 
-NAMES = frozenset(flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__])
+_ORDER = [flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__]]
+_ENDS = [*list(_STARTS.values())[1:], None]
+TOPICS = {title: _ORDER[start:end] for (title, start), end in zip(_STARTS.items(), _ENDS, strict=True)}
+"""Title -> names of the flags of that topic."""
+NAMES = frozenset(_ORDER)
 DATA = ("dataset", "heldout", "augment", "scale")
 SHARDS = ("partition", "alpha", "proportions", "noisy")
 NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")

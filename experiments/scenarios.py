@@ -13,13 +13,14 @@ With --tune_rates nothing is recorded: plain averaging is trained at these learn
 and judged on the held-out split; the best rate of every scenario is printed as flags.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 import wavg_jax as wavg
@@ -30,7 +31,7 @@ from experiments.flags import numbers
 from experiments.options import SCALES
 from experiments.schemes import SCHEMES
 from wavg_jax import data, progress, trainer
-from wavg_jax.base import SettingsError
+from wavg_jax.base import Diverged, SettingsError, WavgWarning
 from wavg_jax.data.shards import Shards
 from wavg_jax.faults import Faults, faults
 from wavg_jax.records import Row, check_writable, open_records, read_rows
@@ -180,8 +181,12 @@ def _check(study: Study) -> None:
 def _train(
     study: Study, cell: Cell, sharded: data.ShardedData, averager: wavg.Averager, advance: Callable[[str], None]
 ) -> list[Row]:
-    """Trains one cell; returns its rows, of which the last alone has test metrics."""
-    result = wavg.fit(
+    """Trains one cell; returns its rows, of which the last alone has test metrics.
+
+    A cell that diverges is warned of, and is judged by its last good parameters: that it does is a result.
+    """
+    run = functools.partial(
+        wavg.fit,
         study.task,
         sharded,
         averager,
@@ -199,7 +204,11 @@ def _train(
         evaluate_every=F.rounds,
         on_round=lambda row: advance(f"{cell.name} at {cell.rate:g}"),
     )
-    return result.rows
+    try:
+        return run().rows
+    except Diverged as error:
+        warnings.warn(f"{cell.name} at {cell.rate:g}: {error}", WavgWarning, stacklevel=2)
+        return error.result.rows
 
 
 def _tune(study: Study, seeds: tuple[int, ...]) -> None:
@@ -227,12 +236,12 @@ def _show(found: dict[str, list[tuple[float, float]]], rates: tuple[float, ...],
     table = Table("scenario", *(f"{rate:g}" for rate in rates), title=title)
     for name, values in found.items():
         table.add_row(name, *(f"{100 * accuracy:.2f}  {loss:.3f}" for accuracy, loss in values))
-    console = Console()
+    console = app.console()
     console.print(table)
     for name, values in found.items():
         best = rates[int(np.argmax([accuracy for accuracy, _ in values]))]
         edge = " (at the edge of the rates tried: try more)" if best in (min(rates), max(rates)) else ""
-        console.print(f"--lr_{name}={best:g}{edge}", highlight=False)
+        console.print(f"--lr_{name}={best:g}{edge}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
 
 import wavg_jax as wavg
 from experiments import app, arms, conditions
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
     base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
     base = automap.settle(base, sharded, batch_size=F.batch_size)
-    with progress.bar(len(steps) * len(subsets) * len(names), unit="measurements") as advance:
+    with progress.bar(len(steps) * len(subsets) * len(names)) as advance:
         for local_steps, subset, name in itertools.product(steps, subsets, names):
             recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)
             rounds = {"plain": base, "weighted": recipe}
@@ -111,7 +110,7 @@ def _publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     path = folder / "report.md"
     write_atomically(path, ("\n".join(lines) + "\n").encode())
-    console = Console(width=120)
+    console = app.console()
     console.print("\n".join(lines[2:]), soft_wrap=True)
     console.print(f"wrote {path}", soft_wrap=True)
 

@@ -13,7 +13,6 @@ from absl import flags
 from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from wavg_jax import progress, trainer
-from wavg_jax.records import read_rows
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
 flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and order.", lower_bound=0)
@@ -29,14 +28,14 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     scenario = conditions.read_scenario()
-    dataset = arms.load()
-    task = arms.make_task(dataset)
-    (arm,) = arms.make_arms((F.arm,), scenario)
     workdir = arms.choose_workdir("train")
-    with progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
+    with app.reported(workdir), progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
+        progress.doing("loading data")
+        dataset = arms.load()
+        task = arms.make_task(dataset)
+        (arm,) = arms.make_arms((F.arm,), scenario)
         sharded = arms.make_data(dataset, F.seed, scenario.noisy)
         arms.run_arm(arm, task, sharded, scenario, F.seed, lambda row: advance(trainer.caption(row)), workdir=workdir)
-    app.publish(read_rows(workdir), workdir)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@ the flags of the best there.
 """
 
 import itertools
-import sys
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.flags import ARMS, numbers
 from wavg_jax import data, progress, trainer
-from wavg_jax.base import SettingsError, Task
+from wavg_jax.base import Diverged, SettingsError, Task
 from wavg_jax.statistic import Statistic, statistic
 
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
@@ -51,19 +50,19 @@ def main(argv: Sequence[str]) -> None:
     chosen = arms.make_arms(arms.chosen("tune"), scenarios[0])
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
-    dataset = arms.load()
-    task = arms.make_task(dataset)
     tried = [scenario._replace(rates=dict.fromkeys(ARMS, rate)) for rate in rates for scenario in scenarios]
-    everything = {scenario.noisy: spaces(dataset, scenario.noisy, seeds) for scenario in scenarios}
     found: dict[str, Found] = {arm.name: {} for arm in chosen}
     with progress.bar(len(chosen) * len(tried) * len(seeds) * F.rounds) as advance:
+        progress.doing("loading data")
+        dataset = arms.load()
+        task = arms.make_task(dataset)
+        everything = {scenario.noisy: spaces(dataset, scenario.noisy, seeds) for scenario in scenarios}
         for arm, scenario in itertools.product(chosen, tried):
-            found[arm.name][scenario.noisy, scenario.rates[arm.name]] = statistic(
-                [
-                    _accuracy(arms.in_scenario(arm, scenario), task, sharded, scenario, seed, advance)
-                    for seed, sharded in everything[scenario.noisy].items()
-                ]
-            )
+            accuracies = [
+                _accuracy(arms.in_scenario(arm, scenario), task, sharded, scenario, seed, advance)
+                for seed, sharded in everything[scenario.noisy].items()
+            ]
+            found[arm.name][scenario.noisy, scenario.rates[arm.name]] = _over_seeds(accuracies)
     _show(found, rates, len(seeds))
 
 
@@ -75,13 +74,21 @@ def _accuracy(
     seed: int,
     advance: Callable[[str], None],
 ) -> float:
-    """Held-out accuracy after the last round."""
-    run = arms.run_arm(arm, task, sharded, scenario, seed, lambda row: advance(trainer.caption(row)))
+    """Held-out accuracy after the last round; NaN if the run diverges."""
+    try:
+        run = arms.run_arm(arm, task, sharded, scenario, seed, lambda row: advance(trainer.caption(row)))
+    except Diverged:
+        return math.nan
     return float(run.rows[-1]["test_accuracy"])
 
 
+def _over_seeds(accuracies: Sequence[float]) -> Statistic:
+    """A rate at which one seed diverges is no choice, however well the others do."""
+    return statistic([] if any(map(math.isnan, accuracies)) else accuracies)
+
+
 def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 100)  # in a log, rich would fold at 80
+    console = app.console()
     scenarios = tuple(dict.fromkeys(noisy for own in found.values() for noisy, _ in own))
     for noisy in scenarios:
         table = Table("rate", *found, title=f"{conditions.title(noisy)}: held-out accuracy (%) over {seeds} seeds")
@@ -90,13 +97,18 @@ def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None
             table.add_row(f"{rate:g}", *map(_percent, values))
         console.print(table)
     for name, own in found.items():
-        best = [rates[int(np.argmax([own[noisy, rate].mean for rate in rates]))] for noisy in scenarios]
+        means = {noisy: [own[noisy, rate].mean for rate in rates] for noisy in scenarios}
+        if any(np.isnan(values).all() for values in means.values()):
+            raise SettingsError(f"--rates={','.join(F.rates)}: {name} diverges at every rate; try lower ones")
+        best = [rates[int(np.nanargmax(values))] for values in means.values()]
         edge = " (at the edge of the rates tried: try more)" if {min(rates), max(rates)} & set(best) else ""
-        console.print(f"--lr_{name}={','.join(f'{rate:g}' for rate in best)}{edge}", highlight=False)
+        console.print(f"--lr_{name}={','.join(f'{rate:g}' for rate in best)}{edge}", soft_wrap=True)
 
 
 def _percent(value: Statistic) -> str:
     """Mean and, of two seeds or more, standard deviation."""
+    if not value.n:
+        return "diverged"
     return f"{100 * value.mean:.2f}" + (f" ± {100 * value.sd:.2f}" if value.n > 1 else "")
 
 

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -286,3 +288,64 @@ def test_a_binary_uses_every_core_keeps_its_programs_and_computes_in_bfloat16(tm
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert any(path.name.startswith("jit_run") for path in cache.iterdir())
+
+
+HUGE = "--local_steps=100000000"
+
+
+@pytest.mark.parametrize(
+    ("binary", "arguments", "says"),
+    [
+        (train, [HUGE], "--local_steps"),
+        (compare, [HUGE], "--local_steps"),
+        (train, [HUGE, "--feed=stream"], "--feed=resident"),
+        (tune, [HUGE], "--local_steps"),
+    ],
+    ids=["train", "compare", "streamed", "tune"],
+)
+def test_rounds_that_do_not_fit_the_memory_are_refused_before_they_are_made(
+    binary, arguments, says, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(binary.main, *arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert says in line
+    assert "GB" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def _asks_for_too_much():
+    raise MemoryError
+
+
+def _asks_xla_for_too_much():
+    jax.jit(lambda: jnp.ones((1 << 24, 1 << 24)) + 1)().block_until_ready()
+
+
+@pytest.mark.parametrize("asks", [_asks_for_too_much, _asks_xla_for_too_much], ids=["host", "xla"])
+def test_out_of_memory_is_one_line_that_says_what_to_lower(asks, capfd):
+    assert invoke(lambda argv: asks()) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: out of memory")
+    for flag in ("--replicas", "--batch_size", "--hidden", "--local_steps"):
+        assert flag in line
+
+
+def test_more_cpu_devices_than_can_work_are_not_set_up():
+    code = "from experiments import app, train; import jax; app.parse(['train', '--devices=1000']); app.configure()"
+    command = [sys.executable, "-c", f"{code}; print(jax.config.jax_num_cpu_devices)"]
+    said = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert int(said.stdout) == max(64, machine.cores())
+
+
+@pytest.mark.slow
+def test_a_damaged_program_in_the_cache_is_one_line_and_is_mended(tmp_path):
+    command = ("experiments.train", *QUICK, f"--compilation_cache={tmp_path / 'cache'}")
+    assert run(*command, f"--workdir={tmp_path / 'a'}").returncode == 0
+    (kept,) = (tmp_path / "cache").glob("jit_predict-*-cache")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])  # as a kill leaves it
+    again = run(*command, f"--workdir={tmp_path / 'b'}")
+    assert again.returncode == 0
+    assert again.stderr.strip() == "warning: the kept program jit_predict is damaged and is compiled again"
+    assert run(*command, f"--workdir={tmp_path / 'c'}").stderr == ""

@@ -124,7 +124,8 @@ def test_a_replica_that_diverges_has_no_part_in_the_blend_and_restarts():
     x = source.train.x.copy()
     x[source.shards[2]] = 3e38  # overflows in the first step
     source = source._replace(train=source.train._replace(x=x), prepare=lambda x: x)
-    result = run(source, wavg.averager(wavg.uniform()))
+    with pytest.warns(wavg.WavgWarning, match="replica 2"):
+        result = run(source, wavg.averager(wavg.uniform()))
     for row in result.rows[1:]:
         assert row["alive"] == [True, True, False, True]
         np.testing.assert_allclose(row["weights"], [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
@@ -179,7 +180,9 @@ def test_a_reduction_of_one_s_own_works_on_one_device_and_on_eight():
 def test_when_every_replica_diverges_the_parameters_stay():
     source = sharded()
     broken = source._replace(train=source.train._replace(x=np.full_like(source.train.x, 3e38)), prepare=lambda x: x)
-    result = run(broken)
+    with pytest.raises(wavg.Diverged) as raised:
+        run(broken)
+    result = raised.value.result
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result.params, initial(TASK)[0])
     assert result.rows[-1]["weights"] == [0] * 4
     assert result.rows[-1]["train_loss"] is None

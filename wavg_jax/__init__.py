@@ -7,6 +7,7 @@ from wavg_jax.base import (
     Averager,
     Batch,
     DataError,
+    Diverged,
     Replicas,
     ResumeError,
     SettingsError,
@@ -19,6 +20,7 @@ from wavg_jax.base import (
     WorkdirError,
 )
 from wavg_jax.local import local_steps
+from wavg_jax.machine import release
 from wavg_jax.reduce import norm_preserving, weighted_mean
 from wavg_jax.search import best_of, greedy_soup, learned
 from wavg_jax.trainer import Result, fit
@@ -36,10 +38,13 @@ from wavg_jax.weighting import (
 )
 from wavg_jax.wrappers import grawa, momentum, shortlist, smooth_signals, uniform_floor
 
+__version__ = release()
+
 __all__ = [
     "Averager",
     "Batch",
     "DataError",
+    "Diverged",
     "Replicas",
     "Result",
     "ResumeError",

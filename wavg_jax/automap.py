@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from wavg_jax import machine, placement, rounds
+from wavg_jax import machine, placement, progress, rounds
 from wavg_jax.averager import averager
 from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
@@ -82,6 +82,7 @@ def settle(
     if key not in _known:
         names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
         found = _recall(key)
+        progress.doing("timing the ways to run replicas")
         trials = {} if found in names else _trials({name: _mapped(bare, name) for name in names}, few, batch_size)
         _known[key] = _fastest(trials) if trials else str(found)
         _remember(key, _known[key])
@@ -108,11 +109,17 @@ def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.sta
     return jax.jit(recipe.task.loss).lower(params, mutable, batch, rng)
 
 
+def _where() -> list[dict]:
+    """What the speed of a program depends on beside it. Of this library the release: commits seldom change what is
+    fastest, and timing the ways again after each would cost more than it gains."""
+    return [machine.hardware(), machine.versions() | {"wavg-jax": machine.release()}, machine.environment()]
+
+
 def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
     """Tells apart what may be fastest in different ways."""
     optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
-    where = [replicas, len(recipe.placement.devices), machine.hardware(), machine.versions(), machine.environment()]
-    text = json.dumps([loss.as_text(), str(optimizer), recipe.augment is not None, where])
+    what = [replicas, len(recipe.placement.devices), recipe.augment is not None]
+    text = json.dumps([loss.as_text(), str(optimizer), what, _where()])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, machine, tree
+from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, check_all, either, has, number
 from wavg_jax.base import Averager, Init, PyTree, SettingsError, Weighting
 from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
@@ -144,6 +145,15 @@ def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> P
     return jax.lax.cond(alive.any(), lambda: tree.cast_like(blended(), masters), lambda: masters)
 
 
+_ARGUMENTS = {
+    "weighting": has("a Weighting, such as wavg_jax.learned()", "init", "update", "needs", lacks="restart"),
+    "outer": either(NONE, OPTIMIZER),
+    "reduce": FUNCTION,
+    "pull": either(number(0, 1), FUNCTION),
+    "transform": either(NONE, FUNCTION),
+}
+
+
 def averager(
     weighting: Weighting,
     *,
@@ -162,7 +172,8 @@ def averager(
     optimization"), so any optax optimizer can be the outer one, and `optax.sgd(1.0)` is plain averaging.
 
     A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
-    is left, the parameters and the state stay as they were. The update is pure and can be jitted.
+    is left, or the outer step is not finite, the parameters and the state stay as they were and all weights are 0. The
+    update is pure and can be jitted.
 
     With an outer optimizer, parameters in bfloat16 or float16 are updated in float32: the state holds masters of them,
     and `params` are the masters cast. The pseudo-gradient is taken from `params`, from which the replicas started.
@@ -185,7 +196,7 @@ def averager(
       fit together; shapes are looked at while tracing, so that the compiled update does not pay for it.
 
     Raises:
-      SettingsError: `pull` is not between 0 and 1.
+      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -196,6 +207,8 @@ def averager(
     >>> [round(float(w), 4) for w in weights], blend["w"].round(4).tolist()
     ([0.75, 0.25], [2.0, 2.0])
     """
+
+    check_all(_ARGUMENTS, locals())
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
         checks.arrays("params", params)
@@ -231,8 +244,9 @@ def averager(
         blend = _apart(alive, lambda: reduction(sent if transform else send(), weights), params)
         new_params, outer_state, masters = _step(outer, blend, state, params)
         new = (new_params, AveragerState(weighting_state, outer_state, masters))
-        new_params, new_state = tree.select(alive.any(), new, (params, state))
-        return new_params, new_state, weights
+        taken = alive.any() & tree.all_finite(jax.tree.map(lambda x: x[None], new_params))[0]
+        new_params, new_state = tree.select(taken, new, (params, state))
+        return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
 
     restart = _replace if pull == 1.0 else _restart(pull if callable(pull) else toward_new(pull))
     return Averager(init, update, weighting.needs, restart)

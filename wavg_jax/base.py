@@ -32,6 +32,18 @@ class ResumeError(WavgError):
     """A run cannot be resumed: its settings differ, or what it left does not fit together."""
 
 
+class Diverged(WavgError):
+    """No replica had finite numbers after a round, or the outer step did not: nothing is left to go on from.
+
+    Attributes:
+      result: the `Result` of the rounds so far, with the last parameters that were finite.
+    """
+
+    def __init__(self, message: str, result: Any):
+        super().__init__(message)
+        self.result = result
+
+
 class WavgWarning(UserWarning):
     """Something that the run survives and its user should know, said once in one line."""
 

@@ -1,10 +1,9 @@
 """Simulated faults: replicas that are slow, badly tuned or hostile, to try schemes on before the real ones come."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from wavg_jax.base import SettingsError
+from wavg_jax.arguments import MAPPING, NONE, Rule, check, either, number, whole
 
 
 class Faults(NamedTuple):
@@ -19,6 +18,9 @@ class Faults(NamedTuple):
     speed: tuple[float, ...]
     rate: tuple[float, ...]
     sent: tuple[float, ...]
+
+
+_SPEED = Rule(lambda value: number(0, 1).fits(value) and value > 0, "a number above 0 and at most 1")
 
 
 def faults(
@@ -41,13 +43,13 @@ def faults(
     Faults(speed=(0.25, 1.0, 1.0), rate=(1.0, 1.0, 1.0), sent=(1.0, 1.0, -1.0))
     """
 
+    check("faults: replicas", replicas, whole(1))
+
     def row(name: str, factors: Mapping[int, float] | None) -> tuple[float, ...]:
+        check(f"faults: {name}", factors, either(NONE, MAPPING))
         for k, factor in (factors or {}).items():
-            if not 0 <= k < replicas:
-                raise SettingsError(f"faults: {name} names replica {k}; there are 0 to {replicas - 1}")
-            if not math.isfinite(factor) or (name == "speed" and not 0 < factor <= 1):
-                allowed = "above 0 and at most 1" if name == "speed" else "a finite number"
-                raise SettingsError(f"faults: {name} of replica {k} is {factor}; it must be {allowed}")
+            check(f"faults: the replica that {name} names", k, whole(0, replicas - 1))
+            check(f"faults: {name} of replica {k}", factor, _SPEED if name == "speed" else number())
         return tuple(float((factors or {}).get(k, 1.0)) for k in range(replicas))
 
     return Faults(row("speed", speed), row("rate", rate), row("sent", sent))

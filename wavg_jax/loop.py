@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
+from wavg_jax import liveness, progress
 from wavg_jax.base import Stopped, TrainState
 from wavg_jax.feeder import open_feeder
 from wavg_jax.journal import Journal
@@ -37,6 +39,9 @@ class _Books:
         self._run, self._journal, self._on_round = run, journal, on_round
         last = journal.rows()[-1] if done else {}
         self._elapsed, self._samples, self._ended = last.get("elapsed", 0.0), last.get("samples", 0), 0.0
+        self._died = np.zeros(run.replicas, bool)
+        self.lost = False
+        """Whether nothing came of the last round, and its parameters are those of the round before."""
 
     def past(self, number: int, steps: int) -> Past:
         """What a schedule of H may look at before the round of this number, after so many local steps."""
@@ -52,6 +57,10 @@ class _Books:
         self._ended = now
         self._elapsed += seconds
         log = jax.device_get(launched.log)
+        self.lost = liveness.lost(log.weights)
+        if not self.lost:
+            liveness.warn_of_the_dead(launched.number, log.alive, self._died)
+            self._died |= ~log.alive
         self._samples += int(log.steps.sum()) * self._run.plan.batch_size
         row = _round_row(self._run, launched, log, state)
         self._journal.append(row | {"samples": self._samples, "seconds": seconds, "elapsed": self._elapsed})
@@ -65,17 +74,15 @@ def train(
     on_round: Callable[[Row], None],
     stopped: Callable[[], bool],
 ) -> TrainState:
-    """Runs the rounds that are left and returns the last state."""
+    """Runs the rounds that are left, but none after one that is lost, and returns the last state."""
     plan = run.plan
     done = int(state.round)
     books = _Books(run, journal, on_round, done)
     given = sum(row["local_steps"] for row in journal.rows()[1:])
     pending: _Launched | None = None
+    progress.doing(f"{run.name}: round {done + 1}")
     with open_feeder(run.work) as feeder:
         for number in range(done + 1, plan.rounds + 1):
-            if pending is not None and plan.schedule.varies:
-                books.close(pending, None)
-                pending = None
             steps = plan.schedule.steps(books.past(number, given))
             journal.wait()  # a checkpoint that is still being written would be on the clock of this round
             begun = time.perf_counter()
@@ -87,13 +94,15 @@ def train(
                 books.close(pending, None)
             pending = _Launched(number, steps, log, begun)
             due = number % plan.checkpoint_every == 0 or number == plan.rounds
-            if due or run.evaluates(number) or stopped():
+            if due or books.lost or plan.schedule.varies or run.evaluates(number) or stopped():
                 books.close(pending, state)
                 pending = None
             # Asked once more and then kept: a request that comes later must find the next round's checkpoint.
             stop = pending is None and stopped()
-            if due or stop:
+            if due or stop or books.lost:
                 journal.save(state)
+            if books.lost:
+                break
             if stop:
                 journal.wait()
                 raise Stopped(
@@ -106,7 +115,8 @@ def train(
 def _round_row(run: Run, launched: _Launched, log: RoundLog, state: TrainState | None) -> Row:
     """A round's row, but for the clocks and the samples so far."""
     living = log.train_loss[log.alive]
-    quality = run.evaluate(state) if state is not None and run.evaluates(launched.number) else None
+    due = run.evaluates(launched.number) or liveness.lost(log.weights)
+    quality = run.evaluate(state) if state is not None and due else None
     row = {
         "kind": "round",
         "round": launched.number,

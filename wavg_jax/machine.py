@@ -2,9 +2,12 @@
 
 import contextlib
 import datetime
+import functools
+import json
 import os
 import pathlib
 import platform
+import subprocess
 from importlib import metadata
 
 import jax
@@ -57,13 +60,56 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS") if name in os.environ}
 
 
+_NAME = "wavg-jax"
+_PACKAGE = pathlib.Path(__file__).parent
+
+
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "wavg-jax")
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-            found[name] = "not installed"
-    return found
+    """Versions of Python, of the packages that the numbers depend on, and of this one, with its commit."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: _installed(name) or "not installed" for name in packages}
+    return {"python": platform.python_version()} | found | {_NAME: build()}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def release() -> str:
+    """The version of this package: 0.1.0."""
+    return _installed(_NAME) or "0+unknown"  # a source tree that is not installed
+
+
+@functools.cache
+def build() -> str:
+    """The version of this package and, where it can be known, its commit: 0.1.0+g1a2b3c4, or 0.1.0+g1a2b3c4.dirty."""
+    commit = _checked_out(_PACKAGE) or _installed_from(_PACKAGE)
+    return f"{release()}+g{commit}" if commit else release()
+
+
+def _checked_out(package: pathlib.Path) -> str | None:
+    """The commit of the checkout in which the package lies, if it is a checkout of this project."""
+    root = package.parent
+    project = root / "pyproject.toml"
+    # The package may have been copied into a repository of another project, or lie in an environment inside one.
+    if not (root / ".git").exists() or not project.exists() or f'name = "{_NAME}"' not in project.read_text():
+        return None
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=.dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or not a repository that it trusts
+        return subprocess.run(command, env=own, capture_output=True, text=True, check=True, timeout=2).stdout.strip()
+    return None
+
+
+def _installed_from(package: pathlib.Path) -> str | None:
+    """The commit that pip installed the package from, if that was a repository."""
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        installed = metadata.distribution(_NAME)
+        if pathlib.Path(str(installed.locate_file(package.name))) == package:
+            origin = json.loads(installed.read_text("direct_url.json") or "{}")
+            return str(origin["vcs_info"]["commit_id"])[:7]
+    return None

@@ -142,7 +142,7 @@ def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, repl
     at_hand = jax.devices()
     if devices is None:
         devices = max(n for n in range(1, len(at_hand) + 1) if replicas % n == 0)
-    if isinstance(devices, int):
+    if not isinstance(devices, Sequence):
         if not 1 <= devices <= len(at_hand):
             raise SettingsError(f"--devices is {devices}; this machine shows {len(at_hand)} to JAX")
         devices = at_hand[:devices]

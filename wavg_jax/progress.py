@@ -1,44 +1,112 @@
-"""A progress bar with the time left."""
+"""A progress bar with the time left, in a terminal or a notebook; in a pipe or a log, where it could not move, none.
+
+What is being done before the first round, such as compiling, is said on the line of the bar that is open: see `doing`.
+"""
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+Say = Callable[[str, int], None]
+"""`(text, advance)`: shows what was done last, and moves the bar on."""
+
+_open: list[Say] = []
 
 
 @contextlib.contextmanager
-def bar(total: int, done: int = 0, unit: str = "rounds") -> Iterator[Callable[[str], None]]:
-    """Shows a bar on the terminal while the block runs; yields `advance(text)`, to be called after each.
+def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """Shows a bar while the block runs; yields `advance(text)`, to be called after each round or measurement.
 
     Args:
       total: rounds in all.
       done: rounds that an earlier part of the run has done.
-      unit: what is counted, if not rounds.
     """
+    console = Console(stderr=True)  # what a binary puts out can be piped on
+    shown = _nowhere() if not (console.is_terminal or console.is_jupyter) else None
+    with shown or (_cell if console.is_jupyter else _line)(console, total, min(done, total)) as say:
+        _open.append(say)
+        try:
+            yield lambda text: say(text, 1)
+        finally:
+            _open.pop()
+
+
+def doing(text: str) -> None:
+    """Says on the line of the innermost open bar what is being done; without one, nothing."""
+    if _open:
+        _open[-1](f"{text} ...", 0)
+
+
+@contextlib.contextmanager
+def _nowhere() -> Iterator[Say]:
+    yield lambda text, advance: None
+
+
+@contextlib.contextmanager
+def _line(console: Console, total: int, done: int) -> Iterator[Say]:
+    """The last line of a terminal; warnings go above it."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        # The text gives way where the line is too narrow; it is shown as it is, since it may hold brackets.
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn(f"{unit},"),
         TimeElapsedColumn(),
-        TextColumn("so far,"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
     )
-    console = Console()
-    # In a pipe or a log there is nothing to move, and an error should stand alone.
-    with Progress(*columns, console=console, disable=not (console.is_terminal or console.is_jupyter)) as progress:
-        task = progress.add_task("starting", total=total, completed=min(done, total))
+    with Progress(*columns, console=console, expand=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task("starting ...", total=total, completed=done)
 
-        def advance(text: str) -> None:
-            progress.update(task, advance=1, description=text)
+        def say(text: str, advance: int) -> None:
+            progress.update(task, advance=advance, description=text)
 
-        yield advance
+        try:
+            yield say
+        except BaseException:
+            progress.live.transient = True  # an error should stand alone
+            raise
+
+
+_PAUSE = 0.2
+"""Seconds between two changes of a notebook's line: each is a message, which the notebook's server passes on."""
+
+
+@contextlib.contextmanager
+def _cell(console: Console, total: int, done: int) -> Iterator[Say]:
+    """One line of text in a notebook's output, replaced as it changes, which needs no widgets."""
+    from IPython.display import display
+
+    begun, last = time.monotonic(), -_PAUSE
+    count, shown = done, "starting ..."
+
+    def line() -> dict[str, str]:
+        passed = time.monotonic() - begun
+        left = f"{_clock(passed / (count - done) * (total - count))} left" if count > done else "-:-- left"
+        filled = 20 * count // max(total, 1)
+        return {
+            "text/plain": f"{shown}  [{'#' * filled}{'.' * (20 - filled)}] {count}/{total}  {_clock(passed)}  {left}"
+        }
+
+    handle = display(line(), raw=True, display_id=True)
+
+    def say(text: str, advance: int) -> None:
+        nonlocal last, count, shown
+        count, shown = count + advance, text
+        if time.monotonic() >= last + _PAUSE or count == total:
+            last = time.monotonic()
+            handle.update(line(), raw=True)
+
+    yield say
+    handle.update(line(), raw=True)
+
+
+def _clock(seconds: float) -> str:
+    """0:05, or 1:00:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

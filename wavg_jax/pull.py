@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 import jax
 
+from wavg_jax.arguments import number
 from wavg_jax.base import SettingsError
 
 Pull = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _checked(factor: float) -> float:
-    if not 0 <= factor <= 1:
+    if not number(0, 1).fits(factor):
         raise SettingsError(f"a pull of {factor} is not between 0 (replicas stay apart) and 1 (they are replaced)")
     return float(factor)
 

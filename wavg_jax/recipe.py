@@ -14,7 +14,7 @@ from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
 from wavg_jax.faults import faults as no_faults
 from wavg_jax.local import Pace
-from wavg_jax.placement import Placement, put
+from wavg_jax.placement import Placement, has_room, put
 
 
 class Shared(NamedTuple):
@@ -104,6 +104,31 @@ def fetch(recipe: Recipe) -> local.Fetch:
         return Batch(x if recipe.augment is None else recipe.augment(rng, x), y)
 
     return gather
+
+
+_ROUNDS_HELD = 3
+"""Rounds whose items are in memory at a time: one runs, one waits, one is being made."""
+
+_INSTEAD = ", or keep the training data on the devices all the same (--feed=resident, resident=True)"
+
+
+def check_room(recipe: Recipe, data: ShardedData, longest: int, batch_size: int) -> None:
+    """Raises SettingsError if what replicas are given in a round, samples or their numbers, takes too much memory.
+
+    Args:
+      recipe: says which of the two it is, and where.
+      data: the shards.
+      longest: H of the longest round.
+      batch_size: samples per replica and step.
+    """
+    samples = _ROUNDS_HELD * len(data.shards) * longest * batch_size
+    nbytes = samples * (4 if recipe.resident else data.train.x[:1].nbytes)
+    if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
+        what, also = ("the numbers of the samples", "") if recipe.resident else ("the streamed samples", _INSTEAD)
+        raise SettingsError(
+            f"{what} of {_ROUNDS_HELD} rounds, {nbytes / 1e9:.1f} GB, do not fit a quarter of the memory; take fewer "
+            f"--local_steps or a smaller --batch_size{also}"
+        )
 
 
 def make_work(

@@ -159,6 +159,7 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
         mean_weights = per_replica(weights)
         logged = {name: score for name, score in scores.items() if isinstance(score, jax.Array) and score.ndim == 1}
         log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive, steps)
+        alive &= mean_weights.sum() > 0  # after a blend that was not taken everything stays as it was
         rng, stats_rng, smooth_rng = keys.split_each(after.rng, 3)
         refresh = sync.refresher(recipe, alive, work, shared)
         mutable, global_mutable = sync.blend_stats(

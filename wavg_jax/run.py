@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from wavg_jax import machine, metrics, policy, signals, tree
+from wavg_jax import machine, metrics, policy, progress, signals, tree
 from wavg_jax.base import PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.placement import put
@@ -39,6 +39,7 @@ class Run:
     def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str):
         self.recipe, self.data, self.plan, self.name = recipe, data, plan, name
         self.replicas = len(data.shards)
+        progress.doing(f"{name}: compiling")
         self.shared = put_shared(recipe, data, plan.chunk)
         self.test = put(signals.chunked(data.test.x, data.test.y, plan.chunk), recipe.placement.shared)
         program = programs(recipe, self.replicas)

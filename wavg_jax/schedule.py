@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from wavg_jax.arguments import FUNCTION, check, either, number, whole
 from wavg_jax.base import SettingsError
 
 
@@ -41,14 +42,8 @@ class Schedule(NamedTuple):
 
 
 def _whole(name: str, value: int, least: int) -> int:
-    """`value` as an int of at least `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise SettingsError(f"{name} is {value}; it must be a whole number, {least} or more")
-    return number
+    check(name, value, whole(least))
+    return operator.index(value)
 
 
 def fixed(local_steps: int) -> Schedule:
@@ -133,10 +128,9 @@ def qsr(
     least, longest, warmup = _whole("least", least, 1), _whole("longest", longest, 1), _whole("warmup", warmup, 0)
     if longest < least:
         raise SettingsError(f"longest is {longest}; it must not be less than least, which is {least}")
-    if not 0 < alpha < math.inf:
-        raise SettingsError(f"alpha is {alpha}; it must be greater than 0 and finite")
-    if not callable(learning_rate) and not 0 < learning_rate < math.inf:
-        raise SettingsError(f"learning_rate is {learning_rate}; it must be greater than 0 and finite")
+    positive = number(0, apart=True)
+    check("alpha", alpha, positive)
+    check("learning_rate", learning_rate, either(positive, FUNCTION))
 
     def steps(past: Past) -> int:
         rate = float(learning_rate(max(past.steps, warmup)) if callable(learning_rate) else learning_rate)

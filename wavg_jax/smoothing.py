@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.base import PyTree, SettingsError
+from wavg_jax.arguments import check, number, whole
+from wavg_jax.base import PyTree
 
 
 class SwaState(NamedTuple):
@@ -58,8 +59,7 @@ def ema(decay: float) -> optax.GradientTransformation:
     >>> smoothed["w"].tolist()  # (0.5 * 1.5 + 0.5 * 6) / (1 - 0.5^2)
     [5.0]
     """
-    if not 0 < decay < 1:
-        raise SettingsError(f"decay is {decay}; it must be greater than 0 and less than 1")
+    check("decay", decay, number(0, 1, apart=True))
     moment = optax.ema(decay, debias=False)
 
     def init(params: PyTree) -> optax.EmaState:
@@ -100,10 +100,8 @@ def swa(start: int = 0, every: int = 1) -> optax.GradientTransformation:
     [2.0]
     [3.0]
     """
-    if start < 0:
-        raise SettingsError(f"start is {start}; it must be 0 or more, rounds being counted from 0")
-    if every < 1:
-        raise SettingsError(f"every is {every}; it must be 1 or more")
+    check("start", start, whole(0))
+    check("every", every, whole(1))
 
     def init(params: PyTree) -> SwaState:
         zero = jnp.zeros((), jnp.int32)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import rounds, tree
+from wavg_jax import progress, rounds, tree
 from wavg_jax.base import PyTree
 from wavg_jax.data import ShardedData
 from wavg_jax.placement import single
 from wavg_jax.programs import programs
-from wavg_jax.recipe import Recipe, make_work, put_shared
+from wavg_jax.recipe import Recipe, check_room, make_work, put_shared
 from wavg_jax.reduce import weighted_mean
 from wavg_jax.signals import FREE
 
@@ -62,6 +62,8 @@ def measure_parts(
       chunk: samples at a time when scoring.
       repeats: calls, of which the median counts.
     """
+    check_room(recipe, data, local_steps, batch_size)
+    progress.doing("timing the parts of a round")
     recipe = recipe._replace(placement=single(), faults=None)
     part = rounds.pieces(recipe)
     first = data._replace(shards=data.shards[:1])

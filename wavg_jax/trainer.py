@@ -1,21 +1,42 @@
 """fit(): the whole run, round after round, with rows, checkpoints and resumption."""
 
 import contextlib
+import operator
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
-from wavg_jax import automap, loop, mapping, policy, progress, signals
-from wavg_jax.base import Averager, PyTree, SettingsError, Task, TrainState
+from wavg_jax import automap, liveness, loop, mapping, policy, progress, signals
+from wavg_jax.arguments import (
+    FLOATING,
+    FUNCTION,
+    MAPPING,
+    NONE,
+    OPTIMIZER,
+    PATH,
+    TEXT,
+    YES_OR_NO,
+    Rule,
+    check,
+    check_all,
+    each,
+    either,
+    has,
+    instance,
+    whole,
+)
+from wavg_jax.base import Averager, Diverged, PyTree, SettingsError, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.faults import Faults
 from wavg_jax.interrupt import stop_requests
 from wavg_jax.journal import open_journal
 from wavg_jax.placement import has_room, place
-from wavg_jax.recipe import Recipe
+from wavg_jax.recipe import Recipe, check_room
 from wavg_jax.records import Row, check_name, check_writable, recorded_run
 from wavg_jax.run import Plan, Run, evaluated
 from wavg_jax.schedule import Schedule, fixed
@@ -35,6 +56,37 @@ class Result(NamedTuple):
     mutable: PyTree
     state: TrainState
     rows: list[Row]
+
+
+_ARGUMENTS = {
+    "task": has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", "init", "loss", "predict"),
+    "data": instance(ShardedData, "sharded data: wavg_jax.data.shard cuts a data set into them"),
+    "averager": has("an Averager: wavg_jax.averager(weighting) makes one", "init", "update", "needs", "restart"),
+    "inner": OPTIMIZER,
+    "--local_steps": either(whole(1), instance(Schedule, "one of wavg_jax.schedule")),
+    "--rounds": whole(1),
+    "--batch_size": whole(1),
+    "--seed": whole(0, 2**32 - 1),  # larger ones would repeat smaller ones
+    "--score_samples": either(NONE, whole(1)),
+    "score_dtype": either(NONE, FLOATING),
+    "smoothing": either(NONE, OPTIMIZER),
+    "faults": either(NONE, instance(Faults, "one of wavg_jax.faults.faults")),
+    "opt_state_at_sync": FUNCTION,
+    "stats_at_sync": FUNCTION,
+    "--devices": either(NONE, whole(1)),
+    "resident": either(NONE, YES_OR_NO),
+    "--workdir": either(NONE, PATH),
+    "name": TEXT,
+    "--checkpoint_every": whole(1),
+    "evaluate_every": whole(1),
+    "resume": YES_OR_NO,
+    "facts": either(NONE, MAPPING),
+    "settings": either(NONE, MAPPING),
+    "on_round": either(NONE, FUNCTION),
+    "chunk": whole(1),
+}
+_INDICES = Rule(lambda shard: isinstance(shard, np.ndarray) and shard.ndim == 1 and shard.dtype.kind in "iu", "indices")
+_SHARDS = each(_INDICES, "K arrays of indices, as those of wavg_jax.data.iid", least=1)
 
 
 def fit(
@@ -111,10 +163,16 @@ def fit(
     Raises:
       SettingsError, DataError, WorkdirError, ResumeError: bad input, before anything is trained or written where that
         can be known.
+      Diverged: no replica came through a round with finite numbers, or the outer step was not finite. Its `result` has
+        the last parameters that were, and a checkpoint of them is saved.
       Stopped: SIGTERM or Ctrl-C came; the round was finished and a checkpoint saved.
     """
+    check_all(_ARGUMENTS, locals())
+    check("data.shards", data.shards, _SHARDS)
     schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
-    plan = Plan(schedule, rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk)
+    # numpy's whole numbers overflow and are not JSON
+    counts = map(operator.index, (rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk))
+    plan = Plan(schedule, *counts)
     mapping.check(replica_map, "auto")
     recipe = make_recipe(
         task,
@@ -135,47 +193,35 @@ def fit(
     check_name(name)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
-    if replica_map == "auto":
-        recorded = recorded_run(folder, name) if resume else None
-        decided = None if recorded is None else recorded["replica_map"]
-        steps = rounds * schedule.longest
-        recipe = automap.settle(recipe, data, batch_size=batch_size, steps=steps, decided=decided)
-    # Compiles, and so finds what does not fit together, before anything is written.
-    run = Run(recipe, data, plan, name)
     with contextlib.ExitStack() as stack:
+        if on_round is None:
+            advance = stack.enter_context(progress.bar(plan.rounds))
+            on_round = lambda row: advance(caption(row))  # noqa: E731
+        if replica_map == "auto":
+            recorded = recorded_run(folder, name) if resume else None
+            decided = None if recorded is None else recorded["replica_map"]
+            steps = plan.rounds * schedule.longest
+            recipe = automap.settle(recipe, data, batch_size=plan.batch_size, steps=steps, decided=decided)
+        # Compiles, and so finds what does not fit together, before anything is written.
+        run = Run(recipe, data, plan, name)
         journal = stack.enter_context(open_journal(folder, name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
-        if on_round is None:
-            advance = stack.enter_context(progress.bar(rounds))
-            on_round = lambda row: advance(caption(row))  # noqa: E731
         first = run.describe() | dict(facts or {})
         first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
         state = loop.train(run, journal, state, on_round, stopped)
-    return Result(*evaluated(state), state, journal.rows())
+    result = Result(*evaluated(state), state, journal.rows())
+    if liveness.lost(result.rows[-1]["weights"]):
+        raise Diverged(liveness.explain(result.rows[-1], folder), result)
+    return result
 
 
 def caption(row: Row) -> str:
     """What a progress bar says after a round."""
-    accuracy = row["test_accuracy"]
-    tested = f"training loss {row['train_loss']:.3f}" if accuracy is None else f"test accuracy {100 * accuracy:.1f} %"
-    return f"{row['run']}: {tested}"
-
-
-_ROUNDS_HELD = 3
-"""Rounds whose samples are in memory at a time when they are streamed: one runs, one waits, one is being made."""
-
-
-def _check_stream(plan: Plan, recipe: Recipe, data: ShardedData) -> None:
-    """Refuses rounds with more samples than may be sent to the devices at a time."""
-    samples = len(data.shards) * plan.schedule.longest * plan.batch_size
-    nbytes = _ROUNDS_HELD * samples * data.train.x[:1].nbytes
-    if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
-        raise SettingsError(
-            f"the training data are streamed, and {_ROUNDS_HELD} rounds of them, {nbytes / 1e9:.1f} GB, do not fit a "
-            "quarter of the memory; take fewer --local_steps or a smaller --batch_size, or keep the data on the "
-            "devices all the same (--feed=resident, resident=True)"
-        )
+    accuracy, loss = row["test_accuracy"], row["train_loss"]
+    if accuracy is not None:
+        return f"{row['run']}: test accuracy {100 * accuracy:.1f} %"
+    return f"{row['run']}: " + ("no replica alive" if loss is None else f"training loss {loss:.3f}")
 
 
 def make_recipe(
@@ -210,25 +256,25 @@ def make_recipe(
     )
 
 
+_MANY = 256
+"""Replicas above which it is said that compiling takes long: 64 take 3 seconds on 2 cores, 256 take 12."""
+
+
 def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir: bool) -> None:
     """Refuses what cannot work before anything is compiled."""
-    lowest = {"rounds": 1, "batch_size": 1, "seed": 0, "checkpoint_every": 1, "evaluate_every": 1, "chunk": 1}
-    given = plan._asdict() | {"score_samples": recipe.score_samples}
-    for option, least in (lowest | {"score_samples": 1}).items():
-        if given[option] is not None and given[option] < least:
-            raise SettingsError(f"--{option} is {given[option]}; it must be at least {least}")
     if recipe.faults is not None and len(recipe.faults.speed) != len(data.shards):
         raise SettingsError(f"the faults are of {len(recipe.faults.speed)} replicas, there are {len(data.shards)}")
-    if plan.seed >= 2**32:
-        raise SettingsError(f"--seed is {plan.seed}; seeds are below 2**32, larger ones would repeat smaller ones")
-    if not recipe.resident:
-        _check_stream(plan, recipe, data)
+    check_room(recipe, data, plan.schedule.longest, plan.batch_size)
+    if len(data.shards) > _MANY:
+        warnings.warn(
+            f"the blend of {len(data.shards)} replicas is written out one by one: compiling it may take minutes",
+            WavgWarning,
+            stacklevel=3,
+        )
     if resume_without_workdir:
         raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
     signals.measurable(recipe.averager.needs)
-    round_indices(
-        data.shards, seed=plan.seed, first_step=0, local_steps=plan.schedule.longest, batch_size=plan.batch_size
-    )  # for its errors
+    round_indices(data.shards, seed=plan.seed, first_step=0, local_steps=1, batch_size=plan.batch_size)  # its errors
     x = jax.eval_shape(recipe.prepare, jax.ShapeDtypeStruct((1, *data.train.x.shape[1:]), data.train.x.dtype))
     logits = jax.eval_shape(lambda rng, x: recipe.task.predict(*recipe.task.init(rng), x), jax.random.key(0), x)
     if logits.shape != (1, data.classes):

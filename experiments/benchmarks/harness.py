@@ -9,7 +9,6 @@ times, their first and their third quartile.
 
 import datetime
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table as RichTable
 
+from experiments import app
 from experiments import flags as shared_flags
 from wavg_jax import machine
 from wavg_jax.base import SettingsError
@@ -166,7 +165,7 @@ class Recording(NamedTuple):
         head = self.records.rows[0]
         path = self.folder / "report.md"
         write_atomically(path, markdown(head, tables).encode())
-        console = Console(width=None if sys.stdout.isatty() else 180)
+        console = app.console(log_width=180)
         for table in tables:
             shown = RichTable(title=table.title, caption=table.text)
             for column in _columns(table):

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     pairs = networks.pairs(networks.chosen(), sorted(counts))
     cases = [(net, k, name) for net, k in pairs for name in (maps if k > 1 else maps[:1])]
     recording = begin("memory", READS)
-    with progress.bar(len(cases), unit="measurements") as advance:
+    with progress.bar(len(cases)) as advance:
         for net, replicas, name in cases:
             _measure(recording, net, replicas, name)
             advance(f"{net.name}, K={replicas}: {name}")

@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     for network, steps in networks.items():
         these = {name: started[name] for name, system in systems.items() if network in system.networks}
         with (
-            progress.bar(len(these) * (F.repeats + 2), unit="measurements") as advance,
+            progress.bar(len(these) * (F.repeats + 2)) as advance,
             tempfile.TemporaryDirectory() as folder,
         ):
             case = Case("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         if net.batch_size < 2:
             raise SettingsError(f"--shrink={F.shrink} leaves {net.name} batches of {net.batch_size}; 2 are needed")
     recording = begin("roofline", READS)
-    with progress.bar(5 * len(pairs) * (F.repeats + 1), unit="measurements") as advance:
+    with progress.bar(5 * len(pairs) * (F.repeats + 1)) as advance:
         for net, replicas in pairs:
             _measure(recording, net, replicas, advance)
     recording.publish(_table(recording))

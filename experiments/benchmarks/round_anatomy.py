@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     scorings = [_scoring(text) for text in F.scored]
     pairs = networks.pairs(networks.chosen("mlp", "cnn"), networks.replica_counts(4))
     recording = begin("round_anatomy", READS)
-    with progress.bar(len(pairs) * len(scorings) * 10 * (F.repeats + 1), unit="measurements") as advance:
+    with progress.bar(len(pairs) * len(scorings) * 10 * (F.repeats + 1)) as advance:
         for net, replicas in pairs:
             for scoring in scorings:
                 _measure(recording, net, replicas, scoring, advance)

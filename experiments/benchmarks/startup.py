@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     starts = choices("starts", STARTS)
     recording = begin("startup", READS)
     seconds: dict[tuple[str, str | None], list[float]] = {}
-    with progress.bar((2 * len(starts) - ("import" in starts)) * F.repeats, unit="measurements") as advance:
+    with progress.bar((2 * len(starts) - ("import" in starts)) * F.repeats) as advance:
         for _ in range(F.repeats):
             for what in starts:
                 for cache, found in _turn(what, advance).items():

@@ -54,9 +54,7 @@ def main(argv: Sequence[str]) -> None:
     pairs = networks.pairs(networks.chosen(), counts)
     spread = [(k, n) for k in counts for n in sorted({1, len(placement.place(k).devices)})]
     recording = begin("sync_cost", READS)
-    with progress.bar(
-        (5 * len(sizes) * len(spread) + 2 * len(pairs)) * (F.repeats + 1), unit="measurements"
-    ) as advance:
+    with progress.bar((5 * len(sizes) * len(spread) + 2 * len(pairs)) * (F.repeats + 1)) as advance:
         for size, (replicas, n) in itertools.product(sizes, spread):
             _trees(recording, int(size * 1e6), replicas, n, advance)
         for net, replicas in pairs:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     pairs = networks.pairs(networks.chosen(), counts)
     recording = begin("throughput", READS)
     calls = sum(2 + len(devices[k]) * (len(names) if k > 1 else 1) for _, k in pairs) * (F.repeats + 1)
-    with progress.bar(calls, unit="measurements") as advance:
+    with progress.bar(calls) as advance:
         for net, replicas in pairs:
             maps = names if replicas > 1 else names[:1]  # one replica is run as it is, whatever the mapping
             _measure(recording, net, replicas, maps, devices[replicas], advance)

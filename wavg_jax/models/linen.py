@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from wavg_jax.arguments import FUNCTION, SHAPE, check, instance
 from wavg_jax.base import PyTree, SettingsError, Task
 from wavg_jax.models.task import Apply, Init, classifier
 
@@ -54,9 +55,10 @@ def from_linen(
       >>> jax.eval_shape(lambda: task.predict(*task.init(jax.random.key(0)), tokens)).shape
       (5, 12, 50)
     """
+    check("module", module, instance(nn.Module, "a flax.linen.Module (for NNX there is from_nnx)"))
     name = type(module).__name__
-    if not isinstance(module, nn.Module):
-        raise SettingsError(f"from_linen needs a flax.linen.Module, got a {name}; for NNX there is from_nnx")
+    check("input_shape", input_shape, SHAPE)
+    check("make", make, FUNCTION)
     if "train" not in inspect.signature(type(module).__call__).parameters:
         raise SettingsError(f"{name}.__call__ takes no `train`; write it as __call__(self, x, train: bool)")
 

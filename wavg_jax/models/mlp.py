@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from wavg_jax.arguments import check, each, number, whole
 from wavg_jax.base import SettingsError
 
 
@@ -38,7 +39,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Computes logits [B, classes] of inputs [B, ...]; `train` switches dropout on."""
-        if not 0 <= self.dropout < 1:
+        check("hidden", self.hidden, each(whole(1), "the width of each hidden layer, such as (256, 256)"))
+        check("classes", self.classes, whole(1))
+        if not number(0, 1).fits(self.dropout) or self.dropout == 1:
             raise SettingsError(f"dropout must be in [0, 1), got {self.dropout}")
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from wavg_jax.arguments import SHAPE, Rule, check
 from wavg_jax.base import PyTree, SettingsError, Task
 from wavg_jax.models.task import classifier
 
@@ -48,6 +49,9 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequenc
     # Importing it takes longer than flax.linen (0.6 s to 0.4), and only those who use NNX should wait for it.
     from flax import nnx
 
+    makes = Rule(lambda f: callable(f) and not isinstance(f, nnx.Module), "a function, nnx.Rngs -> flax.nnx.Module")
+    check("make_module", make_module, makes)
+    check("input_shape", input_shape, SHAPE)
     mutable_filter = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
     abstract = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     if not isinstance(abstract, nnx.Module):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from wavg_jax.arguments import FUNCTION, check
 from wavg_jax.base import Batch, DataError, PyTree, SettingsError, Task
 
 
@@ -109,6 +110,9 @@ _LANGUAGE_MODEL = _Kind(
 
 
 def _task(init: Init, apply: Apply, kind: _Kind) -> Task:
+    check("init", init, FUNCTION)
+    check("apply", apply, FUNCTION)
+
     def loss(
         params: PyTree, mutable: PyTree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:

@@ -1,0 +1,78 @@
+"""What `--help` shows: what the binary does, an example, and its flags by topic with their defaults."""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Collection
+from types import ModuleType
+
+from absl import flags
+
+_INDENT = 26
+"""Columns to the left of what a flag is for."""
+
+
+def text(binary: ModuleType, topics: dict[str, list[str]], always: Collection[str]) -> str:
+    """The help of a binary.
+
+    Args:
+      binary: its module, whose docstring says what it does and gives an example.
+      topics: title -> names of flags. Those of the binary's key flags that are in none come first.
+      always: names of flags that every binary reads.
+    """
+    width = min(shutil.get_terminal_size().columns, 100)
+    shared = {name for names in topics.values() for name in names}
+    key = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(binary)}
+    key |= {name: flags.FLAGS[name] for name in always}
+    groups = {"This command": [name for name in key if name not in shared]} | topics
+    blocks = [_documentation(binary.__doc__ or "", width)]
+    for title, names in groups.items():
+        shown = [_flag(key[name], width) for name in names if name in key]
+        if shown:
+            blocks.append("\n".join([f"{title}:", *shown]))
+    blocks.append(_wrap("--flagfile=FILE reads flags from a file; --helpfull lists those of the libraries too.", width))
+    return "\n\n".join(blocks)
+
+
+def _wrap(words: str, width: int, indent: str = "", further: str | None = None) -> str:
+    return textwrap.fill(
+        words,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent if further is None else further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _documentation(doc: str, width: int) -> str:
+    """Folds a docstring's paragraphs to the width, and its commands, which are indented, at their spaces."""
+    blocks = []
+    for block in textwrap.dedent(doc).strip().split("\n\n"):
+        if block.startswith("  "):
+            commands = [_wrap(line.strip(), width - 2, "  ", "      ") for line in block.split("\n")]
+            folded = [command.replace("\n", " \\\n") for command in commands]
+            blocks.append("\n".join(folded))
+        else:
+            blocks.append(_wrap(" ".join(block.split()), width))
+    return "\n\n".join(blocks)
+
+
+def _flag(flag: flags.Flag, width: int) -> str:
+    """One flag: its name and default, and beside or below them what it is for."""
+    default = flag.default
+    if flag.boolean:
+        left = f"  --{'no' if default else ''}{flag.name}"
+    elif default is None:
+        left = f"  --{flag.name}={flag.name.rsplit('_', 1)[-1].upper()}"
+    else:
+        left = f"  --{flag.name}={','.join(default) if isinstance(default, list) else default}"
+    words = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))  # absl puts an enum's values there
+    choices = getattr(flag.parser, "enum_values", None)
+    if choices and not all(choice in words for choice in choices):
+        words += f" One of {', '.join(choices)}."
+    below = _wrap(words, width, " " * _INDENT)
+    if len(left) + 2 > _INDENT:
+        folded = _wrap(left.strip().replace(",", ", "), width, "  ", "      ")  # only where a list is too long
+        return f"{folded if len(left) > width else left}\n{below}"
+    return left + below[len(left) :]

@@ -1,0 +1,128 @@
+"""What a run does when replicas, or all that is left of it, are not finite: it says so, and ends with what was good."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from binary import invoke
+from small import regression, sharded
+
+import wavg_jax as wavg
+from experiments import compare, train, tune
+from wavg_jax import records
+
+TASK = regression()
+PLAIN = wavg.averager(wavg.uniform())
+QUICK = ("--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1", "--noisy=0")
+
+
+def run(source, averager=PLAIN, task=TASK, **options):
+    defaults = {"local_steps": 2, "rounds": 6, "batch_size": 8, "devices": 1, "on_round": lambda row: None}
+    return wavg.fit(task, source, averager, inner=optax.sgd(0.1), **(defaults | options))
+
+
+def lasts(steps):
+    """The task, whose loss is not finite once its statistic has counted so many steps."""
+
+    def loss(params, mutable, batch, rng):
+        value, rest = TASK.loss(params, mutable, batch, rng)
+        return jax.numpy.where(mutable["seen"] < steps, value, np.nan) * value, rest
+
+    return TASK._replace(loss=loss)
+
+
+def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_checkpoint_of_them(tmp_path):
+    task = lasts(4)
+    with pytest.raises(wavg.Diverged, match=r"'run' diverged in round 3: .*lower the learning rate") as raised:
+        run(sharded(), task=task, workdir=tmp_path)
+    assert "\n" not in str(raised.value)
+    result, good = raised.value.result, run(sharded(), task=task, rounds=2)
+    assert [row["alive"] for row in result.rows[1:]] == [[True] * 4] * 2 + [[False] * 4]
+    jax.tree.map(np.testing.assert_array_equal, result.params, good.params)
+    assert records.read_rows(tmp_path) == result.rows
+    assert [path.name for path in (tmp_path / "checkpoints" / "run").iterdir() if path.name.isdigit()] == ["3"]
+    with pytest.raises(wavg.Diverged, match="round 4"):  # it goes on, with other data
+        run(sharded(), task=task, workdir=tmp_path, resume=True)
+
+
+def test_a_lost_round_ends_a_run_whose_rounds_overlap_and_the_last_round_counts_too():
+    for options in ({"evaluate_every": 5}, {"rounds": 3}):
+        with pytest.raises(wavg.Diverged) as raised:
+            run(sharded(), task=lasts(4), **options)
+        rows = raised.value.result.rows
+        assert 3 <= len(rows) - 1 <= 4
+        assert rows[-1]["test_accuracy"] is not None
+
+
+OVERFLOW = optax.chain(optax.scale(1e30), optax.scale(1e30))
+
+
+@pytest.mark.parametrize("outer", [optax.sgd(float("nan")), OVERFLOW], ids=["nan", "overflow"])
+def test_an_outer_step_that_is_not_finite_is_not_taken_and_ends_the_run(outer):
+    with pytest.raises(wavg.Diverged, match=r"outer step is not finite.*--outer_lr") as raised:
+        run(sharded(), wavg.averager(wavg.uniform(), outer=outer))
+    assert len(raised.value.result.rows) == 2
+    assert raised.value.result.rows[-1]["alive"] == [True] * 4
+    initial, _ = TASK.init(jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), raised.value.result.params, initial)
+
+
+def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_outer_step_overflows():
+    averager = wavg.averager(wavg.uniform(), outer=wavg.outer.nesterov(3e38))
+    params = {"w": np.float32([1, 2])}
+    state = averager.init(params)
+    new, after, weights = averager.update({"w": np.float32([[5, 6], [7, 8]])}, state, params)
+    assert new["w"].tolist() == [1, 2]
+    assert weights.tolist() == [0, 0]
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_a_replica_that_dies_is_told_of_once(recwarn):
+    source = sharded()
+    x = source.train.x.copy()
+    x[source.shards[2]] = 3e38  # overflows in the first step
+    broken = source._replace(train=source.train._replace(x=x), prepare=lambda x: x)
+    with pytest.warns(wavg.WavgWarning, match="replica 2 is not finite in round 1 and takes no part") as caught:
+        run(broken, rounds=3)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("binary", [train, compare], ids=["train", "compare"])
+def test_the_binaries_end_with_one_line_that_names_the_run_and_exit_code_2(binary, tmp_path, capfd):
+    arguments = (*QUICK, "--rounds=3", "--lr_weighted=1e30", f"--workdir={tmp_path}")
+    assert invoke(binary.main, *arguments, *(["--arms=weighted"] if binary is compare else [])) == 2
+    said = capfd.readouterr()
+    (line,) = said.err.strip().splitlines()
+    assert line.startswith("error: 'weighted-seed0' diverged in round 1")
+    assert "learning rate" in line
+    assert str(tmp_path) in line
+    assert len(records.read_rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("flag", ["outer_lr", "lr_plain", "temperature", "alpha", "pull", "target_accuracy"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_flag_takes_a_number_that_is_not_finite(flag, value, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(train.main, "--outer=nesterov", f"--{flag}={value}") == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert f"--{flag}={value}" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_does_not_end_the_tuning(capfd):
+    assert invoke(tune.main, *QUICK, "--rounds=1", "--rates=1e30,0.1", "--tune=plain", "--tuning_seeds=7") == 0
+    said = capfd.readouterr().out
+    assert "diverged" in said
+    assert "--lr_plain=0.1" in said
+    assert invoke(tune.main, *QUICK, "--rounds=1", "--rates=1e30", "--tune=plain", "--tuning_seeds=7") == 2
+    assert "at every rate" in capfd.readouterr().err
+
+
+def test_so_many_replicas_that_compiling_takes_minutes_are_warned_of_before_it_begins():
+    many = sharded(replicas=257, heldout=0)
+    with (
+        pytest.warns(wavg.WavgWarning, match=r"257 replicas.*minutes"),
+        pytest.raises(wavg.SettingsError, match="batches of 8"),  # so that the test need not wait
+    ):
+        run(many)
