@@ -38,7 +38,6 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("compare")
     check_writable(workdir)
     done = arms.rounds_done(workdir)
-    print(_plan(names, scenarios, len(seeds)))
     total = len(names) * len(scenarios) * len(seeds) * F.rounds
     with app.reported(workdir), progress.bar(total, done) as advance:
         progress.doing("loading data")
@@ -49,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
         for arm in chosen:  # so that what cannot work is found before the first of them runs
             arms.make_recipe(arm, task, first)
+        print(_plan(names, scenarios, len(seeds)))
         progress.doing("timing the parts of a round")
         paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
         for scenario, seed in itertools.product(scenarios, seeds):

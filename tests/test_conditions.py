@@ -27,7 +27,7 @@ class Planned:
         steps = getattr(local_steps, "longest", local_steps)
         samples = len(sharded.shards) * steps * batch_size
         self.runs.append(types.SimpleNamespace(sharded=sharded, averager=averager, samples=samples, **options))
-        row = {"run": options["name"], "test_accuracy": 0.5}
+        row = {"run": options["name"], "test_accuracy": 0.5, "train_loss": 1.0}
         for _ in range(rounds):
             on_round(row)
         return types.SimpleNamespace(rows=[row])
@@ -44,8 +44,7 @@ def planned(monkeypatch, tmp_path):
     monkeypatch.setattr(wavg, "fit", fit)
     monkeypatch.setattr(arms, "critical_path", lambda chosen, task, source: dict.fromkeys(arm.name for arm in chosen))
     monkeypatch.setattr(app, "publish", lambda rows, folder: None)
-    for binary in (compare, train):
-        monkeypatch.setattr(binary, "read_rows", lambda folder: [])
+    monkeypatch.setattr(app, "read_rows", lambda folder: [])
 
     def watched(total, *more, show=progress.bar):
         bar.append(total)

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 from binary import invoke
-from small import regression, sharded
+from small import initial, regression, sharded
 
 import wavg_jax as wavg
 from experiments import compare, train, tune
@@ -18,7 +18,7 @@ QUICK = ("--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1", "--nois
 
 def run(source, averager=PLAIN, task=TASK, **options):
     defaults = {"local_steps": 2, "rounds": 6, "batch_size": 8, "devices": 1, "on_round": lambda row: None}
-    return wavg.fit(task, source, averager, inner=optax.sgd(0.1), **(defaults | options))
+    return wavg.fit(task, source, averager, **({"inner": optax.sgd(0.1)} | defaults | options))
 
 
 def lasts(steps):
@@ -33,25 +33,48 @@ def lasts(steps):
 
 def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_checkpoint_of_them(tmp_path):
     task = lasts(4)
-    with pytest.raises(wavg.Diverged, match=r"'run' diverged in round 3: .*lower the learning rate") as raised:
+    with (
+        pytest.warns(wavg.WavgWarning, match="nothing came of round 3: no replica is finite") as warned,
+        pytest.raises(wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the learning rate") as raised,
+    ):
         run(sharded(), task=task, workdir=tmp_path)
+    assert len(warned) == 1
     assert "\n" not in str(raised.value)
     result, good = raised.value.result, run(sharded(), task=task, rounds=2)
-    assert [row["alive"] for row in result.rows[1:]] == [[True] * 4] * 2 + [[False] * 4]
+    assert [row["alive"] for row in result.rows[1:]] == [[True] * 4] * 2 + [[False] * 4] * 2
     jax.tree.map(np.testing.assert_array_equal, result.params, good.params)
     assert records.read_rows(tmp_path) == result.rows
-    assert [path.name for path in (tmp_path / "checkpoints" / "run").iterdir() if path.name.isdigit()] == ["3"]
-    with pytest.raises(wavg.Diverged, match="round 4"):  # it goes on, with other data
+    assert [path.name for path in (tmp_path / "checkpoints" / "run").iterdir() if path.name.isdigit()] == ["4"]
+    with pytest.raises(wavg.Diverged, match="rounds 3 to 5"):  # it goes on, with other data
         run(sharded(), task=task, workdir=tmp_path, resume=True)
 
 
-def test_a_lost_round_ends_a_run_whose_rounds_overlap_and_the_last_round_counts_too():
-    for options in ({"evaluate_every": 5}, {"rounds": 3}):
-        with pytest.raises(wavg.Diverged) as raised:
+def test_lost_rounds_end_a_run_alike_whether_or_not_rounds_overlap():
+    for options in ({}, {"evaluate_every": 6}):
+        with pytest.warns(wavg.WavgWarning, match="round 3"), pytest.raises(wavg.Diverged) as raised:
             run(sharded(), task=lasts(4), **options)
         rows = raised.value.result.rows
-        assert 3 <= len(rows) - 1 <= 4
+        assert [row["round"] for row in rows[1:]] == [1, 2, 3, 4]
         assert rows[-1]["test_accuracy"] is not None
+
+
+def test_a_lost_last_round_is_not_passed_over_in_silence():
+    with pytest.raises(wavg.Diverged, match=r"in round 3: .*after round 2"):
+        run(sharded(), task=lasts(4), rounds=3)
+
+
+def test_one_lost_round_is_survived_alike_whether_or_not_rounds_overlap():
+    def rate(count):  # in round 3 alone
+        return jax.numpy.where((count >= 4) & (count < 6), np.nan, 1.0)
+
+    ends = []
+    for options in ({}, {"evaluate_every": 6}):
+        inner = optax.chain(optax.sgd(0.1), optax.scale_by_schedule(rate))
+        with pytest.warns(wavg.WavgWarning, match="nothing came of round 3") as warned:
+            ends.append(run(sharded(), inner=inner, **options))
+        assert len(warned) == 1
+        assert [any(row["weights"]) for row in ends[-1].rows[1:]] == [True, True, False, True, True, True]
+    jax.tree.map(np.testing.assert_array_equal, ends[0].params, ends[1].params)
 
 
 OVERFLOW = optax.chain(optax.scale(1e30), optax.scale(1e30))
@@ -59,12 +82,15 @@ OVERFLOW = optax.chain(optax.scale(1e30), optax.scale(1e30))
 
 @pytest.mark.parametrize("outer", [optax.sgd(float("nan")), OVERFLOW], ids=["nan", "overflow"])
 def test_an_outer_step_that_is_not_finite_is_not_taken_and_ends_the_run(outer):
-    with pytest.raises(wavg.Diverged, match=r"outer step is not finite.*--outer_lr") as raised:
+    with (
+        pytest.warns(wavg.WavgWarning, match="outer step is not finite"),
+        pytest.raises(wavg.Diverged, match=r"outer step is not finite.*--outer_lr") as raised,
+    ):
         run(sharded(), wavg.averager(wavg.uniform(), outer=outer))
-    assert len(raised.value.result.rows) == 2
+    assert len(raised.value.result.rows) == 3
     assert raised.value.result.rows[-1]["alive"] == [True] * 4
-    initial, _ = TASK.init(jax.random.key(0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), raised.value.result.params, initial)
+    start = initial(TASK)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), raised.value.result.params, start)
 
 
 def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_outer_step_overflows():
@@ -90,13 +116,14 @@ def test_a_replica_that_dies_is_told_of_once(recwarn):
 @pytest.mark.parametrize("binary", [train, compare], ids=["train", "compare"])
 def test_the_binaries_end_with_one_line_that_names_the_run_and_exit_code_2(binary, tmp_path, capfd):
     arguments = (*QUICK, "--rounds=3", "--lr_weighted=1e30", f"--workdir={tmp_path}")
-    assert invoke(binary.main, *arguments, *(["--arms=weighted"] if binary is compare else [])) == 2
-    said = capfd.readouterr()
-    (line,) = said.err.strip().splitlines()
-    assert line.startswith("error: 'weighted-seed0' diverged in round 1")
+    with pytest.warns(wavg.WavgWarning, match="nothing came of round 1"):
+        assert invoke(binary.main, *arguments, *(["--arms=weighted"] if binary is compare else [])) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: 'weighted-seed0' diverged in rounds 1 to 2")
     assert "learning rate" in line
     assert str(tmp_path) in line
-    assert len(records.read_rows(tmp_path)) == 2
+    assert len(records.read_rows(tmp_path)) == 3
+    assert (tmp_path / "report.html").exists()  # of what there is
 
 
 @pytest.mark.parametrize("flag", ["outer_lr", "lr_plain", "temperature", "alpha", "pull", "target_accuracy"])

@@ -97,7 +97,8 @@ def test_a_schedule_runs_through_rounds_in_which_a_replica_was_dead():
     source = source._replace(train=source.train._replace(x=x), prepare=lambda x: x)
     inner = optax.sgd(optax.cosine_decay_schedule(1e-4, 80), momentum=0.9)
     options = {"inner": inner, "local_steps": 2, "rounds": 4, "batch_size": 8, "devices": 1}
-    result = wavg.fit(TASK._replace(loss=loss), source, PLAIN, on_round=lambda row: None, **options)
+    with pytest.warns(wavg.WavgWarning, match="replica 1 is not finite in round 2"):
+        result = wavg.fit(TASK._replace(loss=loss), source, PLAIN, on_round=lambda row: None, **options)
     assert [row["alive"][1] for row in result.rows[1:]] == [True, False, False, True]
     (count,) = split(result.state.replicas.opt_state)[1]
     assert count.tolist() == [8] * 4

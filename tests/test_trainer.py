@@ -143,7 +143,8 @@ def test_a_replica_whose_optimizer_state_alone_overflows_is_dead_for_the_round_a
     x[source.shards[2]] = 1e5  # a gradient of this size alone makes the state infinite
     source = source._replace(train=source.train._replace(x=x), prepare=lambda x: x)
     inner = optax.GradientTransformation(lambda params: jnp.zeros(()), update)
-    result = run(source, wavg.averager(wavg.uniform(), pull=0.0), inner=inner, rounds=1, local_steps=1)
+    with pytest.warns(wavg.WavgWarning, match="replica 2 is not finite"):
+        result = run(source, wavg.averager(wavg.uniform(), pull=0.0), inner=inner, rounds=1, local_steps=1)
     assert result.rows[1]["alive"] == [True, True, False, True]
     np.testing.assert_allclose(result.rows[1]["weights"], [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
     largest = np.asarray(result.state.replicas.opt_state)
@@ -180,7 +181,7 @@ def test_a_reduction_of_one_s_own_works_on_one_device_and_on_eight():
 def test_when_every_replica_diverges_the_parameters_stay():
     source = sharded()
     broken = source._replace(train=source.train._replace(x=np.full_like(source.train.x, 3e38)), prepare=lambda x: x)
-    with pytest.raises(wavg.Diverged) as raised:
+    with pytest.warns(wavg.WavgWarning, match="round 1"), pytest.raises(wavg.Diverged) as raised:
         run(broken)
     result = raised.value.result
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result.params, initial(TASK)[0])

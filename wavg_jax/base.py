@@ -33,7 +33,7 @@ class ResumeError(WavgError):
 
 
 class Diverged(WavgError):
-    """No replica had finite numbers after a round, or the outer step did not: nothing is left to go on from.
+    """Two rounds in a row, or the last one, left no replica finite, or had an outer step that is not.
 
     Attributes:
       result: the `Result` of the rounds so far, with the last parameters that were finite.

@@ -1,12 +1,14 @@
 """What a run does about numbers that are not finite: it says so when a replica dies, and ends when none is left.
 
-A replica that died restarts from the last blend with other data, so one death is survived, and told once. Where all
-die, the parameters stay as they were and the next round would start from them again: the run ends at once, and it is
-its user who decides whether other data (a resumed run goes on with those of the next round) or another rate may help.
+A replica that died restarts from the last blend with other data, so one death is survived, and told once. A round is
+*lost* if all die, or if the outer step is not finite: the parameters stay as they were. One lost round is survived too,
+since the next one has other data; a second in a row, or a lost last round, ends the run. That rule gives the same end
+whether or not the next round was launched before the loss of this one was known.
 """
 
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,39 +16,66 @@ import numpy as np
 from wavg_jax.base import WavgWarning
 from wavg_jax.records import Row
 
+PATIENCE = 2
+"""Lost rounds in a row that end a run."""
+
 
 def lost(weights: Any) -> bool:
     """Whether nothing came of a round, by its weights [K]: they are all 0."""
     return not np.any(weights)
 
 
-def warn_of_the_dead(number: int, alive: np.ndarray, told: np.ndarray) -> None:
-    """Warns of replicas that died in the round of this number, but for those already told of.
+def lost_at_the_end(rows: Sequence[Row]) -> int:
+    """How many rounds were lost in a row up to the last of a run's rows.
+
+    >>> weights = ([0.5, 0.5], [0, 0], [0, 0])
+    >>> lost_at_the_end([{"kind": "run"}, *({"kind": "round", "weights": w} for w in weights)])
+    2
+    """
+    count = 0
+    for row in reversed(rows):
+        if row["kind"] != "round" or not lost(row["weights"]):
+            break
+        count += 1
+    return count
+
+
+def warn(number: int, weights: Any, alive: np.ndarray, told: np.ndarray) -> None:
+    """Warns of a lost round, or of replicas that died in it, but for those already told of.
 
     Args:
       number: of the round.
+      weights: [K], of the blend.
       alive: bool [K].
       told: bool [K].
     """
     died = np.flatnonzero(~alive & ~told).tolist()
-    if died:
-        which = f"replica {died[0]} is" if len(died) == 1 else f"replicas {', '.join(map(str, died))} are"
-        one = "it restarts" if len(died) == 1 else "they restart"
-        warnings.warn(
-            f"{which} not finite in round {number} and {'takes' if len(died) == 1 else 'take'} no part in it; {one} "
-            "from the blend",
-            WavgWarning,
-            stacklevel=2,
-        )
+    if lost(weights):
+        text = f"nothing came of round {number}: {_seen(alive)}; the next one starts from the same parameters"
+    elif len(died) == 1:
+        text = f"replica {died[0]} is not finite in round {number} and takes no part in it; it restarts from the blend"
+    elif died:
+        which = ", ".join(map(str, died))
+        text = f"replicas {which} are not finite in round {number} and take no part in it; they restart from the blend"
+    else:
+        return
+    warnings.warn(text, WavgWarning, stacklevel=2)
 
 
-def explain(row: Row, workdir: pathlib.Path | None) -> str:
-    """Says in one line why a run ended with a lost round, and what to try."""
-    seen, remedy = (
-        ("the outer step is not finite, though the blend is", "lower the outer learning rate (--outer_lr)")
+def _seen(alive: Any) -> str:
+    return "the outer step is not finite, though the blend is" if any(alive) else "no replica is finite after its steps"
+
+
+def explain(rows: Sequence[Row], workdir: pathlib.Path | None) -> str:
+    """Says in one line why a run ended with lost rounds, and what to try."""
+    row, count = rows[-1], lost_at_the_end(rows)
+    good = row["round"] - count
+    when = f"round {row['round']}" if count == 1 else f"rounds {good + 1} to {row['round']}"
+    remedy = (
+        "lower the outer learning rate (--outer_lr)"
         if any(row["alive"])
-        else ("no replica is finite after its local steps", "lower the learning rate, or look for extreme inputs")
+        else "lower the learning rate, or look for extreme inputs"
     )
+    before = f"those after round {good}" if good else "the initial ones"
     saved = f", and saved in {workdir}; --resume would go on with the next round's data" if workdir is not None else ""
-    before = f"those after round {row['round'] - 1}" if row["round"] > 1 else "the initial ones"
-    return f"{row['run']!r} diverged in round {row['round']}: {seen}; {remedy}. The parameters are {before}{saved}"
+    return f"{row['run']!r} diverged in {when}: {_seen(row['alive'])}; {remedy}. The parameters are {before}{saved}"

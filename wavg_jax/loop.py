@@ -40,8 +40,8 @@ class _Books:
         last = journal.rows()[-1] if done else {}
         self._elapsed, self._samples, self._ended = last.get("elapsed", 0.0), last.get("samples", 0), 0.0
         self._died = np.zeros(run.replicas, bool)
-        self.lost = False
-        """Whether nothing came of the last round, and its parameters are those of the round before."""
+        self.lost = liveness.lost_at_the_end(journal.rows())
+        """How many rounds in a row, up to the last one closed, have left the parameters as they were."""
 
     def past(self, number: int, steps: int) -> Past:
         """What a schedule of H may look at before the round of this number, after so many local steps."""
@@ -57,10 +57,11 @@ class _Books:
         self._ended = now
         self._elapsed += seconds
         log = jax.device_get(launched.log)
-        self.lost = liveness.lost(log.weights)
-        if not self.lost:
-            liveness.warn_of_the_dead(launched.number, log.alive, self._died)
-            self._died |= ~log.alive
+        self.lost = self.lost + 1 if liveness.lost(log.weights) else 0
+        ends = self.lost >= liveness.PATIENCE or (self.lost and launched.number == self._run.plan.rounds)
+        if not ends:  # else it is an error
+            liveness.warn(launched.number, log.weights, log.alive, self._died)
+            self._died |= ~log.alive & (not self.lost)
         self._samples += int(log.steps.sum()) * self._run.plan.batch_size
         row = _round_row(self._run, launched, log, state)
         self._journal.append(row | {"samples": self._samples, "seconds": seconds, "elapsed": self._elapsed})
@@ -74,7 +75,7 @@ def train(
     on_round: Callable[[Row], None],
     stopped: Callable[[], bool],
 ) -> TrainState:
-    """Runs the rounds that are left, but none after one that is lost, and returns the last state."""
+    """Runs the rounds that are left, but none after `liveness.PATIENCE` lost ones, and returns the last state."""
     plan = run.plan
     done = int(state.round)
     books = _Books(run, journal, on_round, done)
@@ -99,9 +100,10 @@ def train(
                 pending = None
             # Asked once more and then kept: a request that comes later must find the next round's checkpoint.
             stop = pending is None and stopped()
-            if due or stop or books.lost:
+            over = books.lost >= liveness.PATIENCE
+            if due or stop or over:
                 journal.save(state)
-            if books.lost:
+            if over:
                 break
             if stop:
                 journal.wait()

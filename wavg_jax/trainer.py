@@ -163,8 +163,8 @@ def fit(
     Raises:
       SettingsError, DataError, WorkdirError, ResumeError: bad input, before anything is trained or written where that
         can be known.
-      Diverged: no replica came through a round with finite numbers, or the outer step was not finite. Its `result` has
-        the last parameters that were, and a checkpoint of them is saved.
+      Diverged: no replica came through two rounds in a row, or the last one, with finite numbers, or the outer step was
+        not finite. Its `result` has the last parameters that were, and a checkpoint of them is saved.
       Stopped: SIGTERM or Ctrl-C came; the round was finished and a checkpoint saved.
     """
     check_all(_ARGUMENTS, locals())
@@ -211,8 +211,8 @@ def fit(
         state = journal.begin(first, run.initial, resume)
         state = loop.train(run, journal, state, on_round, stopped)
     result = Result(*evaluated(state), state, journal.rows())
-    if liveness.lost(result.rows[-1]["weights"]):
-        raise Diverged(liveness.explain(result.rows[-1], folder), result)
+    if liveness.lost_at_the_end(result.rows):
+        raise Diverged(liveness.explain(result.rows, folder), result)
     return result
 
 
