@@ -42,9 +42,13 @@ Main = Callable[[Sequence[str]], None]
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags and returns what else is on the command line.
 
-    An unknown flag or value ends with exit code 2. --help, -h or -? shows the running binary's help and ends with 0.
+    An unknown flag or value ends with exit code 2. --help, -h or -? shows the running binary's help and ends with 0,
+    and so does --helpfull, which shows the flags of all libraries.
     """
-    if {"--help", "-help", "-h", "-?"}.intersection(argv[1:]):
+    if {"--helpfull", "-helpfull"}.intersection(argv[1:]):
+        app.usage(writeto_stdout=True)  # absl's own would end with 1
+        raise SystemExit(0)
+    if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"}.intersection(argv[1:]):
         print(usage.text(sys.modules["__main__"], shared_flags.TOPICS | {"JAX": OWN}, OWN))
         raise SystemExit(0)
     try:
@@ -54,9 +58,23 @@ def parse(argv: Sequence[str]) -> list[str]:
             if isinstance(value, float) and not math.isfinite(value):
                 raise flags.IllegalFlagValueError(f"--{name}={value}: give a finite number")
     except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_refusal(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     return rest
+
+
+def _refusal(error: flags.Error) -> str:
+    """What absl says in one line, but of a number or a truth value in our words, since it passes Python's on."""
+    text = " ".join(str(error).split())
+    found = re.match(r"flag --(\w+)=(.*?): ", text)
+    parser = flags.FLAGS[found[1]].parser if found and found[1] in flags.FLAGS else None
+    if isinstance(parser, flags.IntegerParser | flags.FloatParser):
+        wanted = parser.syntactic_help.replace("integer", "whole number")
+    elif isinstance(parser, flags.BooleanParser):
+        wanted = "true or false"
+    else:
+        return text
+    return f"{text[: found.end()]}it must be {wanted}" if found else text
 
 
 def call(main: Main, argv: Sequence[str]) -> None:
@@ -67,7 +85,8 @@ def call(main: Main, argv: Sequence[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # The CPU calls it INTERNAL, and says so only in words.
+        if isinstance(error, jax.errors.JaxRuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
         print(f"error: {_out_of_memory(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -77,6 +96,9 @@ def call(main: Main, argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         starting.interrupted()
         raise SystemExit(starting.INTERRUPTED) from None
+
+
+_OUT_OF_MEMORY = re.compile("resource_exhausted|out of memory", re.IGNORECASE)
 
 
 def _out_of_memory(error: BaseException) -> str:
@@ -120,7 +142,11 @@ and 1,000 were not seen to."""
 
 
 def configure() -> None:
-    """Sets JAX up as the flags say; to be called before its backend starts."""
+    """Sets JAX up as the flags say; to be called before its backend starts.
+
+    Raises:
+      SettingsError: more CPU devices are asked for than can work.
+    """
     if F.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(F.compilation_cache).expanduser()))
         # JAX's thresholds are made for minutes of compiling; here the many short programs are what a start waits for.
@@ -132,8 +158,14 @@ def configure() -> None:
     decided = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if jax.config.jax_num_cpu_devices < 0 and not decided:  # type: ignore[attr-defined]
         # One device for each core: XLA runs the replicas of one device on few cores, and those of several side by side.
-        wanted = F["devices"].value if "devices" in F else None
-        jax.config.update("jax_num_cpu_devices", max(machine.cores(), min(wanted or 1, _MOST_DEVICES)))
+        wanted = (F["devices"].value if "devices" in F else None) or 1
+        most = max(machine.cores(), _MOST_DEVICES)
+        if wanted > most:
+            raise SettingsError(
+                f"--devices={wanted}: at most {most} CPU devices are set up, since more take minutes to meet; give a "
+                f"number up to {most} that divides --replicas"
+            )
+        jax.config.update("jax_num_cpu_devices", max(machine.cores(), wanted))
 
 
 def run(main: Main) -> None:
@@ -147,16 +179,16 @@ def run(main: Main) -> None:
       130: interrupted by Ctrl-C where nothing could be finished first, or by a second one.
       143: stopped by SIGTERM or the first Ctrl-C after a whole round, with a checkpoint; also SIGTERM at other times.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C unwinds, see `call`
     warnings.showwarning = _show_warning
     logging.set_verbosity(logging.WARNING)  # TFDS and Orbax tell at INFO what only their developers need
 
-    def configured(argv: Sequence[str]) -> None:
+    def configured(rest: Sequence[str]) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C unwinds, see `call`
         configure()
-        call(main, argv)
+        main(rest)
 
     try:
-        app.run(configured, flags_parser=parse)
+        app.run(lambda argv: call(configured, argv), flags_parser=parse)
     except SystemExit as ended:
         if ended.code == starting.INTERRUPTED:
             os._exit(starting.INTERRUPTED)  # Python would wait for programs that are still being compiled

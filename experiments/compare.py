@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
         for arm in chosen:  # so that what cannot work is found before the first of them runs
             arms.make_recipe(arm, task, first)
-        print(_plan(names, scenarios, len(seeds)))
+        app.console().print(_plan(names, scenarios, len(seeds)))
         progress.doing("timing the parts of a round")
         paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
         for scenario, seed in itertools.product(scenarios, seeds):
@@ -73,7 +73,8 @@ def _plan(names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds:
     """What is about to be done, in a sentence."""
     shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
     with_what = ", then with ".join(conditions.title(scenario.noisy) for scenario in scenarios)
-    return f"{F.dataset}, {F.replicas} replicas: {shown}, {seeds} seeds, with {with_what} (--noisy)"
+    replicas, over = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((F.replicas, "replica"), (seeds, "seed")))
+    return f"{F.dataset}, {replicas}: {shown}, {over}, with {with_what} (set by --noisy)"
 
 
 if __name__ == "__main__":

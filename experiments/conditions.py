@@ -69,9 +69,8 @@ def _rates(arm: str, noisy: tuple[int, ...]) -> tuple[float, ...]:
     if len(rates) == 1:
         return rates * len(noisy)
     if len(rates) != len(noisy):
-        raise SettingsError(
-            f"--{name}={_text(rates)}: give one rate, or one for each of the {len(noisy)} scenarios (--noisy)"
-        )
+        several = f", or one for each of the {len(noisy)} scenarios" if len(noisy) > 1 else " for the one scenario"
+        raise SettingsError(f"--{name}={_text(rates)}: give one rate{several} (--noisy)")
     return rates
 
 

@@ -64,12 +64,12 @@ flags.DEFINE_integer("batch_size", 16, "Samples per replica and step.", lower_bo
 flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
 RATES = {"sequential": (0.4, 0.025), "sync": (0.4, 0.1), "plain": (0.4, 0.4), "weighted": (0.4, 0.4)}
 """Arm -> default learning rate with clean and with noisy shards; experiments/results/tuning/digits.txt."""
-for _arm, _defaults in RATES.items():
+for _arm, (_clean, _noisy) in RATES.items():
+    _default = f"{_clean}" if _clean == _noisy else f"{_clean} with clean shards and {_noisy} with noisy ones"
     flags.DEFINE_list(
         f"lr_{_arm}",
         None,
-        f"Learning rate of the arm {_arm}: one, or one for each scenario of --noisy; by default {_defaults[0]} with "
-        f"clean shards and {_defaults[1]} with noisy ones.",
+        f"Learning rate of the arm {_arm}: one, or one for each scenario of --noisy; by default {_default}.",
     )
 flags.DEFINE_enum("opt_state_at_sync", "keep", ["keep", "average", "reset"], "What becomes of the optimizer's state.")
 flags.DEFINE_enum(
@@ -204,7 +204,7 @@ def numbers(name: str, kind: type, least: float = 1e-9) -> tuple:
         values = tuple(kind(text) for text in texts)
     except ValueError:
         values = ()
-    wanted = "positive" if least > 0 else "non-negative"
+    wanted = f"{'positive' if least > 0 else 'non-negative'}{' whole' if kind is int else ''}"
     if not values or not all(least <= value < math.inf for value in values):
         raise SettingsError(f"--{name}={','.join(texts)}: give {wanted} numbers, such as 1,2,4")
     return values

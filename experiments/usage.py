@@ -64,7 +64,7 @@ def _flag(flag: flags.Flag, width: int) -> str:
     if flag.boolean:
         left = f"  --{'no' if default else ''}{flag.name}"
     elif default is None:
-        left = f"  --{flag.name}={flag.name.rsplit('_', 1)[-1].upper()}"
+        left = f"  --{flag.name}={_placeholder(flag)}"
     else:
         left = f"  --{flag.name}={','.join(default) if isinstance(default, list) else default}"
     words = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))  # absl puts an enum's values there
@@ -76,3 +76,11 @@ def _flag(flag: flags.Flag, width: int) -> str:
         folded = _wrap(left.strip().replace(",", ", "), width, "  ", "      ")  # only where a list is too long
         return f"{folded if len(left) > width else left}\n{below}"
     return left + below[len(left) :]
+
+
+def _placeholder(flag: flags.Flag) -> str:
+    """What stands for the value of a flag without a default."""
+    *_, last = parts = flag.name.split("_")
+    if "lr" in parts:
+        return "RATE"
+    return "N" if isinstance(flag.parser, flags.IntegerParser | flags.ListParser) else last.upper()

@@ -57,7 +57,10 @@ BAD = [
     (compare, ["--rundes=3"], "rundes"),
     (compare, ["--weighting=acuracy"], "acuracy"),
     (compare, ["--rounds=0"], "rounds"),
-    (compare, ["--rounds=ten"], "ten"),
+    (compare, ["--rounds=ten"], "--rounds=ten: it must be a positive whole number"),
+    (compare, ["--resume=maybe"], "--resume=maybe: it must be true or false"),
+    (compare, ["--pull=2"], "--pull=2: it must be a number in the range [0, 1]"),
+    (compare, ["--devices=3"], "set --devices to 2 or 4"),
     (compare, ["--flagfile={folder}/nowhere.flags"], "nowhere.flags"),
     (compare, ["rounds=3"], "--name=value"),
     (compare, ["--arms=weighted,median"], "--arms"),
@@ -310,7 +313,7 @@ def test_rounds_that_do_not_fit_the_memory_are_refused_before_they_are_made(
     assert invoke(binary.main, *arguments) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert says in line
-    assert "GB" in line
+    assert "GB, more than a quarter" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -322,7 +325,13 @@ def _asks_xla_for_too_much():
     jax.jit(lambda: jnp.ones((1 << 24, 1 << 24)) + 1)().block_until_ready()
 
 
-@pytest.mark.parametrize("asks", [_asks_for_too_much, _asks_xla_for_too_much], ids=["host", "xla"])
+def _is_told_so_by_a_cpu():
+    raise jax.errors.JaxRuntimeError("INTERNAL: Error: Out of memory allocating 25600000000 bytes.")
+
+
+@pytest.mark.parametrize(
+    "asks", [_asks_for_too_much, _asks_xla_for_too_much, _is_told_so_by_a_cpu], ids=["host", "xla", "cpu"]
+)
 def test_out_of_memory_is_one_line_that_says_what_to_lower(asks, capfd):
     assert invoke(lambda argv: asks()) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
@@ -331,11 +340,19 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(asks, capfd):
         assert flag in line
 
 
-def test_more_cpu_devices_than_can_work_are_not_set_up():
-    code = "from experiments import app, train; import jax; app.parse(['train', '--devices=1000']); app.configure()"
-    command = [sys.executable, "-c", f"{code}; print(jax.config.jax_num_cpu_devices)"]
-    said = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert int(said.stdout) == max(64, machine.cores())
+def test_more_cpu_devices_than_can_work_are_refused_in_one_line():
+    most = max(64, machine.cores())
+    refused = run("experiments.train", "--devices=1000", "--replicas=1000")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert f"error: --devices=1000: at most {most} CPU devices" in refused.stderr
+
+
+def test_ctrl_c_while_jax_is_set_up_is_one_line_and_exit_code_130():
+    code = "import os, signal; from experiments import app; app.run(print)"
+    late = "app.configure = lambda: os.kill(os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-c", code.replace("app.run", f"{late}; app.run")]
+    said = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout, said.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.slow

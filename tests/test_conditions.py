@@ -70,6 +70,16 @@ def test_compare_runs_clean_shards_and_half_of_them_noisy_with_the_recommended_w
     assert names[20:22] == ["sequential-noisy2-seed0", "sync-noisy2-seed0"]
 
 
+def test_the_plan_is_folded_at_words_and_counts_in_plain_words(planned, capfd):
+    assert invoke(compare.main) == 0
+    said = capfd.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    assert "(set by --noisy)" in " ".join(said.split())
+    assert invoke(compare.main, "--replicas=1", "--batch_size=8", "--seeds=0", "--noisy=0", "--byzantine=0") == 0
+    assert "digits, 1 replica: " in (said := " ".join(capfd.readouterr().out.split()))
+    assert ", 1 seed, " in said
+
+
 def test_all_arms_of_a_scenario_see_the_same_number_of_samples_in_a_round(planned):
     assert invoke(compare.main, "--replicas=3", "--local_steps=5", "--batch_size=7", "--seeds=4", "--noisy=1") == 0
     assert [run.name for run in planned.runs] == [f"{arm}-seed4" for arm in arms.ARMS]
@@ -132,6 +142,8 @@ BAD = [
     (compare, ["--noisy=some"], "--noisy=some"),
     (compare, ["--lr_plain=0.1,0.2,0.3"], "each of the 2 scenarios"),
     (compare, ["--lr_plain=0.1,inf"], "--lr_plain=0.1,inf"),
+    (compare, ["--lr_plain=0.1,0.2", "--noisy=0"], "give one rate for the one scenario"),
+    (compare, ["--noisy=1.5"], "non-negative whole numbers"),
     (train, ["--noisy=0,2"], "give one number"),
     (train, ["--lr_sync=0.1,0.2"], "--lr_sync=0.1,0.2"),
     (reductions, ["--noisy=0,2"], "give one number"),

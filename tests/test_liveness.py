@@ -35,7 +35,9 @@ def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_c
     task = lasts(4)
     with (
         pytest.warns(wavg.WavgWarning, match="nothing came of round 3: no replica is finite") as warned,
-        pytest.raises(wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the learning rate") as raised,
+        pytest.raises(
+            wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the inner learning rate, or look"
+        ) as raised,
     ):
         run(sharded(), task=task, workdir=tmp_path)
     assert len(warned) == 1
@@ -120,10 +122,18 @@ def test_the_binaries_end_with_one_line_that_names_the_run_and_exit_code_2(binar
         assert invoke(binary.main, *arguments, *(["--arms=weighted"] if binary is compare else [])) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("error: 'weighted-seed0' diverged in rounds 1 to 2")
-    assert "learning rate" in line
+    assert "lower the inner learning rate (--lr_weighted), or look" in line
     assert str(tmp_path) in line
     assert len(records.read_rows(tmp_path)) == 3
     assert (tmp_path / "report.html").exists()  # of what there is
+
+
+def test_replicas_that_die_after_a_huge_outer_step_may_do_so_by_either_rate(tmp_path, capfd):
+    huge = ("--outer=nesterov", "--outer_lr=1e38", "--rounds=3")  # finite, but nothing survives the next round
+    with pytest.warns(wavg.WavgWarning, match="nothing came of round 2: no replica is finite"):
+        assert invoke(train.main, *QUICK, *huge, f"--workdir={tmp_path}") == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "inner learning rate (--lr_weighted) or the outer one (--outer_lr), or look" in line
 
 
 @pytest.mark.parametrize("flag", ["outer_lr", "lr_plain", "temperature", "alpha", "pull", "target_accuracy"])

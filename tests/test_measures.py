@@ -52,6 +52,13 @@ def test_metrics_worked_by_hand():
     np.testing.assert_allclose(quality.ece, 0.5 * 0.2 + 0.5 * 0.6)
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_of_logits_that_are_not_finite_the_measures_are_nan_without_a_warning(broken):
+    quality = metrics.evaluate(np.array([[1.0, 0.0], [broken, broken]]), np.array([0, 1]))
+    assert np.isnan([quality.loss, quality.ece]).all()
+    assert quality.confusion.sum() == 2
+
+
 def test_metrics_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(50, 5)) * 3, rng.integers(0, 4, 50)  # class 4 never occurs

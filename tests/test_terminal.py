@@ -130,7 +130,15 @@ def test_help_fits_80_columns_breaks_no_word_and_shows_every_flag_with_its_defau
         assert "--replicas=4 " in said
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_placeholders_say_what_a_value_is_and_equal_defaults_are_one():
+    said = usage.text(BINARIES["compare"], shared_flags.TOPICS, [])
+    for shown in ("--lr_sync=RATE", "--outer_lr=RATE", "--noisy=N", "--score_samples=N", "--workdir=WORKDIR"):
+        assert f"  {shown} " in said or f"  {shown}\n" in said
+    assert "by default 0.4." in said
+    assert "0.4 with noisy" not in said
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
 def test_help_ends_with_exit_code_0(flag, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", BINARIES["train"])
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
@@ -143,6 +151,9 @@ def test_help_of_a_real_process_and_an_unknown_flag_with_a_suggestion():
     code, shown = terminal.run("experiments.benchmarks.throughput", "--help")
     assert code == 0
     assert "--replica_counts" in shown
+    code, shown = terminal.run("experiments.report", "--helpfull")
+    assert code == 0
+    assert "--verbosity" in shown
     code, shown = terminal.run("experiments.train", "--rundes=3")
     assert code == 2
     assert "Did you mean: rounds" in shown

@@ -66,16 +66,25 @@ def _seen(alive: Any) -> str:
     return "the outer step is not finite, though the blend is" if any(alive) else "no replica is finite after its steps"
 
 
-def explain(rows: Sequence[Row], workdir: pathlib.Path | None) -> str:
-    """Says in one line why a run ended with lost rounds, and what to try."""
+def explain(rows: Sequence[Row], workdir: pathlib.Path | None, *, outer: bool) -> str:
+    """Says in one line why a run ended with lost rounds, and what to try.
+
+    Args:
+      rows: of the run.
+      workdir: where it was saved.
+      outer: whether it has an outer optimizer: a step of its that is huge, though finite, shows a round later, when all
+        replicas die.
+    """
     row, count = rows[-1], lost_at_the_end(rows)
     good = row["round"] - count
     when = f"round {row['round']}" if count == 1 else f"rounds {good + 1} to {row['round']}"
-    remedy = (
-        "lower the outer learning rate (--outer_lr)"
-        if any(row["alive"])
-        else "lower the learning rate, or look for extreme inputs"
-    )
+    if any(row["alive"]):
+        remedy = "lower the outer learning rate (--outer_lr)"
+    else:
+        flag = f"lr_{rows[0]['arm']}"
+        inner = f"inner learning rate{f' (--{flag})' if flag in rows[0]['settings'] else ''}"
+        also = " or the outer one (--outer_lr)" if outer else ""
+        remedy = f"lower the {inner}{also}, or look for extreme inputs"
     before = f"those after round {good}" if good else "the initial ones"
     saved = f", and saved in {workdir}; --resume would go on with the next round's data" if workdir is not None else ""
     return f"{row['run']!r} diverged in {when}: {_seen(row['alive'])}; {remedy}. The parameters are {before}{saved}"

@@ -38,7 +38,8 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
-    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    # Of a network that diverged no confidence is a number: any bin will do, since its gap is none either.
+    where = np.clip(np.ceil(np.nan_to_num(confidence) * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(where, weights=right.astype(float) - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
 
@@ -47,10 +48,12 @@ def evaluate(logits: np.ndarray, labels: np.ndarray) -> Quality:
     """Measures logits [N, classes] against integer labels [N].
 
     The F1 score of a class that neither occurs nor is predicted is 0.
+    Where logits are not finite, loss and ece are NaN.
     """
     # In NumPy, since importing scikit-learn for it would take longer than the first round; a test compares the two.
     logits, classes = np.asarray(logits, np.float64), logits.shape[1]
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        shifted = logits - logits.max(axis=1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     predictions = logits.argmax(axis=1)
     confusion = np.bincount(classes * labels.astype(np.int64) + predictions, minlength=classes**2)

@@ -124,10 +124,10 @@ def check_room(recipe: Recipe, data: ShardedData, longest: int, batch_size: int)
     samples = _ROUNDS_HELD * len(data.shards) * longest * batch_size
     nbytes = samples * (4 if recipe.resident else data.train.x[:1].nbytes)
     if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
-        what, also = ("the numbers of the samples", "") if recipe.resident else ("the streamed samples", _INSTEAD)
+        what, also = ("the sample indices", "") if recipe.resident else ("the streamed samples", _INSTEAD)
         raise SettingsError(
-            f"{what} of {_ROUNDS_HELD} rounds, {nbytes / 1e9:.1f} GB, do not fit a quarter of the memory; take fewer "
-            f"--local_steps or a smaller --batch_size{also}"
+            f"{what} of {_ROUNDS_HELD} rounds would take {nbytes / 1e9:.1f} GB, more than a quarter of the memory; "
+            f"take fewer --local_steps or a smaller --batch_size{also}"
         )
 
 

@@ -212,7 +212,9 @@ def fit(
         state = loop.train(run, journal, state, on_round, stopped)
     result = Result(*evaluated(state), state, journal.rows())
     if liveness.lost_at_the_end(result.rows):
-        raise Diverged(liveness.explain(result.rows, folder), result)
+        raise Diverged(
+            liveness.explain(result.rows, folder, outer=getattr(state.averager, "outer", None) is not None), result
+        )
     return result
 
 

@@ -50,7 +50,7 @@ def round_indices(
     if batch_size > sizes[smallest]:
         raise SettingsError(
             f"batches of {batch_size} do not fit shard {smallest}, which has {sizes[smallest]} samples: "
-            f"set --batch_size to {sizes[smallest]} or less, or use fewer replicas"
+            f"set --batch_size to {sizes[smallest]}{' or less' * (sizes[smallest] > 1)}, or use fewer replicas"
         )
     start, count = first_step * batch_size, local_steps * batch_size
     streams = [_stream(shard, seed, k, start, count) for k, shard in enumerate(shards)]

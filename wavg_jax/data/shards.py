@@ -103,9 +103,10 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     if not isinstance(alpha, int | float | np.number) or not 0 < alpha < np.inf:
         raise SettingsError(f"the Dirichlet concentration is {brief(alpha)} (--alpha): give a number > 0")
     if len(labels) // replicas < min_size:
+        most = max(len(labels) // min_size, 1)
         raise SettingsError(
             f"{len(labels)} samples give {replicas} replicas {len(labels) // replicas} each, fewer than the {min_size} "
-            f"asked for: set --replicas to {max(len(labels) // min_size, 1)} or less"
+            f"asked for: set --replicas to {most}{' or less' * (most > 1)}"
         )
     rng = generator(seed, "dirichlet")
     by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
