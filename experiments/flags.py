@@ -146,7 +146,8 @@ flags.DEFINE_enum(
     "replica_map",
     "auto",
     ["auto", *MAPS],
-    "How the replicas of one device are run: together, in turn or written out; auto times them once. Equal up to rounding.",
+    "How the replicas of one device are run: together, in turn or written out; auto times them once. Equal up to "
+    "rounding.",
 )
 flags.DEFINE_enum(
     "feed",
