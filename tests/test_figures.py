@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from test_report import DEAD, PAIRS, Row, make_rows, make_run
+from reports import DEAD, PAIRS, Row, make_rows, make_run
 
 from wavg_jax import canvas, headline, plots
 from wavg_jax.summary import summarise

@@ -1,0 +1,123 @@
+"""What a report says in sentences: of each scenario, and in answer to its question."""
+
+from typing import Any
+
+import pytest
+from reports import ALL_DEAD, DEAD, DIVERGED, MINUS, ONE_SEED, PAIRS, Row, cells, make_rows, sentences, small
+
+from wavg_jax import findings, summary
+from wavg_jax.summary import summarise
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (
+            PAIRS,
+            f"ended 13.00 points of test accuracy above plain (paired over 2 seeds, 95 % interval {MINUS}25.12 to "
+            "+51.12): too few seeds to show a difference.",
+        ),
+        (
+            ONE_SEED,
+            "weighted ended 10.00 points of test accuracy above plain (one seed): too few seeds to show a difference.",
+        ),
+        (
+            small(
+                {("plain", n): [a] for n, a in enumerate((0.5, 0.7, 0.6))} | {("weighted", n): [0.6] for n in range(3)}
+            ),
+            # Differences 0.1, -0.1 and 0: sd 0.1, t = 4.303, so 0.1 * 4.303 / sqrt(3) = 0.2484.
+            f"plain (paired over 3 seeds, 95 % interval {MINUS}24.84 to +24.84): seeds differ by as much, so no "
+            "difference is shown.",
+        ),
+        (small({("plain", 0): [0.5], ("weighted", 1): [0.6]}), "cannot be compared with plain: they share no seed"),
+        (make_rows(noisy=()), "weighted: the weights were indistinguishable from uniform (effective number 8.00 of 8"),
+        (make_rows(), "replicas 0, 1 were down-weighted (mean weight below half of 1/8; effective number 6.4"),
+        (make_rows(), "; these are exactly the noisy shards."),
+        (
+            [row | ({"noisy_shards": [1, 5]} if row["kind"] == "run" else {}) for row in make_rows()],
+            "; noisy shards: 1, 5.",
+        ),
+        (
+            small({("weighted", 3): [0.5]}),
+            "Incomplete: weighted-seed3 has 1 of 2 rounds; round 1, its last, stands for",
+        ),
+        ([*PAIRS, PAIRS[0] | {"run": "plain-seed9", "seed": 9}], "Left out: plain-seed9 has no recorded round."),
+        (
+            [row | ({"hardware": {"device": "gpu"}} if row["run"] == "plain-seed1" else {}) for row in PAIRS],
+            "different hardware: their measured times are not comparable",
+        ),
+        (DIVERGED, "plain diverged with seed 1: the network's outputs are not finite, so these runs have no quality"),
+        (DIVERGED, "weighted ended 10.00 points of test accuracy above plain (one seed)"),
+        (
+            [row | {"test_loss": None} if row["arm"] == "plain" else row for row in PAIRS],
+            "weighted cannot be compared with plain: no seed in which both ended with finite numbers.",
+        ),
+        (
+            ALL_DEAD,
+            "weighted: all replicas were dead (numbers not finite, or masked) in 4 of 4 rounds (all seeds together), "
+            "in which nothing was averaged; with seeds 0, 1 that is how the run ended.",
+        ),
+        (PAIRS, "One device that is already busy gains nothing from K replicas"),
+    ],
+)
+def test_findings(rows: list[Row], line: str) -> None:
+    assert line in sentences(rows)
+
+
+def test_uneven_weights_that_spare_nobody_and_dead_replicas_are_reported() -> None:
+    rows = small({("weighted", 0): [0.5, 0.6]}, noisy_shards=[3])
+    for row in rows[1:]:
+        row.update(weights=[0.19, 0.0, *[0.135] * 6], alive=[True, False, *[True] * 6], effective_replicas=6.5)
+    found = sentences(rows)
+    assert "replica 1 took no part in 2 rounds" in found
+    assert "the weights differed (effective number 6.50 of 8 replicas), but no replica's mean weight was below" in found
+    assert "The noisy shards (3) had 1.08 of 1/8." in found
+
+
+def test_the_answer_tells_where_weighting_helped_and_where_not() -> None:
+    def scenario(noisy: list[int], *pairs: tuple[float, float]) -> list[Row]:
+        made = {(arm, n): [pair[i]] for n, pair in enumerate(pairs) for i, arm in enumerate(("plain", "weighted"))}
+        return small(made, noisy_shards=noisy)
+
+    helped = scenario([0, 1], (0.7, 0.8), (0.6, 0.71), (0.65, 0.76))
+    equal = scenario([], (0.8, 0.81), (0.7, 0.69), (0.75, 0.75))
+    few = scenario([0], (0.7, 0.8), (0.6, 0.75))
+    harm = scenario([0, 1, 2], (0.8, 0.7), (0.71, 0.6), (0.76, 0.65))
+    alone = [row for row in scenario([1, 2, 3, 4], (0.5, 0.5)) if row["arm"] == "weighted"]
+    first, *rest = findings.answer(summarise([*equal, *few, *helped, *alone, *harm]))
+    assert first == (
+        "Weighting helped: 2 of 8 shards with random labels; weighting did harm: 3 of 8 shards with random labels; no "
+        "difference in accuracy from plain averaging is shown: clean shards; too few seeds to show a difference: 1 of "
+        "8 shards with random labels; no comparison with plain averaging: 4 of 8 shards with random labels."
+    )
+    assert len(rest) == 4
+    assert rest[2] == (
+        "2 of 8 shards with random labels: weighted ended 10.67 points of test accuracy above plain (paired over 3 "
+        "seeds, 95 % interval +9.23 to +12.10). Its test loss is 0.107 lower. The highest mean of all arms is that of "
+        "weighted, 75.67 %."
+    )
+
+
+def test_the_answer_names_the_runs_that_diverged() -> None:
+    _, line = findings.answer(summarise(DIVERGED))
+    assert line.endswith("Left out, since they diverged: plain with seed 1; weighted with seed 1.")
+
+
+def test_scenarios_that_differ_in_more_than_their_shards_are_told_apart() -> None:
+    def made(**header: Any) -> list[Row]:
+        return small({("weighted", 0): [0.5]}, **header)
+
+    one = summarise([*made(settings={"lr": 1}), *made(settings={"lr": 2}), *made(settings={"lr": 1}, noisy_shards=[3])])
+    assert summary.names(one) == ("clean shards (lr = 1)", "clean shards (lr = 2)", "1 of 8 shards with random labels")
+    two = summarise([*made(), *made(dataset="digits", settings={"partition": "dirichlet"})])
+    assert summary.names(two) == ("fashion_mnist, clean shards", "digits, clean dirichlet shards")
+
+
+def test_dead_rounds_are_no_part_of_the_effective_number() -> None:
+    half = [row | DEAD if row.get("round") == 2 and row["arm"] == "weighted" else row for row in PAIRS]
+    assert cells(half, "Weights", "weighted")[1] == cells(PAIRS, "Weights", "weighted")[1]
+    assert "in 2 of 4 rounds" in sentences(half)
+    for made in (half, ALL_DEAD):
+        assert "effective number 0" not in sentences(made)
+        assert "nan" not in sentences(made)
+        assert "took no part" not in sentences(made)
