@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from reports import DEAD, PAIRS, Row, make_rows, make_run
+from reports import DEAD, PAIRS, Row, make_rows, make_run, small
 
 from wavg_jax import canvas, headline, plots
 from wavg_jax.summary import summarise
@@ -176,3 +176,19 @@ def test_the_headline_shows_every_seed_of_every_arm_and_scenario(painted: dict[s
     draw(PAIRS)
     (said,) = (text.get_text() for text in texts(painted["headline"]) if "plain:" in text.get_text())
     assert said == f"weighted {headline.MINUS} plain: +13.00 points (too few seeds to tell)"
+
+
+def test_the_headline_says_of_how_many_seeds_a_mean_is_where_some_diverged(painted: dict[str, Figure]) -> None:
+    values = {(arm, seed): [0.5 + 0.125 * seed] for arm in ("plain", "weighted") for seed in range(3)}
+    rows = small(values, rounds=1)
+    draw(
+        [
+            row | {"test_loss": None} if row["kind"] == "round" and row["run"] == "weighted-seed2" else row
+            for row in rows
+        ]
+    )
+    words = [text.get_text() for text in texts(painted["headline"])]
+    assert "56.25 (2 of 3)" in words
+    assert "62.50" in words
+    inches = painted["headline"].get_tightbbox()
+    assert inches.x1 < painted["headline"].get_figwidth() + 0.02

@@ -14,8 +14,7 @@ from wavg_jax.summary import summarise
     [
         (
             PAIRS,
-            f"ended 13.00 points of test accuracy above plain (paired over 2 seeds, 95 % interval {MINUS}25.12 to "
-            "+51.12): too few seeds to show a difference.",
+            "13.00 points of test accuracy above plain (paired over 2 seeds): too few seeds to show a difference.",
         ),
         (
             ONE_SEED,
@@ -121,3 +120,67 @@ def test_dead_rounds_are_no_part_of_the_effective_number() -> None:
         assert "effective number 0" not in sentences(made)
         assert "nan" not in sentences(made)
         assert "took no part" not in sentences(made)
+
+
+def pairs(*accuracies: tuple[float, float], **header: Any) -> list[Row]:
+    """Runs of plain and weighted of one round, with these accuracies, seed by seed."""
+    made = {(arm, n): [pair[i]] for n, pair in enumerate(accuracies) for i, arm in enumerate(("plain", "weighted"))}
+    return small(made, rounds=1, **header)
+
+
+def test_two_seeds_that_tie_show_nothing() -> None:
+    tied = pairs((0.5, 0.75), (0.5, 0.75))  # both by 25 points, so the spread is 0
+    first, line = findings.answer(summarise(tied))
+    assert first == "Too few seeds to show a difference: clean shards."
+    assert "25.00 points of test accuracy above plain (paired over 2 seeds): too few seeds to show a differ" in line
+
+
+FIVE = [(0.5, 0.625), (0.25, 0.375), (0.75, 0.9375), (0.5, 0.75), (0.5, 0.75)]
+
+
+def lost(rows: list[Row], arm: str, seeds: tuple[int, ...], **how: Any) -> list[Row]:
+    """Rows in which every round of some runs was changed."""
+    return [row | how if (row["kind"], row["arm"]) == ("round", arm) and row["seed"] in seeds else row for row in rows]
+
+
+def test_the_answer_says_over_how_many_seeds_it_is_where_runs_diverged() -> None:
+    rows = lost(pairs(*FIVE), "weighted", (3, 4), test_loss=None)
+    first, line = findings.answer(summarise(rows))
+    assert first == "Weighting helped: clean shards (in 3 of 5 seeds; weighted diverged in 2)."
+    # The mean of 0.625, 0.375 and 0.9375; over its own five seeds plain could not have been compared with it.
+    assert "The highest mean of all arms over the 3 seeds that all have is that of weighted, 64.58 %." in line
+    both = lost(rows, "plain", (0,), test_loss=None)
+    assert "(in 2 of 5 seeds; plain diverged in 1, weighted in 2)" in findings.answer(summarise(both))[0]
+    none = lost(rows, "plain", (0, 1, 2), test_loss=None)
+    first, line = findings.answer(summarise(none))
+    assert first == (
+        "No comparison with plain averaging: clean shards (in 0 of 5 seeds; plain diverged in 3, weighted in 2)."
+    )
+    assert "highest" not in line
+
+
+def test_a_run_that_ended_since_nothing_came_of_its_rounds_diverged_and_has_no_quality() -> None:
+    """Its parameters are finite, but those of before: of the untrained network if no round came to anything."""
+    rows = lost(pairs(*FIVE), "plain", (1, 2), **DEAD)
+    (one,) = summarise(rows)
+    plain, weighted = one.arms
+    for metric in ("accuracy", "loss", "macro_f1", "ece", "rounds_to_target"):
+        assert plain.metrics[metric].n <= 3, metric
+    assert weighted.differences["accuracy"].n == 3
+    said = sentences(rows)
+    assert "plain diverged with seeds 1, 2: nothing came of their last rounds, so these runs have no quality" in said
+    assert "Incomplete" not in said
+
+
+def test_only_what_ended_by_itself_has_diverged_and_only_what_was_stopped_is_incomplete() -> None:
+    def ended(*rounds: bool) -> tuple[bool, bool]:
+        rows = small({("weighted", 0): [0.5] * len(rounds)}, rounds=4)
+        rows = [row | ({} if row["kind"] == "run" or rounds[row["round"] - 1] else DEAD) for row in rows]
+        ((run,),) = ([*one.runs] for one in summarise(rows))
+        return bool(run.diverged[-1]), "Incomplete" in sentences(rows)
+
+    assert ended(True, False, False) == (True, False)  # gives up at the second lost round in a row
+    assert ended(True, True, True, False) == (True, False)
+    assert ended(True, False, True, True) == (False, False)
+    assert ended(True, True, False) == (False, True)  # one lost round is survived
+    assert ended(True, True) == (False, True)

@@ -188,9 +188,10 @@ def test_two_seeds_are_called_too_few():
     found = matrix.tabulate([row for row in rows() if row.get("seed", 0) < 2])
     text = matrix_report.markdown(found, [])
     assert "2 seeds are too few seeds to show a difference: what is not marked may still differ." in text
-    # Differences of 100 and 200, t = 12.7: not shown; of 1000 and 1100: shown.
+    # Nothing is shown by two, not even by differences of 1000 and 1100, whose interval would leave 0 out.
     assert "| good | 82.50 ± 2.12 | +1.50 (too few seeds) |" in text
-    assert "(+4.15 to +16.85)" in text
+    assert "+10.50 (too few seeds)" in text
+    assert not any(verdict.worse for verdict in found.verdicts.values())
 
 
 def test_minus_signs_are_all_alike_and_what_is_missing_has_none():

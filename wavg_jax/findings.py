@@ -1,9 +1,10 @@
 """What the numbers of a report say, in sentences."""
 
+import math
 from collections.abc import Sequence
 
 from wavg_jax import summary
-from wavg_jax.statistic import Statistic, interval
+from wavg_jax.statistic import Statistic, interval, statistic
 from wavg_jax.summary import REFERENCE, Arm, Summary
 
 
@@ -12,7 +13,7 @@ def answer(summaries: Sequence[Summary]) -> list[str]:
     names = summary.names(summaries)
     said: dict[str, list[str]] = {}
     for one, name in zip(summaries, names, strict=True):
-        said.setdefault(_outcome(one), []).append(name)
+        said.setdefault(_outcome(one), []).append(name + _of_seeds(one))
     order = [outcome for outcome in OUTCOMES if outcome in said]
     sentence = "; ".join(f"{outcome}: {', '.join(said[outcome])}" for outcome in order)
     lines = [sentence[0].upper() + sentence[1:] + "."]
@@ -53,12 +54,30 @@ def _loss(arm: Arm) -> str:
     return f" Its test loss is {abs(d.mean):.3f} {'lower' if d.mean < 0 else 'higher'}." if d.shown else ""
 
 
-def _highest(one: Summary) -> str:
-    found = {arm.name: arm.metrics["accuracy"].mean for arm in one.arms if arm.metrics["accuracy"].n}
-    if not found:
+def _of_seeds(one: Summary) -> str:
+    """Over how many of its seeds a comparison is, where runs diverged."""
+    focus = one.focus
+    plain = next((arm for arm in one.arms if arm.name == REFERENCE), focus)
+    lost = {arm.name: len(set(_diverged(arm)) & set(focus.pairs)) for arm in (plain, focus)}
+    counts = [(name, count) for name, count in lost.items() if count]
+    if not _comparable(one) or not counts:
         return ""
-    best = max(found, key=lambda name: found[name])
-    return f" The highest mean of all arms is that of {best}, {100 * found[best]:.2f} %."
+    which = ", ".join(f"{name} {'' if i else 'diverged '}in {count}" for i, (name, count) in enumerate(counts))
+    return f" (in {focus.differences['accuracy'].n} of {len(focus.pairs)} seeds; {which})"
+
+
+def _highest(one: Summary) -> str:
+    """The arm with the highest mean over the seeds that all arms ended with: other seeds may be easier ones."""
+    found = {arm.name: {run.seed: run.accuracy[-1] for run in arm.runs} for arm in one.arms}
+    ended = [{seed for seed, value in own.items() if math.isfinite(value)} for own in found.values()]
+    common = set.intersection(*ended)
+    if not common:
+        return ""
+    means = {name: statistic([own[seed] for seed in sorted(common)]).mean for name, own in found.items()}
+    best = max(means, key=lambda name: means[name])
+    part = any(set(own) != common for own in found.values())
+    over = f" over the {len(common)} seeds that all have" if part else ""
+    return f" The highest mean of all arms{over} is that of {best}, {100 * means[best]:.2f} %."
 
 
 def _lost(one: Summary) -> str:
@@ -83,7 +102,7 @@ def findings(one: Summary) -> list[str]:
     for arm in one.arms:
         lines += _weight_findings(arm, set(one.header["noisy_shards"] or ()))
     for run in one.runs:
-        if not run.complete:
+        if not (run.complete or run.gave_up):
             lines.append(
                 f"Incomplete: {run.header['run']} has {len(run.rounds)} of {run.header['rounds']} rounds; "
                 f"round {run.rounds[-1]:.0f}, its last, stands for the final one."
@@ -105,8 +124,8 @@ def _failures(arm: Arm) -> list[str]:
     lines = []
     if _diverged(arm):
         lines.append(
-            f"{arm.name} diverged with {_which(arm)}: the network's outputs are not finite, so these runs have no "
-            "quality, and are in no mean and no difference of it."
+            f"{arm.name} diverged with {_which(arm)}: {_how(arm)}, so these runs have no quality, and are in no "
+            "mean and no difference of it."
         )
     if arm.weights is not None and arm.weights.lost:
         ended = [run.seed for run in arm.runs if not run.alive[-1].any()]
@@ -116,6 +135,17 @@ def _failures(arm: Arm) -> list[str]:
             f"{arm.weights.rounds} rounds (all seeds together), in which nothing was averaged{last}."
         )
     return lines
+
+
+def _how(arm: Arm) -> str:
+    """What became of the runs that diverged."""
+    runs = [run for run in arm.runs if run.diverged[-1]]
+    return " or ".join(
+        summary.distinct(
+            "nothing came of their last rounds" if run.gave_up else "the network's outputs are not finite"
+            for run in runs
+        )
+    )
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -135,14 +165,10 @@ def _versus(arm: Arm) -> str:
 
 
 def _certainty(d: Statistic) -> str:
-    if d.n == 1:
-        return "one seed): too few seeds to show a difference"
+    if d.too_few:
+        return f"{'one seed' if d.n == 1 else 'paired over 2 seeds'}): too few seeds to show a difference"
     line = f"paired over {d.n} seeds, 95 % interval {interval(d)})"
-    if d.shown:
-        return line
-    return f"{line}: " + (
-        "too few seeds to show a difference" if d.too_few else "seeds differ by as much, so no difference is shown"
-    )
+    return line if d.shown else f"{line}: seeds differ by as much, so no difference is shown"
 
 
 def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:

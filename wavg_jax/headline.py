@@ -83,10 +83,8 @@ def _difference(one: Summary) -> str:
     d = one.focus.differences.get("accuracy")
     if d is None or not d.n:
         return f"no comparison with {REFERENCE}"
-    line = f"{one.focus.name} {MINUS} {REFERENCE}: {signed(100 * d.mean, 2)}"
-    if d.too_few:
-        return f"{line} points (too few seeds to tell)"
-    return f"{line} points, 95 % interval {interval(d)}"
+    line = f"{one.focus.name} {MINUS} {REFERENCE}: {signed(100 * d.mean, 2)} points"
+    return f"{line} (too few seeds to tell)" if d.too_few else f"{line}, 95 % interval {interval(d)}"
 
 
 def _arm(axes: Axes, theme: Theme, arm: Arm, y: float, place: int) -> None:
@@ -100,6 +98,7 @@ def _arm(axes: Axes, theme: Theme, arm: Arm, y: float, place: int) -> None:
             axes.plot(_ends(value), [y, y], color=ink, linewidth=2.5, alpha=0.5, solid_capstyle="butt")
         axes.plot(100 * value.mean, y, marker=marker, color=ink, markersize=8)
     shown = f"{100 * value.mean:.2f}" if value.n else "not finite"
+    shown += f" ({value.n} of {len(arm.runs)})" if 0 < value.n < len(arm.runs) else ""
     axes.annotate(shown, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=TEXT, color=theme.ink)
 
 

@@ -39,17 +39,17 @@ class Statistic(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the 95 % interval leaves 0 out; false below two seeds, which have no interval.
+        """Whether there are seeds enough, and the 95 % interval leaves 0 out.
 
         >>> statistic([1.0, 2.0, 3.0]).shown, statistic([3.0, 4.0, 5.0]).shown
         (False, True)
         """
-        return self.n > 1 and abs(self.mean) > self.half_width
+        return not self.too_few and abs(self.mean) > self.half_width
 
     @property
     def too_few(self) -> bool:
-        """Whether nothing is shown for want of seeds: with two, the interval is 9 times their standard deviation."""
-        return self.n <= 2 and not self.shown
+        """Whether nothing can be shown for want of seeds: two may agree by chance, above all where values are steps."""
+        return self.n <= 2
 
 
 def statistic(values: Sequence[float] | Floats) -> Statistic:

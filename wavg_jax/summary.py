@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wavg_jax import liveness
 from wavg_jax.base import DataError
 from wavg_jax.records import check_rounds
 from wavg_jax.shares import Weights, weights_over
@@ -39,9 +40,10 @@ BOOKKEEPING = frozenset({"arm", "arms", "seed", "seeds", "workdir", "data_dir", 
 class Run(NamedTuple):
     """One arm trained from one seed: its run row, and its R round rows as arrays [R]; see `wavg_jax.records`.
 
-    `weights` and `alive` are [R, K]; `confusion` are counts [C, C] of the last round, true class by row. `diverged`
-    marks the rounds after which the network's outputs were not finite: such a network has no quality, so `accuracy`
-    and the other measures of it are nan there.
+    `weights` and `alive` are [R, K]; `confusion` are counts [C, C] of the last round, true class by row. `gave_up`: the
+    run ended since nothing came of its last rounds, see `wavg_jax.liveness`. `diverged` marks those rounds, and those
+    after which the network's outputs were not finite: what is left has no quality, so `accuracy` and the other
+    measures of it are nan there.
     """
 
     header: Row
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     alive: NDArray[np.bool_]
     effective: Floats
     diverged: NDArray[np.bool_]
+    gave_up: bool
     confusion: Floats | None
 
     @property
@@ -275,6 +278,9 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
             check_rounds(str(header["run"]), rounds, rounds[-1]["round"], header["replicas"])
         # A round that was not evaluated has no accuracy either.
         diverged = np.isfinite(column("test_accuracy")) & ~np.isfinite(column("test_loss"))
+        lost = liveness.lost_at_the_end(rounds)
+        gave_up = lost >= liveness.PATIENCE or (lost > 0 and rounds[-1]["round"] >= header["rounds"])
+        diverged[len(rounds) - lost * gave_up :] = True
         last = rounds[-1].get("confusion") if rounds else None
         run = Run(
             header=header,
@@ -283,13 +289,14 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
             seconds=column("seconds"),
             elapsed=column("elapsed"),
             accuracy=np.where(diverged, np.nan, column("test_accuracy")),
-            loss=column("test_loss"),
+            loss=np.where(diverged, np.nan, column("test_loss")),
             macro_f1=np.where(diverged, np.nan, column("test_macro_f1")),
             ece=np.where(diverged, np.nan, column("test_ece")),
             weights=column("weights"),
             alive=np.array([row["alive"] for row in rounds], np.bool_),
             effective=column("effective_replicas"),
             diverged=diverged,
+            gave_up=gave_up,
             confusion=None if last is None or diverged[-1] else np.array(last, np.float64),
         )
         _check(run)
