@@ -192,3 +192,12 @@ def test_the_headline_says_of_how_many_seeds_a_mean_is_where_some_diverged(paint
     assert "62.50" in words
     inches = painted["headline"].get_tightbbox()
     assert inches.x1 < painted["headline"].get_figwidth() + 0.02
+
+
+def test_bars_are_intervals_of_the_mean_and_bands_standard_deviations(painted: dict[str, Figure]) -> None:
+    draw(small({("weighted", seed): [0.5 + 0.1 * seed] * 2 for seed in range(3)}))  # a mean of 60, with an sd of 10
+    (bar,) = (line.get_xdata() for line in painted["headline"].axes[0].lines if len(line.get_xdata()) == 2)
+    assert bar == pytest.approx([60 - 24.84, 60 + 24.84], abs=0.01)  # t = 4.303: 10 * 4.303 / sqrt 3
+    (band,) = painted["accuracy_samples"].axes[0].collections
+    heights = np.asarray(band.get_paths()[0].vertices)[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((50, 70))

@@ -25,7 +25,7 @@ from wavg_jax.summary import summarise
                 {("plain", n): [a] for n, a in enumerate((0.5, 0.7, 0.6))} | {("weighted", n): [0.6] for n in range(3)}
             ),
             # Differences 0.1, -0.1 and 0: sd 0.1, t = 4.303, so 0.1 * 4.303 / sqrt(3) = 0.2484.
-            f"plain (paired over 3 seeds, 95 % interval {MINUS}24.84 to +24.84): seeds differ by as much, so no "
+            f"plain's mean test accuracy (paired over 3 seeds, 95 % interval {MINUS}24.84 to +24.84): seeds differ by as much, so no "
             "difference is shown.",
         ),
         (small({("plain", 0): [0.5], ("weighted", 1): [0.6]}), "cannot be compared with plain: they share no seed"),
@@ -184,3 +184,45 @@ def test_only_what_ended_by_itself_has_diverged_and_only_what_was_stopped_is_inc
     assert ended(True, False, True, True) == (False, False)
     assert ended(True, True, False) == (False, True)  # one lost round is survived
     assert ended(True, True) == (False, True)
+
+
+def test_a_difference_in_loss_that_is_not_shown_is_not_told() -> None:
+    equal = pairs((0.5, 0.625), (0.625, 0.5), (0.5, 0.5))  # the loss is 1 - accuracy: differences of -1/8, 1/8 and 0
+    assert not any("test loss" in line for line in findings.answer(summarise(equal)))
+
+
+def test_a_mean_difference_that_rounds_to_0_has_no_side() -> None:
+    for values in ((0.5, 0.625), (0.625, 0.5), (0.5, 0.50002)), ((0.5, 0.625), (0.625, 0.5), (0.5, 0.49998)):
+        assert "weighted ended at plain's mean test accuracy (paired over 3 seeds, 95 % interval" in sentences(
+            pairs(*values)
+        )
+
+
+def uneven(rows: list[Row]) -> list[Row]:
+    """Rows in which weighted weights unevenly, though no replica by less than half of an equal share."""
+    weights = {"weights": [0.19, 0.075, *[0.1225] * 6], "effective_replicas": 7.5}
+    return lost(rows, "weighted", (0, 1, 2, 3, 4), **weights)
+
+
+@pytest.mark.parametrize(
+    ("rows", "end"),
+    [
+        (pairs((0.5, 0.625), (0.625, 0.5), (0.5, 0.5)), ", and no difference in accuracy is shown."),
+        (pairs(*FIVE), ", and it ended 18.75 points of test accuracy above plain."),
+        (pairs(*((b, a) for a, b in FIVE)), ", and it ended 18.75 points of test accuracy below plain."),
+        (pairs((0.5, 0.625)), ", and there are too few seeds to show a difference in accuracy."),
+        (small({("weighted", 0): [0.5]}), "."),
+    ],
+)
+def test_weights_that_differ_are_told_with_what_that_did_to_accuracy(rows: list[Row], end: str) -> None:
+    assert f"no replica's mean weight was below half of 1/8{end}" in sentences(uneven(rows))
+
+
+def test_unequal_learning_rates_of_plain_and_weighted_are_told() -> None:
+    def with_rates(**rates: float) -> str:
+        return sentences([row | ({"settings": rates} if row["kind"] == "run" else {}) for row in PAIRS])
+
+    line = "plain was trained at learning rate 0.01 and weighted at 0.02: their difference is then also the rates'."
+    assert line in with_rates(lr_plain=0.01, lr_weighted=0.02)
+    for same in ({"lr_plain": 0.01, "lr_weighted": 0.01}, {"lr_weighted": 0.01}, {}):
+        assert "learning rate" not in with_rates(**same)

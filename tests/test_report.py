@@ -88,8 +88,8 @@ def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scenarios_get_sections_and_plots_of_their_own(tmp_path: pathlib.Path) -> None:
     report.write(tmp_path, [*make_run("weighted", 0, (0, 1)), *make_run("weighted", 0, ())])
     text = (tmp_path / "report.md").read_text()
-    assert "## 2 of 8 shards with random labels\n\nfashion_mnist, 8 replicas, noisy shards 0, 1 (noisy = 2).\n" in text
-    assert "## Clean shards\n\nfashion_mnist, 8 replicas, no noisy shards (noisy = 0).\n" in text
+    assert "## 2 of 8 shards with random labels\n\nfashion_mnist, 8 replicas, noisy shards 0, 1.\n" in text
+    assert "## Clean shards\n\nfashion_mnist, 8 replicas, no noisy shards.\n" in text
     assert text.count("### Final quality") == 2
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"headline.png", "1-only.png", "2-only.png"}
     assert re.findall(r"\((plots/.*)\)", text) == [*("plots/headline.png", "plots/1-only.png", "plots/2-only.png")]

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from reports import ALL_DEAD, DIVERGED, MINUS, ONE_SEED, PAIRS, Row, cells, make_rows, text_of
+from reports import ALL_DEAD, DIVERGED, MINUS, ONE_SEED, PAIRS, Row, cells, make_rows, small, text_of
 
 from wavg_jax import findings, plots, tables
 from wavg_jax.summary import summarise
@@ -33,6 +33,8 @@ def test_a_column_of_times_has_one_unit_and_says_it() -> None:
             f"weighted {MINUS} plain",
             ("1", f"{MINUS}100 ± n/a", f"{MINUS}0.500 ± n/a", f"{MINUS}100 ± n/a"),
         ),
+        # Equal values have a spread with as many digits as those beside it.
+        (small({("plain", n): [0.5] for n in (0, 1)}), "Final", "plain", ("2", "50.00 ± 0.00", "0.500 ± 0.000")),
         (PAIRS, "Cost", "plain", ("2", "2.00", "500 ± 0", "100", "17.2")),
         # A seed that diverged is counted out in the open; of no output that is not finite there is an accuracy.
         (DIVERGED, "Final", "plain", ("2", "80.00 ± n/a (1 of 2)", "0.200 ± n/a (1 of 2)")),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from wavg_jax import summary
 from wavg_jax.statistic import Statistic, interval, statistic
-from wavg_jax.summary import REFERENCE, Arm, Summary
+from wavg_jax.summary import RATE, REFERENCE, Arm, Summary
 
 
 def answer(summaries: Sequence[Summary]) -> list[str]:
@@ -99,6 +99,7 @@ def findings(one: Summary) -> list[str]:
     """What the numbers say, in sentences: differences, weights, and what to beware of."""
     lines = [line for arm in one.arms for line in _failures(arm)]
     lines += [_versus(arm) for arm in one.arms if arm.differences]
+    lines += _rates(one)
     for arm in one.arms:
         lines += _weight_findings(arm, set(one.header["noisy_shards"] or ()))
     for run in one.runs:
@@ -117,6 +118,16 @@ def findings(one: Summary) -> list[str]:
         "measured, on this hardware, and computed, the critical path with a device for each replica."
     )
     return lines
+
+
+def _rates(one: Summary) -> list[str]:
+    """Whether the focus was trained at another inner learning rate than the reference."""
+    name = one.focus.name
+    base, own = (one.settings.get(RATE + arm) for arm in (REFERENCE, name))
+    if not _comparable(one) or None in (base, own) or base == own:
+        return []
+    line = f"{REFERENCE} was trained at learning rate {base} and {name} at {own}"
+    return [f"{line}: their difference is then also the rates'."]
 
 
 def _failures(arm: Arm) -> list[str]:
@@ -159,9 +170,15 @@ def _versus(arm: Arm) -> str:
         return f"{arm.name} cannot be compared with {REFERENCE}: {why}."
     if d.mean == 0 and d.sd == 0:
         return f"{arm.name} ended at the test accuracy of {REFERENCE} in each of {d.n} seeds."
-    side = "above" if d.mean >= 0 else "below"
-    line = f"{arm.name} ended {abs(100 * d.mean):.2f} points of test accuracy {side} {REFERENCE}"
-    return f"{line} ({_certainty(d)}."
+    return f"{arm.name} ended {_place(d)} ({_certainty(d)}."
+
+
+def _place(d: Statistic) -> str:
+    """Where an arm ended beside the reference."""
+    size = f"{abs(100 * d.mean):.2f}"
+    if not float(size):
+        return f"at {REFERENCE}'s mean test accuracy"
+    return f"{size} points of test accuracy {'above' if d.mean > 0 else 'below'} {REFERENCE}"
 
 
 def _certainty(d: Statistic) -> str:
@@ -169,6 +186,17 @@ def _certainty(d: Statistic) -> str:
         return f"{'one seed' if d.n == 1 else 'paired over 2 seeds'}): too few seeds to show a difference"
     line = f"paired over {d.n} seeds, 95 % interval {interval(d)})"
     return line if d.shown else f"{line}: seeds differ by as much, so no difference is shown"
+
+
+def _effect(arm: Arm) -> str:
+    """What came of weights that differ, as the end of a sentence."""
+    d = arm.differences.get("accuracy")
+    if d is None or not d.n:
+        return ""
+    if d.shown:
+        return f", and it ended {_place(d)}"
+    unsure = "there are too few seeds to show a difference in accuracy"
+    return f", and {unsure if d.too_few else 'no difference in accuracy is shown'}"
 
 
 def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:
@@ -186,7 +214,9 @@ def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:
     if w.uniform:
         text = f"the weights were indistinguishable from uniform ({effective}): weighting had nothing to act on."
     elif not w.down_weighted:
-        text = f"the weights differed ({effective}), but no replica's mean weight was below half of 1/{k}."
+        text = (
+            f"the weights differed ({effective}), but no replica's mean weight was below half of 1/{k}{_effect(arm)}."
+        )
         share = k * w.mean[sorted(noisy)].mean() if noisy else 0.0
         text += f" The noisy shards ({summary.text(sorted(noisy))}) had {share:.2f} of 1/{k}." if noisy else ""
     else:

@@ -109,9 +109,9 @@ def number(scale: float = 1.0, decimals: int | None = None, *, exact: bool = Fal
         if places is None:
             places = min(max(2 - math.floor(math.log10(size)), 0), 6) if size > 0 else 0
         shown = minus(f"{mean:{sign}z,.{places}f}")
-        if sd > 0:
-            return f"{shown} ± {sd:,.{places}f}"
-        return shown if exact else f"{shown} ± n/a" if math.isnan(sd) else f"{shown} ± 0"
+        if exact and not sd > 0:
+            return shown
+        return f"{shown} ± {'n/a' if math.isnan(sd) else f'{sd:,.{places}f}'}"
 
     return show
 

@@ -29,6 +29,8 @@ KNOWN_ARMS = {
 }
 """What the arms of the comparison are, in their order."""
 REFERENCE = "plain"
+RATE = "lr_"
+"""What the name of a setting begins with that is the inner learning rate of the arm named next."""
 SHOWN = (  # fields of a run row that only the reader needs
     *("run", "arm", "seed", "classes", "heldout_samples", "test_samples", "shard_sizes", "local_steps"),
     *("batch_size", "samples_per_round", "hardware", "versions"),
@@ -242,7 +244,11 @@ def _flags(header: Row) -> dict[str, Any]:
 def _label(identity: Row, identities: Sequence[Row]) -> str:
     names = sorted({name for other in identities for name in other})
     names = [name for name in names if len(distinct(other.get(name) for other in identities)) > 1]
-    parts = [f"{n} = {text(identity.get(n))}" for n in names if n not in ("dataset", "noisy_shards")]
+    rates = [f"{name.removeprefix(RATE)} {text(identity.get(name))}" for name in names if name.startswith(RATE)]
+    # What the data set and the shards are is said without a label.
+    named = [name for name in names if name not in ("dataset", "noisy_shards", "noisy") and not name.startswith(RATE)]
+    parts = [f"{name} = {text(identity.get(name))}" for name in named]
+    parts += [f"learning rates: {', '.join(rates)}"] * bool(rates)
     return "; ".join(parts[:4] + [f"and {len(parts) - 4} more settings"] * (len(parts) > 4))
 
 
