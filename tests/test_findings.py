@@ -25,8 +25,8 @@ from wavg_jax.summary import summarise
                 {("plain", n): [a] for n, a in enumerate((0.5, 0.7, 0.6))} | {("weighted", n): [0.6] for n in range(3)}
             ),
             # Differences 0.1, -0.1 and 0: sd 0.1, t = 4.303, so 0.1 * 4.303 / sqrt(3) = 0.2484.
-            f"plain's mean test accuracy (paired over 3 seeds, 95 % interval {MINUS}24.84 to +24.84): seeds differ by as much, so no "
-            "difference is shown.",
+            f"plain's mean test accuracy (paired over 3 seeds, 95 % interval {MINUS}24.84 to +24.84): seeds differ "
+            "by as much, so no difference is shown.",
         ),
         (small({("plain", 0): [0.5], ("weighted", 1): [0.6]}), "cannot be compared with plain: they share no seed"),
         (make_rows(noisy=()), "weighted: the weights were indistinguishable from uniform (effective number 8.00 of 8"),
@@ -56,7 +56,6 @@ from wavg_jax.summary import summarise
             "weighted: all replicas were dead (numbers not finite, or masked) in 4 of 4 rounds (all seeds together), "
             "in which nothing was averaged; with seeds 0, 1 that is how the run ended.",
         ),
-        (PAIRS, "One device that is already busy gains nothing from K replicas"),
     ],
 )
 def test_findings(rows: list[Row], line: str) -> None:
@@ -226,3 +225,22 @@ def test_unequal_learning_rates_of_plain_and_weighted_are_told() -> None:
     assert line in with_rates(lr_plain=0.01, lr_weighted=0.02)
     for same in ({"lr_plain": 0.01, "lr_weighted": 0.01}, {"lr_weighted": 0.01}, {}):
         assert "learning rate" not in with_rates(**same)
+
+
+def test_what_holds_for_all_scenarios_is_told_once() -> None:
+    busy = "One device that is already busy gains nothing from K replicas"
+    devices = [
+        row | {"devices": 2} if row["kind"] == "run" and row["arm"] == "weighted" else row for row in make_rows()
+    ]
+    every = summarise([*devices, *make_rows(noisy=())])
+    said = findings.caveats(every)
+    assert sum(busy in line for line in said) == 1
+    assert "The arms ran on different numbers of devices: their measured times are not comparable." in said
+    for one in every:
+        assert not any(busy in line or "numbers of devices" in line for line in findings.findings(one))
+    # In each of 2 scenarios the accuracy of 3 arms, and the loss of weighted: 0.05 * 8.
+    assert said[0] == (
+        "8 differences from plain are tested one by one, at 95 %: about 0.4 of them would be shown if nothing differed "
+        "from it at all."
+    )
+    assert not any("tested" in line or "devices:" in line for line in findings.caveats(summarise(PAIRS)))

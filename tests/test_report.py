@@ -139,6 +139,9 @@ def test_the_binary_builds_the_report_from_the_rows_alone(
     said = capsys.readouterr().out
     assert re.search(rf"weighted {MINUS} plain +2 ", said)
     assert said.index("Did weighting help? Too few seeds to show a difference: clean shards.") > said.index("Weights")
+    assert said.index("One device that is already busy") < said.index("Did weighting help?")
+    assert said.count("wrote") == 1
+    assert said.endswith(f"\nwrote {tmp_path / 'both' / 'report.md'}, report.html and plots/\n")
     assert (tmp_path / "both" / "report.html").exists()
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["rows.jsonl"]
     binary.main([str(tmp_path / "1" / "rows.jsonl")])

@@ -92,7 +92,7 @@ def _diverged(arm: Arm) -> list[int]:
 
 def _which(arm: Arm) -> str:
     found = _diverged(arm)
-    return "every seed" if len(found) == len(arm.runs) else _seeds(found)
+    return "every seed" if len(found) == len(arm.runs) else _listed(found)
 
 
 def findings(one: Summary) -> list[str]:
@@ -111,13 +111,31 @@ def findings(one: Summary) -> list[str]:
     lines += [f"Left out: {name} has no recorded round." for name in one.empty]
     if len(summary.distinct(run.header["hardware"] for run in one.runs)) > 1:
         lines.append("The runs were made on different hardware: their measured times are not comparable.")
-    if len(summary.distinct(run.header["devices"] for run in one.runs)) > 1:
+    return lines
+
+
+def caveats(summaries: Sequence[Summary]) -> list[str]:
+    """What to beware of in all scenarios of a report."""
+    differences = [arm.differences["accuracy"] for one in summaries for arm in one.arms if arm.differences]
+    differences += [one.focus.differences["loss"] for one in summaries if _comparable(one)]
+    lines = tested(sum(not d.too_few for d in differences))
+    if any(len(summary.distinct(run.header["devices"] for run in one.runs)) > 1 for one in summaries):
         lines.append("The arms ran on different numbers of devices: their measured times are not comparable.")
     lines.append(
         "One device that is already busy gains nothing from K replicas, it works through them all: hence two clocks: "
         "measured, on this hardware, and computed, the critical path with a device for each replica."
     )
     return lines
+
+
+def tested(count: int) -> list[str]:
+    """What to beware of where `count` differences are tested, each at 95 %; nothing where there are not several."""
+    if count < 2:
+        return []
+    return [
+        f"{count} differences from {REFERENCE} are tested one by one, at 95 %: about {0.05 * count:.2g} of them would "
+        "be shown if nothing differed from it at all."
+    ]
 
 
 def _rates(one: Summary) -> list[str]:
@@ -140,7 +158,7 @@ def _failures(arm: Arm) -> list[str]:
         )
     if arm.weights is not None and arm.weights.lost:
         ended = [run.seed for run in arm.runs if not run.alive[-1].any()]
-        last = f"; with {_seeds(ended)} that is how the run ended" if ended else ""
+        last = f"; with {_listed(ended)} that is how the run ended" if ended else ""
         lines.append(
             f"{arm.name}: all replicas were dead (numbers not finite, or masked) in {arm.weights.lost} of "
             f"{arm.weights.rounds} rounds (all seeds together), in which nothing was averaged{last}."
@@ -159,7 +177,7 @@ def _how(arm: Arm) -> str:
     )
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def _listed(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {summary.text(seeds)}"
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from wavg_jax import canvas, summary
 from wavg_jax.canvas import MARKERS, SMALL, TEXT, Plot, Theme
 from wavg_jax.plots import index
-from wavg_jax.statistic import MINUS, Statistic, interval, signed
+from wavg_jax.statistic import MINUS, Statistic, interval, seeds, signed
 from wavg_jax.summary import REFERENCE, Arm, Summary
 
 TITLE = "Final test accuracy"
@@ -29,7 +29,7 @@ def draw(summaries: Sequence[Summary]) -> Plot:
     rows = sum(len(one.arms) + HEAD + len(name) + 0.5 for one, name in zip(summaries, names, strict=True))
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, TITLE, _seeds(summaries), 1.35 + ROW * rows)
+        figure, axes = canvas.axes(theme, TITLE, _made_from(summaries), 1.35 + ROW * rows)
         ticks: list[tuple[float, str]] = []
         y = -0.9
         for one, name in zip(summaries, names, strict=True):
@@ -59,10 +59,11 @@ def draw(summaries: Sequence[Summary]) -> Plot:
     return canvas.plot("headline", TITLE, caption, paint)
 
 
-def _seeds(summaries: Sequence[Summary]) -> str:
-    counts = sorted({len(arm.runs) for one in summaries for arm in one.arms})
+def _made_from(summaries: Sequence[Summary]) -> str:
+    counts = [len(arm.runs) for one in summaries for arm in one.arms]
+    fewest = f"{min(counts)} to " if min(counts) < max(counts) else ""
     data = ", ".join(map(str, summary.distinct(one.header["dataset"] for one in summaries)))
-    return f"{data}, {' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] > 1)}"
+    return f"{data}, {fewest}{seeds(max(counts))}"
 
 
 def _text(axes: Axes, theme: Theme, y: float, text: str, *, bold: bool = False) -> None:
@@ -89,9 +90,9 @@ def _difference(one: Summary) -> str:
 
 def _arm(axes: Axes, theme: Theme, arm: Arm, y: float, place: int) -> None:
     value, ink, marker = arm.metrics["accuracy"], theme.colours[place], MARKERS[place]
-    seeds = [100 * run.accuracy[-1] for run in arm.runs]
+    every = [100 * run.accuracy[-1] for run in arm.runs]
     axes.plot(
-        seeds, [y] * len(seeds), linestyle="", marker=marker, color=ink, markersize=4.5, fillstyle="none", alpha=0.8
+        every, [y] * len(every), linestyle="", marker=marker, color=ink, markersize=4.5, fillstyle="none", alpha=0.8
     )
     if value.n:
         if value.n > 2:
@@ -108,10 +109,10 @@ def _ends(value: Statistic) -> tuple[float, float]:
 
 def _limits(summaries: Sequence[Summary]) -> tuple[float, float]:
     arms = [arm for one in summaries for arm in one.arms]
-    seeds = np.array([100 * run.accuracy[-1] for arm in arms for run in arm.runs])
-    if not np.isfinite(seeds).any():
+    found = np.array([100 * run.accuracy[-1] for arm in arms for run in arm.runs])
+    if not np.isfinite(found).any():
         return 0.0, 100.0
-    low, high = float(np.nanmin(seeds)), float(np.nanmax(seeds))
+    low, high = float(np.nanmin(found)), float(np.nanmax(found))
     span = max(high - low, 2.0)
     ends = np.array([_ends(arm.metrics["accuracy"]) for arm in arms if arm.metrics["accuracy"].n > 2]).reshape(-1, 2)
     # The bars of few seeds may be so long that they would squash all else; those are cut.

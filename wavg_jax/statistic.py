@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -64,6 +64,20 @@ def statistic(values: Sequence[float] | Floats) -> Statistic:
         first = float(finite[0]) if finite.size else float("nan")
         return Statistic(first, 0.0 if finite.size > 1 else float("nan"), finite.size)
     return Statistic(float(finite.mean()), float(finite.std(ddof=1)), finite.size)
+
+
+def as_float(value: Any) -> float:
+    """A recorded number; None, which stands for one that is missing or not finite, becomes nan."""
+    return math.nan if value is None else float(value)
+
+
+def seeds(count: int) -> str:
+    """How many seeds, in words.
+
+    >>> seeds(1), seeds(3)
+    ('1 seed', '3 seeds')
+    """
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def minus(shown: str) -> str:

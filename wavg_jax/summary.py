@@ -15,7 +15,7 @@ from wavg_jax import liveness
 from wavg_jax.base import DataError
 from wavg_jax.records import check_rounds
 from wavg_jax.shares import Weights, weights_over
-from wavg_jax.statistic import Floats, Statistic, statistic
+from wavg_jax.statistic import Floats, Statistic, as_float, statistic
 
 Row = Mapping[str, Any]
 
@@ -83,7 +83,7 @@ class Run(NamedTuple):
     @property
     def critical_round(self) -> float:
         """Seconds of one round on the critical path; nan when not measured."""
-        return _number((self.header["critical_path"] or {}).get("round"))
+        return as_float((self.header["critical_path"] or {}).get("round"))
 
     @property
     def critical(self) -> Floats:
@@ -92,7 +92,7 @@ class Run(NamedTuple):
 
     def at_target(self, values: Floats) -> float:
         """The entry of `values` [R] at the first round that meets the target accuracy; nan when none does."""
-        reached = np.flatnonzero(self.accuracy >= _number(self.header["target_accuracy"]))
+        reached = np.flatnonzero(self.accuracy >= as_float(self.header["target_accuracy"]))
         return float(values[reached[0]]) if reached.size else float("nan")
 
 
@@ -106,10 +106,10 @@ METRICS: Mapping[str, Callable[[Run], float]] = {
     "samples_to_target": lambda run: run.at_target(run.samples),
     "measured_to_target": lambda run: run.at_target(run.elapsed),
     "critical_to_target": lambda run: run.at_target(run.critical),
-    "compile_seconds": lambda run: _number(run.header["compile_seconds"]),
+    "compile_seconds": lambda run: as_float(run.header["compile_seconds"]),
     "seconds_per_round": lambda run: statistic(run.seconds).mean,
     "critical_round": lambda run: run.critical_round,
-    "bytes_per_round": lambda run: _number(run.header["bytes_per_round"]),
+    "bytes_per_round": lambda run: as_float(run.header["bytes_per_round"]),
 }
 
 
@@ -166,7 +166,7 @@ class Summary(NamedTuple):
     @property
     def target(self) -> float:
         """The target accuracy, a fraction; nan when none was set."""
-        return _number(self.header["target_accuracy"])
+        return as_float(self.header["target_accuracy"])
 
     @property
     def scenario(self) -> str:
@@ -284,7 +284,7 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
             check_rounds(str(header["run"]), rounds, rounds[-1]["round"], header["replicas"])
         # A round that was not evaluated has no accuracy either.
         diverged = np.isfinite(column("test_accuracy")) & ~np.isfinite(column("test_loss"))
-        lost = liveness.lost_at_the_end(rounds)
+        lost = liveness.lost_at_the_end([dict(row) for row in rounds])
         gave_up = lost >= liveness.PATIENCE or (lost > 0 and rounds[-1]["round"] >= header["rounds"])
         diverged[len(rounds) - lost * gave_up :] = True
         last = rounds[-1].get("confusion") if rounds else None
@@ -374,7 +374,3 @@ def _weights(runs: Sequence[Run]) -> Weights:
         np.concatenate([run.alive for run in runs]),
         np.concatenate([run.effective for run in runs]),
     )
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
