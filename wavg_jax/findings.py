@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from wavg_jax import summary
-from wavg_jax.statistic import Statistic, interval, statistic
+from wavg_jax.statistic import Statistic, interval, seeds, statistic
 from wavg_jax.summary import RATE, REFERENCE, Arm, Summary
 
 
@@ -76,7 +76,7 @@ def _highest(one: Summary) -> str:
     means = {name: statistic([own[seed] for seed in sorted(common)]).mean for name, own in found.items()}
     best = max(means, key=lambda name: means[name])
     part = any(set(own) != common for own in found.values())
-    over = f" over the {len(common)} seeds that all have" if part else ""
+    over = f" over the {seeds(len(common))} that all have" if part else ""
     return f" The highest mean of all arms{over} is that of {best}, {100 * means[best]:.2f} %."
 
 
@@ -177,8 +177,8 @@ def _how(arm: Arm) -> str:
     )
 
 
-def _listed(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {summary.text(seeds)}"
+def _listed(found: Sequence[int]) -> str:
+    return f"seed{'s' if len(found) > 1 else ''} {summary.text(found)}"
 
 
 def _versus(arm: Arm) -> str:
