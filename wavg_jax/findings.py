@@ -118,7 +118,7 @@ def caveats(summaries: Sequence[Summary]) -> list[str]:
     """What to beware of in all scenarios of a report."""
     differences = [arm.differences["accuracy"] for one in summaries for arm in one.arms if arm.differences]
     differences += [one.focus.differences["loss"] for one in summaries if _comparable(one)]
-    lines = tested(sum(not d.too_few for d in differences))
+    lines = by_chance(sum(not d.too_few for d in differences))
     if any(len(summary.distinct(run.header["devices"] for run in one.runs)) > 1 for one in summaries):
         lines.append("The arms ran on different numbers of devices: their measured times are not comparable.")
     lines.append(
@@ -128,7 +128,7 @@ def caveats(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def tested(count: int) -> list[str]:
+def by_chance(count: int) -> list[str]:
     """What to beware of where `count` differences are tested, each at 95 %; nothing where there are not several."""
     if count < 2:
         return []

@@ -8,7 +8,7 @@ from rich.console import Group
 
 from wavg_jax import heatmap, summary
 from wavg_jax.canvas import Plot
-from wavg_jax.findings import tested
+from wavg_jax.findings import by_chance
 from wavg_jax.heatmap import NONE
 from wavg_jax.matrix import MARGIN, Entry, Matrix, Verdict, tabulate
 from wavg_jax.report import AGAIN, dated, document, flag, image, pairs, write_files
@@ -31,7 +31,7 @@ def findings(matrix: Matrix) -> list[str]:
         shown = f"{seeds(n)} {'is' if n == 1 else 'are'}"
         lines.append(f"{shown} too few seeds to show a difference: what is not marked may still differ.")
     compared = sum(not entry.versus.too_few and w != REFERENCE for (_, w), entry in matrix.entries.items())
-    lines += tested(compared)
+    lines += by_chance(compared)
     lines += [
         "The best of many means is a little too high by chance, so the gaps to it are a little too large.",
         f"All weightings of a scenario ran at one learning rate. Where it is the one that is best for {REFERENCE} "
