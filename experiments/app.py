@@ -225,10 +225,10 @@ def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
 
     out = console()
     if matrix.recorded(rows):
-        shown, files = matrix_report.write(folder, rows)
+        shown, _ = matrix_report.write(folder, rows)
     else:
-        shown, files = report.terminal_report(summarise(rows)), report.write(folder, rows)
+        shown = report.terminal_report(summarise(rows))
+        report.write(folder, rows)
     for part in shown:
         out.print(part)
-    for path in files:
-        out.print(f"wrote {path}", soft_wrap=True)
+    out.print(f"wrote {folder / 'report.md'}, report.html and plots/", soft_wrap=True)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from test_report import DEAD, PAIRS, Row, make_rows, make_run
+from reports import DEAD, PAIRS, Row, make_rows, make_run, small
 
 from wavg_jax import canvas, headline, plots
 from wavg_jax.summary import summarise
@@ -176,3 +176,28 @@ def test_the_headline_shows_every_seed_of_every_arm_and_scenario(painted: dict[s
     draw(PAIRS)
     (said,) = (text.get_text() for text in texts(painted["headline"]) if "plain:" in text.get_text())
     assert said == f"weighted {headline.MINUS} plain: +13.00 points (too few seeds to tell)"
+
+
+def test_the_headline_says_of_how_many_seeds_a_mean_is_where_some_diverged(painted: dict[str, Figure]) -> None:
+    values = {(arm, seed): [0.5 + 0.125 * seed] for arm in ("plain", "weighted") for seed in range(3)}
+    rows = small(values, rounds=1)
+    draw(
+        [
+            row | {"test_loss": None} if row["kind"] == "round" and row["run"] == "weighted-seed2" else row
+            for row in rows
+        ]
+    )
+    words = [text.get_text() for text in texts(painted["headline"])]
+    assert "56.25 (2 of 3)" in words
+    assert "62.50" in words
+    inches = painted["headline"].get_tightbbox()
+    assert inches.x1 < painted["headline"].get_figwidth() + 0.02
+
+
+def test_bars_are_intervals_of_the_mean_and_bands_standard_deviations(painted: dict[str, Figure]) -> None:
+    draw(small({("weighted", seed): [0.5 + 0.1 * seed] * 2 for seed in range(3)}))  # a mean of 60, with an sd of 10
+    (bar,) = (line.get_xdata() for line in painted["headline"].axes[0].lines if len(line.get_xdata()) == 2)
+    assert bar == pytest.approx([60 - 24.84, 60 + 24.84], abs=0.01)  # t = 4.303: 10 * 4.303 / sqrt 3
+    (band,) = painted["accuracy_samples"].axes[0].collections
+    heights = np.asarray(band.get_paths()[0].vertices)[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((50, 70))

@@ -128,6 +128,8 @@ def test_a_matrix_without_plain_or_with_one_seed_is_shown_but_not_judged():
         assert set(found.verdicts["good"].missing) == {"a", "b"}
         assert "none can be recommended" in matrix_report.findings(found)[0]
         heatmap.draw(found)
+        seeds = {1: "1 seed", 3: "3 seeds"}[len(found.seeds)]
+        assert f"in 2 scenarios: digits, {seeds}\n" in matrix_report.markdown(found, [])
         assert "| good | 0 | 0 | n/a | n/a | 2 missing |" in matrix_report.markdown(found, [])
 
 
@@ -164,7 +166,7 @@ def test_the_report_says_who_can_be_recommended_and_needs_no_other_file(tmp_path
     assert "| 4 of 8 noisy | 0.05 | 62.00 ± 3.46 | good | 73.00 ± 4.36 | +11.00 (+8.52 to +13.48) |" in text
     assert "| bad | 2 | 1 | 14.00 | 4 of 8 noisy | misses by 13.00 | 1.00 |" in text
     assert "| good | 0 | 0 | 0.00 | IID | yes | 2.00 |" in text
-    assert "4 differences from plain are tested" in text
+    assert "4 differences from plain are tested one by one, at 95 %: about 0.2 of them would be shown if" in text
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "plots/matrix.png" not in page
@@ -188,9 +190,11 @@ def test_two_seeds_are_called_too_few():
     found = matrix.tabulate([row for row in rows() if row.get("seed", 0) < 2])
     text = matrix_report.markdown(found, [])
     assert "2 seeds are too few seeds to show a difference: what is not marked may still differ." in text
-    # Differences of 100 and 200, t = 12.7: not shown; of 1000 and 1100: shown.
+    # Nothing is shown by two, not even by differences of 1000 and 1100, whose interval would leave 0 out.
     assert "| good | 82.50 ± 2.12 | +1.50 (too few seeds) |" in text
-    assert "(+4.15 to +16.85)" in text
+    assert "+10.50 (too few seeds)" in text
+    assert "are tested" not in text
+    assert not any(verdict.worse for verdict in found.verdicts.values())
 
 
 def test_minus_signs_are_all_alike_and_what_is_missing_has_none():

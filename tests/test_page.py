@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import make_rows, make_run
+from reports import make_rows, make_run
 
 from wavg_jax import canvas, report
 from wavg_jax.page import page

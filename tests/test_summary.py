@@ -251,7 +251,7 @@ def test_runs_of_different_settings_are_kept_apart_although_their_names_agree() 
         else:
             row["test_accuracy"] = 0.95
     noisy, quiet = summarise([*make_rows(), *clean])
-    assert (noisy.label, quiet.label) == ("noisy = 1", "noisy = 0")
+    assert noisy.scenario != quiet.scenario
     assert noisy.arms[-1].metrics["accuracy"].mean == pytest.approx(0.88)
     assert quiet.arms[-1].metrics["accuracy"].mean == pytest.approx(0.95)
 
@@ -312,4 +312,23 @@ def test_a_label_names_four_settings_at_most() -> None:
     assert [one.label for one in summarise([*runs[0], *runs[1]])] == [
         "a = 1; b = 1; c = 1; d = 1; and 2 more settings",
         "a = 2; b = 2; c = 2; d = 2; and 2 more settings",
+    ]
+
+
+@pytest.mark.parametrize(("weight", "found"), [(0.2, ()), (0.13, ()), (0.12, (0,))])
+def test_down_weighted_means_less_than_half_of_an_equal_share(weight: float, found: tuple[int, ...]) -> None:
+    weights = [weight, *[(1 - weight) / 3] * 3]  # of 4: half of a share is 0.125
+    rows = [run_row("weighted", 0), round_row("weighted", 0, 1, 0.5, weights=weights)]
+    own = arms(rows)["weighted"].weights
+    assert own is not None
+    assert own.down_weighted == found
+
+
+def test_a_label_tells_rates_in_words_and_leaves_out_what_the_shards_tell() -> None:
+    settings = {"noisy": 0, "lr_sequential": 0.4, "lr_sync": 0.4, "lr_plain": 0.1, "heldout": 200}
+    changed = settings | {"noisy": 2, "lr_sequential": 0.1, "lr_sync": 0.2, "heldout": 100}
+    rows = [[run_row("plain", 0, settings=own), round_row("plain", 0, 1, 0.5)] for own in (settings, changed)]
+    assert [one.label for one in summarise([*rows[0], *rows[1]])] == [
+        "heldout = 200; learning rates: sequential 0.4, sync 0.4",
+        "heldout = 100; learning rates: sequential 0.1, sync 0.2",
     ]

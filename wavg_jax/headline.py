@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from wavg_jax import canvas, summary
 from wavg_jax.canvas import MARKERS, SMALL, TEXT, Plot, Theme
 from wavg_jax.plots import index
-from wavg_jax.statistic import MINUS, Statistic, interval, signed
+from wavg_jax.statistic import MINUS, Statistic, interval, seeds, signed
 from wavg_jax.summary import REFERENCE, Arm, Summary
 
 TITLE = "Final test accuracy"
@@ -29,7 +29,7 @@ def draw(summaries: Sequence[Summary]) -> Plot:
     rows = sum(len(one.arms) + HEAD + len(name) + 0.5 for one, name in zip(summaries, names, strict=True))
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.axes(theme, TITLE, _seeds(summaries), 1.35 + ROW * rows)
+        figure, axes = canvas.axes(theme, TITLE, _made_from(summaries), 1.35 + ROW * rows)
         ticks: list[tuple[float, str]] = []
         y = -0.9
         for one, name in zip(summaries, names, strict=True):
@@ -59,10 +59,11 @@ def draw(summaries: Sequence[Summary]) -> Plot:
     return canvas.plot("headline", TITLE, caption, paint)
 
 
-def _seeds(summaries: Sequence[Summary]) -> str:
-    counts = sorted({len(arm.runs) for one in summaries for arm in one.arms})
+def _made_from(summaries: Sequence[Summary]) -> str:
+    counts = [len(arm.runs) for one in summaries for arm in one.arms]
+    fewest = f"{min(counts)} to " if min(counts) < max(counts) else ""
     data = ", ".join(map(str, summary.distinct(one.header["dataset"] for one in summaries)))
-    return f"{data}, {' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] > 1)}"
+    return f"{data}, {fewest}{seeds(max(counts))}"
 
 
 def _text(axes: Axes, theme: Theme, y: float, text: str, *, bold: bool = False) -> None:
@@ -83,23 +84,22 @@ def _difference(one: Summary) -> str:
     d = one.focus.differences.get("accuracy")
     if d is None or not d.n:
         return f"no comparison with {REFERENCE}"
-    line = f"{one.focus.name} {MINUS} {REFERENCE}: {signed(100 * d.mean, 2)}"
-    if d.too_few:
-        return f"{line} points (too few seeds to tell)"
-    return f"{line} points, 95 % interval {interval(d)}"
+    line = f"{one.focus.name} {MINUS} {REFERENCE}: {signed(100 * d.mean, 2)} points"
+    return f"{line} (too few seeds to tell)" if d.too_few else f"{line}, 95 % interval {interval(d)}"
 
 
 def _arm(axes: Axes, theme: Theme, arm: Arm, y: float, place: int) -> None:
     value, ink, marker = arm.metrics["accuracy"], theme.colours[place], MARKERS[place]
-    seeds = [100 * run.accuracy[-1] for run in arm.runs]
+    every = [100 * run.accuracy[-1] for run in arm.runs]
     axes.plot(
-        seeds, [y] * len(seeds), linestyle="", marker=marker, color=ink, markersize=4.5, fillstyle="none", alpha=0.8
+        every, [y] * len(every), linestyle="", marker=marker, color=ink, markersize=4.5, fillstyle="none", alpha=0.8
     )
     if value.n:
         if value.n > 2:
             axes.plot(_ends(value), [y, y], color=ink, linewidth=2.5, alpha=0.5, solid_capstyle="butt")
         axes.plot(100 * value.mean, y, marker=marker, color=ink, markersize=8)
     shown = f"{100 * value.mean:.2f}" if value.n else "not finite"
+    shown += f" ({value.n} of {len(arm.runs)})" if 0 < value.n < len(arm.runs) else ""
     axes.annotate(shown, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=TEXT, color=theme.ink)
 
 
@@ -109,10 +109,10 @@ def _ends(value: Statistic) -> tuple[float, float]:
 
 def _limits(summaries: Sequence[Summary]) -> tuple[float, float]:
     arms = [arm for one in summaries for arm in one.arms]
-    seeds = np.array([100 * run.accuracy[-1] for arm in arms for run in arm.runs])
-    if not np.isfinite(seeds).any():
+    found = np.array([100 * run.accuracy[-1] for arm in arms for run in arm.runs])
+    if not np.isfinite(found).any():
         return 0.0, 100.0
-    low, high = float(np.nanmin(seeds)), float(np.nanmax(seeds))
+    low, high = float(np.nanmin(found)), float(np.nanmax(found))
     span = max(high - low, 2.0)
     ends = np.array([_ends(arm.metrics["accuracy"]) for arm in arms if arm.metrics["accuracy"].n > 2]).reshape(-1, 2)
     # The bars of few seeds may be so long that they would squash all else; those are cut.

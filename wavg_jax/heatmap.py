@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from wavg_jax import canvas
 from wavg_jax.canvas import DARK, LIGHT, SMALL, Plot, Theme
 from wavg_jax.matrix import MARGIN, Entry, Matrix
-from wavg_jax.statistic import signed
+from wavg_jax.statistic import seeds, signed
 from wavg_jax.summary import REFERENCE
 
 WIDTH = 9.0  # inches: ten columns of numbers need them, so on a narrow page it is scrolled
@@ -37,7 +37,7 @@ def draw(matrix: Matrix) -> Plot:
 
 def _paint(matrix: Matrix, theme: Theme) -> Figure:
     rows, columns = len(matrix.weightings), len(matrix.titles)
-    made_from = f"{matrix.headers[0]['dataset']}, {len(matrix.seeds)} seed{'s' * (len(matrix.seeds) > 1)}"
+    made_from = f"{matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
     figure, axes = canvas.axes(theme, TITLE, made_from, 2.7 + 0.31 * rows, WIDTH)
     limit = _limit(matrix)
     # Linear within a point, logarithmic beyond: rescues of 10 points must not hide differences of 1.

@@ -28,13 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wavg_jax.base import DataError
-from wavg_jax.statistic import Floats, Statistic, statistic
+from wavg_jax.statistic import Floats, Statistic, as_float, statistic
 from wavg_jax.summary import REFERENCE, Row, distinct
 
 METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
 MARGIN = 0.01
 """How far, in test accuracy, a weighting that can be recommended may be from the best one of any scenario."""
-NOTHING = statistic([])
 
 
 class Entry(NamedTuple):
@@ -200,16 +199,12 @@ def _cells(rows: Sequence[Row]) -> Cells:
     return cells
 
 
-def _number(row: Row, metric: str) -> float:
-    return math.nan if row[metric] is None else float(row[metric])
-
-
 def _over(own: Mapping[int, Row], metric: str) -> Statistic:
-    return statistic([_number(row, metric) for row in own.values()])
+    return statistic([as_float(row[metric]) for row in own.values()])
 
 
 def _minus(a: Mapping[int, Row], b: Mapping[int, Row], metric: str) -> Statistic:
-    return statistic([_number(a[seed], metric) - _number(b[seed], metric) for seed in a if seed in b])
+    return statistic([as_float(a[seed][metric]) - as_float(b[seed][metric]) for seed in a if seed in b])
 
 
 def _best(cells: Cells, scenario: str) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Group
 
-from wavg_jax import heatmap, records, summary
+from wavg_jax import heatmap, summary
 from wavg_jax.canvas import Plot
+from wavg_jax.findings import by_chance
 from wavg_jax.heatmap import NONE
 from wavg_jax.matrix import MARGIN, Entry, Matrix, Verdict, tabulate
-from wavg_jax.page import page
-from wavg_jax.report import AGAIN, dated, document, flag, image, pairs
-from wavg_jax.statistic import Statistic, interval, number, signed
+from wavg_jax.report import AGAIN, dated, document, flag, image, pairs, write_files
+from wavg_jax.statistic import Statistic, interval, number, seeds, signed
 from wavg_jax.summary import REFERENCE, Row
 from wavg_jax.tables import Table, escape, markdown_table
 from wavg_jax.terminal import terminal
@@ -28,13 +28,12 @@ def findings(matrix: Matrix) -> list[str]:
         lines.append(f"{matrix.lacking} cells of the matrix are not recorded; what is judged is judged without them.")
     n = len(matrix.seeds)
     if n <= 2:
-        shown = "1 seed is" if n == 1 else f"{n} seeds are"
+        shown = f"{seeds(n)} {'is' if n == 1 else 'are'}"
         lines.append(f"{shown} too few seeds to show a difference: what is not marked may still differ.")
-    compared = sum(entry.versus.n > 1 and w != REFERENCE for (_, w), entry in matrix.entries.items())
+    compared = sum(not entry.versus.too_few and w != REFERENCE for (_, w), entry in matrix.entries.items())
+    lines += by_chance(compared)
     lines += [
-        f"{compared} differences from {REFERENCE} are tested one by one, at 95 %: about {0.05 * compared:.0f} of them "
-        "would be marked if no weighting differed from it at all. And the best of many means is a little too high by "
-        "chance, so the gaps to it are a little too large.",
+        "The best of many means is a little too high by chance, so the gaps to it are a little too large.",
         f"All weightings of a scenario ran at one learning rate. Where it is the one that is best for {REFERENCE} "
         f"averaging, as in the presets, that flatters {REFERENCE}: a weighting that tolerates higher rates gets no "
         "credit for it.",
@@ -135,8 +134,8 @@ def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], 
         entry = matrix.entries.get((scenario, weighting))
         if entry is None:
             return NONE
-        seeds = f" ({entry.accuracy.n} of {len(matrix.seeds)})" if entry.accuracy.n < len(matrix.seeds) else ""
-        return show(entry) + seeds
+        part = f" ({entry.accuracy.n} of {len(matrix.seeds)})" if entry.accuracy.n < len(matrix.seeds) else ""
+        return show(entry) + part
 
     rows = [(name, *(cell(scenario, name) for scenario in matrix.titles)) for name in matrix.weightings]
     return Table(title, note, ("weighting", *matrix.titles.values()), (tuple(rows),))
@@ -213,7 +212,7 @@ def markdown(matrix: Matrix, drawn: Sequence[Plot]) -> str:
 
 def _heading(matrix: Matrix) -> str:
     sizes = f"{len(matrix.weightings)} weightings in {len(matrix.titles)} scenarios"
-    return f"{sizes}: {matrix.headers[0]['dataset']}, {len(matrix.seeds)} seeds"
+    return f"{sizes}: {matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
 
 
 def write(folder: pathlib.Path, rows: Sequence[Row]) -> tuple[list[Group], list[pathlib.Path]]:
@@ -232,10 +231,5 @@ def write(folder: pathlib.Path, rows: Sequence[Row]) -> tuple[list[Group], list[
     """
     matrix = tabulate(rows)
     drawn = [heatmap.draw(matrix)]
-    text = markdown(matrix, drawn)
-    files = {folder / "plots" / f"{plot.name}.png": plot.png for plot in drawn}
-    files[folder / "report.md"] = text.encode()
-    files[folder / "report.html"] = page(_heading(matrix), text, drawn).encode()
-    for path, content in files.items():
-        records.write_atomically(path, content)
-    return [terminal(_heading(matrix), tables(matrix), findings(matrix))], list(files)
+    files = write_files(folder, _heading(matrix), markdown(matrix, drawn), drawn)
+    return [terminal(_heading(matrix), tables(matrix), findings(matrix))], files

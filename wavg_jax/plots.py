@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from wavg_jax import canvas
 from wavg_jax.canvas import DASHES, MARKERS, SMALL, TEXT, Plot, Theme
-from wavg_jax.statistic import Floats, clock_unit
+from wavg_jax.statistic import Floats, clock_unit, seeds
 from wavg_jax.summary import KNOWN_ARMS, Arm, Run, Summary
 
 HEIGHT = 4.4
@@ -64,13 +64,9 @@ def index(summary: Summary, arm: Arm) -> int:
 
 def heading(summary: Summary) -> str:
     """What a figure says below its title: what was trained on, and over how many seeds, where all arms have as many."""
-    seeds = {len(arm.runs) for arm in summary.arms}
-    count = f", {_seeds(*seeds)}" if len(seeds) == 1 else ""
+    counts = {len(arm.runs) for arm in summary.arms}
+    count = f", {seeds(*counts)}" if len(counts) == 1 else ""
     return f"{summary.header['dataset']}, {summary.scenario}{count}"
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed{'s' if n > 1 else ''}"
 
 
 def _mean_sd(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
@@ -103,7 +99,7 @@ def _lines(
             markersize=5.5,
             # Not where the other arms have theirs.
             markevery=(place % apart, apart),
-            label=f"{arm.name} ({_seeds(len(arm.runs))})" if uneven else arm.name,
+            label=f"{arm.name} ({seeds(len(arm.runs))})" if uneven else arm.name,
         )
         edges.append((mean - sd, mean + sd))
     return edges
@@ -244,9 +240,9 @@ def _confusion(summary: Summary) -> Plot | None:
         axes.set_ylabel("true class", size=TEXT)
         return figure
 
-    seeds = ", ".join(str(run.seed) for run in arm.runs if run.confusion is not None)
+    shown = ", ".join(str(run.seed) for run in arm.runs if run.confusion is not None)
     caption = (
-        f"Arm {arm.name}, final round, test split, summed over seeds {seeds}: share of each true class in %, by row; "
+        f"Arm {arm.name}, final round, test split, summed over seeds {shown}: share of each true class in %, by row; "
         "a share below 0.5 is left out."
     )
     return canvas.plot("confusion", title, caption, paint)

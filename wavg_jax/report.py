@@ -12,13 +12,14 @@ from rich.console import Group
 
 from wavg_jax import headline, plots, records, summary
 from wavg_jax.canvas import Plot
-from wavg_jax.findings import answer, findings
+from wavg_jax.findings import answer, caveats, findings
 from wavg_jax.page import contents, page
 from wavg_jax.summary import Row, Summary
 from wavg_jax.tables import Table, escape, markdown_table, tables
 from wavg_jax.terminal import terminal
 
 QUESTION = "Did weighting help?"
+BEWARE = "What to beware of"
 CLOCKS = {
     "measured": "wall time on this hardware, in which all replicas share what devices there are; compilation and the "
     "test split are on no clock",
@@ -35,7 +36,11 @@ def terminal_table(one: Summary) -> Group:
 def terminal_report(summaries: Sequence[Summary]) -> list[Group]:
     """The tables of every scenario, for `rich.print`, and at the end, where a terminal's reader looks, the answer."""
     conclusion, *numbers = answer(summaries)
-    return [*map(terminal_table, summaries), terminal(f"{QUESTION} {conclusion}", (), numbers)]
+    return [
+        *map(terminal_table, summaries),
+        terminal(BEWARE, (), caveats(summaries)),
+        terminal(f"{QUESTION} {conclusion}", (), numbers),
+    ]
 
 
 def markdown(summaries: Sequence[Summary], first: Plot, drawn: Sequence[Sequence[Plot]]) -> str:
@@ -56,7 +61,8 @@ def markdown(summaries: Sequence[Summary], first: Plot, drawn: Sequence[Sequence
         escape(first.caption),
         *(["\n".join(f"- {escape(line)}" for line in numbers)] if numbers else []),
     ]
-    parts = ["## What is compared", _definitions(summaries)]
+    parts = ["## What is compared", _definitions(summaries), f"### {BEWARE}"]
+    parts += ["\n".join(f"- {escape(line)}" for line in caveats(summaries))]
     for name, one, own in zip(summary.names(summaries), summaries, drawn, strict=True):
         parts += [f"## {escape(name[0].upper() + name[1:])}", escape(f"{_heading(one)}.")]
         parts += ["\n".join(f"- {escape(line)}" for line in findings(one))]
@@ -179,9 +185,14 @@ def write(folder: pathlib.Path, rows: Sequence[Row]) -> list[pathlib.Path]:
         ]
     first = headline.draw(summaries)
     every, text = [first, *(plot for own in drawn for plot in own)], markdown(summaries, first, drawn)
-    files = {folder / "plots" / f"{plot.name}.png": plot.png for plot in every}
+    return write_files(folder, _heading(summaries[0]), text, every)
+
+
+def write_files(folder: pathlib.Path, title: str, text: str, drawn: Sequence[Plot]) -> list[pathlib.Path]:
+    """Writes a report in Markdown as it is, as a page, and its plots; returns the files."""
+    files = {folder / "plots" / f"{plot.name}.png": plot.png for plot in drawn}
     files[folder / "report.md"] = text.encode()
-    files[folder / "report.html"] = page(_heading(summaries[0]), text, every).encode()
+    files[folder / "report.html"] = page(title, text, drawn).encode()
     for path, content in files.items():
         records.write_atomically(path, content)
     return list(files)

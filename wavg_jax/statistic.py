@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -39,17 +39,17 @@ class Statistic(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the 95 % interval leaves 0 out; false below two seeds, which have no interval.
+        """Whether there are seeds enough, and the 95 % interval leaves 0 out.
 
         >>> statistic([1.0, 2.0, 3.0]).shown, statistic([3.0, 4.0, 5.0]).shown
         (False, True)
         """
-        return self.n > 1 and abs(self.mean) > self.half_width
+        return not self.too_few and abs(self.mean) > self.half_width
 
     @property
     def too_few(self) -> bool:
-        """Whether nothing is shown for want of seeds: with two, the interval is 9 times their standard deviation."""
-        return self.n <= 2 and not self.shown
+        """Whether nothing can be shown for want of seeds: two may agree by chance, above all where values are steps."""
+        return self.n <= 2
 
 
 def statistic(values: Sequence[float] | Floats) -> Statistic:
@@ -64,6 +64,20 @@ def statistic(values: Sequence[float] | Floats) -> Statistic:
         first = float(finite[0]) if finite.size else float("nan")
         return Statistic(first, 0.0 if finite.size > 1 else float("nan"), finite.size)
     return Statistic(float(finite.mean()), float(finite.std(ddof=1)), finite.size)
+
+
+def as_float(value: Any) -> float:
+    """A recorded number; None, which stands for one that is missing or not finite, becomes nan."""
+    return math.nan if value is None else float(value)
+
+
+def seeds(count: int) -> str:
+    """How many seeds, in words.
+
+    >>> seeds(1), seeds(3)
+    ('1 seed', '3 seeds')
+    """
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def minus(shown: str) -> str:
@@ -109,9 +123,9 @@ def number(scale: float = 1.0, decimals: int | None = None, *, exact: bool = Fal
         if places is None:
             places = min(max(2 - math.floor(math.log10(size)), 0), 6) if size > 0 else 0
         shown = minus(f"{mean:{sign}z,.{places}f}")
-        if sd > 0:
-            return f"{shown} ± {sd:,.{places}f}"
-        return shown if exact else f"{shown} ± n/a" if math.isnan(sd) else f"{shown} ± 0"
+        if exact and not sd > 0:
+            return shown
+        return f"{shown} ± {'n/a' if math.isnan(sd) else f'{sd:,.{places}f}'}"
 
     return show
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wavg_jax import liveness
 from wavg_jax.base import DataError
 from wavg_jax.records import check_rounds
 from wavg_jax.shares import Weights, weights_over
-from wavg_jax.statistic import Floats, Statistic, statistic
+from wavg_jax.statistic import Floats, Statistic, as_float, statistic
 
 Row = Mapping[str, Any]
 
@@ -28,6 +29,8 @@ KNOWN_ARMS = {
 }
 """What the arms of the comparison are, in their order."""
 REFERENCE = "plain"
+RATE = "lr_"
+"""What the name of a setting begins with that is the inner learning rate of the arm named next."""
 SHOWN = (  # fields of a run row that only the reader needs
     *("run", "arm", "seed", "classes", "heldout_samples", "test_samples", "shard_sizes", "local_steps"),
     *("batch_size", "samples_per_round", "hardware", "versions"),
@@ -39,9 +42,10 @@ BOOKKEEPING = frozenset({"arm", "arms", "seed", "seeds", "workdir", "data_dir", 
 class Run(NamedTuple):
     """One arm trained from one seed: its run row, and its R round rows as arrays [R]; see `wavg_jax.records`.
 
-    `weights` and `alive` are [R, K]; `confusion` are counts [C, C] of the last round, true class by row. `diverged`
-    marks the rounds after which the network's outputs were not finite: such a network has no quality, so `accuracy`
-    and the other measures of it are nan there.
+    `weights` and `alive` are [R, K]; `confusion` are counts [C, C] of the last round, true class by row. `gave_up`: the
+    run ended since nothing came of its last rounds, see `wavg_jax.liveness`. `diverged` marks those rounds, and those
+    after which the network's outputs were not finite: what is left has no quality, so `accuracy` and the other
+    measures of it are nan there.
     """
 
     header: Row
@@ -57,6 +61,7 @@ class Run(NamedTuple):
     alive: NDArray[np.bool_]
     effective: Floats
     diverged: NDArray[np.bool_]
+    gave_up: bool
     confusion: Floats | None
 
     @property
@@ -78,7 +83,7 @@ class Run(NamedTuple):
     @property
     def critical_round(self) -> float:
         """Seconds of one round on the critical path; nan when not measured."""
-        return _number((self.header["critical_path"] or {}).get("round"))
+        return as_float((self.header["critical_path"] or {}).get("round"))
 
     @property
     def critical(self) -> Floats:
@@ -87,7 +92,7 @@ class Run(NamedTuple):
 
     def at_target(self, values: Floats) -> float:
         """The entry of `values` [R] at the first round that meets the target accuracy; nan when none does."""
-        reached = np.flatnonzero(self.accuracy >= _number(self.header["target_accuracy"]))
+        reached = np.flatnonzero(self.accuracy >= as_float(self.header["target_accuracy"]))
         return float(values[reached[0]]) if reached.size else float("nan")
 
 
@@ -101,10 +106,10 @@ METRICS: Mapping[str, Callable[[Run], float]] = {
     "samples_to_target": lambda run: run.at_target(run.samples),
     "measured_to_target": lambda run: run.at_target(run.elapsed),
     "critical_to_target": lambda run: run.at_target(run.critical),
-    "compile_seconds": lambda run: _number(run.header["compile_seconds"]),
+    "compile_seconds": lambda run: as_float(run.header["compile_seconds"]),
     "seconds_per_round": lambda run: statistic(run.seconds).mean,
     "critical_round": lambda run: run.critical_round,
-    "bytes_per_round": lambda run: _number(run.header["bytes_per_round"]),
+    "bytes_per_round": lambda run: as_float(run.header["bytes_per_round"]),
 }
 
 
@@ -161,7 +166,7 @@ class Summary(NamedTuple):
     @property
     def target(self) -> float:
         """The target accuracy, a fraction; nan when none was set."""
-        return _number(self.header["target_accuracy"])
+        return as_float(self.header["target_accuracy"])
 
     @property
     def scenario(self) -> str:
@@ -239,7 +244,11 @@ def _flags(header: Row) -> dict[str, Any]:
 def _label(identity: Row, identities: Sequence[Row]) -> str:
     names = sorted({name for other in identities for name in other})
     names = [name for name in names if len(distinct(other.get(name) for other in identities)) > 1]
-    parts = [f"{n} = {text(identity.get(n))}" for n in names if n not in ("dataset", "noisy_shards")]
+    rates = [f"{name.removeprefix(RATE)} {text(identity.get(name))}" for name in names if name.startswith(RATE)]
+    # What the data set and the shards are is said without a label.
+    named = [name for name in names if name not in ("dataset", "noisy_shards", "noisy") and not name.startswith(RATE)]
+    parts = [f"{name} = {text(identity.get(name))}" for name in named]
+    parts += [f"learning rates: {', '.join(rates)}"] * bool(rates)
     return "; ".join(parts[:4] + [f"and {len(parts) - 4} more settings"] * (len(parts) > 4))
 
 
@@ -275,6 +284,9 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
             check_rounds(str(header["run"]), rounds, rounds[-1]["round"], header["replicas"])
         # A round that was not evaluated has no accuracy either.
         diverged = np.isfinite(column("test_accuracy")) & ~np.isfinite(column("test_loss"))
+        lost = liveness.lost_at_the_end([dict(row) for row in rounds])
+        gave_up = lost >= liveness.PATIENCE or (lost > 0 and rounds[-1]["round"] >= header["rounds"])
+        diverged[len(rounds) - lost * gave_up :] = True
         last = rounds[-1].get("confusion") if rounds else None
         run = Run(
             header=header,
@@ -283,13 +295,14 @@ def _run(header: Row, rounds: Sequence[Row]) -> Run:
             seconds=column("seconds"),
             elapsed=column("elapsed"),
             accuracy=np.where(diverged, np.nan, column("test_accuracy")),
-            loss=column("test_loss"),
+            loss=np.where(diverged, np.nan, column("test_loss")),
             macro_f1=np.where(diverged, np.nan, column("test_macro_f1")),
             ece=np.where(diverged, np.nan, column("test_ece")),
             weights=column("weights"),
             alive=np.array([row["alive"] for row in rounds], np.bool_),
             effective=column("effective_replicas"),
             diverged=diverged,
+            gave_up=gave_up,
             confusion=None if last is None or diverged[-1] else np.array(last, np.float64),
         )
         _check(run)
@@ -361,7 +374,3 @@ def _weights(runs: Sequence[Run]) -> Weights:
         np.concatenate([run.alive for run in runs]),
         np.concatenate([run.effective for run in runs]),
     )
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
