@@ -105,7 +105,7 @@ def fill(
 
     Raises:
       ResumeError: a cell is recorded at another rate.
-      Stopped: SIGTERM or Ctrl-C came; the cell was finished and recorded.
+      Stopped: SIGTERM or Ctrl-C came before the last cell; the cell was finished and recorded.
     """
     cells = list(cells)
     rates = {cell.scenario: cell.rate for cell in cells}
@@ -121,11 +121,11 @@ def fill(
     total, ahead = (sum(map(rounds, some)) for some in (cells, todo))
     with progress.bar(total, total - ahead) as advance, interrupt.stop_requests() as stopped:
         for cell in todo:
-            records.append({"kind": "cell", "run": cell.name} | cell._asdict() | condense(train(cell, advance)))
             if stopped():
                 raise Stopped(
-                    f"stopped after {cell.name}; go on with the same settings, the same --workdir and --resume"
+                    f"stopped before {cell.name}; go on with the same settings, the same --workdir and --resume"
                 )
+            records.append({"kind": "cell", "run": cell.name} | cell._asdict() | condense(train(cell, advance)))
 
 
 def condense(rows: list[Row]) -> Row:

@@ -19,6 +19,7 @@ from experiments import app, arms, conditions
 from experiments import flags as shared_flags
 from experiments.flags import ARMS
 from wavg_jax import progress, trainer
+from wavg_jax.base import Stopped
 from wavg_jax.records import check_writable
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
@@ -51,12 +52,18 @@ def main(argv: Sequence[str]) -> None:
         app.console().print(_plan(names, scenarios, len(seeds)))
         progress.doing("timing the parts of a round")
         paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
+        stopped = False
         for scenario, seed in itertools.product(scenarios, seeds):
             sharded = arms.make_data(dataset, seed, scenario.noisy)
             # The first goes by the name that it has alone, so that a folder can be gone on with in more scenarios.
             suffix = "" if scenario == scenarios[0] else f"-noisy{scenario.noisy}"
             for arm in chosen:  # the arms alternate, so that a machine that slows down slows them all
-                arms.run_arm(
+                name = f"{arm.name}{suffix}-seed{seed}"
+                if stopped:
+                    raise Stopped(
+                        f"stopped before {name!r}; go on with the same settings, --workdir={workdir} and --resume"
+                    )
+                stopped = arms.run_arm(
                     arms.in_scenario(arm, scenario),
                     task,
                     sharded,
@@ -64,9 +71,9 @@ def main(argv: Sequence[str]) -> None:
                     seed,
                     lambda row: advance(trainer.caption(row)),
                     workdir=workdir,
-                    name=f"{arm.name}{suffix}-seed{seed}",
+                    name=name,
                     path=paths[arm.name],
-                )
+                ).stopped
 
 
 def _plan(names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds: int) -> str:

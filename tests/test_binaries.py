@@ -16,7 +16,7 @@ from binary import invoke
 
 import wavg_jax as wavg
 from experiments import app, arms, compare, options, reductions, report, scenarios, scoring_cost, train, tune
-from wavg_jax import data, machine, records, schedule
+from wavg_jax import data, machine, records, schedule, trainer
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -169,6 +169,19 @@ def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
     assert [row["round"] for row in records.read_rows(tmp_path)[1:]] == list(range(1, 41))
 
 
+def test_a_stop_in_the_last_round_of_one_run_begins_no_other(tmp_path, monkeypatch):
+    begun = []
+
+    def fit(*_, name, **__):
+        begun.append(name)
+        return trainer.Result({}, {}, None, [], stopped=True)
+
+    monkeypatch.setattr(wavg, "fit", fit)
+    monkeypatch.setattr(arms, "critical_path", lambda chosen, *_: {arm.name: None for arm in chosen})
+    assert invoke(compare.main, *QUICK, "--seeds=0", f"--workdir={tmp_path}") == 143
+    assert begun == ["sequential-seed0"]
+
+
 @pytest.mark.slow
 def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp_path, monkeypatch, compilations):
     compiled = {}
@@ -180,8 +193,9 @@ def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp
                 os.kill(os.getpid(), signal.SIGTERM)
 
         before = len(compilations)
-        fit(*positional, on_round=stop, name=name, **options)
+        result = fit(*positional, on_round=stop, name=name, **options)
         compiled[name] = len(compilations) - before
+        return result
 
     monkeypatch.setattr(wavg, "fit", watched)
     arguments = (*QUICK, "--seeds=0,1", f"--workdir={tmp_path}")

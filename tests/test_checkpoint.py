@@ -1,6 +1,7 @@
 """Damage on disk: what is resumed from is what was written, or nothing."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import pathlib
@@ -120,11 +121,22 @@ def test_an_empty_folder_is_no_checkpoint(workdir, straight):
         same(straight[0], resumed(workdir))
 
 
-def test_an_older_damaged_checkpoint_does_not_matter(workdir, straight):
-    (workdir / FOLDER / "3" / "_CHECKPOINT_METADATA").write_text("{")
-    with pytest.warns(wavg.WavgWarning, match="round 6, no round is done again: checkpoint 3: "):
-        more = resumed(workdir, rounds=9)
+@pytest.mark.parametrize("kind", ["metadata", "the tree", "a truncated file", "sums that are none"])
+def test_an_older_damaged_checkpoint_does_not_matter(kind, workdir, straight):
+    DAMAGE[kind](workdir / FOLDER / "3")
+    assert find(workdir) == Found(6, {}, ())
+    more = resumed(workdir, rounds=9)
     assert len(more.rows) == 10
+    assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == ["6", "9"]
+
+
+def test_only_the_checkpoint_that_is_used_is_read(workdir, monkeypatch):
+    read = []
+    summed = checkpoint._sum
+    monkeypatch.setattr(checkpoint, "_sum", lambda path: (read.append(path), summed(path))[1])
+    find(workdir)
+    assert read
+    assert all((workdir / FOLDER / "6") in path.parents for path in read)
 
 
 def test_a_damaged_checkpoint_can_be_damaged_again(workdir, straight):
@@ -132,6 +144,74 @@ def test_a_damaged_checkpoint_can_be_damaged_again(workdir, straight):
         flip(data_file(workdir / FOLDER / "6"), 300)
         with pytest.warns(wavg.WavgWarning, match="set aside"):
             same(straight[0], resumed(workdir))
+
+
+def test_a_good_copy_put_back_goes_on_where_it_was_with_the_rows_that_were_set_aside(workdir, straight):
+    whole = shutil.copytree(workdir / FOLDER / "6", workdir / "backup")
+    DAMAGE["flipped bytes"](workdir / FOLDER / "6")
+    before = records.read_rows(workdir)
+    with pytest.warns(wavg.WavgWarning, match="set aside"):
+        resumed(workdir, rounds=4)
+    aside = workdir / FOLDER / "damaged-6"
+    assert records.read_rows(aside) == before[4:]
+    shutil.rmtree(workdir / FOLDER / "4")
+    whole.rename(workdir / FOLDER / "6")
+    kept = (workdir / "rows.jsonl").read_bytes().splitlines(keepends=True)[:4]
+    (workdir / "rows.jsonl").write_bytes(b"".join(kept) + (aside / "rows.jsonl").read_bytes())
+    rows = resumed(workdir).rows
+    assert rows == before
+
+
+@pytest.mark.parametrize("step", ["set_aside", "rewind"])
+def test_a_kill_while_a_checkpoint_is_set_aside_loses_no_row(step, workdir, straight, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    DAMAGE["flipped bytes"](workdir / FOLDER / "6")
+    before = records.read_rows(workdir)
+    owner, name = {"set_aside": (pathlib.Path, "rename"), "rewind": (records.Records, "rewind")}[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, kill)
+        with pytest.raises(Killed):
+            resumed(workdir)
+    assert records.read_rows(workdir) == before
+    with pytest.warns(wavg.WavgWarning, match="set aside") if step == "set_aside" else contextlib.nullcontext():
+        same(straight[0], resumed(workdir))
+    assert records.read_rows(workdir / FOLDER / "damaged-6") == before[4:]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"])
+@pytest.mark.parametrize("when", [3, 6])
+def test_a_save_that_never_began_leaves_nothing_that_looks_whole(when, failure, straight, tmp_path, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    save = ocp.training.Checkpointer.save_async
+
+    def broken(self, step, *arguments, **options):
+        if step == when:
+            raise failure
+        return save(self, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.training.Checkpointer, "save_async", broken)
+        with pytest.raises((wavg.WorkdirError, KeyboardInterrupt)):
+            run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
+    assert find(tmp_path) == Found(None if when == 3 else 3, {}, ())
+    with pytest.warns(wavg.WavgWarning) if when == 3 else contextlib.nullcontext():
+        same(straight[0], resumed(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_let_go", pytest.fail)  # there are no writes to wait for
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(wavg.WorkdirError, match="no checkpoint can be written"),
+        open_checkpoints(tmp_path / "file" / "x"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("damage", ["flipped bytes", "sums gone", "nothing left"])

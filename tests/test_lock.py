@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 
+import filelock
 import pytest
 from binary import invoke
 from test_resume import AVERAGER, ENVIRONMENT, OPTIONS, same
@@ -116,6 +117,15 @@ def test_of_two_threads_one_is_refused(tmp_path):
     other()
     assert "in use" in said[0]
     assert said[1:] == ["held"]
+
+
+def test_who_only_looks_whether_a_folder_is_free_turns_nobody_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_LOOK", 30.0, raising=False)
+    looking = filelock.FileLock(tmp_path / lock.FILE, thread_local=False)
+    looking.acquire()
+    threading.Timer(0.1, looking.release).start()
+    with lock.hold(tmp_path):
+        pass
 
 
 def test_runs_one_after_another_share_a_folder_and_readers_need_no_lock(tmp_path):

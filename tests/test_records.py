@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -117,6 +118,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         records.write_atomically(target, b"new and longer")
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_file_is_as_private_as_the_one_before_it_or_as_the_umask_says(tmp_path):
+    target, before = tmp_path / "rows.jsonl", os.umask(0o077)
+    try:
+        for umask, mode in ((0o077, 0o600), (0o022, 0o644), (0o002, 0o664)):
+            os.umask(umask)
+            target.unlink(missing_ok=True)
+            records.write_atomically(target, b"new")
+            assert stat.S_IMODE(target.stat().st_mode) == mode
+        target.chmod(0o640)
+        records.write_atomically(target, b"newer")
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_a_failed_append_leaves_whole_lines(tmp_path, monkeypatch):

@@ -26,10 +26,14 @@ OPTIONS = {"rounds": 6, "checkpoint_every": 3}
 
 
 def other(change):
-    """The blobs, but more of them or with other labels."""
+    """The blobs, but more of them, with other labels or with other inputs."""
     dataset = blobs(train=300) if change == "more" else blobs()
     if change == "labels":
         dataset = dataset._replace(train=dataset.train._replace(y=dataset.train.y[::-1].copy()))
+    if change == "inputs":
+        changed = dataset.train.x.copy()
+        changed[-1, -1] += 1
+        dataset = dataset._replace(train=dataset.train._replace(x=changed))
     return data.shard(dataset, lambda split, seed: data.iid(len(split.y), 4, seed), heldout=20, seed=0)
 
 
@@ -114,6 +118,7 @@ def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
         ({"sharded_data": sharded(heldout=24)}, "--shard_sizes"),
         ({"sharded_data": other("more")}, "data are not those it was started with .training samples: 260, now 300"),
         ({"sharded_data": other("labels"), "settings": {"lr_plain": 0.1}}, "labels, splits or shards are not"),
+        ({"sharded_data": other("inputs"), "settings": {"lr_plain": 0.1}}, "inputs, labels, splits or shards are not"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_and_loses_nothing(change, says, tmp_path):
@@ -279,14 +284,18 @@ def test_a_stop_request_ends_after_a_round_with_a_checkpoint(number, tmp_path):
     assert signal.getsignal(number) is before
 
 
-def test_a_stop_request_in_the_last_round_stops_what_comes_after(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_in_the_last_round_lets_the_run_end_and_is_passed_on(number, tmp_path):
     def on_round(row):
         if row["round"] == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    with pytest.raises(wavg.Stopped):
-        run(sharded(), AVERAGER, workdir=tmp_path, on_round=on_round, **OPTIONS)
-    assert (tmp_path / "checkpoints" / "run" / "6").exists()
+    result = run(sharded(), AVERAGER, workdir=tmp_path, on_round=on_round, **OPTIONS)
+    assert result.stopped
+    assert len(result.rows) == 7
+    again = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    assert not again.stopped
+    same(result, again)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import wavg_jax as wavg
 from experiments import app, cells, reductions, report, scenarios, scoring_cost
 from experiments.schemes import SCHEMES
 from wavg_jax import data, records
+from wavg_jax.records import Records
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ("--replicas=4", "--rounds=2", "--local_steps=4", "--hidden=8", "--devices=1")
@@ -31,6 +32,25 @@ class Interrupted:
         if self.calls == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return self.fit(*arguments, **options)
+
+
+def test_a_stop_in_the_last_cell_lets_the_matrix_end_and_one_before_does_not():
+    last = {"kind": "round", "weights": [1.0], "effective_replicas": 1.0, "alive": [True], "seconds": 1.0}
+    last |= dict.fromkeys(("test_accuracy", "test_loss", "test_macro_f1", "test_ece"), 0.5)
+
+    def train(cell, advance):
+        if cell.seed == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [last]
+
+    two, three = ([cells.Cell("iid", "plain", seed, 0.1) for seed in range(n)] for n in (2, 3))
+    recorded = Records(None)
+    cells.fill(two, recorded, lambda cell: 1, train, str)
+    assert len(recorded.rows) == 2
+    recorded = Records(None)
+    with pytest.raises(wavg.Stopped, match="stopped before iid/plain/2"):
+        cells.fill(three, recorded, lambda cell: 1, train, str)
+    assert len(recorded.rows) == 2
 
 
 @pytest.fixture(scope="module")

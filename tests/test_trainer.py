@@ -219,6 +219,22 @@ def test_averaged_optimizer_state_is_the_weighted_mean_and_is_paid_for():
     assert sent["average"] - sent["keep"] == 2 * 4 * 15 * 4
 
 
+def test_the_cost_of_averaging_is_known_however_the_policy_is_wrapped_and_without_a_state_made_for_it():
+    made = []
+
+    def init(params):
+        made.append(isinstance(params["w"], jax.core.Tracer))
+        return INNER.init(params)
+
+    def wrapped(stacked, sync):
+        return policy.average(stacked, sync)
+
+    options = {"inner": optax.GradientTransformation(init, INNER.update), "rounds": 1, "local_steps": 2}
+    average, keep = (run(sharded(), opt_state_at_sync=how, **options).rows[0] for how in (wrapped, policy.keep))
+    assert average["bytes_per_round"] - keep["bytes_per_round"] == 2 * 4 * 15 * 4
+    assert all(made)
+
+
 @pytest.mark.parametrize(
     ("how", "replicas_saw", "global_saw"),
     [(policy.keep, 12, 12), (policy.average, 12, 12), (policy.reset, 0, 4), (policy.reestimate(2), 3 * (4 + 2), 18)],

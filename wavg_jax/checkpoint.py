@@ -24,7 +24,7 @@ import jax
 
 from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.keys import is_key
-from wavg_jax.records import write_atomically
+from wavg_jax.records import FILE, write_atomically
 
 if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
     Attributes:
       whole: rounds done at the newest checkpoint that is as it was written; None if there is none.
-      damaged: what is wrong with those that are not, by rounds done.
+      damaged: what is wrong with those after it, by rounds done.
       unfinished: rounds done at what was never finished.
     """
 
@@ -76,28 +76,37 @@ class Checkpoints:
         )
 
     def find(self) -> Found:
-        """Looks through the checkpoints. Nothing is changed."""
+        """Looks for the newest whole checkpoint; what is older is not read. Nothing is changed."""
         names = [path.name for path in self._folder.iterdir() if path.name.isascii() and path.name.isdecimal()]
         steps = {int(name): self._folder / name for name in names}
-        unfinished = [step for step, path in steps.items() if not (path / SUMS).exists()]
-        checked = {step: _damage(path) for step, path in steps.items() if step not in unfinished}
-        damaged = {step: wrong for step, wrong in checked.items() if wrong is not None}
-        return Found(max(checked.keys() - damaged.keys(), default=None), damaged, tuple(unfinished))
+        unfinished = tuple(step for step, path in steps.items() if not (path / SUMS).exists())
+        damaged: dict[int, str] = {}
+        for step in sorted(steps.keys() - set(unfinished), reverse=True):
+            wrong = _damage(steps[step])
+            if wrong is None:
+                return Found(step, damaged, unfinished)
+            damaged[step] = wrong
+        return Found(None, damaged, unfinished)
 
-    def set_aside(self, step: int) -> None:
-        """Renames a checkpoint that cannot be used, so that its round can be saved again."""
+    def set_aside(self, step: int, rows: bytes) -> None:
+        """Moves a checkpoint that cannot be used into `damaged-N`, so that its round can be saved again, beside the
+        rows that go with it."""
         with _writing(self._folder):
             aside = self._folder / f"damaged-{step}"
             shutil.rmtree(aside, ignore_errors=True)
-            (self._folder / str(step)).rename(aside)
+            aside.mkdir()
+            if rows:
+                write_atomically(aside / FILE, rows)
+            (self._folder / str(step)).rename(aside / str(step))  # last: what was cut short before is done again
 
     def save(self, state: TrainState) -> None:
         """Starts saving; returns once the state may be donated."""
         self.wait()
         with _writing(self._folder):
-            tree = _without_keys(state)
-            self._unsealed = int(state.round)
-            self._checkpointer.save_async(self._unsealed, tree, force=True, custom_metadata={"leaves": _leaves(tree)})
+            tree, step = _without_keys(state), int(state.round)
+            with _failing():
+                self._checkpointer.save_async(step, tree, force=True, custom_metadata={"leaves": _leaves(tree)})
+            self._unsealed = step  # only now is there something to seal
 
     def wait(self) -> None:
         """Blocks until every save is on disk."""
@@ -105,7 +114,8 @@ class Checkpoints:
             return
         step, self._unsealed = self._unsealed, None
         with _writing(self._folder):
-            self._checkpointer.wait()
+            with _failing():
+                self._checkpointer.wait()
             try:
                 _seal(self._folder / str(step))
             except (OSError, WorkdirError):
@@ -118,7 +128,7 @@ class Checkpoints:
             self.wait()
         finally:
             if "_checkpointer" in self.__dict__:
-                with _writing(self._folder):
+                with _writing(self._folder), _failing():
                     self._checkpointer.close()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -169,9 +179,9 @@ def _files(step: pathlib.Path) -> list[str]:
 
 
 def _seal(step: pathlib.Path) -> None:
-    """Writes the sums of a checkpoint's files; from now on it is whole."""
-    lines = [f"{_sum(step / name)}  {name}\n" for name in _files(step)]
-    write_atomically(step / SUMS, "".join(lines).encode())
+    """Writes the sums of a checkpoint's files, if it has any; from now on it is whole."""
+    if lines := [f"{_sum(step / name)}  {name}\n" for name in _files(step)]:
+        write_atomically(step / SUMS, "".join(lines).encode())
 
 
 def _damage(step: pathlib.Path) -> str | None:
@@ -210,6 +220,16 @@ _STRAY_WRITES = 0.2
 """Seconds given to the writes of a save that has failed; there is no handle to wait for."""
 
 
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    """Around what orbax writes: a failure lets go of what is still under way."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        _let_go(error)
+        raise
+
+
 def _remove_unfinished(folder: pathlib.Path) -> None:
     for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -223,7 +243,6 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
     except WorkdirError:
         raise
     except (OSError, ValueError) as error:
-        _let_go(error)
         raise WorkdirError(
             f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and go on with "
             "resume=True (--resume), or choose another workdir (--workdir)"

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 from wavg_jax.base import ResumeError, SettingsError, TrainState, WavgWarning
 from wavg_jax.checkpoint import Checkpoints, Found, open_checkpoints
-from wavg_jax.records import Records, Row, check_settings, open_records
+from wavg_jax.records import Records, Row, as_lines, check_settings, open_records
+
+
+def _useless(found: Found) -> list[int]:
+    return sorted({*found.damaged, *found.unfinished})
 
 
 def _listed(found: Found) -> str:
@@ -64,10 +68,12 @@ class Journal:
         state = self._checkpoints.restore(done, initial) if done else initial
         if not done:
             self._check_start(found, before)
+        dropped = self._records.beyond(self._name, done)
+        self._set_aside(found, done, dropped)  # before they are dropped, lest a kill in between lose them
         self._records.rewind(self._name, done, first["rounds"])
         if not done:
             self._records.append(first)
-        self._mend(found, done, len(before) - 1)
+        self._say(found, done, len(before) - 1)
         return state
 
     def _check_start(self, found: Found, before: list[Row]) -> None:
@@ -80,12 +86,15 @@ class Journal:
                 "(--workdir)"
             )
 
-    def _mend(self, found: Found, done: int, recorded: int) -> None:
-        """Sets aside what cannot be used, and says what that costs."""
+    def _set_aside(self, found: Found, done: int, dropped: list[Row]) -> None:
+        """Sets aside what cannot be used, with the rows that a good copy of it would need."""
         assert self._checkpoints is not None
-        useless = sorted({*found.damaged, *found.unfinished})
-        for step in useless:
-            self._checkpoints.set_aside(step)
+        for step in _useless(found):
+            self._checkpoints.set_aside(step, as_lines(dropped) if step > done else b"")
+
+    def _say(self, found: Found, done: int, recorded: int) -> None:
+        """Says what could not be used and what that costs."""
+        useless = _useless(found)
         again = f"{recorded - done} recorded rounds are done again" if recorded > done else "no round is done again"
         if useless:
             warnings.warn(

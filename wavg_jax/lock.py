@@ -12,6 +12,9 @@ from wavg_jax.base import WorkdirError
 
 FILE = ".lock"
 
+_LOOK = 0.2
+"""Seconds that a folder may seem held because another process looks whether it is, for which it holds it."""
+
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path) -> Iterator[None]:
@@ -24,7 +27,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     lock = filelock.FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=_LOOK, poll_interval=_LOOK / 20)
     except filelock.Timeout:
         raise WorkdirError(
             f"the folder {folder} is in use by {_holder(path)}; wait for it to end, or choose another workdir "

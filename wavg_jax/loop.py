@@ -98,8 +98,9 @@ def train(
             if due or books.lost or plan.schedule.varies or run.evaluates(number) or stopped():
                 books.close(pending, state)
                 pending = None
-            # Asked once more and then kept: a request that comes later must find the next round's checkpoint.
-            stop = pending is None and stopped()
+            # Asked once more and then kept: a request that comes later must find the next round's checkpoint. After
+            # the last round there is nothing to go on with.
+            stop = pending is None and number < plan.rounds and stopped()
             over = books.lost >= liveness.PATIENCE
             if due or stop or over:
                 journal.save(state)

@@ -8,7 +8,8 @@ is null.
   started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"
   dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
   class_names           [classes]; null where they are not known; it and started are missing in older rows
-  data_crc              of labels and shards, to tell data apart
+  data_crc              CRC-32 of the labels, the shards and the inputs as stored (all of them), to tell data apart; in
+                        older rows of labels and shards alone
   devices               how many the replicas were spread over
   replica_map           how those of one device were run, a name in `wavg_jax.mapping.MAPS`
   resident              whether the training split lay on the devices as a whole
@@ -47,7 +48,9 @@ import json
 import math
 import os
 import pathlib
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +72,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_lines(rows: Iterable[Row]) -> bytes:
+    """Rows as they stand in a file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
@@ -101,19 +109,20 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     Raises:
       WorkdirError: the folder cannot be written or is full.
     """
-    name = None
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            name = file.name
+        # Not one of tempfile's, which are private: a run is as open as the file before it, or as the umask says.
+        with new.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # a temporary file is private, a run is not
-        os.replace(name, path)
+        if path.exists():
+            new.chmod(stat.S_IMODE(path.stat().st_mode))
+        new.replace(path)
     except OSError as error:
-        if name is not None:
-            pathlib.Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
         raise WorkdirError(
             f"{path} cannot be written: {error.strerror}; free the disk or choose another --workdir"
         ) from error
@@ -197,12 +206,29 @@ class Records:
         """
         row = _plain(row)
         if self.path is not None:
-            _append_line(self.path, (json.dumps(row) + "\n").encode())
+            _append_line(self.path, as_lines([row]))
         self.rows.append(row)
 
     def of(self, run: str) -> list[Row]:
         """The rows of one run."""
         return [row for row in self.rows if row["run"] == run]
+
+    def beyond(self, run: str, done: int) -> list[Row]:
+        """What a run wrote after `done` rounds, which `rewind` would drop; with 0 all of it.
+
+        Raises:
+          ResumeError: rows of the rounds before are missing, or there twice.
+        """
+        rows = self.of(run)
+        rounds = [row for row in rows if done and row["kind"] == "round" and row.get("round", 0) <= done]
+        if lacking := [name for row in rounds for name in ROUND if name not in row]:
+            raise ResumeError(f"cannot resume with {self.path}: a row of {run!r} lacks {lacking[0]!r}")
+        if done:
+            try:
+                check_rounds(run, rounds, done)
+            except DataError as error:
+                raise ResumeError(f"cannot resume with {self.path}: {error}") from error
+        return [row for row in rows if not done or row.get("round", 0) > done]
 
     def rewind(self, run: str, done: int, planned: int) -> None:
         """Drops what a run wrote after `done` rounds (its later rounds are done again); 0 drops the run itself.
@@ -215,18 +241,11 @@ class Records:
         Raises:
           ResumeError: rows of the rounds before are missing, or there twice.
         """
-        keep = [r for r in self.rows if r["run"] != run or (done > 0 and r.get("round", 0) <= done)]
-        rounds = [row for row in keep if row["run"] == run and row["kind"] == "round"]
-        if lacking := [name for row in rounds for name in ROUND if name not in row]:
-            raise ResumeError(f"cannot resume with {self.path}: a row of {run!r} lacks {lacking[0]!r}")
-        if done:
-            try:
-                check_rounds(run, rounds, done)
-            except DataError as error:
-                raise ResumeError(f"cannot resume with {self.path}: {error}") from error
+        dropped = {id(row) for row in self.beyond(run, done)}
+        keep = [row for row in self.rows if id(row) not in dropped]
         keep = [r | {"rounds": planned} if r["run"] == run and r["kind"] == "run" else r for r in keep]
         if self.path is not None:
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep).encode())
+            write_atomically(self.path, as_lines(keep))
         self.rows = keep
 
 
@@ -348,6 +367,6 @@ def check_settings(before: Row, first: Row) -> None:
             )
     if before["data_crc"] != first["data_crc"]:
         raise ResumeError(
-            f"cannot resume {before['run']!r}: labels, splits or shards are not those it was started with; give the "
-            "same data, or another --workdir"
+            f"cannot resume {before['run']!r}: inputs, labels, splits or shards are not those it was started with; "
+            "give the same data, or another --workdir"
         )

@@ -1,12 +1,13 @@
 """One run: its numbers, its data on the devices, its compiled programs, and the row that describes it."""
 
+import functools
 import zlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from wavg_jax import machine, metrics, policy, progress, signals, tree
+from wavg_jax import machine, metrics, progress, signals, sync, tree
 from wavg_jax.base import PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.placement import put
@@ -77,8 +78,9 @@ class Run:
         """The run's first row, but for what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
         per_replica = tree.nbytes(initial.params) + tree.nbytes(tree.floats(initial.mutable))
-        if self.recipe.opt_state_at_sync is policy.average:
-            per_replica += tree.nbytes(tree.floats(self.recipe.inner.init(initial.params)))
+        opt_state = initial.replicas.opt_state
+        if sync.averages(self.recipe.opt_state_at_sync, opt_state):
+            per_replica += tree.nbytes(tree.floats(opt_state)) // self.replicas
         return {
             "kind": "run",
             "run": self.name,
@@ -115,6 +117,13 @@ class Run:
         }
 
 
+def _bytes(array: np.ndarray) -> memoryview:
+    """The memory of an array, of any dtype."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def _fingerprint(data: ShardedData) -> int:
-    """Tells apart data that differ in labels, splits or shards."""
-    return zlib.crc32(b"".join(part.tobytes() for part in (data.train.y, data.heldout.y, data.test.y, *data.shards)))
+    """Tells apart data that differ in inputs, labels, splits or shards: 0.3 s a gigabyte, one part after another."""
+    splits = (data.train, data.heldout, data.test)
+    parts = (*(split.y for split in splits), *data.shards, *(split.x for split in splits))
+    return functools.reduce(lambda crc, part: zlib.crc32(_bytes(part), crc), parts, 0)

@@ -43,6 +43,24 @@ def blend_opt_state(recipe: Recipe, opt_state: PyTree, params: PyTree, alive: ja
     return recipe.opt_state_at_sync(opt_state, policy.Sync(alive, mean, fresh, fresh, None))[0]
 
 
+def averages(how: policy.Policy, stacked: PyTree) -> bool:
+    """Whether a policy gives the replicas their mean, for which they must exchange [K, ...]. Nothing is computed."""
+    asked = []
+
+    def mean(one: PyTree) -> PyTree:
+        asked.append(True)
+        return one
+
+    def trace(stacked: PyTree) -> PyTree:
+        one = tree.replica(stacked, 0)
+        alive = jnp.ones(tree.count_replicas(stacked), bool)
+        return how(stacked, policy.Sync(alive, lambda: mean(one), lambda: one, lambda: one, None))[0]
+
+    if jax.tree.leaves(stacked):
+        jax.eval_shape(trace, stacked)
+    return bool(asked)
+
+
 def refresher(
     recipe: Recipe, alive: jax.Array, work: Work, shared: Shared
 ) -> Callable[[jax.Array, PyTree, PyTree, int], PyTree]:

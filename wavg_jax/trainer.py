@@ -50,12 +50,14 @@ class Result(NamedTuple):
       mutable: the mutable collections that belong to them, such as BatchNorm statistics.
       state: the whole training state.
       rows: the run's rows, as in `rows.jsonl`; see `wavg_jax.records`.
+      stopped: whether SIGTERM or Ctrl-C came in the last round, so that nothing further should be begun.
     """
 
     params: PyTree
     mutable: PyTree
     state: TrainState
     rows: list[Row]
+    stopped: bool = False
 
 
 _ARGUMENTS = {
@@ -165,7 +167,7 @@ def fit(
         can be known.
       Diverged: no replica came through two rounds in a row, or the last one, with finite numbers, or the outer step was
         not finite. Its `result` has the last parameters that were, and a checkpoint of them is saved.
-      Stopped: SIGTERM or Ctrl-C came; the round was finished and a checkpoint saved.
+      Stopped: SIGTERM or Ctrl-C came before the last round; the round was finished and a checkpoint saved.
     """
     check_all(_ARGUMENTS, locals())
     check("data.shards", data.shards, _SHARDS)
@@ -210,7 +212,7 @@ def fit(
         first["settings"] = dict(settings or {})
         state = journal.begin(first, run.initial, resume)
         state = loop.train(run, journal, state, on_round, stopped)
-    result = Result(*evaluated(state), state, journal.rows())
+    result = Result(*evaluated(state), state, journal.rows(), stopped())
     if liveness.lost_at_the_end(result.rows):
         raise Diverged(
             liveness.explain(result.rows, folder, outer=getattr(state.averager, "outer", None) is not None), result
