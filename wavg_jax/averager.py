@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, machine, tree
-from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, check_all, either, has, number
+from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, number
 from wavg_jax.base import Averager, Init, PyTree, SettingsError, Weighting
 from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
@@ -212,7 +212,7 @@ def averager(
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
         checks.arrays("params", params)
-        k = None if replicas is None else checks.whole("replicas", replicas, 1)
+        k = None if replicas is None else as_whole("replicas", replicas, 1)
         state = weighting.init(params, k)
         if outer is None:
             return AveragerState(state, None, None)
