@@ -56,7 +56,7 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
             if score(mean(soup + [k])) >= score(mean(soup)): soup += [k]
         w_k = 1 / |soup| for k in the soup, else 0
 
-    Replicas whose own score is NaN or infinite are no ingredients, and a blend with such a score is never kept; if none
+    Replicas whose own score is NaN or infinite are not ingredients, and a blend with such a score is never kept; if none
     is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case in
     which that order matters.
 
@@ -298,7 +298,7 @@ def _finest(shapes: Sequence[PyTree], params: PyTree) -> PyTree:
     for like in (*shapes, params):
         try:
             return jax.tree.map(widest, *[jax.tree.broadcast(shape, like) for shape in shapes])
-        except ValueError:  # one of them is no prefix of this structure
+        except ValueError:  # one of them is not a prefix of this structure
             continue
     raise AssertionError("weights are a prefix tree of the parameters")
 

@@ -48,7 +48,7 @@ class Statistic(NamedTuple):
 
     @property
     def too_few(self) -> bool:
-        """Whether nothing is shown for want of seeds: with two, the interval is 9 times their standard deviation."""
+        """Whether nothing is shown for lack of seeds: with two, the interval is 9 times their standard deviation."""
         return self.n <= 2 and not self.shown
 
 

@@ -64,7 +64,7 @@ def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
     Raises:
       SettingsError: the seed is not a whole number, 0 or more.
     """
-    seed = as_whole("the seed (--seed)", seed, 0)
+    seed = as_whole("--seed", seed, 0)
     # A spawn key is padded apart from the seed; plain [seed, 0] would be the same stream as [seed].
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *which)))
 
