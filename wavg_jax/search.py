@@ -56,9 +56,9 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
             if score(mean(soup + [k])) >= score(mean(soup)): soup += [k]
         w_k = 1 / |soup| for k in the soup, else 0
 
-    Replicas whose own score is NaN or infinite are not ingredients, and a blend with such a score is never kept; if none
-    is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case in
-    which that order matters.
+    Replicas whose own score is NaN or infinite are not ingredients, and a blend with such a score is never kept; if
+    none is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case
+    in which that order matters.
 
     Costs K evaluations and K blends a round, beside the pass that measures the replicas' own scores; holds one blend.
 

@@ -197,7 +197,8 @@ def fit(
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
     with contextlib.ExitStack() as stack:
-        on_round = on_round or stack.enter_context(_shown_by_a_bar(plan.rounds))
+        if on_round is None:
+            on_round = stack.enter_context(_shown_by_a_bar(plan.rounds))
         if replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
