@@ -112,8 +112,8 @@ def _check_update(
         )
     replicas = checks.stacked(stacked, params)
     made = jax.eval_shape(functools.partial(init, replicas=replicas), params)
-    mend = f"make it with this averager's init(params, replicas={replicas})"
-    checks.alike("state", state, "this averager's state", made, mend)
+    fix = f"make it with this averager's init(params, replicas={replicas})"
+    checks.alike("state", state, "this averager's state", made, fix)
     return replicas
 
 
@@ -123,7 +123,7 @@ def _step(
     """The parameters, the outer optimizer's state and the masters after the blend."""
     if outer is None:
         return tree.cast_like(blend, params), state.outer, state.masters
-    # From what the replicas started from: what rounding took off the masters is no movement of theirs.
+    # From what the replicas started from: what rounding took off the masters is not a movement of the replicas.
     pseudo_gradient = optax.tree.sub(*tree.as_accumulators((params, blend)))
     current = _current(state.masters, params)
     updates, outer_state = outer.update(pseudo_gradient, state.outer, current)
