@@ -13,8 +13,8 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
-    {"checks", "statistic", "canvas", "lock"},
-    {"tree", "keys", "records", "arguments"},
+    {"arguments", "checks", "statistic", "canvas", "lock"},
+    {"tree", "keys", "records"},
     {"signals", "reduce", "outer", "pull", "mapping", "data", "models", "shares", "page"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
