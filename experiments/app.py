@@ -119,7 +119,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows the library's own warnings as one line, without the line of code they come from, and mends the cache."""
+    """Shows the library's own warnings as one line, without the line of code they come from, and fixes the cache."""
     damaged = _DAMAGED.search(str(message))
     if issubclass(category, WavgWarning):
         print(f"warning: {message}", file=file or sys.stderr)

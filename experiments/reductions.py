@@ -1,4 +1,4 @@
-"""What averaging costs diverged replicas, and what mends it: norm-preserving blends, BatchNorm re-estimation.
+"""What averaging costs diverged replicas, and what fixes it: norm-preserving blends, BatchNorm re-estimation.
 
   python -m experiments.reductions --flagfile=experiments/presets/fashion_reductions.flags --data_dir=DIR
   python -m experiments.reductions --flagfile=experiments/presets/digits_batchnorm.flags

@@ -83,7 +83,7 @@ def _accuracy(
 
 
 def _over_seeds(accuracies: Sequence[float]) -> Statistic:
-    """A rate at which one seed diverges is no choice, however well the others do."""
+    """A rate at which one seed diverges is not a choice, however well the others do."""
     return statistic([] if any(map(math.isnan, accuracies)) else accuracies)
 
 

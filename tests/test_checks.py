@@ -52,7 +52,7 @@ REFUSED = {
     ),
     "no array": (lambda: AVG.init({"w": 1.0}), r"params\['w'\] is a float; it must be an array"),
     "no parameters": (lambda: AVG.init({}), "holds no arrays"),
-    "init without replicas": (lambda: AVG.init(PARAMS, 0), "replicas is 0; it must be a whole number, at least 1"),
+    "init without replicas": (lambda: AVG.init(PARAMS, 0), "replicas is 0; it must be a whole number, 1 or more"),
     "one mask for all": (lambda: update(alive=jnp.ones(1, bool)), r"alive is bool of shape \(1,\).*\[4\]"),
     "a mask that is a scalar": (lambda: update(alive=True), r"alive is bool of shape \(\)"),
     "the living by number": (lambda: update(alive=jnp.array([0, 1, 2, 3])), "alive is int32"),
@@ -69,7 +69,7 @@ REFUSED = {
         lambda: update(avg=weighted_by(jnp.ones(3) / 3)),
         r"the weights of stacked\['dense'\]\['bias'\] have shape \(3,\).*\(4,\).*\(4, 5\)",
     ),
-    "weights that are a list": (lambda: update(avg=weighted_by([0.25] * 4)), "the weights, a list, are no prefix"),
+    "weights that are a list": (lambda: update(avg=weighted_by([0.25] * 4)), "the weights, a list, are not a prefix"),
     "transform that sums up": (
         lambda: update(avg=wavg.averager(wavg.uniform(), transform=lambda stacked, params, alive: params)),
         r"transform\(...\)\['dense'\]\['bias'\] has shape",
@@ -78,7 +78,7 @@ REFUSED = {
     "weighted_mean by one for all": (lambda: wavg.weighted_mean(STACKED, jnp.ones(1)), r"have shape \(1,\)"),
     "norm_preserving by part of the tree": (
         lambda: wavg.norm_preserving(STACKED, {"dense": jnp.ones(4)}),
-        "the weights, a dict, are no prefix",
+        "the weights, a dict, are not a prefix",
     ),
     "restart with what is not replicated": (lambda: AVG.restart(SQUARE, SQUARE, SQUARE), "must be .K, 4, 8.*replicate"),
     "restart of another network": (lambda: AVG.restart(STACKED, SQUARE, PARAMS), "old is not a tree like new"),

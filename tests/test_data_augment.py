@@ -51,5 +51,5 @@ def test_one_key_per_replica_equals_one_call_per_replica():
 def test_refused():
     with pytest.raises(DataError, match=r"shape \(4, 7\): it takes images"):
         crop_flip(jax.random.key(0), jnp.zeros((4, 7)))
-    with pytest.raises(SettingsError, match="padding -1: give 0 or more"):
+    with pytest.raises(SettingsError, match="padding is -1; it must be a whole number, 0 or more"):
         crop_flip(jax.random.key(0), jnp.zeros((4, 8, 8, 1)), padding=-1)

@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named_and_nothing_prepared(mnist_dir, case):
     assert f"{name}.gz is damaged" in str(caught.value) or case == "fewer labels"
     assert str(caught.value).endswith("put the published file there or delete it")
     assert_nothing_prepared(mnist_dir)
-    # Once mended, it loads.
+    # Once fixed, it loads.
     write(mnist_dir / "mnist", mnist_files())
     assert len(load("mnist", mnist_dir).train.y) == 50
 
@@ -129,7 +129,7 @@ CIFAR_DAMAGE = {
     ),
     "record cut": (
         lambda path: tar(path.parent, cifar_files() | {"data_batch_2.bin": bytes(3074)}),
-        "data_batch_2.bin has 3074 bytes, which is no multiple of 3073",
+        "data_batch_2.bin has 3074 bytes, which is not a multiple of 3073",
     ),
     "empty": (lambda path: tar(path.parent, cifar_files() | {"test_batch.bin": b""}), "is empty"),
     "label": (lambda path: tar(path.parent, cifar_files() | {"test_batch.bin": b"\xff" * 3073}), "label 255 of 10"),

@@ -82,7 +82,7 @@ def test_pool_is_one_shard_of_all_with_the_same_labels():
         (lambda split, seed: (np.arange(5), np.arange(0)), "shard 1 is empty"),
         (lambda split, seed: (np.arange(5000),), "shard 0 is empty or not within 0 to 1336"),
         (lambda split, seed: [[0, 1], []], "shard 1 is empty"),
-        (lambda split, seed: None, "the partition returned None: return an array of indices for each replica"),
+        (lambda split, seed: None, "what the partition returned is None: return an array of indices for each replica"),
         (lambda split, seed: np.arange(5), r"shard 0 is int64 of shape \(\): .*for each replica"),
         (lambda split, seed: [[0.5, 1.5]], "shard 0 is float64 of shape .2,.: give the whole numbers"),
         (lambda split, seed: [split.y < 5], r"shard 0 is bool .*np\.flatnonzero\(mask\)"),

@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written(mnist_dir, monkeypatch):
 
 def test_a_data_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file is no folder: name one with --data_dir"):
+    with pytest.raises(DataError, match="file is not a folder: name one with --data_dir"):
         load("mnist", tmp_path / "file")
 
 

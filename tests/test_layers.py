@@ -13,14 +13,14 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a module imports from floors below its own alone.
 FLOORS = [
     {"base", "interrupt", "machine", "metrics", "progress"},
-    {"checks", "statistic", "canvas", "lock"},
-    {"tree", "keys", "records", "arguments"},
-    {"signals", "reduce", "outer", "pull", "mapping", "data", "models", "shares", "page"},
+    {"arguments", "checks", "statistic", "canvas", "lock"},
+    {"tree", "keys", "records"},
+    {"signals", "reduce", "outer", "pull", "mapping", "data", "models", "shares", "page", "liveness"},
     {"weighting", "policy", "placement"},
     {"wrappers", "robust", "search", "schedule", "smoothing", "faults"},
     {"averager", "local"},
     {"recipe", "checkpoint", "reestimation"},
-    {"sync", "journal", "summary", "feeder", "liveness"},
+    {"sync", "journal", "summary", "feeder"},
     {"rounds"},
     {"programs"},
     {"timing", "automap", "run"},

@@ -10,7 +10,8 @@ from flax import nnx
 from small import blobs, regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax import arguments, faults, models, outer, pull, schedule, smoothing
+from wavg_jax import arguments, faults, models, outer, pull, robust, schedule, search, smoothing, wrappers
+from wavg_jax.data import iid, round_indices
 
 NAN, INF = float("nan"), float("inf")
 TASK, DATA, PLAIN, INNER = regression(), sharded(), wavg.averager(wavg.uniform()), optax.sgd(0.1)
@@ -39,8 +40,8 @@ FIT = {
     "score_dtype": ("half a byte", 3, jnp.int32, object()),
     "smoothing": (0.9, "ema", optax.ema, PLAIN),
     "faults": (0.5, {0: 0.5}, [1.0] * 4),
-    "opt_state_at_sync": (None, *NO_FUNCTION),
-    "stats_at_sync": (None, *NO_FUNCTION),
+    "opt_state_at_sync": (None, *NO_FUNCTION, wavg.policy.reestimate),
+    "stats_at_sync": (None, *NO_FUNCTION, wavg.policy.reestimate),
     "devices": COUNTS[1:],
     "replica_map": (None, 3, "pmap", ["vmap"]),
     "resident": ("yes", 1, 0.5),
@@ -49,8 +50,8 @@ FIT = {
     "checkpoint_every": COUNTS,
     "evaluate_every": COUNTS,
     "resume": (None, "yes", 1),
-    "facts": (3, "a", [("a", 1)]),
-    "settings": (3, "a", [("a", 1)]),
+    "facts": (3, "a", [("a", 1)], {"x": object()}, {"x": [{"y": {1}}]}, {("x",): 1}),
+    "settings": (3, "a", [("a", 1)], {"x": object()}, {"x": 1j}),
     "on_round": NO_FUNCTION,
     "chunk": COUNTS,
 }
@@ -66,7 +67,7 @@ def one(function, name, *values, **others):
     # Not repr, which holds addresses: the processes of the tests must agree on the names.
     return [
         (
-            f"{function.__name__}({name}={arguments._shown(value)})",
+            f"{function.__name__}({name}={arguments.shown(value)})",
             lambda v=value: function(**others, **{name: v}),
             name,
         )
@@ -92,11 +93,29 @@ OTHERS = [
     *one(faults.faults, "replicas", *COUNTS),
     *one(faults.faults, "speed", 0.5, [0.5], {9: 0.5}, {"a": 0.5}, {0: 0}, {0: 2}, {0: NAN}, {0: "x"}, replicas=4),
     *one(faults.faults, "sent", {0: INF}, {0: None}, {0: True}, replicas=4),
+    *one(wavg.policy.reestimate, "steps", *COUNTS),
+    *one(search.learned, "steps", *COUNTS),
+    *one(search.learned, "learning_rate", "1", NAN, True),
+    *one(search.learned, "optimizer", 0.5, optax.sgd),
+    *one(wavg.softmax, "temperature", None, "a", 0, NAN, True),
+    *one(wavg.proportional, "power", None, "x", 0, -1, INF),
+    *one(wavg.proportional, "chance", None, "x", NAN),
+    *one(wavg.fisher_merging, "floor", None, "x", -1, INF),
+    *one(wrappers.uniform_floor, "floor", None, "x", -0.1, 1.1, NAN, weighting=wavg.uniform()),
+    *one(wrappers.momentum, "decay", None, "x", -0.1, 1, NAN, weighting=wavg.uniform()),
+    *one(wrappers.smooth_signals, "decay", None, "x", -0.1, 1, NAN, weighting=wavg.uniform()),
+    *one(wrappers.shortlist, "keep", *COUNTS, weighting=wavg.uniform()),
+    *one(robust.geometric_median, "smoothing", None, "x", 0, INF),
+    *one(robust.clip_deltas, "max_norm", "x", 0, NAN),
+    *one(robust.trimmed_mean, "trim", None, "3", 2.5, -1, True),
+    *one(wavg.replicate, "replicas", *COUNTS, tree={"w": jnp.ones(2)}),
     *one(outer.nesterov, "learning_rate", None, "1", NAN, INF, True, [1]),
-    *one(outer.fedavgm, "momentum", None, "1", NAN, -0.1, 1.1),
+    *one(outer.fedavgm, "momentum", None, "1", NAN, -0.1, 1.0, 1.1),
     *one(outer.lookahead, "alpha", None, NAN, "1"),
     *one(outer.bmuf, "momentum", None, NAN, 2),
-    *one(outer.fedadam, "b2", None, NAN, 2),
+    *one(outer.fedadam, "b1", None, NAN, 1.0),
+    *one(outer.fedadam, "b2", None, NAN, 1.0, 2),
+    *one(outer.fedadam, "eps", None, "x", NAN, -1.0, 0, len),
     *one(outer.delayed, "outer", None, 0.5, optax.sgd, PLAIN),
     *one(models.from_linen, "module", None, Module, 3, nnx.Module, input_shape=(4,)),
     *one(models.from_linen, "input_shape", None, 4, (4.0,), (0,), "4", module=Module()),
@@ -152,3 +171,28 @@ def test_numpy_s_numbers_chains_and_whatever_has_the_right_functions_are_taken()
     wavg.averager(wavg.uniform(), pull=np.float32(0.5), outer=Duck())
     outer.nesterov(optax.constant_schedule(0.7), np.float64(0.5))
     smoothing.ema(np.float32(0.5))
+
+
+@pytest.mark.parametrize("three", [3, np.int8(3), np.array(3), jnp.int32(3)])
+def test_whatever_is_a_whole_number_is_one_for_every_function(three):
+    assert arguments.as_whole("three", three, 3) == 3
+    assert wavg.replicate({"w": jnp.ones(2)}, three)["w"].shape == (3, 2)
+    assert schedule.fixed(three).longest == 3
+    assert len(iid(9, three, three)) == 3
+    indices = round_indices([np.arange(9)], seed=three, first_step=three, local_steps=three, batch_size=three)
+    assert indices.shape == (1, 3, 3)
+
+
+def test_entries_that_cannot_be_written_are_refused_before_the_workdir_is_made(tmp_path):
+    workdir = tmp_path / "runs"
+    with pytest.raises(wavg.SettingsError, match=r"settings\['x'\] is of type object"):
+        fit(settings={"x": object()}, workdir=workdir)
+    assert not workdir.exists()
+    assert arguments.JSON.fits([np.arange(3), {"a": (jnp.ones(2), None, np.float32(1))}])
+
+
+def test_a_policy_that_was_not_called_is_told_from_one():
+    with pytest.raises(wavg.SettingsError, match="call it"):
+        fit(stats_at_sync=wavg.policy.reestimate)
+    for policy in (wavg.policy.keep, wavg.policy.reset, wavg.policy.reestimate(np.int64(2))):
+        assert arguments.takes(2, "").fits(policy)

@@ -355,7 +355,7 @@ BAD = {
     "dropout of 1": (
         lambda: jax.eval_shape(from_linen(MLP(dropout=1.0), (4,)).init, jax.random.key(0)),
         SettingsError,
-        r"dropout must be in \[0, 1\), got 1.0",
+        "dropout is 1.0; it must be a finite number, 0 or more and less than 1",
     ),
     "flat images": (
         lambda: jax.eval_shape(from_linen(CNN(), (64,)).init, jax.random.key(0)),

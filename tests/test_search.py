@@ -520,7 +520,7 @@ def test_needs_are_united():
         (lambda: search.greedy_soup("grad_norm"), '"loss" or by "accuracy"'),
         (lambda: search.best_of(uniform(), signal="ece"), '"loss" or by "accuracy"'),
         (search.best_of, "at least one weighting"),
-        (lambda: search.learned(steps=0), "at least 1 step"),
+        (lambda: search.learned(steps=0), "1 or more"),
         (lambda: search.learned(learning_rate=0.1, optimizer=optax.sgd(0.1)), "give one of the two"),
         (lambda: search.learned(carry=True).init({"x": jnp.zeros(2)}), "replicas=K"),
         (lambda: blended(search.learned(by_part, carry=True), [0.0, 4.0]), "one logit per replica"),

@@ -123,7 +123,7 @@ def test_replicas_learn_to_count_on():
 
 
 def _given(logits: jax.Array):
-    """A task whose network puts out these logits."""
+    """A task whose network outputs these logits."""
     return language_model(lambda rng: ({}, {}), lambda params, mutable, x, *, train, rng: (logits, mutable))
 
 

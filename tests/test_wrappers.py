@@ -220,11 +220,11 @@ def test_momentum_knows_the_weights_of_a_search_before_any_is_made():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: wrappers.uniform_floor(ACCURACY, 1.5), "between 0 and 1"),
-        (lambda: wrappers.uniform_floor(ACCURACY, NAN), "between 0 and 1"),
+        (lambda: wrappers.uniform_floor(ACCURACY, 1.5), "0 or more and at most 1"),
+        (lambda: wrappers.uniform_floor(ACCURACY, NAN), "0 or more and at most 1"),
         (lambda: wrappers.momentum(ACCURACY, 1.0), "less than 1"),
         (lambda: wrappers.smooth_signals(ACCURACY, -0.1), "less than 1"),
-        (lambda: wrappers.shortlist(ACCURACY, 0), "at least 1"),
+        (lambda: wrappers.shortlist(ACCURACY, 0), "1 or more"),
         (lambda: wrappers.shortlist(ACCURACY, 2, "cosine"), "higher_is_better"),
         (lambda: wrappers.momentum(ACCURACY, 0.5).init(PARAMS), "replicas=K"),
         (lambda: wrappers.grawa().init(PARAMS), "replicas=K"),

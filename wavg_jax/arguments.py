@@ -4,13 +4,17 @@ A `Rule` is a question and its answer in words; `check` asks it. Rules ask what 
 class it is, so numpy's integers are whole numbers and whatever has optax's two functions is an optimizer.
 """
 
+import inspect
+import json
 import math
 import operator
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from wavg_jax.base import SettingsError
 
@@ -35,7 +39,7 @@ def check(name: str, value: Any, rule: Rule) -> None:
     wavg_jax.base.SettingsError: rounds is 2.5; it must be a whole number, 1 or more
     """
     if not rule.fits(value):
-        raise SettingsError(f"{name} is {_shown(value)}; it must be {rule.wanted}")
+        raise SettingsError(f"{name} is {shown(value)}; it must be {rule.wanted}")
 
 
 def check_all(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> None:
@@ -44,27 +48,53 @@ def check_all(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> None:
         check(name, given[name.removeprefix("--")], rule)
 
 
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)[:80]
+def as_whole(name: str, value: Any, least: int | None = None) -> int:
+    """Returns the argument of this name as an `int`; SettingsError if it is not a whole number, or below `least`.
+
+    NumPy's own would overflow, and JSON does not take them.
+
+    >>> as_whole("replicas", np.int64(4), 1)
+    4
+    """
+    check(name, value, whole(least))
+    return operator.index(value)
+
+
+_SIMPLE = (bool, int, float, str, bytes, np.generic, np.ndarray, type(None))
+
+
+def shown(value: Any) -> str:
+    """What a value looks like, in a part of a line: a number, a text or a short list of them, else its type.
+
+    >>> shown([1, 2, 3, 4, 5, 6, 7, 8]), shown({}), shown(dict)
+    ('[1, 2, 3, 4, 5, 6, ...]', 'of type dict', 'a class, dict')
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(item, _SIMPLE) for item in items):
+        return " ".join(reprlib.repr(value).split())
     return f"a class, {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
 
 
-def whole(least: int, most: int | None = None) -> Rule:
-    """A whole number from `least`, to `most` if that is given."""
+def whole(least: int | None = None, most: int | None = None) -> Rule:
+    """A whole number, from `least` and to `most` where these are given."""
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
 
     def fits(value: Any) -> bool:
         try:
-            number = operator.index(value)
+            n = operator.index(value)
         except TypeError:
             return False
-        return not isinstance(value, bool) and least <= number and (most is None or number <= most)
+        return not isinstance(value, bool) and low <= n <= high
 
-    return Rule(fits, f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}")
+    if most is not None:
+        return Rule(fits, f"a whole number from {low} to {most}")
+    return Rule(fits, "a whole number" if least is None else f"a whole number, {least} or more")
 
 
-def number(least: float = -math.inf, most: float = math.inf, *, apart: bool = False) -> Rule:
-    """A finite number between `least` and `most`, which are among them unless `apart`."""
+def number(
+    least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+) -> Rule:
+    """A finite number from `least` to `most`, greater than `above` and less than `below`."""
 
     def fits(value: Any) -> bool:
         if isinstance(value, bool | str | bytes):
@@ -73,11 +103,11 @@ def number(least: float = -math.inf, most: float = math.inf, *, apart: bool = Fa
             x = float(value)
         except (TypeError, ValueError):
             return False
-        return math.isfinite(x) and (least < x < most if apart else least <= x <= most)
+        return math.isfinite(x) and least <= x <= most and above < x < below
 
-    low = [] if least == -math.inf else [f"greater than {least:g}" if apart else f"{least:g} or more"]
-    high = [] if most == math.inf else [f"less than {most:g}" if apart else f"at most {most:g}"]
-    bounds = " and ".join([*low, *high])
+    said = {f"{least:g} or more": least, f"greater than {above:g}": above}
+    said |= {f"at most {most:g}": most, f"less than {below:g}": below}
+    bounds = " and ".join(words for words, bound in said.items() if math.isfinite(bound))
     return Rule(fits, f"a finite number, {bounds}" if bounds else "a finite number")
 
 
@@ -87,6 +117,23 @@ def has(wanted: str, *names: str, lacks: str = "") -> Rule:
     def fits(value: Any) -> bool:
         like = not isinstance(value, type) and all(hasattr(value, name) for name in names)
         return like and not (lacks and hasattr(value, lacks))
+
+    return Rule(fits, wanted)
+
+
+def takes(arguments: int, wanted: str) -> Rule:
+    """A function that can be called with so many positional arguments, as far as that can be known."""
+
+    def fits(value: Any) -> bool:
+        if not callable(value):
+            return False
+        try:
+            inspect.signature(value).bind(*range(arguments))
+        except TypeError:
+            return False
+        except ValueError:  # written in C, without a signature
+            pass
+        return True
 
     return Rule(fits, wanted)
 
@@ -118,11 +165,26 @@ def _floating(value: Any) -> bool:
         return False
 
 
+def _listed(value: Any) -> Any:
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    raise TypeError
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, default=_listed)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 NONE = Rule(lambda value: value is None, "None")
 YES_OR_NO = instance(bool, "True or False")
 TEXT = Rule(lambda value: isinstance(value, str) and bool(value), "a text")
 PATH = instance((str, os.PathLike), "the path of a folder")
 MAPPING = instance(Mapping, "a dict")
+JSON = Rule(_is_json, "what JSON can hold: a text, a number, None, or a list, dict or array of them")
 FLOATING = Rule(_floating, "a floating dtype, such as jnp.bfloat16")
 FUNCTION = Rule(callable, "a function")
 OPTIMIZER = has("an optax transformation, such as optax.sgd(0.05)", "init", "update", lacks="needs")

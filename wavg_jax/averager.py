@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, machine, tree
-from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, check_all, either, has, number
+from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, number
 from wavg_jax.base import Averager, Init, PyTree, SettingsError, Weighting
 from wavg_jax.pull import Pull, toward_new
 from wavg_jax.reduce import Reduction, weighted_mean
@@ -112,8 +112,8 @@ def _check_update(
         )
     replicas = checks.stacked(stacked, params)
     made = jax.eval_shape(functools.partial(init, replicas=replicas), params)
-    mend = f"make it with this averager's init(params, replicas={replicas})"
-    checks.alike("state", state, "this averager's state", made, mend)
+    fix = f"make it with this averager's init(params, replicas={replicas})"
+    checks.alike("state", state, "this averager's state", made, fix)
     return replicas
 
 
@@ -123,7 +123,7 @@ def _step(
     """The parameters, the outer optimizer's state and the masters after the blend."""
     if outer is None:
         return tree.cast_like(blend, params), state.outer, state.masters
-    # From what the replicas started from: what rounding took off the masters is no movement of theirs.
+    # From what the replicas started from: what rounding took off the masters is not a movement of the replicas.
     pseudo_gradient = optax.tree.sub(*tree.as_accumulators((params, blend)))
     current = _current(state.masters, params)
     updates, outer_state = outer.update(pseudo_gradient, state.outer, current)
@@ -212,7 +212,7 @@ def averager(
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
         checks.arrays("params", params)
-        k = None if replicas is None else checks.whole("replicas", replicas, 1)
+        k = None if replicas is None else as_whole("replicas", replicas, 1)
         state = weighting.init(params, k)
         if outer is None:
             return AveragerState(state, None, None)

@@ -13,7 +13,7 @@ PyTree = Any
 
 
 class WavgError(ValueError):
-    """Base of every error the library raises for bad input; the message names what is wrong and how to mend it."""
+    """Base of every error the library raises for bad input; the message names what is wrong and how to fix it."""
 
 
 class SettingsError(WavgError):

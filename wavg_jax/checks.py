@@ -1,7 +1,6 @@
 """What is handed in is checked, by its structure, shapes and dtypes alone: while a function is traced, so that the
 compiled program pays nothing for it."""
 
-import reprlib
 from typing import Any
 
 import jax
@@ -9,36 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavg_jax.base import PyTree, SettingsError
-
-
-def brief(value: Any) -> str:
-    """What a value looks like, in a part of a line.
-
-    >>> brief([1, 2, 3, 4, 5, 6, 7, 8])
-    '[1, 2, 3, 4, 5, 6, ...]'
-    """
-    return " ".join(reprlib.repr(value).split())
-
-
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """Returns a whole number as an `int`.
-
-    Args:
-      name: what the error calls it.
-      value: of Python or NumPy; a bool is no number.
-      least: the smallest that is allowed.
-
-    Raises:
-      SettingsError: it is something else, or smaller.
-
-    >>> whole("replicas", np.int64(4), 1)
-    4
-    """
-    number = int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
-    if number is None or (least is not None and number < least):
-        bound = "" if least is None else f", at least {least}"
-        raise SettingsError(f"{name} is {brief(value)}; it must be a whole number{bound}")
-    return number
 
 
 def _named(name: str, tree: PyTree) -> dict[str, Any]:
@@ -56,12 +25,12 @@ def _leaves(name: str, tree: PyTree) -> dict[str, Any]:
 
 
 def arrays(name: str, tree: PyTree) -> None:
-    """Raises SettingsError if a tree has no leaves, or one that is no array."""
+    """Raises SettingsError if a tree has no leaves, or one that is not an array."""
     if not _leaves(name, tree):
         raise SettingsError(f"{name} is {tree!r}, which holds no arrays; give a tree of arrays")
 
 
-def _same_tree(name: str, tree: PyTree, of: str, like: PyTree, mend: str) -> None:
+def _same_tree(name: str, tree: PyTree, of: str, like: PyTree, fix: str) -> None:
     structures: list[Any] = [jax.tree.structure(t) for t in (tree, like)]
     if structures[0] == structures[1]:
         return
@@ -73,15 +42,15 @@ def _same_tree(name: str, tree: PyTree, of: str, like: PyTree, mend: str) -> Non
         difference = f"{name}{more[0]} is not in {of}"
     else:
         difference = f"one is a {type(tree).__name__}, the other a {type(like).__name__}, or they differ so inside"
-    raise SettingsError(f"{name} is not a tree like {of}: {difference}; {mend}")
+    raise SettingsError(f"{name} is not a tree like {of}: {difference}; {fix}")
 
 
-def alike(name: str, tree: PyTree, of: str, like: PyTree, mend: str) -> None:
-    """Raises SettingsError, which ends in `mend`, unless two trees have the same structure and shapes."""
-    _same_tree(name, tree, of, like, mend)
+def alike(name: str, tree: PyTree, of: str, like: PyTree, fix: str) -> None:
+    """Raises SettingsError, which ends in `fix`, unless two trees have the same structure and shapes."""
+    _same_tree(name, tree, of, like, fix)
     for (where, x), y in zip(_named(name, tree).items(), jax.tree.leaves(like), strict=True):
         if np.shape(x) != np.shape(y):
-            raise SettingsError(f"{where} has shape {np.shape(x)} where {of} has {np.shape(y)}; {mend}")
+            raise SettingsError(f"{where} has shape {np.shape(x)} where {of} has {np.shape(y)}; {fix}")
 
 
 _REPLICATE = "wavg.replicate(params, K) makes such a tree"
@@ -152,7 +121,7 @@ def weights(given: PyTree, stacked: PyTree) -> None:
         wide = jax.tree.leaves(jax.tree.broadcast(given, stacked))
     except ValueError:
         raise SettingsError(
-            f"the weights, a {type(given).__name__}, are no prefix of the tree of the parameters; give one array "
+            f"the weights, a {type(given).__name__}, are not a prefix of the tree of the parameters; give one array "
             "[K] for all of it, or an array for each of its branches or leaves"
         ) from None
     for (where, x), w in zip(_leaves("stacked", stacked).items(), wide, strict=True):

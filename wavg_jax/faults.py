@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from wavg_jax.arguments import MAPPING, NONE, Rule, check, either, number, whole
+from wavg_jax.arguments import MAPPING, NONE, as_whole, check, either, number, whole
 
 
 class Faults(NamedTuple):
@@ -20,7 +20,7 @@ class Faults(NamedTuple):
     sent: tuple[float, ...]
 
 
-_SPEED = Rule(lambda value: number(0, 1).fits(value) and value > 0, "a number above 0 and at most 1")
+_SPEED = number(above=0, most=1)
 
 
 def faults(
@@ -43,7 +43,7 @@ def faults(
     Faults(speed=(0.25, 1.0, 1.0), rate=(1.0, 1.0, 1.0), sent=(1.0, 1.0, -1.0))
     """
 
-    check("faults: replicas", replicas, whole(1))
+    replicas = as_whole("faults: replicas", replicas, 1)
 
     def row(name: str, factors: Mapping[int, float] | None) -> tuple[float, ...]:
         check(f"faults: {name}", factors, either(NONE, MAPPING))

@@ -5,18 +5,15 @@ does. Below g is the pseudo-gradient and p the global parameters, kept in float3
 memory starts at 0.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 
 from wavg_jax.arguments import OPTIMIZER, RATE, check, number
 from wavg_jax.base import PyTree
 
-
-def _check(**given: Any) -> None:
-    """Raises SettingsError if a rate, or a share of what was before, cannot be one."""
-    for name, value in given.items():
-        check(name, value, number(0, 1) if name in ("momentum", "b1", "b2") else RATE)
+_MEMORY = number(0, below=1)
+"""A share of what was before."""
 
 
 def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> optax.GradientTransformation:
@@ -24,7 +21,8 @@ def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> optax.Gradien
 
     `m <- momentum m + g`, `p <- p - learning_rate (g + momentum m)`.
     """
-    _check(learning_rate=learning_rate, momentum=momentum)
+    check("learning_rate", learning_rate, RATE)
+    check("momentum", momentum, _MEMORY)
     return optax.sgd(learning_rate, momentum=momentum, nesterov=True)
 
 
@@ -44,7 +42,8 @@ def bmuf(momentum: float, block_learning_rate: float = 1.0, *, nesterov: bool = 
       block_learning_rate: 1 in the paper.
       nesterov: whether the replicas start ahead of the model.
     """
-    _check(block_learning_rate=block_learning_rate, momentum=momentum)
+    check("block_learning_rate", block_learning_rate, RATE)
+    check("momentum", momentum, _MEMORY)
     return optax.sgd(block_learning_rate, momentum=momentum, nesterov=nesterov)
 
 
@@ -53,7 +52,7 @@ def lookahead(alpha: float = 0.5) -> optax.GradientTransformation:
 
     With K = 1 this is Lookahead itself (Zhang et al. 2019, arXiv:1907.08610), whose k is the number of local steps.
     """
-    _check(alpha=alpha)
+    check("alpha", alpha, RATE)
     return optax.sgd(alpha)
 
 
@@ -62,7 +61,8 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> optax.Gradient
 
     `v <- momentum v + g`, `p <- p - learning_rate v`; the learning rate of the paper is 1.
     """
-    _check(learning_rate=learning_rate, momentum=momentum)
+    check("learning_rate", learning_rate, RATE)
+    check("momentum", momentum, _MEMORY)
     return optax.sgd(learning_rate, momentum=momentum)
 
 
@@ -85,7 +85,10 @@ def fedadam(
       b2: decay of the second moment.
       eps: the paper's tau, the degree of adaptivity, in units of the pseudo-gradient.
     """
-    _check(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
+    check("learning_rate", learning_rate, RATE)
+    check("b1", b1, _MEMORY)
+    check("b2", b2, _MEMORY)
+    check("eps", eps, number(above=0))
     return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 
 from wavg_jax import tree
+from wavg_jax.arguments import as_whole
 from wavg_jax.base import PyTree, SettingsError
 
 
@@ -79,10 +80,9 @@ def reestimate(steps: int = 8) -> Policy:
       steps: batches per replica, at most the local steps H (`fit` raises SettingsError otherwise).
 
     Raises:
-      SettingsError: `steps` is not positive.
+      SettingsError: `steps` is not a whole number, 1 or more.
     """
-    if steps < 1:
-        raise SettingsError(f"reestimate(steps={steps}): at least 1 batch is needed")
+    steps = as_whole("reestimate: steps", steps, 1)
 
     def policy(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
         if sync.refresh is None:

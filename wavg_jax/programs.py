@@ -115,7 +115,7 @@ def compiled_together(*requests: tuple, keep: bool = True) -> list[Compiled]:
     try:
         return [job.result() for job in jobs]
     except BaseException:
-        _compile.cache_clear()  # what failed once, for want of memory, say, may be asked for again
+        _compile.cache_clear()  # what failed once, for lack of memory, say, may be asked for again
         raise
 
 

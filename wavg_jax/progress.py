@@ -26,7 +26,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
       total: rounds in all.
       done: rounds that an earlier part of the run has done.
     """
-    console = Console(stderr=True)  # what a binary puts out can be piped on
+    console = Console(stderr=True)  # what a binary outputs can be piped on
     shown = _nowhere() if not (console.is_terminal or console.is_jupyter) else None
     with shown or (_cell if console.is_jupyter else _line)(console, total, min(done, total)) as say:
         _open.append(say)

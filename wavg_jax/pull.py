@@ -9,16 +9,12 @@ from collections.abc import Callable
 
 import jax
 
-from wavg_jax.arguments import number
-from wavg_jax.base import SettingsError
+from wavg_jax.arguments import check, number
 
 Pull = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _checked(factor: float) -> float:
-    if not number(0, 1).fits(factor):
-        raise SettingsError(f"a pull of {factor} is not between 0 (replicas stay apart) and 1 (they are replaced)")
-    return float(factor)
+_FACTOR = number(0, 1)  # 0: the replicas stay apart, 1: they are replaced
 
 
 def toward_new(factor: float = 1.0) -> Pull:
@@ -42,7 +38,8 @@ def toward_new(factor: float = 1.0) -> Pull:
     >>> toward_new(0.25)(8.0, 0.0, 4.0)
     7.0
     """
-    factor = _checked(factor)
+    check("the pull's factor", factor, _FACTOR)
+    factor = float(factor)
     # 1 is exact: x + 1 * (new - x) would round.
     return lambda x, old, new: new if factor == 1 else x + factor * (new - x)
 
@@ -69,5 +66,6 @@ def toward_old(factor: float) -> Pull:
     >>> toward_old(0.25)(8.0, 0.0, 4.0)
     6.0
     """
-    factor = _checked(factor)
+    check("the pull's factor", factor, _FACTOR)
+    factor = float(factor)
     return lambda x, old, new: x + factor * (old - x)

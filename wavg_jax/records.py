@@ -96,7 +96,7 @@ def read_rows(path: pathlib.Path) -> list[Row]:
             row = json.loads(line)
             row["kind"], row["run"]
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: not a row ({error}); mend or delete the line") from error
+            raise DataError(f"{path}, line {number}: not a row ({error}); fix or delete the line") from error
         rows.append(row)
     if not rows:
         raise DataError(f"no rows in {path}: the file is empty")
@@ -357,7 +357,7 @@ def check_settings(before: Row, first: Row) -> None:
                 f"cannot resume {before['run']!r}: the data are not those it was started with ({name}: {value}, now "
                 f"{now[name]}); give the same data (--dataset, --data_dir), or choose another workdir (--workdir)"
             )
-    # The settings last: a flag of that name is what the user can mend.
+    # The settings last: a flag of that name is what the user can fix.
     then, now = ({key: row[key] for key in FIXED} | row["settings"] for row in (before, first))
     for name in sorted({*now, *then}):
         if now.get(name) != then.get(name):

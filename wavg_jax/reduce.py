@@ -95,7 +95,7 @@ def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = No
       `wavg_jax.tree.cast_like` brings them back.
 
     Raises:
-      SettingsError: the weights are no such tree.
+      SettingsError: the weights are not such a tree.
 
     >>> import jax.numpy as jnp
     >>> stacked = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "b": jnp.array([1.0, jnp.nan])}

@@ -58,7 +58,7 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
 
         statistics, others = _where(leaves, probed, True), _where(leaves, probed, False)
         batches = jax.random.split(rng, jax.tree.leaves(items)[0].shape[0])
-        # The momentum is no constant either if it differs between two batches, or with the counts of a step later.
+        # The momentum is not a constant either if it differs between two batches, or with the counts of a step later.
         ends = [jax.tree.map(lambda x, i=i: x[i], (items, batches)) for i in (0, count - 1)]
         up, later = update([jnp.full_like(s, _PROBE) for s in statistics], others, *ends[0])
         down, _ = update([jnp.full_like(s, -_PROBE) for s in statistics], later, *ends[1])
@@ -93,7 +93,7 @@ def _where(leaves: list, mask: list[bool], value: bool) -> list:
 
 
 def _momentum(up: jax.Array, down: jax.Array) -> jax.Array:
-    """The momentum of each number, from what became of the probe and of its negative; NaN where it is no average."""
+    """The momentum of each number, from what became of the probe and of its negative, NaN if it is not an average."""
     m = up / _PROBE
     average = (jnp.abs(m + down / _PROBE) <= _AGREEMENT) & (m >= _LEAST) & (m <= _MOST)
     return jnp.where(average, m, jnp.nan)

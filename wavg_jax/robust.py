@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavg_jax import tree
-from wavg_jax.base import PyTree, SettingsError, Weighting
-from wavg_jax.checks import whole
+from wavg_jax.arguments import NONE, as_whole, check, either, number
+from wavg_jax.base import PyTree, Weighting
 from wavg_jax.weighting import normalise
 
 
@@ -111,7 +111,7 @@ def trimmed_mean(trim: int) -> Weighting:
     Raises:
       SettingsError: `trim` is not a whole number, or negative.
     """
-    trim = whole("trim", trim, 0)
+    trim = as_whole("trim", trim, 0)
     return _middle(lambda n: jnp.minimum(trim, jnp.maximum(n - 1, 0) // 2))
 
 
@@ -134,9 +134,8 @@ def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
     Raises:
       SettingsError: `iterations` is not a positive whole number, or `smoothing` not a positive number.
     """
-    iterations = whole("iterations", iterations, 1)
-    if not 0 < smoothing < float("inf"):
-        raise SettingsError(f"smoothing is {smoothing}; it must be a finite distance greater than 0")
+    iterations = as_whole("iterations", iterations, 1)
+    check("smoothing", smoothing, number(above=0))
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
         def closeness(distances: jax.Array, least: jax.Array) -> jax.Array:
@@ -194,7 +193,7 @@ def multi_krum(byzantine: int, keep: int) -> Weighting:
     Raises:
       SettingsError: `byzantine` is not a whole number or negative, `keep` not a positive whole number.
     """
-    byzantine, keep = whole("byzantine", byzantine, 0), whole("keep", keep, 1)
+    byzantine, keep = as_whole("byzantine", byzantine, 0), as_whole("keep", keep, 1)
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
         del params, blend
@@ -248,8 +247,7 @@ def clip_deltas(max_norm: float | None = None) -> Callable[[PyTree, PyTree, jax.
     >>> clip_deltas(5.0)(stacked, {"w": jnp.zeros(2)}, jnp.array([True, True]))["w"].tolist()
     [[3.0, 4.0], [3.0, 4.0]]
     """
-    if max_norm is not None and not max_norm > 0:
-        raise SettingsError(f"max_norm is {max_norm}; it must be greater than 0, or None for the median norm")
+    check("max_norm", max_norm, either(NONE, number(above=0)))
 
     def transform(stacked: PyTree, params: PyTree, alive: jax.Array) -> PyTree:
         norms = _distances(stacked, params)

@@ -5,11 +5,10 @@ change without recompiling. It is a pure function of what a run records, so that
 """
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from wavg_jax.arguments import FUNCTION, check, either, number, whole
+from wavg_jax.arguments import FUNCTION, as_whole, check, either, number
 from wavg_jax.base import SettingsError
 
 
@@ -41,11 +40,6 @@ class Schedule(NamedTuple):
     varies: bool = True
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    check(name, value, whole(least))
-    return operator.index(value)
-
-
 def fixed(local_steps: int) -> Schedule:
     """The same H in every round: local SGD (Stich 2019, arXiv:1805.09767).
 
@@ -53,12 +47,12 @@ def fixed(local_steps: int) -> Schedule:
       local_steps: H.
 
     Raises:
-      SettingsError: it is not a whole number of at least 1.
+      SettingsError: it is not a whole number, 1 or more.
 
     >>> fixed(50).steps(Past(round=3, steps=150, losses=(2.0, 1.0, 0.5)))
     50
     """
-    local_steps = _whole("--local_steps", local_steps, 1)
+    local_steps = as_whole("--local_steps", local_steps, 1)
     return Schedule(local_steps, lambda past: local_steps, varies=False)
 
 
@@ -72,13 +66,13 @@ def post_local(local_steps: int, after: int) -> Schedule:
       after: local steps in the first phase; the paper switches where the learning rate first decays.
 
     Raises:
-      SettingsError: `local_steps` is not a whole number of at least 1, or `after` not one of at least 0.
+      SettingsError: `local_steps` is not a whole number, 1 or more, or `after` not one, 0 or more.
 
     >>> schedule = post_local(8, after=2)
     >>> [schedule.steps(Past(round, steps, (1.0,) * round)) for round, steps in enumerate([0, 1, 2, 10])]
     [1, 1, 8, 8]
     """
-    local_steps, after = _whole("local_steps", local_steps, 1), _whole("after", after, 0)
+    local_steps, after = as_whole("local_steps", local_steps, 1), as_whole("after", after, 0)
     return Schedule(local_steps, lambda past: 1 if past.steps < after else local_steps)
 
 
@@ -93,12 +87,12 @@ def linear(first: int, last: int, rounds: int) -> Schedule:
       rounds: how long it takes.
 
     Raises:
-      SettingsError: an argument is not a whole number of at least 1.
+      SettingsError: an argument is not a whole number, 1 or more.
 
     >>> [linear(10, 50, rounds=4).steps(Past(round, 0, (1.0,) * round)) for round in range(6)]
     [10, 20, 30, 40, 50, 50]
     """
-    first, last, rounds = _whole("first", first, 1), _whole("last", last, 1), _whole("rounds", rounds, 1)
+    first, last, rounds = as_whole("first", first, 1), as_whole("last", last, 1), as_whole("rounds", rounds, 1)
     return Schedule(max(first, last), lambda past: first + (last - first) * min(past.round, rounds) // rounds)
 
 
@@ -125,10 +119,10 @@ def qsr(
     >>> schedule.steps(Past(0, 0, ())), schedule.steps(Past(25, 100, (1.0,) * 25))
     (4, 16)
     """
-    least, longest, warmup = _whole("least", least, 1), _whole("longest", longest, 1), _whole("warmup", warmup, 0)
+    least, longest, warmup = as_whole("least", least, 1), as_whole("longest", longest, 1), as_whole("warmup", warmup, 0)
     if longest < least:
         raise SettingsError(f"longest is {longest}; it must not be less than least, which is {least}")
-    positive = number(0, apart=True)
+    positive = number(above=0)
     check("alpha", alpha, positive)
     check("learning_rate", learning_rate, either(positive, FUNCTION))
 
@@ -160,13 +154,13 @@ def adacomm(first: int, every: int) -> Schedule:
       every: rounds between updates.
 
     Raises:
-      SettingsError: an argument is not a whole number of at least 1.
+      SettingsError: an argument is not a whole number, 1 or more.
 
     >>> schedule = adacomm(first=16, every=2)
     >>> [schedule.steps(Past(r, 0, (2.0, 0.5, 0.5, 0.5)[:r])) for r in range(5)]  # sqrt(0.5 / 2) * 16 = 8
     [16, 16, 8, 8, 4]
     """
-    first, every = _whole("first", first, 1), _whole("every", every, 1)
+    first, every = as_whole("first", first, 1), as_whole("every", every, 1)
 
     def steps(past: Past) -> int:
         start = next((r for r, loss in enumerate(past.losses) if 0 < loss < math.inf), past.round)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
+from wavg_jax.arguments import NONE, OPTIMIZER, RATE, as_whole, check, either
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.reduce import weighted_mean
 from wavg_jax.signals import HIGHER_IS_BETTER
@@ -55,9 +56,9 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
             if score(mean(soup + [k])) >= score(mean(soup)): soup += [k]
         w_k = 1 / |soup| for k in the soup, else 0
 
-    Replicas whose own score is NaN or infinite are no ingredients, and a blend with such a score is never kept; if none
-    is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case in
-    which that order matters.
+    Replicas whose own score is NaN or infinite are not ingredients, and a blend with such a score is never kept; if
+    none is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case
+    in which that order matters.
 
     Costs K evaluations and K blends a round, beside the pass that measures the replicas' own scores; holds one blend.
 
@@ -224,7 +225,7 @@ def learned(
         dead have a part in.
 
     Raises:
-      SettingsError: `steps` is not positive; both a learning rate and an optimizer are given.
+      SettingsError: `steps` is not a whole number, 1 or more; both a learning rate and an optimizer are given.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -237,8 +238,9 @@ def learned(
     [0.2, 0.8]
     """
     start = uniform() if start is None else start
-    if steps < 1:
-        raise SettingsError(f"learned(steps={steps}): at least 1 step is needed")
+    steps = as_whole("learned: steps", steps, 1)
+    check("learned: learning_rate", learning_rate, either(NONE, RATE))
+    check("learned: optimizer", optimizer, either(NONE, OPTIMIZER))
     if optimizer is not None and learning_rate is not None:
         raise SettingsError("learned: an optimizer brings its own learning rate; give one of the two")
     descent = optimizer or _default_descent(carry, learning_rate)
@@ -296,7 +298,7 @@ def _finest(shapes: Sequence[PyTree], params: PyTree) -> PyTree:
     for like in (*shapes, params):
         try:
             return jax.tree.map(widest, *[jax.tree.broadcast(shape, like) for shape in shapes])
-        except ValueError:  # one of them is no prefix of this structure
+        except ValueError:  # one of them is not a prefix of this structure
             continue
     raise AssertionError("weights are a prefix tree of the parameters")
 

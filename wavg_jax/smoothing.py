@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import check, number, whole
+from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree
 
 
@@ -59,7 +59,7 @@ def ema(decay: float) -> optax.GradientTransformation:
     >>> smoothed["w"].tolist()  # (0.5 * 1.5 + 0.5 * 6) / (1 - 0.5^2)
     [5.0]
     """
-    check("decay", decay, number(0, 1, apart=True))
+    check("decay", decay, number(above=0, below=1))
     moment = optax.ema(decay, debias=False)
 
     def init(params: PyTree) -> optax.EmaState:
@@ -100,8 +100,7 @@ def swa(start: int = 0, every: int = 1) -> optax.GradientTransformation:
     [2.0]
     [3.0]
     """
-    check("start", start, whole(0))
-    check("every", every, whole(1))
+    start, every = as_whole("start", start, 0), as_whole("every", every, 1)
 
     def init(params: PyTree) -> SwaState:
         zero = jnp.zeros((), jnp.int32)

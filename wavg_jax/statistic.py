@@ -48,7 +48,7 @@ class Statistic(NamedTuple):
 
     @property
     def too_few(self) -> bool:
-        """Whether nothing can be shown for want of seeds: two may agree by chance, above all where values are steps."""
+        """Whether nothing can be shown for lack of seeds: two may agree by chance, above all where values are steps."""
         return self.n <= 2
 
 

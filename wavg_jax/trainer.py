@@ -1,10 +1,9 @@
 """fit(): the whole run, round after round, with rows, checkpoints and resumption."""
 
 import contextlib
-import operator
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from wavg_jax import automap, liveness, loop, mapping, policy, progress, signals
 from wavg_jax.arguments import (
     FLOATING,
     FUNCTION,
+    JSON,
     MAPPING,
     NONE,
     OPTIMIZER,
@@ -22,12 +22,14 @@ from wavg_jax.arguments import (
     TEXT,
     YES_OR_NO,
     Rule,
+    as_whole,
     check,
     check_all,
     each,
     either,
     has,
     instance,
+    takes,
     whole,
 )
 from wavg_jax.base import Averager, Diverged, PyTree, SettingsError, Task, TrainState, WavgWarning
@@ -60,6 +62,7 @@ class Result(NamedTuple):
     stopped: bool = False
 
 
+_POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
 _ARGUMENTS = {
     "task": has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", "init", "loss", "predict"),
     "data": instance(ShardedData, "sharded data: wavg_jax.data.shard cuts a data set into them"),
@@ -73,8 +76,8 @@ _ARGUMENTS = {
     "score_dtype": either(NONE, FLOATING),
     "smoothing": either(NONE, OPTIMIZER),
     "faults": either(NONE, instance(Faults, "one of wavg_jax.faults.faults")),
-    "opt_state_at_sync": FUNCTION,
-    "stats_at_sync": FUNCTION,
+    "opt_state_at_sync": _POLICY,
+    "stats_at_sync": _POLICY,
     "--devices": either(NONE, whole(1)),
     "resident": either(NONE, YES_OR_NO),
     "--workdir": either(NONE, PATH),
@@ -171,11 +174,12 @@ def fit(
     """
     check_all(_ARGUMENTS, locals())
     check("data.shards", data.shards, _SHARDS)
-    schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
-    # numpy's whole numbers overflow and are not JSON
-    counts = map(operator.index, (rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk))
-    plan = Plan(schedule, *counts)
     mapping.check(replica_map, "auto")
+    check_name(name)
+    extra = _entries("facts", facts) | {"settings": _entries("settings", settings)}
+    if resume and workdir is None:
+        raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
+    plan = _plan(local_steps, rounds, batch_size, seed, checkpoint_every, evaluate_every, chunk)
     recipe = make_recipe(
         task,
         data,
@@ -191,26 +195,19 @@ def fit(
         smoothing=smoothing,
         faults=faults,
     )
-    _check(plan, recipe, data, resume and workdir is None)
-    check_name(name)
+    _check(plan, recipe, data)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
     with contextlib.ExitStack() as stack:
         if on_round is None:
-            advance = stack.enter_context(progress.bar(plan.rounds))
-            on_round = lambda row: advance(caption(row))  # noqa: E731
+            on_round = stack.enter_context(_shown_by_a_bar(plan.rounds))
         if replica_map == "auto":
-            recorded = recorded_run(folder, name) if resume else None
-            decided = None if recorded is None else recorded["replica_map"]
-            steps = plan.rounds * schedule.longest
-            recipe = automap.settle(recipe, data, batch_size=plan.batch_size, steps=steps, decided=decided)
+            recipe = _settled(recipe, data, plan, recorded_run(folder, name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
         run = Run(recipe, data, plan, name)
         journal = stack.enter_context(open_journal(folder, name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
-        first = run.describe() | dict(facts or {})
-        first["settings"] = dict(settings or {})
-        state = journal.begin(first, run.initial, resume)
+        state = journal.begin(run.describe() | extra, run.initial, resume)
         state = loop.train(run, journal, state, on_round, stopped)
     result = Result(*evaluated(state), state, journal.rows(), stopped())
     if liveness.lost_at_the_end(result.rows):
@@ -218,6 +215,33 @@ def fit(
             liveness.explain(result.rows, folder, outer=getattr(state.averager, "outer", None) is not None), result
         )
     return result
+
+
+def _plan(local_steps: int | Schedule, *counts: int) -> Plan:
+    schedule = local_steps if isinstance(local_steps, Schedule) else fixed(local_steps)
+    return Plan(schedule, *(as_whole(name, n) for name, n in zip(Plan._fields[1:], counts, strict=True)))
+
+
+def _entries(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Entries of a row; SettingsError if one could not be written."""
+    for key, value in (given or {}).items():
+        check(f"a key of {name}", key, TEXT)
+        check(f"{name}[{key!r}]", value, JSON)
+    return dict(given or {})
+
+
+@contextlib.contextmanager
+def _shown_by_a_bar(rounds: int) -> Iterator[Callable[[Row], None]]:
+    """What is called with every new row, to show it."""
+    with progress.bar(rounds) as advance:
+        yield lambda row: advance(caption(row))
+
+
+def _settled(recipe: Recipe, data: ShardedData, plan: Plan, recorded: Row | None) -> Recipe:
+    """The recipe with its replicas run in the fastest way, or in that of the first part of the run."""
+    decided = None if recorded is None else recorded["replica_map"]
+    steps = plan.rounds * plan.schedule.longest
+    return automap.settle(recipe, data, batch_size=plan.batch_size, steps=steps, decided=decided)
 
 
 def caption(row: Row) -> str:
@@ -264,7 +288,7 @@ _MANY = 256
 """Replicas above which it is said that compiling takes long: 64 take 3 seconds on 2 cores, 256 take 12."""
 
 
-def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir: bool) -> None:
+def _check(plan: Plan, recipe: Recipe, data: ShardedData) -> None:
     """Refuses what cannot work before anything is compiled."""
     if recipe.faults is not None and len(recipe.faults.speed) != len(data.shards):
         raise SettingsError(f"the faults are of {len(recipe.faults.speed)} replicas, there are {len(data.shards)}")
@@ -275,13 +299,11 @@ def _check(plan: Plan, recipe: Recipe, data: ShardedData, resume_without_workdir
             WavgWarning,
             stacklevel=3,
         )
-    if resume_without_workdir:
-        raise SettingsError("resume needs a workdir (--workdir), the folder that the first part of the run wrote")
     signals.measurable(recipe.averager.needs)
     round_indices(data.shards, seed=plan.seed, first_step=0, local_steps=1, batch_size=plan.batch_size)  # its errors
     x = jax.eval_shape(recipe.prepare, jax.ShapeDtypeStruct((1, *data.train.x.shape[1:]), data.train.x.dtype))
     logits = jax.eval_shape(lambda rng, x: recipe.task.predict(*recipe.task.init(rng), x), jax.random.key(0), x)
     if logits.shape != (1, data.classes):
         raise SettingsError(
-            f"the network puts out {logits.shape[1:]} for a sample, the data have {data.classes} classes"
+            f"the network outputs {logits.shape[1:]} for a sample, the data have {data.classes} classes"
         )

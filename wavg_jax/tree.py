@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax import checks, machine
+from wavg_jax.arguments import as_whole
 from wavg_jax.base import PyTree, SettingsError
 
 
@@ -21,7 +22,7 @@ def replicate(tree: PyTree, replicas: int) -> PyTree:
     >>> replicate({"w": jnp.ones((2, 3))}, 4)["w"].shape
     (4, 2, 3)
     """
-    replicas = checks.whole("replicas", replicas, 1)
+    replicas = as_whole("replicas", replicas, 1)
     return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], replicas, axis=0), tree)
 
 
@@ -39,7 +40,7 @@ def replica(stacked: PyTree, k: int | jax.Array) -> PyTree:
         replicas = checks.replicas(stacked)
         if isinstance(k, jax.Array) and not k.ndim and jnp.issubdtype(k.dtype, jnp.integer):
             k = int(k)
-        if checks.whole("the replica", k) not in range(replicas):
+        if as_whole("the replica", k) not in range(replicas):
             raise SettingsError(f"there is no replica {k} of {replicas}; they are numbered from 0 to {replicas - 1}")
     return jax.tree.map(lambda x: x[k], stacked)
 
@@ -58,8 +59,8 @@ def all_finite(stacked: PyTree) -> jax.Array:
     """
     floats = [x for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.inexact)]
     check = _zeros_out if machine.on_cpu() else _each_finite
-    checks = [check(x.reshape(x.shape[0], -1)) for x in floats]
-    return functools.reduce(operator.and_, checks, jnp.ones(count_replicas(stacked), bool))
+    finite = [check(x.reshape(x.shape[0], -1)) for x in floats]
+    return functools.reduce(operator.and_, finite, jnp.ones(count_replicas(stacked), bool))
 
 
 def _each_finite(x: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ element.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, tree
+from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.signals import HIGHER_IS_BETTER
 
@@ -181,10 +181,9 @@ def proportional(
         `power` is not a number that can work.
     """
     _check_direction(signal, higher_is_better, needed=True, instead="inverse")
-    if not math.isfinite(chance):
-        raise SettingsError(f"proportional(chance={chance}): it must be a finite number, such as 0.1 for 10 classes")
-    if not 0 < power < math.inf:
-        raise SettingsError(f"proportional(power={power}): it must be greater than 0 and finite")
+    check("proportional: chance", chance, number())
+    check("proportional: power", power, number(above=0))
+    chance = float(chance)
 
     def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
         excess = _scaled(jnp.where(usable, jnp.maximum(values - chance, 0), 0))
@@ -251,8 +250,8 @@ def softmax(
     Raises:
       SettingsError: the temperature is not positive, or the direction of an unknown signal is not given.
     """
-    if not temperature > 0:
-        raise SettingsError(f"the softmax temperature is {temperature}; it must be greater than 0 (--temperature)")
+    check("the softmax temperature (--temperature)", temperature, number(above=0))
+    temperature = float(temperature)
     sign = direction(signal, higher_is_better)
 
     def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
@@ -333,8 +332,8 @@ def fisher_merging(floor: float = 1e-6, *, normalise: bool = False) -> Weighting
     Raises:
       SettingsError: the floor is negative.
     """
-    if not 0 <= floor < math.inf:
-        raise SettingsError(f"fisher_merging(floor={floor}): it must be 0 or more and finite, such as 1e-6")
+    check("fisher_merging: floor", floor, number(0))
+    floor = float(floor)
 
     def floored(values: jax.Array) -> jax.Array:
         return jnp.where(values >= 0, jnp.maximum(values, floor), values)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from wavg_jax import signals as signals_
 from wavg_jax import tree
+from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting import direction, inverse, normalise, usable, values_of
 
@@ -19,18 +20,6 @@ _HUGE = float(jnp.finfo(jnp.float32).max) / 4
 def _columns(mask: jax.Array, like: jax.Array) -> jax.Array:
     """A mask or number per replica [K] in the shape in which it broadcasts against [K, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - 1))
-
-
-def _share(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise SettingsError(f"{name} is {value}; it must be between 0 and 1")
-    return float(value)
-
-
-def _decay(name: str, value: float) -> float:
-    if not 0 <= value < 1:
-        raise SettingsError(f"{name} is {value}; it must be at least 0 and less than 1, such as 0.9")
-    return float(value)
 
 
 def _count(name: str, replicas: int | None) -> int:
@@ -57,7 +46,8 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
     >>> weights.tolist()
     [0.75, 0.25]
     """
-    floor = _share("uniform_floor(floor=...)", floor)
+    check("uniform_floor: floor", floor, number(0, 1))
+    floor = float(floor)
 
     def update(
         stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
@@ -108,7 +98,8 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
     Raises:
       SettingsError: the decay is not; or, from `init`, `replicas` is missing.
     """
-    decay = _decay("momentum(decay=...)", decay)
+    check("momentum: decay", decay, number(0, below=1))
+    decay = float(decay)
 
     def init(params: PyTree, replicas: int | None = None) -> MomentumState:
         k = _count("momentum", replicas)
@@ -151,7 +142,8 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
     Raises:
       SettingsError: the decay is not; or, from `init`, `replicas` is missing.
     """
-    decay = _decay("smooth_signals(decay=...)", decay)
+    check("smooth_signals: decay", decay, number(0, below=1))
+    decay = float(decay)
     names = tuple(name for name in weighting.needs if name != "evaluate")
 
     def init(params: PyTree, replicas: int | None = None) -> SmoothState:
@@ -200,11 +192,10 @@ def shortlist(
       higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
 
     Raises:
-      SettingsError: `keep` is not positive, the direction of an unknown signal is not given, or, from `update`, the
-        signal is not an array [K].
+      SettingsError: `keep` is not a whole number, 1 or more, the direction of an unknown signal is not given, or, from
+        `update`, the signal is not an array [K].
     """
-    if keep < 1:
-        raise SettingsError(f"shortlist(keep={keep}) leaves no replica; keep at least 1")
+    keep = as_whole("shortlist: keep", keep, 1)
     sign = direction(signal, higher_is_better)
 
     def chosen(values: jax.Array, alive: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from wavg_jax.arguments import as_whole
 from wavg_jax.base import DataError, SettingsError, WavgWarning
-from wavg_jax.checks import whole
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -62,10 +62,9 @@ def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
       The generator; the same arguments always give the same one.
 
     Raises:
-      SettingsError: the seed is negative, or no whole number.
+      SettingsError: the seed is not a whole number, 0 or more.
     """
-    if whole("the seed", seed) < 0:
-        raise SettingsError(f"the seed is {seed}, but seeds are not negative: set --seed to 0 or more")
+    seed = as_whole("--seed", seed, 0)
     # A spawn key is padded apart from the seed; plain [seed, 0] would be the same stream as [seed].
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *which)))
 
@@ -94,8 +93,8 @@ def from_arrays(
       The data set. A `WavgWarning` is given if all training labels are the same.
 
     Raises:
-      DataError: lengths, shapes or types do not fit, an array is empty, an input is NaN or infinite, a label is no
-        whole number in [0, classes), or the number of classes cannot be right.
+      DataError: lengths, shapes or types do not fit, an array is empty, an input is NaN or infinite, a label is
+        not a whole number in [0, classes), or the number of classes cannot be right.
 
     >>> import numpy as np
     >>> data = from_arrays(np.zeros((3, 2)), [0, 1, 1], np.zeros((1, 2)), [0])
@@ -132,7 +131,7 @@ def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> in
         gap = np.flatnonzero(np.append(seen, -1) != np.arange(len(seen) + 1))[0]
         if gap < classes and min(seen[0], test.min()) >= 0:
             raise DataError(
-                f"{name}: the largest label is {classes - 1}, but no training sample has label {gap}: mend the labels, "
+                f"{name}: the largest label is {classes - 1}, but no training sample has label {gap}: fix the labels, "
                 "or say how many classes there are (classes)"
             )
     number = np.asarray(classes)
@@ -155,7 +154,7 @@ def as_array(what: str, values: ArrayLike) -> np.ndarray:
     try:
         return np.asarray(values)
     except ValueError as error:
-        raise DataError(f"{what} are no array ({_one_line(error)}): give samples of one shape") from None
+        raise DataError(f"{what} do not form an array ({_one_line(error)}): give samples of one shape") from None
 
 
 def _inputs(part: str, x: ArrayLike) -> np.ndarray:
@@ -173,7 +172,7 @@ def _inputs(part: str, x: ArrayLike) -> np.ndarray:
         first = ", ".join(str(i) for i in np.unravel_index(int(np.argmin(finite)), x.shape))
         raise DataError(
             f"{part} inputs hold {x.size - np.count_nonzero(finite)} values that are NaN or infinite in float32, "
-            f"the first at index [{first}]: mend or drop those samples"
+            f"the first at index [{first}]: fix or drop those samples"
         )
     return x
 
@@ -189,7 +188,7 @@ def _labels(part: str, y: ArrayLike) -> np.ndarray:
     wrong = np.flatnonzero(whole != y)
     if len(wrong):
         raise DataError(
-            f"{part} labels hold {len(wrong)} values that are no class numbers, the first at index {wrong[0]} is "
+            f"{part} labels hold {len(wrong)} values that are not class numbers, the first at index {wrong[0]} is "
             f"{y[wrong[0]]}: give whole numbers from 0"
         )
     return whole
@@ -209,7 +208,7 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
       The data set.
 
     Raises:
-      DataError: the file is missing, is no npz file, lacks an array, or `from_arrays` refuses what it holds.
+      DataError: the file is missing, is not an npz file, lacks an array, or `from_arrays` refuses what it holds.
     """
     path = as_path("the path of an npz file", path)
     try:
@@ -218,7 +217,7 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
     except FileNotFoundError:
         raise DataError(f"there is no file {path}: check the path (--dataset)") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # TypeError: a lone .npy array is no context manager.
+        # TypeError: a lone .npy array is not a context manager.
         raise DataError(
             f"{path} cannot be read as an npz file of number arrays ({_one_line(error)}): write it with numpy.savez"
         ) from None
@@ -254,11 +253,12 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
       first of them are a fair sample too.
 
     Raises:
-      SettingsError: n is no whole number, negative, or leaves nothing to train on.
+      SettingsError: n is not a whole number, 0 or more, or leaves nothing to train on.
     """
     if not isinstance(split, Split):
         raise SettingsError(f"the samples are a {type(split).__name__}: give a data.Split, such as dataset.train")
-    if not 0 <= whole("heldout", n) < len(split.y):
+    n = as_whole("--heldout", n, 0)
+    if n >= len(split.y):
         raise SettingsError(
             f"{n} held-out samples asked for, out of {len(split.y)} training samples: "
             f"set --heldout between 0 and {len(split.y) - 1}"

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from wavg_jax.base import DataError, SettingsError
-from wavg_jax.checks import whole
+from wavg_jax.arguments import as_whole
+from wavg_jax.base import DataError
 
 
 def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
@@ -22,15 +22,14 @@ def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
       Images [B, H, W, C] in the dtype of `x`.
 
     Raises:
-      DataError: `x` are no images [B, H, W, C].
-      SettingsError: the padding is negative.
+      DataError: `x` is not images [B, H, W, C].
+      SettingsError: the padding is not a whole number, 0 or more.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385), section 4.2.
     """
     if x.ndim != 4:
         raise DataError(f"crop_flip got inputs of shape {x.shape}: it takes images [B, H, W, C], train without it")
-    if whole("padding", padding) < 0:
-        raise SettingsError(f"crop_flip got padding {padding}: give 0 or more")
+    padding = as_whole("crop_flip: padding", padding, 0)
     batch, *image = x.shape
     crop_rng, flip_rng = jax.random.split(rng)
     offsets = jax.random.randint(crop_rng, (batch, 2), 0, 2 * padding + 1)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from wavg_jax.arguments import as_whole
 from wavg_jax.base import SettingsError
-from wavg_jax.checks import whole
 from wavg_jax.data.shards import as_indices
 
 
@@ -37,11 +37,8 @@ def round_indices(
     >>> indices.shape, np.sort(indices.reshape(2, 4)).tolist()
     ((2, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]])
     """
-    for flag, value, least in (("local_steps", local_steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if whole(flag, value) < least:
-            raise SettingsError(f"{flag} is {value}: set --{flag} to {least} or more")
-    if whole("first_step", first_step) < 0:
-        raise SettingsError(f"first_step is {first_step}: steps are counted from 0")
+    local_steps, batch_size = as_whole("--local_steps", local_steps, 1), as_whole("--batch_size", batch_size, 1)
+    seed, first_step = as_whole("--seed", seed, 0), as_whole("first_step", first_step, 0)
     shards = [as_indices(k, shard) for k, shard in enumerate(shards)]
     if not shards:
         raise SettingsError("there are no shards: give the indices of the samples of at least one replica")

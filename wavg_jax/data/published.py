@@ -214,7 +214,7 @@ def _decode_cifar(shape: tuple[int, int, int], classes: int, found: Mapping[str,
     for part, (path, raw) in found.items():
         record = 1 + math.prod(shape)
         if len(raw) % record:
-            raise damaged(path, f"{part} has {len(raw)} bytes, which is no multiple of {record}")
+            raise damaged(path, f"{part} has {len(raw)} bytes, which is not a multiple of {record}")
         records = np.frombuffer(raw, np.uint8).reshape(-1, record)
         _check_labels(path, records[:, 0], classes)
         # Stored channel by channel.

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from wavg_jax.arguments import shown
 from wavg_jax.base import SettingsError
-from wavg_jax.checks import brief
 from wavg_jax.data.arrays import Dataset, Split, hold_out
 from wavg_jax.data.prepare import Scale, make_prepare, per_channel
 from wavg_jax.data.shards import Shards, as_indices, label_noise, noisy_shards
@@ -127,11 +127,13 @@ def _check(dataset: Dataset, partition: Callable, augment: Callable | None) -> N
 def _dealt(shards: Any, n: int) -> Shards:
     """What a partition of range(n) returned, as index arrays."""
     if not isinstance(shards, Iterable):
-        raise SettingsError(f"the partition returned {brief(shards)}: return an array of indices for each replica")
+        raise SettingsError(
+            f"what the partition returned is {shown(shards)}: return an array of indices for each replica"
+        )
     shards = tuple(as_indices(k, indices) for k, indices in enumerate(shards))
     for k, indices in enumerate(shards):
         if not len(indices) or indices.min() < 0 or indices.max() >= n:
-            raise SettingsError(f"the partition's shard {k} is empty or not within 0 to {n - 1}: mend the partition")
+            raise SettingsError(f"the partition's shard {k} is empty or not within 0 to {n - 1}: fix the partition")
     if not shards or np.bincount(np.concatenate(shards)).max() > 1:
-        raise SettingsError("the partition has no shards, or a sample in two of them: mend the partition")
+        raise SettingsError("the partition has no shards, or a sample in two of them: fix the partition")
     return tuple(indices.astype(np.int32) for indices in shards)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from wavg_jax.arguments import as_whole, check, number, shown
 from wavg_jax.base import SettingsError
-from wavg_jax.checks import brief, whole
 from wavg_jax.data.arrays import as_array, generator
 
 Shards = tuple[np.ndarray, ...]
@@ -29,7 +29,7 @@ def iid(n: int, replicas: int, seed: int) -> Shards:
     >>> [len(shard) for shard in iid(10, 3, seed=0)]
     [4, 3, 3]
     """
-    _check_replicas(n, replicas)
+    n, replicas = _counts(n, replicas)
     return _cut(generator(seed, "iid").permutation(n), _even(n, replicas))
 
 
@@ -55,8 +55,8 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     except (TypeError, ValueError):
         share = np.zeros(())
     if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
-        raise SettingsError(f"shard proportions {brief(proportions)}: give one positive number per replica")
-    _check_replicas(n, len(share))
+        raise SettingsError(f"the shard proportions are {shown(proportions)}: give one positive number per replica")
+    n, _ = _counts(n, len(share))
     # Every shard has one sample before the rest is shared out, so the targets shrink by what is not there to give.
     exact = np.maximum(n * (share / share.sum()), 1)
     exact = 1 + (exact - 1) * ((n - len(share)) / max((exact - 1).sum(), 1e-300))
@@ -85,7 +85,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
       K index arrays, int32, ascending.
 
     Raises:
-      SettingsError: the labels are no [N], alpha is not positive, or N // K is less than `min_size`.
+      SettingsError: the labels are not [N], alpha is not positive, or N // K is less than `min_size`.
 
     Reference: Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019 (arXiv:1909.06335).
@@ -98,10 +98,9 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     labels = as_array("the labels", labels)
     if labels.ndim != 1:
         raise SettingsError(f"the labels have shape {labels.shape}: give one class number per sample, [N]")
-    _check_replicas(len(labels), replicas)
-    whole("min_size", min_size)
-    if not isinstance(alpha, int | float | np.number) or not 0 < alpha < np.inf:
-        raise SettingsError(f"the Dirichlet concentration is {brief(alpha)} (--alpha): give a number > 0")
+    _, replicas = _counts(len(labels), replicas)
+    min_size = as_whole("min_size", min_size)
+    check("the Dirichlet concentration (--alpha)", alpha, number(above=0))
     if len(labels) // replicas < min_size:
         most = max(len(labels) // min_size, 1)
         raise SettingsError(
@@ -150,7 +149,7 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
       New labels [N], int32.
 
     Raises:
-      SettingsError: a number in `noisy` is no shard.
+      SettingsError: a number in `noisy` is not that of a shard.
     """
     noisy = noisy_shards(noisy, len(shards))
     labels = np.array(labels, np.int32)
@@ -163,11 +162,11 @@ def noisy_shards(noisy: Sequence[int], shards: int) -> tuple[int, ...]:
     """The numbers of the noisy ones among so many shards, each once and ascending.
 
     Raises:
-      SettingsError: a number is no shard's, or they are no numbers.
+      SettingsError: a number is not that of a shard, or they are not whole numbers.
     """
     if not isinstance(noisy, Iterable):
-        raise SettingsError(f"noisy is {brief(noisy)}: give the numbers of the noisy shards, such as (0, 1)")
-    numbers = sorted({whole("the number of a noisy shard", k) for k in noisy})
+        raise SettingsError(f"noisy is {shown(noisy)}: give the numbers of the noisy shards, such as (0, 1)")
+    numbers = sorted({as_whole("the number of a noisy shard", k) for k in noisy})
     if unknown := [k for k in numbers if k not in range(shards)]:
         raise SettingsError(f"noisy shards {unknown}: there are {shards}, give numbers from 0 to {shards - 1}")
     return tuple(numbers)
@@ -177,7 +176,7 @@ def as_indices(shard: int, indices: Any) -> np.ndarray:
     """The indices of a shard's samples as an array, which may have been given as a list.
 
     Raises:
-      SettingsError: they are no whole numbers [n].
+      SettingsError: they are not whole numbers [n].
     """
     try:
         array = np.asarray(indices)
@@ -193,9 +192,11 @@ def as_indices(shard: int, indices: Any) -> np.ndarray:
     return array
 
 
-def _check_replicas(n: int, replicas: int) -> None:
-    if not 1 <= whole("replicas", replicas) <= whole("n, the number of training samples", n):
+def _counts(n: int, replicas: int) -> tuple[int, int]:
+    n, replicas = as_whole("n, the number of training samples,", n, 0), as_whole("--replicas", replicas, 1)
+    if replicas > n:
         raise SettingsError(f"{replicas} replicas for {n} training samples: set --replicas between 1 and {n}")
+    return n, replicas
 
 
 def _even(n: int, replicas: int) -> np.ndarray:

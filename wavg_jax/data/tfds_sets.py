@@ -53,7 +53,7 @@ def load_tfds(name: str, data_dir: str | PathLike[str]) -> Dataset:
         raise SettingsError(f"no set {name!r}: choose one of {', '.join(PUBLISHED)}")
     root = Path(data_dir).expanduser()
     if root.exists() and not root.is_dir():
-        raise DataError(f"{root} is no folder: name one with --data_dir")
+        raise DataError(f"{root} is not a folder: name one with --data_dir")
     try:
         folder = _find_prepared(root / name)
     except OSError as error:

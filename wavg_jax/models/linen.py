@@ -37,7 +37,7 @@ def from_linen(
       A `Task` over plain dicts.
 
     Raises:
-      SettingsError: if `module` is no Linen module, or its `__call__` takes no `train`.
+      SettingsError: if `module` is not a Linen module, or its `__call__` takes no `train`.
 
     Example:
       >>> import jax, jax.numpy as jnp

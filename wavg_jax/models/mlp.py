@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from wavg_jax.arguments import check, each, number, whole
-from wavg_jax.base import SettingsError
 
 
 class MLP(nn.Module):
@@ -41,8 +40,7 @@ class MLP(nn.Module):
         """Computes logits [B, classes] of inputs [B, ...]; `train` switches dropout on."""
         check("hidden", self.hidden, each(whole(1), "the width of each hidden layer, such as (256, 256)"))
         check("classes", self.classes, whole(1))
-        if not number(0, 1).fits(self.dropout) or self.dropout == 1:
-            raise SettingsError(f"dropout must be in [0, 1), got {self.dropout}")
+        check("dropout", self.dropout, number(0, below=1))
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
