@@ -236,3 +236,10 @@ def test_masters_are_in_the_checkpoint(tmp_path):
         restored = checkpoints.restore(5, held)
     jax.tree.map(np.testing.assert_array_equal, restored, held)
     assert restored.averager.masters["wide"] is None
+
+
+def test_hyperparameters_of_a_named_outer_optimizer_may_be_injected():
+    outer = optax.inject_hyperparams(wavg.outer.lookahead)(alpha=0.25)
+    avg, params = wavg.averager(wavg.uniform(), outer=outer), {"w": jnp.zeros(2)}
+    new, _, _ = jax.jit(avg.update)({"w": jnp.full((3, 2), 4.0)}, avg.init(params), params)
+    np.testing.assert_allclose(new["w"], [1, 1], rtol=1e-6)

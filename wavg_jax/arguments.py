@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,9 +95,11 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
 def number(
     least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Rule:
-    """A finite number from `least` to `most`, greater than `above` and less than `below`."""
+    """A finite number from `least` to `most`, greater than `above` and less than `below`; a traced scalar may be one."""
 
     def fits(value: Any) -> bool:
+        if isinstance(value, jax.core.Tracer):  # as `optax.inject_hyperparams` hands them in
+            return value.ndim == 0
         if isinstance(value, bool | str | bytes):
             return False
         try:
