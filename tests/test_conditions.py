@@ -30,7 +30,7 @@ class Planned:
         row = {"run": options["name"], "test_accuracy": 0.5, "train_loss": 1.0}
         for _ in range(rounds):
             on_round(row)
-        return types.SimpleNamespace(rows=[row])
+        return types.SimpleNamespace(rows=[row], stopped=False)
 
     def of(self, noisy):
         return [run for run in self.runs if len(run.sharded.noisy) == noisy]

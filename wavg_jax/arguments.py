@@ -95,7 +95,7 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
 def number(
     least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Rule:
-    """A finite number from `least` to `most`, greater than `above` and less than `below`; a traced scalar may be one."""
+    """A finite number from `least` to `most`, greater than `above` and less than `below`; a traced one may be."""
 
     def fits(value: Any) -> bool:
         if isinstance(value, jax.core.Tracer):  # as `optax.inject_hyperparams` hands them in
