@@ -1,6 +1,7 @@
 """What a run does when replicas, or all that is left of it, are not finite: it says so, and ends with what was good."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -101,6 +102,31 @@ def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_oute
     assert new["w"].tolist() == [1, 2]
     assert weights.tolist() == [0, 0]
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@pytest.mark.parametrize(
+    ("outer", "start", "far"),
+    [(wavg.outer.fedadam(0.1), 0.0, 1e20), (wavg.outer.delayed(optax.sgd(1.0)), -3e38, 3e38)],
+    ids=["a squared gradient overflows", "what is held back overflows"],
+)
+def test_a_step_that_would_leave_the_outer_state_infinite_is_not_taken(outer, start, far, standard_promotion):
+    averager = wavg.averager(wavg.uniform(), outer=outer)
+    params = {"w": np.float32([start, 2])}
+    state = averager.init(params)
+    new, after, weights = averager.update({"w": np.float32([[far, 5], [far, 7]])}, state, params)
+    jax.tree.map(np.testing.assert_array_equal, (new, after), (params, state))
+    assert weights.tolist() == [0, 0]
+
+
+def test_what_was_infinite_in_the_outer_state_before_is_not_held_against_a_step():
+    bound = optax.GradientTransformation(
+        lambda params: {"mask": jnp.float32([-np.inf, 0])}, lambda u, s, p=None: (u, s)
+    )
+    averager = wavg.averager(wavg.uniform(), outer=optax.chain(bound, optax.sgd(1.0)))
+    params = {"w": np.float32([1, 2])}
+    new, _, weights = averager.update({"w": np.float32([[5, 6], [7, 8]])}, averager.init(params), params)
+    np.testing.assert_allclose(new["w"], [6, 7], rtol=1e-6)
+    np.testing.assert_allclose(weights, [0.5, 0.5])
 
 
 def test_a_replica_that_dies_is_told_of_once(recwarn):
