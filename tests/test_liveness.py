@@ -10,7 +10,7 @@ from small import initial, regression, sharded
 
 import wavg_jax as wavg
 from experiments import compare, train, tune
-from wavg_jax import records
+from wavg_jax import records, smoothing
 
 TASK = regression()
 PLAIN = wavg.averager(wavg.uniform())
@@ -69,13 +69,33 @@ def test_one_lost_round_is_survived_alike_whether_or_not_rounds_overlap():
         return jax.numpy.where((count >= 4) & (count < 6), np.nan, 1.0)
 
     ends = []
-    for options in ({}, {"evaluate_every": 6}):
+    for options in ({"smoothing": smoothing.swa()}, {"smoothing": smoothing.swa(), "evaluate_every": 6}):
         inner = optax.chain(optax.sgd(0.1), optax.scale_by_schedule(rate))
         with pytest.warns(wavg.WavgWarning, match="nothing came of round 3") as warned:
             ends.append(run(sharded(), inner=inner, **options))
         assert len(warned) == 1
         assert [any(row["weights"]) for row in ends[-1].rows[1:]] == [True, True, False, True, True, True]
+        assert int(ends[-1].state.smoothed.state.averaged) == 5  # the lost round is not in the mean
     jax.tree.map(np.testing.assert_array_equal, ends[0].params, ends[1].params)
+
+
+def test_after_a_refused_outer_step_all_restart_from_what_there_was_with_fresh_moments():
+    def update(updates, count, params=None):  # in round 3 alone
+        return jax.tree.map(lambda g: jnp.where(count == 2, jnp.inf, -1) * g, updates), count + 1
+
+    outer = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    averager, inner = wavg.averager(wavg.uniform(), outer=outer), optax.sgd(0.1, momentum=0.9)
+    options = {"inner": inner, "smoothing": smoothing.swa()}
+    before = run(sharded(), averager, rounds=2, **options).state
+    with pytest.raises(wavg.Diverged) as raised:
+        run(sharded(), averager, rounds=3, **options)
+    after = raised.value.result.state
+    assert raised.value.result.rows[-1]["alive"] == [True] * 4
+    for old, new in zip(before[:2] + before[3:4] + before[5:], after[:2] + after[3:4] + after[5:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, new, old)
+    jax.tree.map(np.testing.assert_array_equal, after.replicas.params, wavg.replicate(before.params, 4))
+    assert any(x.any() for x in jax.tree.leaves(before.replicas.opt_state))
+    assert not any(x.any() for x in jax.tree.leaves(after.replicas.opt_state))
 
 
 OVERFLOW = optax.chain(optax.scale(1e30), optax.scale(1e30))
