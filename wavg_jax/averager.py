@@ -55,8 +55,7 @@ def _current(masters: PyTree, params: PyTree) -> PyTree:
     def leaf(p: jax.Array, master: jax.Array | None) -> jax.Array:
         if master is None:
             return tree.as_accumulators(p)
-        cast = tree.cast_like(master, p)
-        same = bits(cast) == bits(p) if jnp.issubdtype(p.dtype, jnp.inexact) else cast == p
+        same = bits(master.astype(p.dtype)) == bits(p)
         return jnp.where(same, master, p.astype(master.dtype))
 
     return jax.tree.map(leaf, params, masters)
@@ -182,8 +181,8 @@ def averager(
     optimization"), so any optax optimizer can be the outer one, and `optax.sgd(1.0)` is plain averaging.
 
     A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
-    is left, or the outer step or the outer optimizer's state is no longer finite, the parameters and the state stay as they were and all weights are 0. The
-    update is pure and can be jitted.
+    is left, or an outer step makes the parameters or its optimizer's state infinite or NaN, parameters and state stay
+    as they were and all weights are 0. The update is pure and can be jitted.
 
     With an outer optimizer, parameters in bfloat16 or float16 are updated in float32: the state holds masters of them,
     and `params` are the masters cast. The pseudo-gradient is taken from `params`, from which the replicas started.
@@ -206,7 +205,8 @@ def averager(
       fit together; shapes are looked at while tracing, so that the compiled update does not pay for it.
 
     Raises:
-      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1.
+      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1. `init` raises it if a leaf of
+        `params` is not floating-point.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -221,7 +221,7 @@ def averager(
     check_all(_ARGUMENTS, locals())
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
-        checks.arrays("params", params)
+        checks.parameters("params", params)
         k = None if replicas is None else checks.whole("replicas", replicas, 1)
         state = weighting.init(params, k)
         if outer is None:

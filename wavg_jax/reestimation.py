@@ -32,8 +32,9 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
 
         mean_i b_i,    b_i = (f_i(s) - m s) / (1 - m) whatever s
 
-    For s the batch before is taken, of the first batch its own b, found from the old s: 1 / (1 - m) roundings of s are
-    as small beside b then as the one in 1 - m, and a layer that divides by s in training, too, divides by what it would.
+    Each batch starts from the b of the one before, the first from its own, found from the old s. Then 1 / (1 - m)
+    roundings of s are no larger beside b than that of 1 - m, and a layer that divides by s in training, too, is not
+    given zeros.
 
     The momentum m, which only the network knows, is f(p) / p for a probe p beside which b vanishes. It is taken on the
     first batch, and again on the last with p / 4 and with -p, so n batches cost n + 4 forward passes. A variance
