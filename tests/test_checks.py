@@ -51,6 +51,15 @@ REFUSED = {
         r"stacked\['scale'\] is bfloat16, params\['scale'\] float32",
     ),
     "no array": (lambda: AVG.init({"w": 1.0}), r"params\['w'\] is a float; it must be an array"),
+    "parameters that are whole numbers": (
+        lambda: AVG.init({"w": jnp.ones(2), "n": jnp.int32(20_000_001)}),
+        r"params\['n'\] is int32; only floating-point numbers are trained and averaged",
+    ),
+    "whole numbers in an update": (
+        lambda: AVG.update({"n": jnp.ones(4, int)}, NESTEROV.init(SQUARE), {"n": jnp.int32(1)}),
+        r"params\['n'\] is int32",
+    ),
+    "parameters that are random keys": (lambda: AVG.init({"key": jax.random.key(0)}), r"params\['key'\] is key<fry>"),
     "no parameters": (lambda: AVG.init({}), "holds no arrays"),
     "init without replicas": (lambda: AVG.init(PARAMS, 0), "replicas is 0; it must be a whole number, 1 or more"),
     "one mask for all": (lambda: update(alive=jnp.ones(1, bool)), r"alive is bool of shape \(1,\).*\[4\]"),

@@ -1,6 +1,7 @@
 """What a run does when replicas, or all that is left of it, are not finite: it says so, and ends with what was good."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -9,7 +10,7 @@ from small import initial, regression, sharded
 
 import wavg_jax as wavg
 from experiments import compare, train, tune
-from wavg_jax import records
+from wavg_jax import records, smoothing
 
 TASK = regression()
 PLAIN = wavg.averager(wavg.uniform())
@@ -70,13 +71,33 @@ def test_one_lost_round_is_survived_alike_whether_or_not_rounds_overlap():
         return jax.numpy.where((count >= 4) & (count < 6), np.nan, 1.0)
 
     ends = []
-    for options in ({}, {"evaluate_every": 6}):
+    for options in ({"smoothing": smoothing.swa()}, {"smoothing": smoothing.swa(), "evaluate_every": 6}):
         inner = optax.chain(optax.sgd(0.1), optax.scale_by_schedule(rate))
         with pytest.warns(wavg.WavgWarning, match="nothing came of round 3") as warned:
             ends.append(run(sharded(), inner=inner, **options))
         assert len(warned) == 1
         assert [any(row["weights"]) for row in ends[-1].rows[1:]] == [True, True, False, True, True, True]
+        assert int(ends[-1].state.smoothed.state.averaged) == 5  # the lost round is not in the mean
     jax.tree.map(np.testing.assert_array_equal, ends[0].params, ends[1].params)
+
+
+def test_after_a_refused_outer_step_all_restart_from_what_there_was_with_fresh_moments():
+    def update(updates, count, params=None):  # in round 3 alone
+        return jax.tree.map(lambda g: jnp.where(count == 2, jnp.inf, -1) * g, updates), count + 1
+
+    outer = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    averager, inner = wavg.averager(wavg.uniform(), outer=outer), optax.sgd(0.1, momentum=0.9)
+    options = {"inner": inner, "smoothing": smoothing.swa()}
+    before = run(sharded(), averager, rounds=2, **options).state
+    with pytest.raises(wavg.Diverged) as raised:
+        run(sharded(), averager, rounds=3, **options)
+    after = raised.value.result.state
+    assert raised.value.result.rows[-1]["alive"] == [True] * 4
+    for old, new in zip(before[:2] + before[3:4] + before[5:], after[:2] + after[3:4] + after[5:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, new, old)
+    jax.tree.map(np.testing.assert_array_equal, after.replicas.params, wavg.replicate(before.params, 4))
+    assert any(x.any() for x in jax.tree.leaves(before.replicas.opt_state))
+    assert not any(x.any() for x in jax.tree.leaves(after.replicas.opt_state))
 
 
 OVERFLOW = optax.chain(optax.scale(1e30), optax.scale(1e30))
@@ -103,6 +124,31 @@ def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_oute
     assert new["w"].tolist() == [1, 2]
     assert weights.tolist() == [0, 0]
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@pytest.mark.parametrize(
+    ("outer", "start", "far"),
+    [(wavg.outer.fedadam(0.1), 0.0, 1e20), (wavg.outer.delayed(optax.sgd(1.0)), -3e38, 3e38)],
+    ids=["a squared gradient overflows", "what is held back overflows"],
+)
+def test_a_step_that_would_leave_the_outer_state_infinite_is_not_taken(outer, start, far, standard_promotion):
+    averager = wavg.averager(wavg.uniform(), outer=outer)
+    params = {"w": np.float32([start, 2])}
+    state = averager.init(params)
+    new, after, weights = averager.update({"w": np.float32([[far, 5], [far, 7]])}, state, params)
+    jax.tree.map(np.testing.assert_array_equal, (new, after), (params, state))
+    assert weights.tolist() == [0, 0]
+
+
+def test_what_was_infinite_in_the_outer_state_before_is_not_held_against_a_step():
+    bound = optax.GradientTransformation(
+        lambda params: {"mask": jnp.float32([-np.inf, 0])}, lambda u, s, p=None: (u, s)
+    )
+    averager = wavg.averager(wavg.uniform(), outer=optax.chain(bound, optax.sgd(1.0)))
+    params = {"w": np.float32([1, 2])}
+    new, _, weights = averager.update({"w": np.float32([[5, 6], [7, 8]])}, averager.init(params), params)
+    np.testing.assert_allclose(new["w"], [6, 7], rtol=1e-6)
+    np.testing.assert_allclose(weights, [0.5, 0.5])
 
 
 def test_a_replica_that_dies_is_told_of_once(recwarn):

@@ -76,6 +76,48 @@ def test_an_nnx_batchnorm_is_re_estimated_and_a_count_beside_it_goes_on():
     assert (int(after["batches"]), float(after["seen"])) == (7 + 3, 7 + 3 * B)
 
 
+def test_a_batchnorm_behind_a_frozen_one_is_re_estimated_and_the_frozen_one_stays():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(True, name="frozen")(x)
+            return nn.Dense(2)(nn.BatchNorm(not train, momentum=0.99, use_fast_variance=False, name="norm")(x))
+
+    params, mutable = models.from_linen(Net(), (4,)).init(jax.random.key(0))
+    frozen = {"mean": jnp.full(4, 900.0), "var": jnp.full(4, 25.0)}
+    old = {"mean": jnp.full(4, 12345.0), "var": jnp.full(4, 12345.0)}
+    garbage = mutable | {"batch_stats": {"frozen": frozen, "norm": old}}
+    stats = reestimated(models.from_linen(Net(), (4,)), params, garbage)["batch_stats"]
+    mean, variance = exactly(N)
+    jax.tree.map(np.testing.assert_array_equal, stats["frozen"], frozen)
+    np.testing.assert_allclose(stats["norm"]["mean"], (mean - 900) / 5, rtol=1e-3)
+    np.testing.assert_allclose(stats["norm"]["var"], variance / 25, rtol=1e-2)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.999])
+def test_what_normalises_by_its_running_statistics_in_training_too_is_never_given_zeros(momentum):
+    x = RNG.normal(2.0, 3.0, size=(N, B, 4))
+
+    def loss(params, mutable, batch, rng):
+        def average(name, values):
+            return momentum * mutable[name] + (1 - momentum) * values
+
+        centred = (batch.x - mutable["mean"][None]) / jnp.sqrt(mutable["var"] + 1e-5)[None]
+        new = {"mean": average("mean", batch.x.mean(axis=0)), "var": average("var", batch.x.var(axis=0))}
+        return jnp.float32(0), (new | {"after": average("after", centred.var(axis=0))}, {})
+
+    task = wavg.Task(init=None, loss=loss, predict=None)
+    mutable = {"mean": jnp.zeros(4), "var": jnp.ones(4), "after": jnp.ones(4)}
+    items = Batch(jnp.asarray(x, jnp.float32), ITEMS.y)
+    new = jax.jit(reestimate(task))({}, mutable, items, jnp.int32(N), None, jax.random.key(0))
+    variance = x.var(axis=1)
+    np.testing.assert_allclose(new["mean"], x.mean(axis=(0, 1)), rtol=1e-3)
+    np.testing.assert_allclose(new["var"], variance.mean(axis=0), rtol=1e-3)
+    # Each batch is divided by the deviation of the one before, the first by its own.
+    by = variance[[0, *range(N - 1)]]
+    np.testing.assert_allclose(new["after"], (variance / by).mean(axis=0), rtol=1e-2)
+
+
 NO_AVERAGES = {
     "constant": lambda s, b, n: s,
     "count": lambda s, b, n: s + 1,

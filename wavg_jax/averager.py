@@ -1,6 +1,7 @@
 """The averager: a weighting, then one reduction, then an optional outer optimizer."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,8 +55,7 @@ def _current(masters: PyTree, params: PyTree) -> PyTree:
     def leaf(p: jax.Array, master: jax.Array | None) -> jax.Array:
         if master is None:
             return tree.as_accumulators(p)
-        cast = tree.cast_like(master, p)
-        same = bits(cast) == bits(p) if jnp.issubdtype(p.dtype, jnp.inexact) else cast == p
+        same = bits(master.astype(p.dtype)) == bits(p)
         return jnp.where(same, master, p.astype(master.dtype))
 
     return jax.tree.map(leaf, params, masters)
@@ -132,6 +132,15 @@ def _step(
     return tree.cast_like(new, params), outer_state, masters
 
 
+def _sound(params: PyTree, outer: PyTree, before: PyTree) -> jax.Array:
+    """Whether a step gave parameters that are all finite, and made nothing of the outer optimizer's state infinite or
+    NaN that was not so before, as a mask of -inf is. The masters are finite where the parameters, their casts, are."""
+    # `isfinite`, unlike the product of `tree.all_finite`, is fused with what computes the step.
+    finite = [jnp.isfinite(x).all() for x in tree.floats(params)]
+    kept = [(jnp.isfinite(x) | ~jnp.isfinite(y)).all() for x, y in zip(*map(tree.floats, (outer, before)), strict=True)]
+    return functools.reduce(operator.and_, finite + kept)
+
+
 def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
     """The blend, computed apart from what is made of it where XLA would otherwise compute it again for every replica.
 
@@ -172,8 +181,8 @@ def averager(
     optimization"), so any optax optimizer can be the outer one, and `optax.sgd(1.0)` is plain averaging.
 
     A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
-    is left, or the outer step is not finite, the parameters and the state stay as they were and all weights are 0. The
-    update is pure and can be jitted.
+    is left, or an outer step makes the parameters or its optimizer's state infinite or NaN, parameters and state stay
+    as they were and all weights are 0. The update is pure and can be jitted.
 
     With an outer optimizer, parameters in bfloat16 or float16 are updated in float32: the state holds masters of them,
     and `params` are the masters cast. The pseudo-gradient is taken from `params`, from which the replicas started.
@@ -196,7 +205,8 @@ def averager(
       fit together; shapes are looked at while tracing, so that the compiled update does not pay for it.
 
     Raises:
-      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1.
+      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1. `init` raises it if a leaf of
+        `params` is not floating-point.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -211,7 +221,7 @@ def averager(
     check_all(_ARGUMENTS, locals())
 
     def init(params: PyTree, replicas: int | None = None) -> AveragerState:
-        checks.arrays("params", params)
+        checks.parameters("params", params)
         k = None if replicas is None else as_whole("replicas", replicas, 1)
         state = weighting.init(params, k)
         if outer is None:
@@ -244,7 +254,7 @@ def averager(
         blend = _apart(alive, lambda: reduction(sent if transform else send(), weights), params)
         new_params, outer_state, masters = _step(outer, blend, state, params)
         new = (new_params, AveragerState(weighting_state, outer_state, masters))
-        taken = alive.any() & tree.all_finite(jax.tree.map(lambda x: x[None], new_params))[0]
+        taken = alive.any() & _sound(new_params, outer_state, state.outer)
         new_params, new_state = tree.select(taken, new, (params, state))
         return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
 

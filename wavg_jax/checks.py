@@ -30,6 +30,17 @@ def arrays(name: str, tree: PyTree) -> None:
         raise SettingsError(f"{name} is {tree!r}, which holds no arrays; give a tree of arrays")
 
 
+def parameters(name: str, tree: PyTree) -> None:
+    """Raises SettingsError if a tree has no leaves, or one that is not an array of floating-point numbers."""
+    arrays(name, tree)
+    for where, x in _named(name, tree).items():
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise SettingsError(
+                f"{where} is {x.dtype}; only floating-point numbers are trained and averaged: keep counts, flags and "
+                "random keys apart from the parameters (in fit, among the mutable collections)"
+            )
+
+
 def _same_tree(name: str, tree: PyTree, of: str, like: PyTree, fix: str) -> None:
     structures: list[Any] = [jax.tree.structure(t) for t in (tree, like)]
     if structures[0] == structures[1]:

@@ -74,7 +74,7 @@ def reestimate(steps: int = 8) -> Policy:
 
     The blended network runs forward over each replica's last `steps` batches of the round, or as many as it took. The
     statistics become the mean over these batches, in which the old ones have no part (torch's `update_bn`), and then
-    the equal mean over the living; see `wavg_jax.reestimation`. It costs `steps + 2` forward passes per replica.
+    the equal mean over the living; see `wavg_jax.reestimation`. It costs `steps + 4` forward passes per replica.
 
     Args:
       steps: batches per replica, at most the local steps H (`fit` raises SettingsError otherwise).

@@ -11,8 +11,12 @@ from wavg_jax.local import Fetch, as_is
 _PROBE = 2.0**64
 """So large that what a batch adds to it is rounded away, and a power of two, so that times a momentum it is exact."""
 
+_PROBES_AGAIN = _PROBE / 4, -_PROBE
+"""What the momentum is measured with again, at another size and sign. Where a layer divides by the root of its running
+variance in training, a negative one makes NaN of what comes after it."""
+
 _AGREEMENT = 1e-6
-"""By how much the momentum may differ at two probes of a leaf for which it is a constant, but for rounding."""
+"""By how much the momentum may differ at the probes of a leaf for which it is a constant, but for rounding."""
 
 _LEAST, _MOST = 1e-3, 1 - 1e-5
 """Momenta of an average. One that is 1 belongs to a count or a constant, one that vanishes to what forgets the probe,
@@ -26,13 +30,18 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
     A statistic as that of BatchNorm is an exponential average, s <- f_i(s) = m s + (1 - m) b_i, of batch statistics b_i
     that do not depend on s in training mode. What is wanted is their mean over the batches, without what s was before:
 
-        mean_i b_i = mean_i f_i(0) / (1 - m)
+        mean_i b_i,    b_i = (f_i(s) - m s) / (1 - m) whatever s
+
+    Each batch starts from the b of the one before, the first from its own, found from the old s. Then 1 / (1 - m)
+    roundings of s are no larger beside b than that of 1 - m, and a layer that divides by s in training, too, is not
+    given zeros.
 
     The momentum m, which only the network knows, is f(p) / p for a probe p beside which b vanishes. It is taken on the
-    first batch, and again with -p on the last, so n batches cost n + 2 forward passes. A variance becomes the mean of
-    the batches' variances.
+    first batch, and again on the last with p / 4 and with -p, so n batches cost n + 4 forward passes. A variance
+    becomes the mean of the batches' variances.
 
-    A number goes on from its old value, batch by batch, where f is something else: the two differ, or are 1 (counts,
+    A number goes on from its old value, batch by batch, where f is something else: the momenta differ (but for that at
+    -p where it is NaN, a frozen layer before having taken the root of a negative variance), or are 1 (counts,
     constants) or 0 (what keeps no memory, or is normalised), or it is not float32 or wider.
 
     Args:
@@ -61,22 +70,32 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
         # The momentum is not a constant either if it differs between two batches, or with the counts of a step later.
         ends = [jax.tree.map(lambda x, i=i: x[i], (items, batches)) for i in (0, count - 1)]
         up, later = update([jnp.full_like(s, _PROBE) for s in statistics], others, *ends[0])
-        down, _ = update([jnp.full_like(s, -_PROBE) for s in statistics], later, *ends[1])
-        momenta = [_momentum(u, d) for u, d in zip(up, down, strict=True)]
+        low, down = (update([jnp.full_like(s, p) for s in statistics], later, *ends[1])[0] for p in _PROBES_AGAIN)
+        momenta = [_momentum(*probed) for probed in zip(up, low, down, strict=True)]
+
+        def of_batch(statistics: list, others: list, item: PyTree, rng: jax.Array) -> tuple[list, list]:
+            """b where the statistic is an average, else f(s)."""
+            after, others = update(statistics, others, item, rng)
+            new = [
+                jnp.where(jnp.isnan(m), f, (f - m * s) / (1 - m))
+                for f, m, s in zip(after, momenta, statistics, strict=True)
+            ]
+            return new, others
 
         def step(carry: tuple, batch: tuple) -> tuple[tuple, None]:
-            old, total = carry
+            (before, others), total = carry
             item, rng, i = batch
-            start = [jnp.where(jnp.isnan(m), s, 0) for m, s in zip(momenta, old[0], strict=True)]
-            new = update(start, old[1], item, rng)
-            added = (new, [t + s for t, s in zip(total, new[0], strict=True)])
+            new, others = of_batch(before, others, item, rng)
+            added = ((new, others), [t + b for t, b in zip(total, new, strict=True)])
             return jax.tree.map(lambda a, b: jnp.where(i < count, a, b), added, carry), None
 
-        carry = ((statistics, others), [jnp.zeros_like(s) for s in statistics])
+        first, _ = of_batch(statistics, others, *ends[0])
+        start = [jnp.where(jnp.isnan(m), s, b) for m, s, b in zip(momenta, statistics, first, strict=True)]
+        carry = ((start, others), [jnp.zeros_like(s) for s in statistics])
         numbers = jnp.arange(batches.shape[0], dtype=jnp.int32)
-        ((ran, others), total), _ = jax.lax.scan(step, carry, (items, batches, numbers))
-        means = [t / count.astype(t.dtype) / (1 - m) for t, m in zip(total, momenta, strict=True)]
-        found = iter([jnp.where(jnp.isnan(m), r, mean) for m, r, mean in zip(momenta, ran, means, strict=True)])
+        ((last, others), total), _ = jax.lax.scan(step, carry, (items, batches, numbers))
+        mean = [t / count.astype(t.dtype) for t in total]
+        found = iter([jnp.where(jnp.isnan(m), b, mean) for m, b, mean in zip(momenta, last, mean, strict=True)])
         rest = iter(others)
         return jax.tree.unflatten(structure, [next(found if p else rest) for p in probed])
 
@@ -92,8 +111,9 @@ def _where(leaves: list, mask: list[bool], value: bool) -> list:
     return [x for x, m in zip(leaves, mask, strict=True) if m == value]
 
 
-def _momentum(up: jax.Array, down: jax.Array) -> jax.Array:
-    """The momentum of each number, from what became of the probe and of its negative, NaN if it is not an average."""
+def _momentum(up: jax.Array, low: jax.Array, down: jax.Array) -> jax.Array:
+    """The momentum of each number, from what became of the probes; NaN if it is not an average."""
     m = up / _PROBE
-    average = (jnp.abs(m + down / _PROBE) <= _AGREEMENT) & (m >= _LEAST) & (m <= _MOST)
-    return jnp.where(average, m, jnp.nan)
+    again, negative = (x / p for x, p in zip((low, down), _PROBES_AGAIN, strict=True))
+    same = (jnp.abs(m - again) <= _AGREEMENT) & (jnp.isnan(negative) | (jnp.abs(m - negative) <= _AGREEMENT))
+    return jnp.where(same & (m >= _LEAST) & (m <= _MOST), m, jnp.nan)

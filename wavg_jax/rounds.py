@@ -159,7 +159,8 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
         mean_weights = per_replica(weights)
         logged = {name: score for name, score in scores.items() if isinstance(score, jax.Array) and score.ndim == 1}
         log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive, steps)
-        alive &= mean_weights.sum() > 0  # after a blend that was not taken everything stays as it was
+        taken = mean_weights.sum() > 0
+        alive &= taken  # after a blend that was not taken all restart from what there was
         rng, stats_rng, smooth_rng = keys.split_each(after.rng, 3)
         refresh = sync.refresher(recipe, alive, work, shared)
         mutable, global_mutable = sync.blend_stats(
@@ -172,7 +173,9 @@ def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[Tra
             rng,
         )
         refresh_smooth = functools.partial(refresh, smooth_rng)
-        smoothed = sync.smooth(recipe, state.smoothed, params, global_mutable, refresh_smooth, longest_round(work))
+        smoothed = sync.smooth(
+            recipe, state.smoothed, taken, params, global_mutable, refresh_smooth, longest_round(work)
+        )
         return TrainState(params, global_mutable, replicas, averager_state, state.round + 1, smoothed), log
 
     return run

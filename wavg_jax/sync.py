@@ -117,13 +117,21 @@ REESTIMATED = 8
 
 
 def smooth(
-    recipe: Recipe, before: Smoothed | None, params: PyTree, mutable: PyTree, refresh: Callable, longest: int
+    recipe: Recipe,
+    before: Smoothed | None,
+    taken: jax.Array,
+    params: PyTree,
+    mutable: PyTree,
+    refresh: Callable,
+    longest: int,
 ) -> Smoothed | None:
-    """Takes the new global parameters into their average over rounds; `refresh` is `(params, mutable, steps) ->
-    mutable`."""
+    """Takes the new global parameters into their average over rounds if the blend was `taken`, a bool scalar.
+
+    `refresh` is `(params, mutable, steps) -> mutable`.
+    """
     if recipe.smoothing is None or before is None:
         return None
     smooth, state = recipe.smoothing.update(params, before.state)
     if jax.tree.leaves(mutable):
         mutable = refresh(smooth, mutable, min(REESTIMATED, longest))
-    return Smoothed(smooth, mutable, state)
+    return tree.select(taken, Smoothed(smooth, mutable, state), before)

@@ -126,12 +126,8 @@ def as_accumulators(tree: PyTree) -> PyTree:
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Casts every leaf to the dtype of its counterpart in `like`; integers (step counters) are rounded."""
-
-    def cast(x: jax.Array, y: jax.Array) -> jax.Array:
-        return (x if jnp.issubdtype(y.dtype, jnp.inexact) else jnp.round(x)).astype(y.dtype)
-
-    return jax.tree.map(cast, tree, like)
+    """Casts every leaf to the dtype of its counterpart in `like`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def count(tree: PyTree) -> int:
