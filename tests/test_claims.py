@@ -58,6 +58,21 @@ def test_the_table_of_what_to_expect_is_what_was_recorded(label, metric, folder,
     assert f"| {label} | {said} |" in README
 
 
+@pytest.mark.parametrize("noisy", [0, 2])
+def test_the_table_of_the_first_command_is_what_was_recorded(noisy):
+    recorded = rows("digits")
+    of = {row["run"]: row["settings"]["noisy"] for row in recorded if row["kind"] == "run"}
+    last = {row["run"]: row for row in recorded if row["kind"] == "round" and of[row["run"]] == noisy}
+    for metric in ("test_accuracy", "test_ece"):
+        found = {arm: np.array([100 * row[metric] for row in last.values() if row["arm"] == arm]) for arm in ARMS}
+        cells = " | ".join(f"{value.mean():.1f} ± {value.std(ddof=1):.1f}" for value in found.values())
+        mean, low, high = interval(found["weighted"] - found["plain"])
+        shown = "" if low > 0 or high < 0 else ": not shown"
+        name = "accuracy" if metric == "test_accuracy" else "calibration error"
+        assert f"| {name} | {cells} | {mean:+.1f} ({low:+.1f} to {high:+.1f}){shown} |" in README
+        assert [row["seed"] for row in last.values() if row["arm"] == "plain"] == [0, 1, 2, 3, 4]
+
+
 def test_the_table_of_what_scoring_costs_is_what_was_recorded():
     shares = {
         (row["weighting"], row["score_samples"], row["local_steps"]): 100 * row["share"]
