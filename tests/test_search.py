@@ -233,6 +233,23 @@ def test_carrying_averages_the_noise_of_the_rounds_out():
     assert ((carried - 3) ** 2).mean() < 0.25 * ((alone - 3) ** 2).mean()
 
 
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        1.0,
+        lambda params: {"loss": params["x"]},
+        lambda params, weights: params["x"],
+        lambda params, weights: {"loss": weights},
+    ],
+    ids=["a number", "one argument", "no names", "an array"],
+)
+@pytest.mark.parametrize("weighting", [search.learned(), SOUPS["loss"]], ids=["learned", "greedy_soup"])
+def test_an_evaluation_that_cannot_be_used_is_refused_in_one_line(weighting, evaluate):
+    with pytest.raises(SettingsError, match=r"evaluate.* it must be .*\"loss\"") as raised:
+        blended(weighting, [0.0, 4.0], evaluate=evaluate)
+    assert "\n" not in str(raised.value)
+
+
 # The best of several.
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, RATE, as_whole, check, either
+from wavg_jax.arguments import NONE, OPTIMIZER, RATE, Rule, as_whole, check, either, takes
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.reduce import weighted_mean
 from wavg_jax.signals import HIGHER_IS_BETTER
@@ -23,6 +23,18 @@ from wavg_jax.weighting import normalise, per_replica, uniform
 
 Held = Callable[[PyTree], Mapping[str, jax.Array]]
 """`weights -> {"loss", "accuracy"}` of the network that they blend, float32 scalars."""
+
+
+def _scalars(scores: Any) -> bool:
+    """Whether these are named scalars, in floating point; a dict that lacks what is needed says so itself."""
+    return isinstance(scores, Mapping) and all(
+        jnp.ndim(score) == 0 and jnp.issubdtype(jnp.result_type(score), jnp.floating) for score in scores.values()
+    )
+
+
+_WANTED = '{"loss": ..., "accuracy": ...}, floating-point scalars'
+_EVALUATE = takes(2, f"a function (params, weights [K]) that returns {_WANTED}")
+_SCORES = Rule(_scalars, _WANTED)
 
 
 class LearnedState(NamedTuple):
@@ -35,7 +47,14 @@ class LearnedState(NamedTuple):
 
 def _held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyTree) -> Held:
     """How weights are tried out: the blend they give, in the dtypes of the parameters, on the held-out data."""
-    return lambda weights: evaluate(tree.cast_like(blend(weights), params), per_replica(weights))
+    check("evaluate", evaluate, _EVALUATE)
+
+    def held_out(weights: PyTree) -> Mapping[str, jax.Array]:
+        scores = evaluate(tree.cast_like(blend(weights), params), per_replica(weights))
+        check("what evaluate returned", scores, _SCORES)
+        return scores
+
+    return held_out
 
 
 def _check_signal(signal: str, name: str) -> None:
