@@ -120,12 +120,12 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Shows the library's own warnings as one line, without the line of code they come from, and fixes the cache."""
-    damaged = _DAMAGED.search(str(message))
+    damaged, cache = _DAMAGED.search(str(message)), jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if issubclass(category, WavgWarning):
         print(f"warning: {message}", file=file or sys.stderr)
-    elif damaged and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    elif damaged and cache:
         # A process that was killed while it wrote leaves half a file, which JAX warns of but does not write again.
-        for path in pathlib.Path(jax.config.jax_compilation_cache_dir).glob(f"{damaged[1]}-*-cache"):  # type: ignore[attr-defined]
+        for path in pathlib.Path(cache).glob(f"{damaged[1]}-*-cache"):
             path.unlink(missing_ok=True)
         print(f"warning: the kept program {damaged[1]} is damaged and is compiled again", file=file or sys.stderr)
     else:

@@ -120,12 +120,14 @@ def test_of_two_threads_one_is_refused(tmp_path):
 
 
 def test_who_only_looks_whether_a_folder_is_free_turns_nobody_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_LOOK", 30.0, raising=False)
+    monkeypatch.setattr(lock, "_LOOK", 30.0)  # however slow the machine is
     looking = filelock.FileLock(tmp_path / lock.FILE, thread_local=False)
     looking.acquire()
     threading.Timer(0.1, looking.release).start()
     with lock.hold(tmp_path):
-        pass
+        assert not looking.is_locked
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / lock.FILE, thread_local=False).acquire(blocking=False)
 
 
 def test_runs_one_after_another_share_a_folder_and_readers_need_no_lock(tmp_path):
