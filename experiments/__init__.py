@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module that it is to run: one of ours
-    from experiments import starting
+    from experiments.setup import starting
 
     starting.take_over()

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import app, arms, conditions
-from experiments import flags as shared_flags
-from experiments.flags import ARMS
-from wavg_jax import progress, trainer
+from experiments.setup import app, arms, conditions
+from experiments.setup import flags as shared_flags
+from experiments.setup.flags import ARMS
 from wavg_jax.base import Stopped
-from wavg_jax.records import check_writable
+from wavg_jax.storage.rows import check_writable
+from wavg_jax.training import fit as trainer
+from wavg_jax.training import progress
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
 F = flags.FLAGS

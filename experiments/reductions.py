@@ -14,13 +14,14 @@ from typing import Any
 from absl import flags
 
 import wavg_jax as wavg
-from experiments import app, arms, cells, conditions
-from experiments import flags as shared_flags
-from experiments.cells import Cell
-from experiments.flags import numbers
-from wavg_jax import policy, reduce
+from experiments.setup import app, arms, cells, conditions
+from experiments.setup import flags as shared_flags
+from experiments.setup.cells import Cell
+from experiments.setup.flags import numbers
+from wavg_jax.averaging import reduce
 from wavg_jax.base import SettingsError
-from wavg_jax.records import Row, check_writable, open_records, read_rows
+from wavg_jax.rounds import policy
+from wavg_jax.storage.rows import Row, check_writable, open_records, read_rows
 
 flags.DEFINE_integer("total_steps", 1000, "Local steps of every replica in all, a multiple of every H.", lower_bound=1)
 F = flags.FLAGS

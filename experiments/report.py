@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import app
+from experiments.setup import app
 from wavg_jax.base import SettingsError
-from wavg_jax.records import read_rows
+from wavg_jax.storage.rows import read_rows
 
 flags.DEFINE_string("out", None, "Folder for the report; by default the first RUN.")
 F = flags.FLAGS

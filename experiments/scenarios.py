@@ -24,17 +24,19 @@ from absl import flags
 from rich.table import Table
 
 import wavg_jax as wavg
-from experiments import app, arms, cells
-from experiments import flags as shared_flags
-from experiments.cells import Cell
-from experiments.flags import numbers
-from experiments.options import SCALES
-from experiments.schemes import SCHEMES
-from wavg_jax import data, progress, trainer
+from experiments.setup import app, arms, cells
+from experiments.setup import flags as shared_flags
+from experiments.setup.cells import Cell
+from experiments.setup.flags import numbers
+from experiments.setup.options import SCALES
+from experiments.setup.schemes import SCHEMES
+from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, WavgWarning
 from wavg_jax.data.shards import Shards
-from wavg_jax.faults import Faults, faults
-from wavg_jax.records import Row, check_writable, open_records, read_rows
+from wavg_jax.rounds.faults import Faults, faults
+from wavg_jax.storage.rows import Row, check_writable, open_records, read_rows
+from wavg_jax.training import fit as trainer
+from wavg_jax.training import progress
 
 Partition = Callable[[data.Split, int], Shards]
 

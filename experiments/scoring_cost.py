@@ -17,14 +17,17 @@ import numpy as np
 from absl import flags
 
 import wavg_jax as wavg
-from experiments import app, arms, conditions
-from experiments import flags as shared_flags
 from experiments.benchmarks.harness import alternate, refuse_unused, round_runner
-from experiments.flags import numbers
-from experiments.schemes import SCHEMES
-from wavg_jax import automap, data, machine, progress, trainer
+from experiments.setup import app, arms, conditions
+from experiments.setup import flags as shared_flags
+from experiments.setup.flags import numbers
+from experiments.setup.schemes import SCHEMES
+from wavg_jax import data
 from wavg_jax.base import SettingsError
-from wavg_jax.records import Records, Row, write_atomically
+from wavg_jax.devices import machine
+from wavg_jax.storage.rows import Records, Row, write_atomically
+from wavg_jax.training import automap, progress
+from wavg_jax.training import fit as trainer
 
 MEASURED = (
     *("accuracy", "softmax_loss", "inverse_grad_norm", "fisher", "greedy_soup", "learned", "learned_online"),

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import app, arms, conditions
-from experiments import flags as shared_flags
-from wavg_jax import progress, trainer
+from experiments.setup import app, arms, conditions
+from experiments.setup import flags as shared_flags
+from wavg_jax.training import fit as trainer
+from wavg_jax.training import progress
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
 flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and order.", lower_bound=0)

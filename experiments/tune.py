@@ -14,12 +14,14 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from experiments import app, arms, conditions
-from experiments import flags as shared_flags
-from experiments.flags import ARMS, numbers
-from wavg_jax import data, progress, trainer
+from experiments.setup import app, arms, conditions
+from experiments.setup import flags as shared_flags
+from experiments.setup.flags import ARMS, numbers
+from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, Task
-from wavg_jax.statistic import Statistic, statistic
+from wavg_jax.reporting.statistic import Statistic, statistic
+from wavg_jax.training import fit as trainer
+from wavg_jax.training import progress
 
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
 flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")

@@ -2,7 +2,7 @@
 
 from absl.testing import flagsaver
 
-from experiments import app
+from experiments.setup import app
 
 
 def invoke(main, *arguments):

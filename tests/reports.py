@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from wavg_jax import findings, report, tables
-from wavg_jax.summary import summarise
+from wavg_jax.reporting import findings, report, tables
+from wavg_jax.reporting.summary import summarise
 
 Row = dict[str, Any]
 MINUS = "\N{MINUS SIGN}"

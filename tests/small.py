@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavg_jax import data, keys, models
+from wavg_jax import data, models
+from wavg_jax.rounds import keys
 
 
 def blobs(train: int = 260, test: int = 60, seed: int = 0) -> data.Dataset:

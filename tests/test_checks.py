@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import wavg_jax as wavg
-from wavg_jax.placement import on
+from wavg_jax.devices.placement import on
 
 K = 4
 PARAMS = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}, "scale": jnp.ones(())}

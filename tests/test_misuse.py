@@ -10,8 +10,12 @@ from flax import nnx
 from small import blobs, regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax import arguments, faults, models, outer, pull, robust, schedule, search, smoothing, wrappers
+from wavg_jax import arguments, models
+from wavg_jax.averaging import outer, pull, smoothing
 from wavg_jax.data import iid, round_indices
+from wavg_jax.rounds import faults
+from wavg_jax.training import schedule
+from wavg_jax.weighting import robust, search, wrappers
 
 NAN, INF = float("nan"), float("inf")
 TASK, DATA, PLAIN, INNER = regression(), sharded(), wavg.averager(wavg.uniform()), optax.sgd(0.1)

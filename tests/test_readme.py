@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from experiments import compare, report, train, tune
-from wavg_jax import trainer
+from wavg_jax.training import fit as trainer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

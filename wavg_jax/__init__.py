@@ -1,8 +1,10 @@
 """wavg_jax: K replicas of a network, each trained on its own shard for H local steps, scored, and blended by a weighted
 average into the next global parameters."""
 
-from wavg_jax import data, faults, models, outer, policy, pull, robust, schedule, signals, smoothing
-from wavg_jax.averager import averager
+from wavg_jax import data, models
+from wavg_jax.averaging import outer, pull, smoothing
+from wavg_jax.averaging.averager import averager
+from wavg_jax.averaging.reduce import norm_preserving, weighted_mean
 from wavg_jax.base import (
     Averager,
     Batch,
@@ -19,13 +21,14 @@ from wavg_jax.base import (
     Weighting,
     WorkdirError,
 )
-from wavg_jax.local import local_steps
-from wavg_jax.machine import release
-from wavg_jax.reduce import norm_preserving, weighted_mean
-from wavg_jax.search import best_of, greedy_soup, learned
-from wavg_jax.trainer import Result, fit
+from wavg_jax.devices.machine import release
+from wavg_jax.rounds import faults, policy
+from wavg_jax.rounds.local import local_steps
+from wavg_jax.training import schedule
+from wavg_jax.training.fit import Result, fit
 from wavg_jax.tree import replica, replicate
-from wavg_jax.weighting import (
+from wavg_jax.weighting import robust, signals
+from wavg_jax.weighting.scores import (
     best,
     effective_replicas,
     fisher_merging,
@@ -36,7 +39,8 @@ from wavg_jax.weighting import (
     softmax,
     uniform,
 )
-from wavg_jax.wrappers import grawa, momentum, shortlist, smooth_signals, uniform_floor
+from wavg_jax.weighting.search import best_of, greedy_soup, learned
+from wavg_jax.weighting.wrappers import grawa, momentum, shortlist, smooth_signals, uniform_floor
 
 __version__ = release()
 

@@ -144,7 +144,7 @@ class Restart(Protocol):
 
 
 class Averager(NamedTuple):
-    """A weighting, then one reduction, then an optional outer optimizer; see `wavg_jax.averager.averager`.
+    """A weighting, then one reduction, then an optional outer optimizer; see `wavg_jax.averaging.averager.averager`.
 
     Attributes:
       init: `(params, replicas=None) -> state`.
@@ -182,7 +182,7 @@ class Smoothed(NamedTuple):
 
     Attributes:
       params: the average.
-      mutable: the mutable collections re-estimated for it; see `wavg_jax.reestimation`.
+      mutable: the mutable collections re-estimated for it; see `wavg_jax.rounds.reestimation`.
       state: of the smoothing transformation.
     """
 

@@ -7,7 +7,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from wavg_jax import checks, machine
+from wavg_jax import checks
 from wavg_jax.arguments import as_whole
 from wavg_jax.base import PyTree, SettingsError
 
@@ -50,6 +50,11 @@ def count_replicas(stacked: PyTree) -> int:
     return checks.replicas(stacked)
 
 
+def on_cpu() -> bool:
+    """Whether programs run on the host's processor."""
+    return jax.default_backend() == "cpu"
+
+
 def all_finite(stacked: PyTree) -> jax.Array:
     """Says for each replica whether all its floating-point numbers are finite: bool [K].
 
@@ -58,7 +63,7 @@ def all_finite(stacked: PyTree) -> jax.Array:
     [True, False]
     """
     floats = [x for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    check = _zeros_out if machine.on_cpu() else _each_finite
+    check = _zeros_out if on_cpu() else _each_finite
     finite = [check(x.reshape(x.shape[0], -1)) for x in floats]
     return functools.reduce(operator.and_, finite, jnp.ones(count_replicas(stacked), bool))
 
@@ -87,6 +92,11 @@ def ordered_sum(values: jax.Array) -> jax.Array:
 def select_replicas(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     """Takes replica k from stacked tree `yes` where `mask[k]`, else from stacked tree `no`; `mask` is bool [K]."""
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b), yes, no)
+
+
+def is_key(x: jax.Array) -> bool:
+    """Whether `x` holds typed random keys. A raw uint32 key cannot be told from integers."""
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def is_float(x: jax.Array) -> bool:

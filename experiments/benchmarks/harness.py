@@ -18,14 +18,14 @@ import numpy as np
 from absl import flags
 from rich.table import Table as RichTable
 
-from experiments import app
-from experiments import flags as shared_flags
-from wavg_jax import machine
+from experiments.setup import app
+from experiments.setup import flags as shared_flags
 from wavg_jax.base import SettingsError
 from wavg_jax.data import ShardedData
-from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import Recipe, make_work, put_shared
-from wavg_jax.records import Records, Row, check_writable, write_atomically
+from wavg_jax.devices import machine
+from wavg_jax.rounds.recipe import Recipe, make_work, put_shared
+from wavg_jax.storage.rows import Records, Row, check_writable, write_atomically
+from wavg_jax.training.programs import compiled, programs
 
 flags.DEFINE_integer("repeats", 9, "Turns, of which the median counts.", lower_bound=1)
 F = flags.FLAGS
@@ -224,7 +224,7 @@ def choices(flag: str, allowed: Collection[str]) -> tuple[str, ...]:
 
 
 def _given(reads: Collection[str]) -> list[str]:
-    """Names of the flags that make a measurement what it is: those that are read, and what `experiments.app` sets."""
+    """Names of the flags that make a measurement what it is: those that are read, and what `setup.app` sets."""
     return sorted({*reads, "matmul_precision"})
 
 

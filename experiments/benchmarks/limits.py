@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.harness import Case, in_place, timed
-from wavg_jax.placement import place
+from wavg_jax.devices.placement import place
 
 
 class Limit(NamedTuple):

@@ -22,15 +22,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import app
 from experiments.benchmarks import networks
 from experiments.benchmarks.harness import Recording, Table, begin
 from experiments.benchmarks.networks import AUTO, PLAIN, Network
-from wavg_jax import progress, tree
+from experiments.setup import app
+from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree
-from wavg_jax.mapping import MAPS
-from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import make_work, put_shared
+from wavg_jax.devices.mapping import MAPS
+from wavg_jax.rounds.recipe import make_work, put_shared
+from wavg_jax.training import progress
+from wavg_jax.training.programs import compiled, programs
 
 F = flags.FLAGS
 READS = (*networks.READS, "maps", "round_steps")

@@ -18,14 +18,16 @@ from absl import flags
 from experiments.benchmarks import limits
 from experiments.benchmarks.flops import training_flops
 from experiments.benchmarks.harness import choices
-from experiments.flags import numbers
-from wavg_jax import automap, averager, data, models, rounds, uniform
+from experiments.setup.flags import numbers
+from wavg_jax import averager, data, models, uniform
 from wavg_jax.base import Averager, Batch, Replicas, SettingsError, Task
 from wavg_jax.data import Dataset, ShardedData, Split
-from wavg_jax.mapping import MAPS
-from wavg_jax.programs import programs
-from wavg_jax.recipe import Recipe, make_work, put_shared
-from wavg_jax.trainer import make_recipe
+from wavg_jax.devices.mapping import MAPS
+from wavg_jax.rounds import round as rounds
+from wavg_jax.rounds.recipe import Recipe, make_work, put_shared
+from wavg_jax.training import automap
+from wavg_jax.training.fit import make_recipe
+from wavg_jax.training.programs import programs
 
 NAMES = ("mlp", "cnn", "resnet20", "transformer")
 AUTO = "auto"
@@ -86,7 +88,7 @@ class Network(NamedTuple):
     def recipe(
         self, sharded: ShardedData, averager: Averager, *, devices: int | None = None, replica_map: str = AUTO
     ) -> Recipe:
-        """What a round is made of; see `wavg_jax.trainer.make_recipe`. AUTO is settled by measuring, here."""
+        """What a round is made of; see `wavg_jax.training.fit.make_recipe`. AUTO is settled by measuring, here."""
         fixed = "vmap" if replica_map == AUTO else replica_map
         recipe = make_recipe(self.task, sharded, averager, INNER, devices=devices, replica_map=fixed)
         return automap.settle(recipe, sharded, batch_size=self.batch_size) if replica_map == AUTO else recipe

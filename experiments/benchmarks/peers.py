@@ -27,13 +27,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import app
 from experiments.benchmarks.harness import NOT_MEASURED, Table, alternate, begin, choices, ratio, shown
 from experiments.benchmarks.peer_workers import cases, environment
 from experiments.benchmarks.peer_workers.lines import Arrays, Case, Worker, WorkerFailed
-from wavg_jax import progress
+from experiments.setup import app
 from wavg_jax.base import SettingsError
-from wavg_jax.records import Row
+from wavg_jax.storage.rows import Row
+from wavg_jax.training import progress
 
 
 class System(NamedTuple):

@@ -26,7 +26,6 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import app
 from experiments.benchmarks import limits, networks
 from experiments.benchmarks.harness import (
     Ratio,
@@ -41,9 +40,10 @@ from experiments.benchmarks.harness import (
 from experiments.benchmarks.limits import Limit
 from experiments.benchmarks.networks import INNER, PLAIN, Network, local_phase
 from experiments.benchmarks.sync_cost import LARGEST_COPY
-from wavg_jax import progress
+from experiments.setup import app
 from wavg_jax.base import PyTree, Replicas, SettingsError
-from wavg_jax.local import local_steps
+from wavg_jax.rounds.local import local_steps
+from wavg_jax.training import progress
 
 flags.DEFINE_integer("product", 2048, "Side of the large matrices.", lower_bound=16)
 F = flags.FLAGS

@@ -36,22 +36,23 @@ import numpy as np
 from absl import flags
 
 import wavg_jax as wavg
-from experiments import app
 from experiments.benchmarks import networks
 from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown, timed
 from experiments.benchmarks.networks import HELD_OUT, INNER, PLAIN, Network, local_phase
 from experiments.benchmarks.sync_cost import sync_case
-from experiments.flags import SCHEME
-from experiments.schemes import SCHEMES
-from wavg_jax import progress, rounds
+from experiments.setup import app
+from experiments.setup.flags import SCHEME
+from experiments.setup.schemes import SCHEMES
 from wavg_jax.base import SettingsError, TrainState
-from wavg_jax.checkpoint import Checkpoints, open_checkpoints
 from wavg_jax.data import ShardedData
-from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import Recipe, Work, make_work, put_shared
-from wavg_jax.records import Records
-from wavg_jax.rounds import RoundLog
-from wavg_jax.signals import FREE
+from wavg_jax.rounds import round as rounds
+from wavg_jax.rounds.recipe import Recipe, Work, make_work, put_shared
+from wavg_jax.rounds.round import RoundLog
+from wavg_jax.storage.checkpoints import Checkpoints, open_checkpoints
+from wavg_jax.storage.rows import Records
+from wavg_jax.training import progress
+from wavg_jax.training.programs import compiled, programs
+from wavg_jax.weighting.signals import FREE
 
 flags.DEFINE_list(
     "scored",

@@ -22,11 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from absl import flags
 
-from experiments import app
 from experiments.benchmarks.harness import Recording, Table, begin, choices
-from wavg_jax import progress
+from experiments.setup import app
 from wavg_jax.base import WavgError
-from wavg_jax.records import FILE
+from wavg_jax.storage.rows import FILE
+from wavg_jax.training import progress
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRESET = ROOT / "experiments" / "presets" / "digits.flags"

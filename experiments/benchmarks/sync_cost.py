@@ -25,15 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import app
 from experiments.benchmarks import limits, networks
 from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown
 from experiments.benchmarks.networks import PLAIN, Network, local_phase
-from experiments.flags import numbers
-from wavg_jax import placement, progress, tree
+from experiments.setup import app
+from experiments.setup.flags import numbers
+from wavg_jax import tree
+from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree
-from wavg_jax.placement import Placement
-from wavg_jax.reduce import weighted_mean
+from wavg_jax.devices import placement
+from wavg_jax.devices.placement import Placement
+from wavg_jax.training import progress
 
 flags.DEFINE_list("sizes", "1,10,100", "Parameters of the trees, in millions.")
 F = flags.FLAGS

@@ -21,14 +21,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import app
 from experiments.benchmarks import networks
 from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, ratio, round_runner, shown
 from experiments.benchmarks.networks import AUTO, PLAIN, Network
-from experiments.flags import numbers
-from wavg_jax import data, progress
+from experiments.setup import app
+from experiments.setup.flags import numbers
+from wavg_jax import data
 from wavg_jax.base import SettingsError
-from wavg_jax.mapping import MAPS
+from wavg_jax.devices.mapping import MAPS
+from wavg_jax.training import progress
 
 flags.DEFINE_list("device_counts", None, "Numbers of devices to spread over; by default 1, and as many as divide K.")
 F = flags.FLAGS

@@ -12,14 +12,16 @@ import optax
 import wavg_jax as wavg
 from experiments.benchmarks.peer_workers import cases
 from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve
-from wavg_jax import automap, data, machine
+from wavg_jax import data
 from wavg_jax.base import PyTree, TrainState
 from wavg_jax.data import ShardedData
-from wavg_jax.local import Pace
-from wavg_jax.placement import put
-from wavg_jax.programs import compiled, programs
-from wavg_jax.recipe import Recipe, Work, make_work, put_shared
-from wavg_jax.trainer import make_recipe
+from wavg_jax.devices import machine
+from wavg_jax.devices.placement import put
+from wavg_jax.rounds.local import Pace
+from wavg_jax.rounds.recipe import Recipe, Work, make_work, put_shared
+from wavg_jax.training import automap
+from wavg_jax.training.fit import make_recipe
+from wavg_jax.training.programs import compiled, programs
 
 
 def build(case: Case) -> System:

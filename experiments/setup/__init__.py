@@ -1,0 +1,1 @@
+"""From flags to objects: what the binaries have in common."""

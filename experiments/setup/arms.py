@@ -1,0 +1,303 @@
+"""From flags to runs: the data, the network, and the four arms of the comparison."""
+
+import contextlib
+import datetime
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+
+import wavg_jax as wavg
+from experiments.setup.conditions import Scenario, read_scenario, settings
+from experiments.setup.flags import ARMS, RUN, numbers
+from experiments.setup.options import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.setup.schemes import SCHEMES
+from wavg_jax import data, models, tree
+from wavg_jax.base import DataError, SettingsError
+from wavg_jax.rounds import policy
+from wavg_jax.rounds import score as scoring
+from wavg_jax.rounds.recipe import Recipe
+from wavg_jax.storage.rows import FILE, Row, read_rows
+from wavg_jax.training import fit as trainer
+from wavg_jax.training import timing
+
+F = flags.FLAGS
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+}
+POLICIES = {
+    "keep": policy.keep,
+    "average": policy.average,
+    "reset": policy.reset,
+    "reestimate": policy.reestimate(),
+}
+"""Made once: two runs of the same arm share their compiled programs only if they are given the same objects."""
+
+
+class Arm(NamedTuple):
+    """One arm of the comparison, as the arguments of `fit`.
+
+    Attributes:
+      name: of the arm.
+      averager, inner: of the run.
+      pooled: train one replica on all shards together.
+      local_steps, batch_size: of the run, such that all arms see the same number of samples in a round.
+    """
+
+    name: str
+    averager: wavg.Averager
+    inner: optax.GradientTransformation
+    pooled: bool
+    local_steps: int
+    batch_size: int
+
+
+def chosen(flag: str) -> tuple[str, ...]:
+    """Reads a list flag as names of arms.
+
+    Raises:
+      SettingsError: one is not an arm, or there is none.
+    """
+    names = tuple(F[flag].value or ())
+    if not names or set(names) - set(ARMS):
+        raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(ARMS)}")
+    return names
+
+
+def load() -> data.Dataset:
+    """Loads the data set of the flags, and settles the flag that depends on it: --chance, by default 1 / classes."""
+    dataset = data.load(F.dataset, F.data_dir)
+    if F.chance is None:
+        F["chance"].value = 1 / dataset.classes
+    return dataset
+
+
+def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
+    """Raises SettingsError if a weighting scores held-out data and none are held out."""
+    reading = [name for name, averager in averagers.items() if scoring.reads_heldout(averager.needs)]
+    if reading and not F.heldout:
+        raise SettingsError(
+            f"--heldout=0: {', '.join(reading)} would score held-out samples; hold some out, or choose other weightings"
+        )
+
+
+def make_arms(names: tuple[str, ...] = ARMS, scenario: Scenario | None = None) -> list[Arm]:
+    """Builds the arms at an equal budget of K*H*B training samples a round, by default for the one scenario."""
+    rates = (scenario or read_scenario()).rates
+    replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
+    options: dict[str, Any] = {
+        "outer": make_outer(F),
+        "pull": PULLS[F.pull_toward](F.pull),
+        "reduce": REDUCES[F.reduce],
+    }
+    plain = wavg.averager(wavg.uniform(), **options)
+    weighted = wavg.averager(**(options | SCHEMES[F.weighting](F)))
+    alone = wavg.averager(wavg.uniform())
+    if F.schedule != "fixed" and not {"sequential", "sync"}.isdisjoint(names):
+        raise SettingsError(
+            f"--schedule={F.schedule} is for plain and weighted; the other arms would see more samples (--arms)"
+        )
+    arms = {
+        "sequential": (alone, True, replicas * steps, batch),
+        "sync": (alone, True, steps, replicas * batch),
+        "plain": (plain, False, steps, batch),
+        "weighted": (weighted, False, steps, batch),
+    }
+    return [Arm(name, arms[name][0], make_inner(F.inner, rates[name]), *arms[name][1:]) for name in names]
+
+
+@functools.cache
+def make_inner(name: str, rate: float) -> optax.GradientTransformation:
+    """The inner optimizer of that name; made once for a rate, so that runs share their programs."""
+    return OPTIMIZERS[name](rate)
+
+
+def in_scenario(arm: Arm, scenario: Scenario) -> Arm:
+    """The same arm at its learning rate in another scenario; where that is the same, it shares its programs."""
+    return arm._replace(inner=make_inner(F.inner, scenario.rates[arm.name]))
+
+
+def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
+    """Builds the network for a data set's images, which computes in --compute_dtype, or in that of its inputs."""
+    dtype: Any = None if of_inputs else jnp.dtype(F.compute_dtype)
+    stored = jax.ShapeDtypeStruct(dataset.train.x[:1].shape, dataset.train.x.dtype)
+    shape = jax.eval_shape(data.make_prepare(dataset), stored).shape[1:]
+    if F.model != "mlp" and len(shape) != 3:
+        raise SettingsError(
+            f"--model={F.model} needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
+        )
+    for name in ("hidden", "batch_norm", "dropout"):
+        if F.model == "resnet" and F[name].present:
+            raise SettingsError(f"--{name} has no effect with --model=resnet; leave it out")
+    networks: dict[str, Callable] = {
+        "mlp": lambda: models.MLP(numbers("hidden", int), dataset.classes, F.dropout, dtype),
+        "cnn": lambda: models.CNN(dataset.classes, F.batch_norm, F.dropout, dtype),
+        "resnet": lambda: models.ResNet(dataset.classes, dtype=dtype),
+    }
+    return models.from_linen(networks[F.model](), shape)
+
+
+def make_data(dataset: data.Dataset, seed: int, noisy: int = 0) -> data.ShardedData:
+    """Holds out, cuts into shards, and spoils the labels of the first `noisy`; the same for every arm of a seed."""
+    partitions: dict[str, Callable] = {
+        "iid": lambda split, seed: data.iid(len(split.y), F.replicas, seed),
+        "sized": lambda split, seed: data.sized(len(split.y), _proportions(), seed),
+        "dirichlet": lambda split, seed: data.dirichlet(split.y, F.replicas, F.alpha, seed),
+    }
+    return data.shard(
+        dataset,
+        partitions[F.partition],
+        heldout=F.heldout,
+        seed=seed,
+        noisy=tuple(range(noisy)),
+        augment=data.crop_flip if F.augment else None,
+        scale=SCALES[F.scale],
+    )
+
+
+def _proportions() -> tuple[float, ...]:
+    return tuple(itertools.islice(itertools.cycle(numbers("proportions", float)), F.replicas))
+
+
+def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> Recipe:
+    """What a round of an arm is made of."""
+    return trainer.make_recipe(
+        task,
+        data.pool(sharded) if arm.pooled else sharded,
+        arm.averager,
+        arm.inner,
+        **_options(arm),
+    )
+
+
+def _options(arm: Arm) -> dict[str, Any]:
+    """Where an arm runs, what happens at its syncs and after its rounds; arguments of `fit`.
+
+    The pooled arms have no syncs, so they keep what they have.
+    """
+    common = {"score_samples": F.score_samples, "smoothing": _smoothing(F.smoothing, F.ema_decay, F.swa_start)}
+    if arm.pooled:
+        return common | {"opt_state_at_sync": policy.keep, "stats_at_sync": policy.keep, "devices": 1}
+    return common | {
+        "opt_state_at_sync": POLICIES[F.opt_state_at_sync],
+        "stats_at_sync": POLICIES[F.stats_at_sync],
+        "devices": F.devices,
+    }
+
+
+def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row | None]:
+    """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
+
+    sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step. The
+    local phase of all but sequential is the same, so one measurement serves them.
+    None where --schedule lets rounds differ.
+    """
+    by_name = {arm.name: arm for arm in arms}
+    if F.schedule != "fixed":
+        return dict.fromkeys(by_name)
+
+    def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
+        recipe = make_recipe(arm, task, source)
+        return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size)
+
+    measured: dict[str, timing.Parts] = {}
+    if "sequential" in by_name:
+        measured["sequential"] = parts(by_name["sequential"], data.pool(sharded))
+    if set(by_name) - {"sequential"}:
+        averaged = [by_name[name] for name in ("plain", "weighted") if name in by_name] or make_arms(("plain",))
+        own = {arm.name: parts(arm, sharded) for arm in averaged}
+        one = own[averaged[0].name]
+        measured["sync"] = one._replace(score=0.0, blend=F.local_steps * one.exchange)
+        measured |= {name: found._replace(local=one.local) for name, found in own.items()}
+    return {name: _path(measured[name]) for name in by_name}
+
+
+def _path(parts: timing.Parts) -> Row:
+    path = {"local": parts.local, "score": parts.score, "blend": parts.blend}
+    return path | {"round": sum(path.values())}
+
+
+@functools.cache
+def _smoothing(name: str, *numbers: float) -> optax.GradientTransformation | None:
+    """Made once for the flags' numbers, so that runs share their programs."""
+    del numbers
+    return SMOOTHINGS[name](F)
+
+
+def run_arm(
+    arm: Arm,
+    task: wavg.Task,
+    sharded: data.ShardedData,
+    scenario: Scenario,
+    seed: int,
+    on_round: Callable[[Row], None] | None,
+    *,
+    workdir: pathlib.Path | None = None,
+    name: str | None = None,
+    path: Row | None = None,
+) -> trainer.Result:
+    """Runs one arm in one scenario for one seed.
+
+    Its rows and checkpoints go to `workdir`, by default under the name ARM-seedSEED.
+    """
+    facts = {
+        "arm": arm.name,
+        "target_accuracy": F.target_accuracy,
+        "critical_path": path,
+        "weighting": F.weighting if arm.name == "weighted" else "uniform",
+    }
+    if arm.name == "sync":
+        gradients, _ = jax.eval_shape(task.init, jax.random.key(0))
+        facts["bytes_per_round"] = 2 * F.replicas * tree.nbytes(gradients) * arm.local_steps
+    return wavg.fit(
+        task,
+        data.pool(sharded) if arm.pooled else sharded,
+        arm.averager,
+        inner=arm.inner,
+        local_steps=arm.local_steps if arm.pooled else SCHEDULES[F.schedule](F),
+        rounds=F.rounds,
+        batch_size=arm.batch_size,
+        seed=seed,
+        **_options(arm),
+        replica_map=F.replica_map,
+        resident=FEEDS[F.feed],
+        workdir=workdir,
+        name=name or f"{arm.name}-seed{seed}",
+        checkpoint_every=F.checkpoint_every,
+        resume=F.resume,
+        facts=facts,
+        settings=settings(RUN, scenario),
+        on_round=on_round,
+    )
+
+
+def choose_workdir(binary: str) -> pathlib.Path:
+    """Returns --workdir, or a new folder under runs/ named after the binary, the data set and the time.
+
+    Raises:
+      SettingsError: --resume is given without --workdir.
+    """
+    if F.workdir is not None:
+        return pathlib.Path(F.workdir)
+    if F.resume:
+        raise SettingsError("--resume needs --workdir, the folder that the first part of the run wrote")
+    name = pathlib.Path(F.dataset).stem
+    return pathlib.Path("runs") / f"{binary}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def rounds_done(workdir: pathlib.Path) -> int:
+    """How many rounds an earlier part of the run has recorded in `workdir`."""
+    if not F.resume or not (workdir / FILE).exists():
+        return 0
+    with contextlib.suppress(DataError):  # no row is whole yet, or what is wrong with them is said later
+        return sum(row["kind"] == "round" for row in read_rows(workdir))
+    return 0

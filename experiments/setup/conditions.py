@@ -1,0 +1,78 @@
+"""The scenarios that --noisy asks for, with the learning rates there, and how they are recorded."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from absl import flags
+
+from experiments.setup.flags import ARMS, RATES, numbers
+from wavg_jax.base import SettingsError
+
+F = flags.FLAGS
+
+
+class Scenario(NamedTuple):
+    """How many of the shards have random labels, and the learning rate of every arm there."""
+
+    noisy: int
+    rates: Mapping[str, float]
+
+
+def title(noisy: int) -> str:
+    """What the shards of a scenario are like, for a reader."""
+    return f"{noisy} of {F.replicas} shards with random labels" if noisy else "clean shards"
+
+
+def read_scenarios() -> tuple[Scenario, ...]:
+    """Reads --noisy, by default none of the shards and half of them, and the learning rates in each scenario.
+
+    Raises:
+      SettingsError: a number is not one of shards, or is there twice, or the rates are not as many.
+    """
+    given = F.noisy is not None
+    return _scenarios(numbers("noisy", int, least=0) if given else tuple(sorted({0, F.replicas // 2})))
+
+
+def read_scenario() -> Scenario:
+    """Reads --noisy, by default none of the shards, and the learning rates, where there is one scenario.
+
+    Raises:
+      SettingsError: there are several, or the number is not one of shards.
+    """
+    noisy = (0,) if F.noisy is None else numbers("noisy", int, least=0)
+    if len(noisy) > 1:
+        raise SettingsError(f"--noisy={_text(noisy)}: give one number; compare and tune take several, a scenario each")
+    return _scenarios(noisy)[0]
+
+
+def settings(names: Collection[str], scenario: Scenario) -> dict[str, object]:
+    """The values of flags, to be recorded; where a flag has a value for each scenario, the one there."""
+    own = {"noisy": scenario.noisy} | {f"lr_{arm}": rate for arm, rate in scenario.rates.items()}
+    return {name: own.get(name, F[name].value) for name in sorted(names)}
+
+
+def _scenarios(noisy: tuple[int, ...]) -> tuple[Scenario, ...]:
+    if len(set(noisy)) < len(noisy) or max(noisy) > F.replicas:
+        raise SettingsError(
+            f"--noisy={_text(noisy)}: give numbers from 0 to {F.replicas}, the shards (--replicas), each once"
+        )
+    rates = {arm: _rates(arm, noisy) for arm in ARMS}
+    return tuple(Scenario(one, {arm: rates[arm][at] for arm in ARMS}) for at, one in enumerate(noisy))
+
+
+def _rates(arm: str, noisy: tuple[int, ...]) -> tuple[float, ...]:
+    """The learning rate of an arm in each scenario."""
+    name = f"lr_{arm}"
+    if F[name].value is None:
+        return tuple(RATES[arm][one > 0] for one in noisy)
+    rates = numbers(name, float, least=0)
+    if len(rates) == 1:
+        return rates * len(noisy)
+    if len(rates) != len(noisy):
+        several = f", or one for each of the {len(noisy)} scenarios" if len(noisy) > 1 else " for the one scenario"
+        raise SettingsError(f"--{name}={_text(rates)}: give one rate{several} (--noisy)")
+    return rates
+
+
+def _text(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)

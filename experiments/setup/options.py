@@ -1,0 +1,66 @@
+"""The averager's and the run's further options by name: what the flags of those names can be asked for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from absl import flags
+
+from wavg_jax import data
+from wavg_jax.averaging import outer, pull, reduce, smoothing
+from wavg_jax.base import SettingsError
+from wavg_jax.training import schedule
+
+Flags = flags.FlagValues
+
+
+def _given(f: Flags, **names: str) -> dict[str, Any]:
+    """The arguments whose flags are set; the others keep their own defaults."""
+    return {argument: f[flag].value for argument, flag in names.items() if f[flag].value is not None}
+
+
+OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
+    "none": lambda f: None,
+    "nesterov": lambda f: outer.nesterov(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
+    "bmuf": lambda f: outer.bmuf(
+        **{"momentum": 1 - 1 / f.replicas} | _given(f, block_learning_rate="outer_lr", momentum="outer_momentum")
+    ),
+    "lookahead": lambda f: outer.lookahead(**_given(f, alpha="outer_lr")),
+    "fedavgm": lambda f: outer.fedavgm(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
+    "fedadam": lambda f: outer.fedadam(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
+}
+_IGNORED = {"none": ("outer_lr", "outer_momentum"), "lookahead": ("outer_momentum",)}
+"""Flags that an outer optimizer does not read."""
+PULLS: dict[str, Callable[[float], float | pull.Pull]] = {"new": float, "old": pull.toward_old}
+REDUCES: dict[str, Any] = {"mean": reduce.weighted_mean, "norm_preserving": reduce.norm_preserving}
+SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
+    "none": lambda f: None,
+    "ema": lambda f: smoothing.ema(f.ema_decay),
+    "swa": lambda f: smoothing.swa(f.swa_start),
+}
+SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
+    "fixed": lambda f: schedule.fixed(f.local_steps),
+    "post_local": lambda f: schedule.post_local(f.local_steps, f.post_local_steps),
+    "linear": lambda f: schedule.linear(1, f.local_steps, f.schedule_rounds),
+    "adacomm": lambda f: schedule.adacomm(f.local_steps, f.schedule_rounds),
+}
+
+
+def make_outer(f: Flags) -> optax.GradientTransformation | None:
+    """The outer optimizer of the flags, one round late if --delayed.
+
+    Raises:
+      SettingsError: a flag is given that this optimizer does not read.
+    """
+    for name in _IGNORED.get(f.outer, ()):
+        if f[name].value is not None:
+            raise SettingsError(
+                f"--{name} has no effect with --outer={f.outer}; leave it out, or choose another --outer"
+            )
+    chosen = OUTERS[f.outer](f)
+    return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen
+
+
+SCALES = {"channel": data.per_channel, "feature": data.per_feature, "all": data.overall, "none": None}
+FEEDS: dict[str, bool | None] = {"auto": None, "resident": True, "stream": False}
+"""Whether the training split lies on the devices as a whole."""

@@ -1,0 +1,56 @@
+"""What a binary does before its imports, which take seconds: it says that it starts, and takes over Ctrl-C.
+
+Until `experiments.setup.app` runs, Ctrl-C ends the process with one line. After that the first Ctrl-C is Python's own,
+or a request to finish the round, and the main thread acts on it when it can, which is not while it waits for XLA. So a
+second Ctrl-C ends the process from a thread that waits for nothing else.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C ended, as in shells."""
+
+_GRACE = 1.0
+"""Seconds that the main thread is given to end in order after a second Ctrl-C."""
+
+
+def interrupted() -> None:
+    """Says so in a line of its own, once, and gives back the cursor that a progress bar hides."""
+    if not _told.is_set():
+        _told.set()
+        # Not through sys.stderr, whose lock the interrupted code may hold.
+        os.write(2, (b"\x1b[?25h\r\x1b[K" if os.isatty(2) else b"") + b"interrupted\n")
+
+
+def leave(*_: object) -> None:
+    """Ends the process at once; what is on disk is good after a kill too."""
+    interrupted()
+    os._exit(INTERRUPTED)
+
+
+_told = threading.Event()
+
+
+def _watch(signals: int) -> None:
+    """Ends the process after a second Ctrl-C; reads the numbers of signals as they come in."""
+    asked = 0
+    while numbers := os.read(signals, 64):
+        asked += numbers.count(signal.SIGINT)
+        if asked > 1:
+            time.sleep(_GRACE)
+            leave()
+
+
+def take_over() -> None:
+    """Handles Ctrl-C from now on, and says that the binary starts; a longer line will overwrite it."""
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, leave)
+    threading.Thread(target=_watch, args=(signals,), daemon=True, name="interrupts").start()
+    if sys.stderr.isatty():
+        print("starting", end="\r", file=sys.stderr, flush=True)

@@ -1,0 +1,160 @@
+"""The ways to run the replicas of a device give the same, and the fastest is chosen once and kept."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import regression, sharded
+
+import wavg_jax as wavg
+from wavg_jax.base import SettingsError
+from wavg_jax.devices import mapping, placement
+from wavg_jax.training import automap, programs
+from wavg_jax.training import fit as trainer
+
+TASK, INNER, PLAIN = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.uniform())
+OPTIONS = {"inner": INNER, "local_steps": 3, "rounds": 2, "batch_size": 8, "on_round": lambda row: None}
+
+
+@pytest.fixture
+def recipe():
+    return trainer.make_recipe(TASK, sharded(), PLAIN, INNER, devices=1)
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.setattr(automap, "_known", {})
+
+
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_every_way_gives_the_same_run(devices):
+    runs = {
+        name: wavg.fit(TASK, sharded(), PLAIN, devices=devices, replica_map=name, **OPTIONS) for name in mapping.MAPS
+    }
+    assert [run.rows[0]["replica_map"] for run in runs.values()] == list(mapping.MAPS)
+    for run in runs.values():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, runs["vmap"].params)
+        assert run.rows[-1]["test_accuracy"] == runs["vmap"].rows[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["pmap", None])
+def test_other_ways_are_refused(name):
+    with pytest.raises(SettingsError, match=r"--replica_map=.*: choose from auto, vmap, map, unroll"):
+        wavg.fit(TASK, sharded(), PLAIN, replica_map=name, **OPTIONS)
+    with pytest.raises(SettingsError, match="choose from vmap, map, unroll"):
+        placement.place(4, 1, name)
+
+
+def fake_trials(monkeypatch, seconds):
+    """Trials that take what they are told; returns the names that were tried."""
+    tried = []
+
+    def trials(recipes, data, batch_size):
+        tried.append(list(recipes))
+        return {name: lambda name=name: seconds[name] for name in recipes}
+
+    monkeypatch.setattr(automap, "_trials", trials)
+    monkeypatch.setattr(automap, "_SECONDS", 0.01)
+    return tried
+
+
+def test_the_fastest_way_is_chosen_once(monkeypatch, recipe):
+    tried = fake_trials(monkeypatch, {"vmap": 3.0, "map": 1.0, "unroll": 2.0})
+    settled = automap.settle(recipe, sharded(), batch_size=8)
+    assert settled.placement == placement.place(4, 1, "map")
+    other = recipe._replace(averager=wavg.averager(wavg.softmax("loss", 1.0)))
+    assert automap.settle(other, sharded(), batch_size=8).placement.replica_map == "map"
+    assert tried == [["vmap", "map"]]  # four replicas on a device are not written out
+    automap.settle(recipe, sharded(), batch_size=4)
+    on_two = trainer.make_recipe(TASK, sharded(), PLAIN, INNER, devices=2)
+    automap.settle(on_two, sharded(), batch_size=8)
+    assert tried[1:] == [["vmap", "map"], ["vmap", "map", "unroll"]]
+
+
+def test_there_is_no_trial_where_nothing_can_be_gained(monkeypatch, recipe):
+    tried = fake_trials(monkeypatch, {})
+    assert automap.settle(recipe, sharded(), batch_size=8, steps=100).placement.replica_map == "vmap"
+    assert automap.settle(recipe, sharded(), batch_size=8, decided="unroll").placement.replica_map == "unroll"
+    alone = trainer.make_recipe(TASK, sharded(), PLAIN, INNER, devices=4)
+    assert automap.settle(alone, sharded(), batch_size=8) is alone
+    assert tried == []
+
+
+def test_the_choice_is_kept_beside_the_compiled_programs(monkeypatch, recipe, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        tried = fake_trials(monkeypatch, {"vmap": 1.0, "map": 3.0})
+        for _ in range(2):
+            monkeypatch.setattr(automap, "_known", {})  # as in another process
+            assert automap.settle(recipe, sharded(), batch_size=8).placement.replica_map == "vmap"
+        assert len(tried) == 1
+        (tmp_path / automap.FILE).write_text("{ cut sho")
+        monkeypatch.setattr(automap, "_known", {})
+        automap.settle(recipe, sharded(), batch_size=8)
+        assert len(tried) == 2
+        assert list(json.loads((tmp_path / automap.FILE).read_text()).values()) == ["vmap"]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("kept", ['{"%s": "pmap"}', '["vmap"]'])
+def test_a_kept_choice_that_means_nothing_is_made_again(kept, monkeypatch, recipe, tmp_path):
+    tried = fake_trials(monkeypatch, {"vmap": 1.0, "map": 3.0})
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    monkeypatch.setattr(automap, "_fingerprint", lambda *about: "key")
+    try:
+        (tmp_path / automap.FILE).write_text(kept.replace("%s", "key"))
+        assert automap.settle(recipe, sharded(), batch_size=8).placement.replica_map == "vmap"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(tried) == 1
+
+
+def test_what_does_not_compile_is_tried_again(monkeypatch):
+    failing = [True]
+
+    def once(self, *args, **options):
+        if failing.pop():
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", once)
+    program = jax.jit(lambda x: x + 1)
+    with pytest.raises(RuntimeError, match="no memory"):
+        programs.compiled(program, jnp.ones(2))
+    failing.append(False)
+    programs.compiled(program, jnp.ones(2))
+    assert not failing
+
+
+def test_the_real_trials_run(recipe, monkeypatch):
+    monkeypatch.setattr(automap, "_SECONDS", 0.01)
+    settled = automap.settle(recipe, sharded(), batch_size=8)
+    assert settled.placement.replica_map in mapping.MAPS
+
+
+def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
+    monkeypatch.setattr(automap, "_FLOPS", 0)
+    options = OPTIONS | {"devices": 1, "workdir": tmp_path}
+    fake_trials(monkeypatch, {"vmap": 3.0, "map": 1.0})
+    wavg.fit(TASK, sharded(), PLAIN, **options)
+    monkeypatch.setattr(automap, "_known", {})
+    fake_trials(monkeypatch, {"vmap": 1.0, "map": 3.0})
+    again = wavg.fit(TASK, sharded(), PLAIN, resume=True, **(options | {"rounds": 3}))
+    straight = wavg.fit(TASK, sharded(), PLAIN, devices=1, replica_map="map", **(OPTIONS | {"rounds": 3}))
+    jax.tree.map(np.testing.assert_array_equal, again.params, straight.params)
+
+
+@pytest.mark.parametrize("heldout", [20, pytest.param(21, marks=pytest.mark.slow)])
+def test_blends_are_scored_by_all_devices_together_with_the_same_result(heldout):
+    """20 samples are dealt out over 4 devices, 21 are not."""
+    averager, source = wavg.averager(wavg.learned()), sharded(noisy=(0,), heldout=heldout)
+    runs = [wavg.fit(TASK, source, averager, devices=devices, **OPTIONS) for devices in (1, 4)]
+    for one, four in zip(runs[0].rows[1:], runs[1].rows[1:], strict=True):
+        assert max(one["weights"]) - min(one["weights"]) > 0.05
+        np.testing.assert_allclose(one["weights"], four["weights"], atol=1e-4)
+        np.testing.assert_allclose(one["test_loss"], four["test_loss"], rtol=1e-4)

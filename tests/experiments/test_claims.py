@@ -1,0 +1,157 @@
+"""The numbers of the README and BUILD_NOTES about the comparison are those of the recorded rows."""
+
+import collections
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.stats
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+README, NOTES = (
+    " ".join((ROOT / name).read_text().replace("\N{MINUS SIGN}", "-").split())
+    for name in ("README.md", "BUILD_NOTES.md")
+)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (RESULTS / folder / "rows.jsonl").read_text().splitlines()]
+
+
+def interval(values):
+    """Mean and both ends of the 95 % interval of paired differences."""
+    values = np.asarray(values, np.float64)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def p_value(values):
+    """Of paired differences, that their mean is 0."""
+    return float(scipy.stats.ttest_1samp(values, 0).pvalue)
+
+
+def finals(folder, metric="test_accuracy"):
+    """Arm -> % after the last round, by seed."""
+    found = collections.defaultdict(dict)
+    for row in rows(folder):
+        if row["kind"] == "round":
+            found[row["arm"]][row["seed"]] = 100 * row[metric]
+    return {arm: np.array([own[seed] for seed in sorted(own)]) for arm, own in found.items()}
+
+
+ARMS = ("sequential", "sync", "plain", "weighted")
+TABLE = [
+    ("IID", "test_accuracy", "fashion_iid", None),
+    ("2 of 8 with random labels", "test_accuracy", "fashion_noisy2", "fashion_noisy2_softmax"),
+    ("4 of 8 with random labels", "test_accuracy", "fashion_noisy4", "fashion_noisy4_softmax"),
+    ("expected calibration error, 4 of 8", "test_ece", "fashion_noisy4", "fashion_noisy4_softmax"),
+]
+
+
+@pytest.mark.parametrize(("label", "metric", "folder", "softmax"), TABLE, ids=[row[0] for row in TABLE])
+def test_the_table_of_what_to_expect_is_what_was_recorded(label, metric, folder, softmax):
+    found = finals(folder, metric)
+    values = [found[arm] for arm in ARMS] + ([finals(softmax, metric)["weighted"]] if softmax else [])
+    said = " | ".join(f"{value.mean() + 1e-9:.1f} ± {value.std(ddof=1):.1f}" for value in values)
+    assert f"| {label} | {said} |" in README
+
+
+@pytest.mark.parametrize("noisy", [0, 2])
+def test_the_table_of_the_first_command_is_what_was_recorded(noisy):
+    recorded = rows("digits")
+    of = {row["run"]: row["settings"]["noisy"] for row in recorded if row["kind"] == "run"}
+    last = {row["run"]: row for row in recorded if row["kind"] == "round" and of[row["run"]] == noisy}
+    for metric in ("test_accuracy", "test_ece"):
+        found = {arm: np.array([100 * row[metric] for row in last.values() if row["arm"] == arm]) for arm in ARMS}
+        cells = " | ".join(f"{value.mean():.1f} ± {value.std(ddof=1):.1f}" for value in found.values())
+        mean, low, high = interval(found["weighted"] - found["plain"])
+        shown = "" if low > 0 or high < 0 else ": not shown"
+        name = "accuracy" if metric == "test_accuracy" else "calibration error"
+        assert f"| {name} | {cells} | {mean:+.1f} ({low:+.1f} to {high:+.1f}){shown} |" in README
+        assert [row["seed"] for row in last.values() if row["arm"] == "plain"] == [0, 1, 2, 3, 4]
+
+
+def test_the_table_of_what_scoring_costs_is_what_was_recorded():
+    shares = {
+        (row["weighting"], row["score_samples"], row["local_steps"]): 100 * row["share"]
+        for row in rows("scoring_cost")
+        if row["kind"] == "share"
+    }
+    names = {
+        "accuracy": '`proportional("accuracy")`',
+        "learned": "`learned()`",
+        "learned_online": "`learned(carry=True, steps=1)`",
+        "best_of": "`best_of` of five",
+    }
+    text = README.replace("**", "")
+    for key, name in names.items():
+        cells = [f"{shares[key, samples, steps]:.0f}" for samples in (256, 5000) for steps in (10, 50, 200)]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    assert f"{shares['learned_online', 256, 50]:.0f} % of a round at H=50" in README
+    assert f"{shares['learned_online', 256, 200]:.0f} % at H=200" in README
+
+
+@pytest.fixture(scope="module")
+def gaps():
+    """`(scenario, weighting, other) -> interval` of the points of test accuracy between them, and the weightings."""
+    cells = collections.defaultdict(dict)
+    for row in rows("scenarios") + rows("scenarios_online"):
+        if row["kind"] == "cell":
+            cells[row["scenario"], row["weighting"]][row["seed"]] = 100 * row["test_accuracy"]
+
+    def differences(scenario, weighting, other="plain"):
+        a, b = cells[scenario, weighting], cells[scenario, other]
+        return [a[seed] - b[seed] for seed in sorted(a)]
+
+    def gap(*which):
+        return interval(differences(*which))
+
+    gap.differences = differences
+    gap.scenarios = list(dict.fromkeys(scenario for scenario, _ in cells))
+    gap.weightings = list(dict.fromkeys(weighting for _, weighting in cells if weighting != "learned_online"))
+    return gap
+
+
+def test_what_is_said_of_learned_weights_is_what_was_recorded(gaps):
+    found = {scenario: gaps(scenario, "learned") for scenario in gaps.scenarios}
+    assert sorted(scenario for scenario, (mean, *_) in found.items() if mean < 0) == ["iid", "sized"]
+    for page in (README, NOTES):
+        for scenario in ("iid", "sized"):
+            mean, low, high = found[scenario]
+            assert f"{-mean:.2f}" in page
+            assert f"({low:.2f} to {high:+.2f}" in page
+        for scenario in ("noisy2", "noisy4", "dirichlet01", "dirichlet03"):
+            mean, low, high = found[scenario]
+            assert f"{mean:.1f} ({low:.1f} to {high:.1f}" in page
+        mean, low, high = found["fast1"]
+        assert f"{mean:.0f} ({low:.0f} to {high:.0f}" in page
+    assert "({1:.2f} to {2:.2f})".format(*found["flipped1"]) in README
+    shown = {scenario for scenario, (_, low, _) in found.items() if low > 0}
+    assert shown == {"noisy2", "noisy4", "dirichlet01", "flipped1", "fast1"}
+    # Nine tests are read: by Holm's rule the largest of the five smallest p-values counts nine minus four times.
+    values = {scenario: p_value(gaps.differences(scenario, "learned")) for scenario in gaps.scenarios}
+    held = sorted(values, key=values.get)
+    assert held[4] == "flipped1"
+    assert f"Holm: p = {5 * values['flipped1']:.2f}" in README
+    assert all((9 - i) * values[scenario] < 0.05 for i, scenario in enumerate(held[:4]))
+    behind = {}
+    for scenario in gaps.scenarios:
+        best = max(gaps.weightings, key=lambda weighting: gaps(scenario, weighting)[0])
+        behind[scenario] = gaps(scenario, best, "learned") if best != "learned" else (0.0, 0.0, 0.0)
+    assert max(behind, key=lambda scenario: behind[scenario][0]) == "dirichlet03"
+    mean, low, high = behind["dirichlet03"]
+    assert f"{mean:.3f} points at most (Dirichlet 0.3; {low:.2f} to {high:.2f})" in README
+    assert f"{mean:.3f} points ({low:.2f} to {high:+.2f})" in NOTES
+
+
+def test_what_is_said_of_the_cheap_mode_is_what_was_recorded(gaps):
+    found = {scenario: gaps(scenario, "learned_online") for scenario in gaps.scenarios}
+    below = sorted(-mean for mean, *_ in found.values() if mean < 0)
+    assert f"in two, by {' and '.join(f'{mean:.2f}' for mean in below)} points" in README
+    mean, low, high = found["dirichlet01"]
+    assert low < 0
+    assert f"({mean:.1f}, {low:.1f} to {high:.1f})" in README
+    faults = ("noisy2", "noisy4", "fast1", "flipped1", "slow4")
+    assert max(abs(gaps(scenario, "learned_online", "learned")[0]) for scenario in faults) < 0.11

@@ -1,0 +1,154 @@
+"""Rows: whole lines or none, strict JSON, and what is kept when a run goes on."""
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from wavg_jax.base import DataError, ResumeError, WorkdirError
+from wavg_jax.storage import rows as records
+from wavg_jax.storage.rows import Records
+
+
+def header(run="a", **more):
+    return {"kind": "run", "run": run, "arm": run, "seed": 0, "rounds": 3, "settings": {"lr": 0.1}} | more
+
+
+def row(number, run="a", **more):
+    return dict.fromkeys(records.ROUND, 1) | {"kind": "round", "run": run, "round": number} | more
+
+
+def test_rows_come_back_as_strict_json(tmp_path):
+    written = Records(tmp_path)
+    written.append(
+        row(1, weights=np.float32([0.5, 0.5]), loss=np.float32("nan"), best=float("inf"), alive=np.array([True]))
+    )
+    text = (tmp_path / "rows.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
+    (back,) = records.read_rows(tmp_path)
+    assert back == row(1, weights=[0.5, 0.5], loss=None, best=None, alive=[True])
+    assert Records(tmp_path).rows == written.rows
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_the_next_starts_clean(tmp_path):
+    Records(tmp_path).append(header())
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"kind": "round", "ro')
+    assert len(records.read_rows(tmp_path)) == 1
+    again = Records(tmp_path)
+    again.append(row(1))
+    assert [r["kind"] for r in records.read_rows(tmp_path)] == ["run", "round"]
+
+
+def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
+    written = Records(tmp_path)
+    for item in (header("a"), row(1, "a"), header("b"), row(1, "b"), row(2, "b"), row(2, "a"), row(3, "a")):
+        written.append(item)
+    written.rewind("a", 1, planned=5)
+    assert [(r["run"], r.get("round")) for r in written.rows] == [
+        ("a", None),
+        ("a", 1),
+        ("b", None),
+        ("b", 1),
+        ("b", 2),
+    ]
+    assert [r["rounds"] for r in written.rows if r["kind"] == "run"] == [5, 3]
+    assert records.read_rows(tmp_path) == written.rows
+    with pytest.raises(ResumeError, match="lacks round 2"):
+        written.rewind("a", 2, planned=5)
+    written.rewind("a", 0, planned=5)
+    assert {r["run"] for r in written.rows} == {"b"}
+
+
+def test_other_settings_are_named():
+    first = dict.fromkeys((*records.READ, "replica_map"), 1) | header(data_crc=7, seed=1)
+    records.check_settings(first, first)
+    with pytest.raises(ResumeError, match=r"data are not those.*training samples: 2, now 3"):
+        records.check_settings(first, first | {"train_samples": 2, "settings": {"lr": 0.1, "chance": 0.5}})
+    with pytest.raises(ResumeError, match=r"data are not those.*classes: 1, now 2"):
+        records.check_settings(first, first | {"classes": 2, "settings": {"lr": 0.1, "chance": 0.5}})
+    # Which of them are held out is a matter of flags.
+    with pytest.raises(ResumeError, match=r"--train_samples=1"):
+        records.check_settings(first, first | {"train_samples": 0, "heldout_samples": 2})
+    with pytest.raises(ResumeError, match=r"--lr=0.1, now it is 0.2"):
+        records.check_settings(first, first | {"settings": {"lr": 0.2}})
+    with pytest.raises(ResumeError, match="--noisy"):
+        records.check_settings(first, first | {"settings": {"lr": 0.1, "noisy": 2}})
+    with pytest.raises(ResumeError, match="--batch_size=1, now it is 2"):
+        records.check_settings(first, first | {"batch_size": np.int64(2)})
+    with pytest.raises(ResumeError, match="shards are not those"):
+        records.check_settings(first, first | {"data_crc": 8})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b'{"kind": "run"', "empty"),
+        (b'{"kind": "run", "run": "a"}\nnonsense\n', "line 2"),
+        (b'{"run": "a"}\n', "line 1"),
+        (b"[1, 2]\n", "line 1"),
+        (b"\xff\xfe\n", "line 1"),
+    ],
+)
+def test_what_is_not_rows_is_refused_with_the_line(content, says, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=says) as raised:
+        records.read_rows(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_folder_and_no_rows_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="no rows"):
+            records.read_rows(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    target = tmp_path / "report.md"
+    records.write_atomically(target, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkdirError, match="No space left"):
+        records.write_atomically(target, b"new and longer")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_file_is_as_private_as_the_one_before_it_or_as_the_umask_says(tmp_path):
+    target, before = tmp_path / "rows.jsonl", os.umask(0o077)
+    try:
+        for umask, mode in ((0o077, 0o600), (0o022, 0o644), (0o002, 0o664)):
+            os.umask(umask)
+            target.unlink(missing_ok=True)
+            records.write_atomically(target, b"new")
+            assert stat.S_IMODE(target.stat().st_mode) == mode
+        target.chmod(0o640)
+        records.write_atomically(target, b"newer")
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_failed_append_leaves_whole_lines(tmp_path, monkeypatch):
+    written = Records(tmp_path)
+    written.append(header())
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(WorkdirError, match="No space left"):
+        written.append(row(1))
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    assert len(written.rows) == 1
+
+
+def test_without_a_folder_rows_stay_in_memory(tmp_path):
+    written = Records(None)
+    written.append(header())
+    written.append(row(1))
+    written.rewind("a", 0, planned=3)
+    assert written.rows == []

@@ -1,0 +1,90 @@
+"""The critical path: its parts are measured, and each arm is charged with what it does."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from small import regression, sharded
+
+import wavg_jax as wavg
+from experiments.setup import app, arms
+from wavg_jax import data
+from wavg_jax.rounds import score as scoring
+from wavg_jax.training import fit as trainer
+from wavg_jax.training import timing
+
+TASK = regression()
+
+
+def parts(averager, source, **options):
+    recipe = trainer.make_recipe(TASK, source, averager, optax.sgd(0.1), devices=1)
+    return timing.measure_parts(recipe, source, **({"local_steps": 4, "batch_size": 8, "repeats": 2} | options))
+
+
+def test_every_part_that_a_round_has_takes_time_and_no_other():
+    scored = parts(wavg.averager(wavg.softmax("loss")), sharded())
+    assert min(scored) > 0
+    plain = parts(wavg.averager(wavg.uniform()), sharded())
+    assert plain.score == 0
+    assert min(plain.local, plain.blend, plain.exchange) > 0
+    alone = parts(wavg.averager(wavg.uniform()), data.pool(sharded()))
+    assert alone.local > 0
+    assert alone[1:] == (0, 0, 0)
+
+
+def test_a_device_is_charged_with_its_share_of_one_mean(monkeypatch):
+    # Whatever is timed takes 8 s, the 10 means that are timed together too; each of 4 devices sums a quarter of one.
+    monkeypatch.setattr(timing, "_seconds", lambda function, arguments, repeats: 8.0)
+    found = parts(wavg.averager(wavg.uniform()), sharded())
+    assert found == pytest.approx((8.0, 0.0, 8.0, 8.0 / 10 / 4))
+
+
+def test_each_arm_is_charged_with_what_it_does(monkeypatch):
+    # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, or 0.05 with a search, one
+    # exchange 0.001.
+    def measured(recipe, source, *, local_steps, batch_size):
+        if len(source.shards) == 1:
+            return timing.Parts(7.0, 0.0, 0.0, 0.0)
+        return timing.Parts(1.0, 0.1, 0.05, 0.001) if recipe.averager.needs else timing.Parts(1.0, 0.0, 0.01, 0.001)
+
+    monkeypatch.setattr(timing, "measure_parts", measured)
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--local_steps=50"])
+        dataset = data.digits()
+        task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
+        paths = arms.critical_path(arms.make_arms(), task, source)
+        few = arms.critical_path(arms.make_arms(("plain",)), task, source)
+        app.parse(["binary", "--local_steps=50", "--schedule=linear"])
+        changing = arms.critical_path(arms.make_arms(("plain", "weighted")), task, source)
+    totals = {name: round(path["round"], 6) for name, path in paths.items()}
+    assert totals == {"sequential": 7.0, "sync": 1.05, "plain": 1.01, "weighted": 1.15}
+    assert few == {"plain": paths["plain"]}
+    assert changing == {"plain": None, "weighted": None}
+    # Newer Pythons add floats up more exactly than a + b + c does.
+    assert all(path["round"] == pytest.approx(path["local"] + path["score"] + path["blend"]) for path in paths.values())
+    assert flags.FLAGS.local_steps != 50
+
+
+def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--score_samples=50", "--smoothing=swa"])
+        dataset = arms.load()
+        recipe = arms.make_recipe(arms.make_arms(("weighted",))[0], arms.make_task(dataset), arms.make_data(dataset, 0))
+    assert recipe.score_samples == 50
+    assert recipe.smoothing is not None
+
+
+def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--hidden=8"])
+        dataset = arms.load()
+        task, source = arms.make_task(dataset, of_inputs=True), arms.make_data(dataset, 0)
+        fixed = arms.make_task(dataset)
+    params, mutable = task.init(jax.random.key(0))
+    held_out = scoring.chunked(source.heldout.x, source.heldout.y, 100)
+    score = jax.jit(scoring.predict, static_argnums=(0, 1, 5))
+    wide, narrow = (score(task, source.prepare, params, mutable, held_out, dtype) for dtype in (None, jnp.bfloat16))
+    assert 1e-4 < jnp.abs(wide - narrow).max() < 0.1
+    assert (wide == score(fixed, source.prepare, params, mutable, held_out, None)).all()

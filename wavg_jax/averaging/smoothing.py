@@ -1,0 +1,119 @@
+"""Averages of the global parameters over the rounds, for evaluation and deployment; training goes on without them.
+
+Each is an `optax.GradientTransformation` that is fed parameters instead of gradients, once after every round:
+`update(params, state) -> (smoothed params, state)`. That is the interface of `optax.ema`, so whatever optax or a user
+has of this kind works too.
+
+Statistics such as BatchNorm's are re-estimated for the average in every round, on each replica's
+last batches; see `wavg_jax.rounds.reestimation`.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from wavg_jax import tree
+from wavg_jax.arguments import as_whole, check, number
+from wavg_jax.base import PyTree
+
+
+class SwaState(NamedTuple):
+    """State of `swa`.
+
+    Attributes:
+      seen: rounds seen, int32 scalar.
+      averaged: rounds in the mean, int32 scalar.
+      mean: their mean, in the accumulator dtypes.
+    """
+
+    seen: jax.Array
+    averaged: jax.Array
+    mean: PyTree
+
+
+def ema(decay: float) -> optax.GradientTransformation:
+    """The exponential moving average of the global parameters, corrected for its start (Kingma and Ba 2015).
+
+        m_r = decay * m_(r-1) + (1 - decay) * params_r,   m_0 = 0
+        smoothed = m_r / (1 - decay^r)
+
+    It is `optax.ema` with float32 accumulators whatever the dtype of the parameters; that one's own correction raises a
+    float to an integer power, which strict dtype promotion refuses.
+
+    Args:
+      decay: between 0 and 1; the average reaches back over about 1 / (1 - decay) rounds.
+
+    Returns:
+      A transformation whose `update(params, state)` gives `(smoothed, state)`, in the dtypes of `params`.
+
+    Raises:
+      SettingsError: the decay is not between 0 and 1.
+
+    >>> smoothing = ema(0.5)
+    >>> state = smoothing.init({"w": jnp.zeros(1)})
+    >>> smoothed, state = smoothing.update({"w": jnp.array([3.0])}, state)
+    >>> smoothed, state = smoothing.update({"w": jnp.array([6.0])}, state)
+    >>> smoothed["w"].tolist()  # (0.5 * 1.5 + 0.5 * 6) / (1 - 0.5^2)
+    [5.0]
+    """
+    check("decay", decay, number(above=0, below=1))
+    moment = optax.ema(decay, debias=False)
+
+    def init(params: PyTree) -> optax.EmaState:
+        return moment.init(tree.as_accumulators(params))
+
+    def update(params: PyTree, state: optax.EmaState, _: PyTree = None) -> tuple[PyTree, optax.EmaState]:
+        mean, state = moment.update(tree.as_accumulators(params), state)
+        # 1 - decay^r to the last bit: in float32 the difference itself would lose the digits of a decay near 1.
+        total = -jnp.expm1(state.count.astype(jnp.float32) * math.log(decay))
+        return tree.cast_like(jax.tree.map(lambda m: m / total.astype(m.dtype), mean), params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def swa(start: int = 0, every: int = 1) -> optax.GradientTransformation:
+    """The equal mean of the global parameters of many rounds (Izmailov et al. 2018, SWA, arXiv:1803.05407).
+
+        smoothed = mean of params_r over r = start, start + every, start + 2 every, ...
+
+    Before round `start` it is the newest parameters. Rounds are counted from 0.
+
+    Args:
+      start: the first round in the mean.
+      every: take one round out of so many, such as the last of a cycle of the learning rate.
+
+    Returns:
+      A transformation whose `update(params, state)` gives `(smoothed, state)`, in the dtypes of `params`.
+
+    Raises:
+      SettingsError: `start` is negative, or `every` less than 1.
+
+    >>> smoothing = swa(start=1)
+    >>> state = smoothing.init({"w": jnp.zeros(1)})
+    >>> for value in (9.0, 2.0, 4.0):
+    ...     smoothed, state = smoothing.update({"w": jnp.array([value])}, state)
+    ...     smoothed["w"].tolist()
+    [9.0]
+    [2.0]
+    [3.0]
+    """
+    start, every = as_whole("start", start, 0), as_whole("every", every, 1)
+
+    def init(params: PyTree) -> SwaState:
+        zero = jnp.zeros((), jnp.int32)
+        return SwaState(zero, zero, optax.tree.zeros_like(tree.as_accumulators(params)))
+
+    def update(params: PyTree, state: SwaState, _: PyTree = None) -> tuple[PyTree, SwaState]:
+        due = (state.seen >= start) & ((state.seen - start) % every == 0)
+        averaged = state.averaged + due.astype(jnp.int32)
+        share = 1 / jnp.maximum(averaged, 1).astype(jnp.float32)
+        newest = tree.as_accumulators(params)
+        moved = jax.tree.map(lambda m, x: m + share.astype(m.dtype) * (x - m), state.mean, newest)
+        mean = tree.select(due, moved, state.mean)
+        smoothed = tree.select(averaged > 0, mean, newest)
+        return tree.cast_like(smoothed, params), SwaState(state.seen + 1, averaged, mean)
+
+    return optax.GradientTransformation(init, update)

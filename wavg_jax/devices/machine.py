@@ -1,0 +1,110 @@
+"""Names the time, the hardware and the versions that a number was measured with."""
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
+
+import jax
+
+
+def hardware() -> dict[str, str | int]:
+    """The devices JAX uses and the processor they sit beside."""
+    device = jax.devices()[0]
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": device.platform,
+        "kind": device.device_kind,
+        "count": jax.device_count(),
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores(),
+        # For a GPU the versions of its driver and libraries; on a CPU just "cpu".
+        "platform_version": " ".join(device.client.platform_version.split()),
+    }
+
+
+def now() -> str:
+    """The time, UTC, as ISO 8601 to the second: "2026-01-31T12:00:00Z"."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of memory that this process may use: the host's, or its control group's if that has less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # versions 2 and 1
+        file = pathlib.Path("/sys/fs/cgroup") / name
+        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+            limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def environment() -> dict[str, str]:
+    """The settings outside the program that speed depends on, where they are set."""
+    return {name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS") if name in os.environ}
+
+
+_NAME = "wavg-jax"
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that the numbers depend on, and of this one, with its commit."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: _installed(name) or "not installed" for name in packages}
+    return {"python": platform.python_version()} | found | {_NAME: build()}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def release() -> str:
+    """The version of this package: 0.1.0."""
+    return _installed(_NAME) or "0+unknown"  # a source tree that is not installed
+
+
+@functools.cache
+def build() -> str:
+    """The version of this package and, where it can be known, its commit: 0.1.0+g1a2b3c4, or 0.1.0+g1a2b3c4.dirty."""
+    commit = _checked_out(_PACKAGE) or _installed_from(_PACKAGE)
+    return f"{release()}+g{commit}" if commit else release()
+
+
+def _checked_out(package: pathlib.Path) -> str | None:
+    """The commit of the checkout in which the package lies, if it is a checkout of this project."""
+    root = package.parent
+    project = root / "pyproject.toml"
+    # The package may have been copied into a repository of another project, or lie in an environment inside one.
+    if not (root / ".git").exists() or not project.exists() or f'name = "{_NAME}"' not in project.read_text():
+        return None
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=.dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or not a repository that it trusts
+        return subprocess.run(command, env=own, capture_output=True, text=True, check=True, timeout=2).stdout.strip()
+    return None
+
+
+def _installed_from(package: pathlib.Path) -> str | None:
+    """The commit that pip installed the package from, if that was a repository."""
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        installed = metadata.distribution(_NAME)
+        if pathlib.Path(str(installed.locate_file(package.name))) == package:
+            origin = json.loads(installed.read_text("direct_url.json") or "{}")
+            return str(origin["vcs_info"]["commit_id"])[:7]
+    return None

@@ -1,0 +1,159 @@
+"""Where the replicas live: all on one device, or spread over a mesh. Nothing above or below knows."""
+
+import bisect
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from wavg_jax.base import PyTree, SettingsError
+from wavg_jax.devices import machine, mapping
+
+_AXIS = "replicas"
+
+
+class Placement(NamedTuple):
+    """How K replicas are mapped and reduced.
+
+    Attributes:
+      map: `f(one, shared) -> out` for one replica becomes `g(stacked, shared) -> stacked out`.
+      reduce: a reduction `(stacked, weights) -> tree` becomes the same over all devices.
+      over_samples: `f(network, x [C, B, ...]) -> [C, B, ...]`, a function of one network and the samples of its chunks,
+        becomes the same with B over all devices, where their number divides it.
+      stacked: the sharding of a stacked tree, its leading axis over the devices.
+      shared: the sharding of what all replicas read (data, global parameters): on every device.
+      devices: the devices in use.
+      replica_map: how the replicas of one device are run; see `wavg_jax.devices.mapping`.
+    """
+
+    map: Callable[[Callable], Callable]
+    reduce: Callable[[Callable], Callable]
+    over_samples: Callable[[Callable], Callable]
+    stacked: Sharding
+    shared: Sharding
+    devices: tuple[jax.Device, ...]
+    replica_map: str
+
+
+def put(values: PyTree, sharding: Sharding) -> PyTree:
+    """Copies a tree of host arrays to devices; never an alias of host memory, which a later change would reach."""
+    return jax.device_put(values, sharding, may_alias=False)
+
+
+_ROOM = 0.25
+"""Share of a device's memory that the training split may take; the rest is for replicas and their activations."""
+
+
+def has_room(placement: Placement, nbytes: int) -> bool:
+    """Whether so many bytes may lie on every device of a placement for the whole run."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in placement.devices]
+    if all(limits):
+        return nbytes <= _ROOM * min(limits)
+    # Devices that are the host itself share its memory, and each would hold its copy.
+    return nbytes * len(placement.devices) <= _ROOM * machine.memory()
+
+
+_PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 7 * 86400}
+"""XLA aborts the process when one CPU device waits 40 seconds for another at a collective; replicas that only meet once
+a round, on cores that others use too, may well be that far apart."""
+
+
+def compiler_options(placement: Placement) -> dict[str, int]:
+    """What a program with replicas on these devices must be compiled with."""
+    return _PATIENCE if len(placement.devices) > 1 and placement.devices[0].platform == "cpu" else {}
+
+
+def _single(device: jax.Device, replica_map: str) -> Placement:
+    """All replicas on one device."""
+    here = SingleDeviceSharding(device)
+    spread = functools.partial(mapping.mapped, replica_map)
+    return Placement(spread, lambda reduce: reduce, lambda run: run, here, here, (device,), replica_map)
+
+
+def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
+    """Replicas spread evenly over several devices: `jax.shard_map` over the mesh, `replica_map` inside each device."""
+    # Auto, not make_mesh's Explicit axis: on that, sorting over the replicas raises.
+    grid = jax.sharding.Mesh(np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+    over_replicas, everywhere = PartitionSpec(_AXIS), PartitionSpec()
+
+    def spread(function: Callable) -> Callable:
+        return jax.shard_map(
+            mapping.mapped(replica_map, function),
+            mesh=grid,
+            in_specs=(over_replicas, everywhere),
+            out_specs=over_replicas,
+            check_vma=False,
+        )
+
+    def reduce(reduction: Callable) -> Callable:
+        return jax.shard_map(
+            functools.partial(reduction, sum_over=_AXIS),
+            mesh=grid,
+            in_specs=(over_replicas, over_replicas),
+            out_specs=everywhere,
+            check_vma=False,
+        )
+
+    def over_samples(function: Callable) -> Callable:
+        samples = PartitionSpec(None, _AXIS)
+        split = jax.shard_map(function, mesh=grid, in_specs=(everywhere, samples), out_specs=samples, check_vma=False)
+        return lambda network, x: (function if x.shape[1] % len(devices) else split)(network, x)
+
+    stacked, shared = NamedSharding(grid, over_replicas), NamedSharding(grid, everywhere)
+    return Placement(spread, reduce, over_samples, stacked, shared, devices, replica_map)
+
+
+@functools.cache
+def on(devices: tuple[jax.Device, ...], replica_map: str = "vmap") -> Placement:
+    """Spreads the replicas over these devices, whose number must divide K.
+
+    Made once for the same arguments, so that equal recipes share their programs.
+
+    Args:
+      devices: one or more.
+      replica_map: how the replicas of one device are run; see `wavg_jax.devices.mapping`.
+
+    Raises:
+      SettingsError: there is no such mapping.
+    """
+    mapping.check(replica_map)
+    return _single(devices[0], replica_map) if len(devices) == 1 else _mesh(devices, replica_map)
+
+
+def single() -> Placement:
+    """All replicas on the default device, mapped by vmap."""
+    return on((jax.devices()[0],))
+
+
+def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, replica_map: str = "vmap") -> Placement:
+    """Chooses the placement of K replicas.
+
+    Args:
+      replicas: K.
+      devices: a number of devices, the devices themselves, or None for as many of those at hand as divide K.
+      replica_map: how the replicas of one device are run; see `wavg_jax.devices.mapping`.
+
+    Raises:
+      SettingsError: more devices are asked for than there are, their number does not divide K, or there is no such
+        mapping.
+    """
+    at_hand = jax.devices()
+    if devices is None:
+        devices = max(n for n in range(1, len(at_hand) + 1) if replicas % n == 0)
+    if not isinstance(devices, Sequence):
+        if not 1 <= devices <= len(at_hand):
+            raise SettingsError(
+                f"--devices is {devices}; this machine shows {len(at_hand)} to JAX, so give 1 to {len(at_hand)}"
+            )
+        devices = at_hand[:devices]
+    if replicas % len(devices):
+        divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
+        at = bisect.bisect(divisors, len(devices))
+        raise SettingsError(
+            f"{replicas} replicas do not spread evenly over {len(devices)} devices: set --devices to "
+            f"{' or '.join(map(str, divisors[at - 1 : at + 1]))}"
+        )
+    return on(tuple(devices), replica_map)

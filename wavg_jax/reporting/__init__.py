@@ -1,0 +1,1 @@
+"""From rows to statistics, findings, plots and documents."""

@@ -1,0 +1,255 @@
+"""The figures of one scenario: accuracy on three axes, effective replicas, weights, confusion matrix."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from wavg_jax.reporting import canvas
+from wavg_jax.reporting.canvas import DASHES, MARKERS, SMALL, TEXT, Plot, Theme
+from wavg_jax.reporting.statistic import Floats, clock_unit, seeds
+from wavg_jax.reporting.summary import KNOWN_ARMS, Arm, Run, Summary
+
+HEIGHT = 4.4
+Clock = Callable[[Run], Floats]
+
+
+def draw(summary: Summary) -> tuple[Plot, ...]:
+    """Draws the figures that the recorded runs allow.
+
+    Args:
+      summary: the statistics of one scenario.
+
+    Returns:
+      Plots in the order of the report: accuracy on the measured clock, on the computed clock and against samples;
+      the effective number of replicas; the weights of one seed; the confusion matrix.
+    """
+    band = (
+        "Line: mean over seeds, up to the last round in which all have finite numbers; band: ± 1 standard deviation; "
+        "dotted: target. The frame may leave out early rounds."
+    )
+    k = int(summary.header["replicas"])
+    plots = [
+        _accuracy(
+            summary,
+            "accuracy_measured",
+            "Test accuracy on the measured clock",
+            f"{band} Wall time of all replicas on this hardware, compilation apart.",
+            ("wall time on this hardware", lambda run: run.elapsed),
+        ),
+        _accuracy(
+            summary,
+            "accuracy_critical_path",
+            "Test accuracy on the computed clock (critical path)",
+            f"{band} Computed, not measured: rounds times what one replica's local phase, scoring and blend take.",
+            (f"critical path, computed for {k} device{'s' if k > 1 else ''}", lambda run: run.critical),
+        ),
+        _accuracy(summary, "accuracy_samples", "Test accuracy against samples", band, None),
+        _effective(summary),
+        _heat_map(summary),
+        _confusion(summary),
+    ]
+    return tuple(plot for plot in plots if plot is not None)
+
+
+def index(summary: Summary, arm: Arm) -> int:
+    """The place of an arm among colours, dashes and markers, the same in every figure and whichever arms were run."""
+    others = [other.name for other in summary.arms if other.name not in KNOWN_ARMS]
+    return (*KNOWN_ARMS, *others).index(arm.name) % len(MARKERS)
+
+
+def heading(summary: Summary) -> str:
+    """What a figure says below its title: what was trained on, and over how many seeds, where all arms have as many."""
+    counts = {len(arm.runs) for arm in summary.arms}
+    count = f", {seeds(*counts)}" if len(counts) == 1 else ""
+    return f"{summary.header['dataset']}, {summary.scenario}{count}"
+
+
+def _mean_sd(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
+    # Only the rounds that every seed has: a mean that loses a seed midway jumps without cause.
+    length = min(map(len, curves))
+    stacked = np.stack([curve[:length] for curve in curves])
+    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(length)
+
+
+def _lines(
+    theme: Theme, axes: Axes, summary: Summary, arms: Sequence[Arm], x: Clock, y: Clock
+) -> list[tuple[Floats, Floats]]:
+    """Draws mean and band of each arm; returns the lower and upper edges of the bands, arm by arm."""
+    edges = []
+    uneven = len({len(arm.runs) for arm in summary.arms}) > 1
+    for arm in arms:
+        across, _ = _mean_sd([x(run) for run in arm.runs])
+        mean, sd = _mean_sd([y(run) for run in arm.runs])
+        place = index(summary, arm)
+        ink = theme.colours[place]
+        axes.fill_between(across, mean - sd, mean + sd, color=ink, alpha=0.18, linewidth=0)
+        apart = max(len(mean) // 6, 1)
+        axes.plot(
+            across,
+            mean,
+            color=ink,
+            linestyle=DASHES[place],
+            linewidth=2,
+            marker=MARKERS[place],
+            markersize=5.5,
+            # Not where the other arms have theirs.
+            markevery=(place % apart, apart),
+            label=f"{arm.name} ({seeds(len(arm.runs))})" if uneven else arm.name,
+        )
+        edges.append((mean - sd, mean + sd))
+    return edges
+
+
+def _accuracy(summary: Summary, name: str, title: str, caption: str, clock: tuple[str, Clock] | None) -> Plot | None:
+    """Test accuracy on a clock, or, without one, against samples."""
+    label, x = clock or ("training samples seen, all replicas together", lambda run: run.samples)
+    arms = [arm for arm in summary.arms if all(np.isfinite(x(run)).all() for run in arm.runs)]
+    if not arms:
+        return None
+    unit, scale = clock_unit([float(x(run)[-1]) for arm in arms for run in arm.runs])
+    label, scale = (label, 1.0) if clock is None else (f"{label} ({unit})", scale)
+    target = 100 * summary.target
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, heading(summary), HEIGHT)
+        edges = _lines(theme, axes, summary, arms, lambda run: scale * x(run), lambda run: 100 * run.accuracy)
+        if math.isfinite(target):
+            axes.axhline(target, color=theme.ink, linestyle=":", linewidth=1.2)
+        axes.set_ylim(*_limits(edges, target))
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+        axes.set_ylabel("test accuracy (%)")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        axes.grid(axis="y", color=theme.faint, linewidth=0.8)
+        canvas.legend(theme, axes)
+        return figure
+
+    return canvas.plot(name, title, caption, paint)
+
+
+def _limits(edges: Sequence[tuple[Floats, Floats]], target: float) -> tuple[float, float]:
+    # The steep first quarter would squash the part in which arms differ, so the lines may enter from below.
+    low = np.concatenate([lower[len(lower) // 4 :] for lower, _ in edges])
+    high = np.concatenate([upper for _, upper in edges])
+    if np.isnan(low).all():
+        return 0.0, 100.0
+    bottom, top = float(np.nanmin(low)), float(np.nanmax(high))
+    span = max(top - bottom, 2.0)
+    if bottom - span <= target <= top + span:
+        bottom, top = min(bottom, target), max(top, target)
+    margin = 0.06 * max(top - bottom, 2.0)
+    return max(bottom - margin, -1.0), min(top + margin, 101.0)
+
+
+def _effective(summary: Summary) -> Plot | None:
+    arms = [arm for arm in summary.arms if arm.weights is not None and arm.weights.lost < arm.weights.rounds]
+    if not arms:
+        return None
+    title, k = "Effective number of replicas", int(summary.header["replicas"])
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, heading(summary), HEIGHT - 0.8)
+        edges = _lines(theme, axes, summary, arms, lambda run: run.rounds, _living)
+        lowest = np.concatenate([lower for lower, _ in edges])
+        # At least a tenth of K is shown, or the rounding of equal weights would look like a trend.
+        bottom = min([0.9 * k, *lowest[np.isfinite(lowest)]])
+        axes.set_ylim(max(bottom - 0.05 * (k - bottom), 0), k + 0.08 * (k - bottom))
+        axes.axhline(k, color=theme.ink, linestyle=":", linewidth=1.2)
+        axes.set_xlabel("round")
+        axes.set_ylabel("effective number")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(axis="y", color=theme.faint, linewidth=0.8)
+        canvas.legend(theme, axes)
+        return figure
+
+    caption = f"1 / Σ w²: from 1 (one replica decides) to {k} (dotted: all count the same). Band: ± 1 sd over seeds."
+    return canvas.plot("effective_replicas", title, caption, paint)
+
+
+def _living(run: Run) -> Floats:
+    """The effective number of replicas [R]; none in a round in which all were dead."""
+    return np.where(run.alive.any(axis=1), run.effective, np.nan)
+
+
+def _heat_map(summary: Summary) -> Plot | None:
+    arm = summary.focus
+    if arm.weights is None:
+        return None
+    run = arm.runs[0]
+    k, title = run.replicas, f"Weight of each replica: {arm.name}, seed {run.seed}"
+    made_from = f"{summary.header['dataset']}, {summary.scenario}"
+    noisy = set(run.header["noisy_shards"] or ())
+    weights = np.where(run.alive.any(axis=1, keepdims=True), run.weights, np.nan).T
+    norm = TwoSlopeNorm(1 / k, vmin=0, vmax=max([2 / k, *weights[np.isfinite(weights)]]))
+    dead = np.argwhere(~run.alive)
+    ticks = sorted({*range(0, k, math.ceil(k / 16)), *noisy})
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, made_from, max(3.4, min(1.8 + 0.3 * k, 7)))
+        extent = (run.rounds[0] - 0.5, run.rounds[-1] + 0.5, k - 0.5, -0.5)
+        image = axes.imshow(
+            weights, aspect="auto", cmap=theme.diverging, norm=norm, interpolation="nearest", extent=extent
+        )
+        if dead.size:
+            axes.plot(run.rounds[dead[:, 0]], dead[:, 1], linestyle="", marker="x", color=theme.ink, markeredgewidth=2)
+        axes.set_yticks(ticks, [f"{tick} (noisy)" if tick in noisy else str(tick) for tick in ticks])
+        for label, tick in zip(axes.get_yticklabels(), ticks, strict=True):
+            label.set_fontweight("bold" if tick in noisy else "normal")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("round")
+        axes.set_ylabel("replica")
+        canvas.colour_bar(theme, figure, axes, image, f"weight (equal: 1/{k} = {1 / k:.3g})")
+        return figure
+
+    caption = (
+        f"Arm {arm.name}, seed {run.seed}. Red: less than the equal weight 1/{k}, blue: more. A cross: the replica "
+        "took no part."
+    )
+    return canvas.plot("weights", title, caption, paint)
+
+
+def _confusion(summary: Summary) -> Plot | None:
+    arm = summary.focus
+    counts = [run.confusion for run in arm.runs if run.confusion is not None]
+    if not counts:
+        return None
+    total = np.sum(counts, axis=0)
+    share = 100 * total / np.maximum(total.sum(axis=1, keepdims=True), 1)
+    title, names = f"Confusion matrix: {arm.name}", _class_names(summary, len(share))
+
+    def paint(theme: Theme) -> Figure:
+        figure, axes = canvas.axes(theme, title, heading(summary), 6.0)
+        image = axes.imshow(share, cmap=theme.shares, vmin=0, vmax=100)
+        if len(share) <= 12:
+            for (row, column), value in np.ndenumerate(share):
+                if value >= 0.5:
+                    ink = theme.on(*theme.shares(value / 100)[:3])
+                    axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=SMALL, color=ink)
+            slanted = max(map(len, names)) > 2
+            axes.set_xticks(range(len(names)), names, rotation=45 * slanted, ha="right" if slanted else "center")
+            axes.set_yticks(range(len(names)), names)
+        else:
+            canvas.colour_bar(theme, figure, axes, image, "share of the true class (%)")
+        axes.set_xlabel("predicted class", size=TEXT)
+        axes.set_ylabel("true class", size=TEXT)
+        return figure
+
+    shown = ", ".join(str(run.seed) for run in arm.runs if run.confusion is not None)
+    caption = (
+        f"Arm {arm.name}, final round, test split, summed over seeds {shown}: share of each true class in %, by row; "
+        "a share below 0.5 is left out."
+    )
+    return canvas.plot("confusion", title, caption, paint)
+
+
+def _class_names(summary: Summary, classes: int) -> list[str]:
+    """Their names, cut where they are long; their numbers where no names were recorded."""
+    names = summary.header.get("class_names") or ()
+    names = names if len(names) == classes else range(classes)
+    return [name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, names)]

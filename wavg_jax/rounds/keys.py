@@ -1,0 +1,79 @@
+"""Random keys: which use gets which, so that no two uses ever meet.
+
+In JAX `fold_in(key, i)` is `split(key, n)[i]`. Keys are therefore told apart by their place in a tree, in which every
+key is either split, in one place alone, or handed to one consumer:
+
+    key(seed)           init | replicas | states | gradient | fisher          `roots`
+      replicas          one key for each of the K
+        local step      next step's | fetch | loss                  `wavg_jax.rounds.local`
+        sync            next round's | statistics | smoothing       `wavg_jax.rounds.round`
+          re-estimation keys that a state holds | batches, each fetch | loss
+      states            one for each of the K, of which the keys that a state holds are made    `own`
+
+`Task.init`, `Task.loss` and `augment` are consumers: below the key that they are given they may split, fold or draw.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from wavg_jax.base import PyTree
+from wavg_jax.tree import is_key
+
+
+class Roots(NamedTuple):
+    """What the key of a run is split into.
+
+    Attributes:
+      init: for `Task.init`.
+      replicas: of which every replica's key comes.
+      states: of which the keys come that optimizer states and mutable collections hold.
+      gradient, fisher: for the signals of these names, which take those of seed 0 in every run.
+    """
+
+    init: jax.Array
+    replicas: jax.Array
+    states: jax.Array
+    gradient: jax.Array
+    fisher: jax.Array
+
+
+def roots(rng: jax.Array) -> Roots:
+    """Splits the key of a run."""
+    return Roots(*jax.random.split(rng, len(Roots._fields)))
+
+
+def split_each(rng: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    """Splits every replica's key into `count`: [K] -> `count` times [K].
+
+    >>> [keys.shape for keys in split_each(jax.random.split(jax.random.key(0), 4), 3)]
+    [(4,), (4,), (4,)]
+    """
+    return tuple(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(rng))
+
+
+def own(state: PyTree, rng: jax.Array) -> PyTree:
+    """Replaces every typed key in a tree by one that depends on it and on `rng`, of the same shape and kind.
+
+    So replicas that start from copies of one state draw different numbers. A raw uint32 key is taken for a count and
+    stays as it is, the same in every replica; make it with `jax.random.key`.
+
+    >>> state = {"key": jax.random.key(0), "count": 3}
+    >>> a, b = (own(state, rng)["key"] for rng in jax.random.split(jax.random.key(1)))
+    >>> a.dtype == state["key"].dtype, bool(a == b), own(state, jax.random.key(1))["count"]
+    (True, False, 3)
+    """
+    leaves, structure = jax.tree.flatten(state)
+    held = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and is_key(x)]
+    for i, child in zip(held, jax.random.split(rng, len(held)), strict=True):
+        each = jax.random.split(child, leaves[i].size)
+        leaves[i] = jax.vmap(_made_of)(each, leaves[i].reshape(-1)).reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _made_of(rng: jax.Array, key: jax.Array) -> jax.Array:
+    """A key of the kind of `key` that depends on both."""
+    words = jax.random.key_data(key)  # and no draw from it, since it may be split elsewhere
+    bits = jax.random.bits(functools.reduce(jax.random.fold_in, words, rng), words.shape)
+    return jax.random.wrap_key_data(bits, impl=str(jax.random.key_impl(key)))

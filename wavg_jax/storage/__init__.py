@@ -1,0 +1,1 @@
+"""Rows, checkpoints, and the journal that keeps them in step."""

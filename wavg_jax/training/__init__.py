@@ -1,0 +1,1 @@
+"""The whole run: rounds one after another, with data, rows, checkpoints and progress."""

@@ -1,0 +1,188 @@
+"""Chooses how the replicas of a device are run by timing the ways on the real local steps, once.
+
+What is chosen is remembered for the process and, where JAX keeps compiled programs on disk (its option
+`jax_compilation_cache_dir`), beside them: for a network with its shapes, its optimizer's state, the number of replicas,
+the devices and the version of JAX.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from wavg_jax.averaging.averager import averager
+from wavg_jax.base import Batch, WorkdirError
+from wavg_jax.data import ShardedData
+from wavg_jax.data.arrays import Split
+from wavg_jax.devices import machine, placement
+from wavg_jax.rounds import round as rounds
+from wavg_jax.rounds.recipe import Recipe, make_work, put_shared
+from wavg_jax.storage.rows import write_atomically
+from wavg_jax.training import progress
+from wavg_jax.training.programs import compiled_together, programs
+from wavg_jax.weighting.scores import uniform
+
+FILE = "replica_maps.json"
+
+_STEPS = 2
+"""Local steps in a trial."""
+
+_SECONDS = 0.3
+"""For how long the ways are timed in turn, once each has run twice."""
+
+_FEW = 2
+"""Replicas on a device up to which writing them out is tried; its program takes that many times as long to compile."""
+
+_HOPELESS = 1.5
+"""How many times slower than the best a way may be in its second run to be tried further."""
+
+_FLOPS = 1e10
+"""Floating-point operations of a run below which no trial is made. Compiling the ways takes two seconds or more, in
+which this many are done, so it could gain nothing."""
+
+_PLAIN = averager(uniform())
+_known: dict[str, str] = {}
+
+
+def settle(
+    recipe: Recipe, data: ShardedData, *, batch_size: int, steps: int | None = None, decided: str | None = None
+) -> Recipe:
+    """Places a recipe's replicas in the way that is fastest for them.
+
+    Args:
+      recipe: what the rounds are made of; only its local steps matter.
+      data: the shards.
+      batch_size: samples per replica and step.
+      steps: local steps of a replica in the whole run, if known: with too few there is nothing to gain, and the
+        replicas are run by vmap.
+      decided: the way that was chosen before, such as in the first part of a run that is resumed, which must go on with
+        the same one to be the same bit for bit; None chooses.
+
+    Returns:
+      The recipe with its placement changed; as it is if every device has one replica, for which all ways are the same.
+    """
+    if decided is not None:
+        return _mapped(recipe, decided)
+    here = len(data.shards) // len(recipe.placement.devices)
+    if here == 1:
+        return recipe
+    # The weighting does not matter, so that runs that differ in it are mapped alike.
+    bare = recipe._replace(averager=_PLAIN, smoothing=None, faults=None, resident=True)
+    few = _first_samples(data, batch_size)
+    loss = _lowered_loss(bare, few, batch_size)
+    flops = 3 * (loss.cost_analysis() or {}).get("flops", math.inf) * len(data.shards)  # a gradient is two more losses
+    if steps is not None and flops * steps < _FLOPS:
+        return _mapped(recipe, "vmap")
+    key = _fingerprint(bare, loss, len(data.shards))
+    if key not in _known:
+        names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
+        found = _recall(key)
+        progress.doing("timing the ways to run replicas")
+        trials = {} if found in names else _trials({name: _mapped(bare, name) for name in names}, few, batch_size)
+        _known[key] = _fastest(trials) if trials else str(found)
+        _remember(key, _known[key])
+    return _mapped(recipe, _known[key])
+
+
+def _mapped(recipe: Recipe, name: str) -> Recipe:
+    return recipe._replace(placement=placement.on(recipe.placement.devices, name))
+
+
+def _first_samples(data: ShardedData, batch_size: int) -> ShardedData:
+    """The first batch of every shard, so that a trial needs no copy of the whole split."""
+    chosen = np.concatenate([shard[:batch_size] for shard in data.shards])
+    shards = np.split(np.arange(len(chosen)), len(data.shards))
+    return data._replace(train=Split(data.train.x[chosen], data.train.y[chosen]), shards=tuple(shards))
+
+
+def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.stages.Lowered:
+    """The loss of one batch as a program, which is traced but not compiled."""
+    rng = jax.random.key(0)
+    params, mutable = jax.eval_shape(recipe.task.init, rng)
+    x, y = data.train.x[:batch_size], data.train.y[:batch_size].astype(np.int32)
+    batch = jax.eval_shape(lambda x, y: Batch(recipe.prepare(x), y), x, y)
+    return jax.jit(recipe.task.loss).lower(params, mutable, batch, rng)
+
+
+def _where() -> list[dict]:
+    """What the speed of a program depends on beside it. Of this library the release: commits seldom change what is
+    fastest, and timing the ways again after each would cost more than it gains."""
+    return [machine.hardware(), machine.versions() | {"wavg-jax": machine.release()}, machine.environment()]
+
+
+def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
+    """Tells apart what may be fastest in different ways."""
+    optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
+    what = [replicas, len(recipe.placement.devices), recipe.augment is not None]
+    text = json.dumps([loss.as_text(), str(optimizer), what, _where()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> dict[str, Callable[[], float]]:
+    """For each of recipes that differ in their mapping alone, what takes a few local steps and returns the seconds."""
+    one = next(iter(recipes.values()))
+    work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
+    rng = placement.put(jax.random.key(0), one.placement.shared)
+    replicas = programs(one, len(data.shards)).init(rng).replicas
+    arguments = (replicas, work, put_shared(one, data, batch_size))
+    trains = compiled_together(
+        *((jax.jit(rounds.pieces(recipe).train), *arguments) for recipe in recipes.values()), keep=False
+    )
+
+    def trial(train: Callable) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(train(*arguments))
+            return time.perf_counter() - start
+
+        return run
+
+    return {name: trial(train.call) for name, train in zip(recipes, trains, strict=True)}
+
+
+def _fastest(trials: dict[str, Callable[[], float]]) -> str:
+    """The name of the trial with the lowest median, of runs in turn."""
+    for run in trials.values():
+        run()  # the first is slower: memory is touched for the first time
+    times = {name: [run()] for name, run in trials.items()}
+    best = min(min(seconds) for seconds in times.values())
+    hopeful = [name for name, (seconds,) in times.items() if seconds <= _HOPELESS * best]
+    end = time.perf_counter() + _SECONDS
+    while len(hopeful) > 1 and time.perf_counter() < end:
+        for name in hopeful:
+            times[name].append(trials[name]())
+    return min(hopeful, key=lambda name: float(np.median(times[name])))
+
+
+def _file() -> pathlib.Path | None:
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return None if not folder or "://" in folder else pathlib.Path(folder) / FILE
+
+
+def _stored() -> dict[str, Any]:
+    path = _file()
+    # What cannot be read is timed again.
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text()) if path is not None else {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _recall(key: str) -> str | None:
+    return _stored().get(key)
+
+
+def _remember(key: str, name: str) -> None:
+    path = _file()
+    if path is None or _recall(key) == name:
+        return
+    # What another process writes at the same time may be lost; it is timed again then.
+    with contextlib.suppress(WorkdirError):
+        write_atomically(path, json.dumps(_stored() | {key: name}, indent=0).encode())

@@ -1,0 +1,1 @@
+"""Weightings: how much each replica counts in the blend."""

@@ -1,0 +1,350 @@
+"""Weightings: from what was measured of K replicas to weights that sum to 1.
+
+Each is a function that returns a `Weighting`. All of them give weight 0 to dead replicas, survive scores that are zero,
+negative, NaN or infinite, and fall back to equal weights over the living when no score is usable.
+
+Every rule works at the granularity of its signal: of a signal [K] it makes one weight per replica, of a tree with one
+number per tensor (`layer_grad_norm`) weights per tensor, of one with a number per element (`fisher`) weights per
+element.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from wavg_jax import checks, tree
+from wavg_jax.arguments import check, number
+from wavg_jax.base import PyTree, SettingsError, Weighting
+from wavg_jax.weighting.signals import HIGHER_IS_BETTER
+
+Scores = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(values [K, ...] float32, usable bool [K, ...]) -> scores [K, ...]`, larger meaning more weight."""
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def usable(values: jax.Array, alive: jax.Array) -> jax.Array:
+    """Which of the values [K, ...] are finite and of a living replica: bool [K, ...]; `alive` is bool [K]."""
+    return alive.reshape(alive.shape + (1,) * (values.ndim - 1)) & jnp.isfinite(values)
+
+
+def _power_of_two(peak: jax.Array) -> jax.Array:
+    """A factor that brings magnitudes of at most `peak` to at most 1 (4 for the hugest), for sums that would overflow.
+
+    Such a factor rounds nothing. Any other product does, unless the compiler rounds it only together with a sum that it
+    enters, and it does so for some K and not for others; a dead replica would show in the last bit.
+    """
+    _, exponent = jnp.frexp(peak)
+    return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -126, 126))
+
+
+def _scaled(values: jax.Array) -> jax.Array:
+    """Values [K, ...] times a power of two that brings the largest over K near 1."""
+    return values * _power_of_two(jnp.abs(values).max(axis=0))[None]
+
+
+def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
+    """Turns scores into weights: `w_k = s_k / sum_j s_j` over the living, for each layer or element apart.
+
+    Args:
+      scores: [K, ...]; larger is better. Zero, negative, NaN and infinite scores get weight 0.
+      alive: bool [K].
+
+    Returns:
+      Weights [K, ...] float32 that sum to 1 over K; equal over the living where no score is usable; all 0 if none is
+      alive.
+
+    Raises:
+      SettingsError: `alive` is not a bool [K].
+
+    >>> import jax.numpy as jnp
+    >>> normalise(jnp.array([3.0, 1.0, jnp.nan, 9.0]), jnp.array([True, True, True, False])).round(4).tolist()
+    [0.75, 0.25, 0.0, 0.0]
+    >>> normalise(jnp.array([[0.0, 3.0], [-1.0, 1.0]]), jnp.array([True, True])).tolist()
+    [[0.5, 0.75], [0.5, 0.25]]
+    """
+    scores = jnp.asarray(scores, jnp.float32)
+    alive = checks.mask(alive, scores.shape[0] if scores.ndim else 0)
+    kept = _scaled(jnp.where(usable(scores, alive) & (scores > 0), scores, 0))
+    total = tree.ordered_sum(kept)[None]
+    # The minimum, like others below, keeps the product apart from sums it may enter: see `_power_of_two`. And a
+    # replica that has it all has exactly 1, which x * (1 / x) need not be.
+    weights = jnp.where(kept < total, jnp.minimum(kept / jnp.where(total > 0, total, 1), 1), 1)
+    equal = alive.astype(jnp.float32) / jnp.maximum(alive.sum(dtype=jnp.float32), 1)
+    return jnp.where(total > 0, weights, equal.reshape(equal.shape + (1,) * (scores.ndim - 1)))
+
+
+def per_replica(weights: PyTree) -> jax.Array:
+    """Sums a weighting's weights up as one number per replica: [K], the mean over layers and elements."""
+    # One replica after another: XLA groups the sums over several rows by how many rows there are.
+    means = [w if w.ndim == 1 else jax.lax.map(jnp.mean, w) for w in jax.tree.leaves(weights)]
+    return functools.reduce(operator.add, means) / len(means)
+
+
+def effective_replicas(weights: jax.Array) -> jax.Array:
+    """Kish's effective number of replicas, `1 / sum_k w_k^2`: K for equal weights, 1 when one replica has it all.
+
+    >>> import jax.numpy as jnp
+    >>> round(float(effective_replicas(jnp.array([0.5, 0.5, 0.0, 0.0]))), 3)
+    2.0
+    """
+    squares = jnp.sum(weights * weights)
+    return jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
+
+
+def direction(signal: str, higher_is_better: bool | None = None) -> float:
+    """1 where more of a signal is better, -1 where less is; what is not said is looked up in `HIGHER_IS_BETTER`.
+
+    Raises:
+      SettingsError: neither said nor known, or not said by True or False.
+
+    >>> direction("loss"), direction("accuracy"), direction("profit", higher_is_better=True)
+    (-1.0, 1.0, 1.0)
+    """
+    known = HIGHER_IS_BETTER.get(signal) if higher_is_better is None else higher_is_better
+    if known is None:
+        raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
+    if not isinstance(known, bool):
+        raise SettingsError(f"higher_is_better is {known!r}; say True or False")
+    return 1.0 if known else -1.0
+
+
+def values_of(signal: str, signals: dict[str, Any], alive: jax.Array) -> PyTree:
+    """One of the signals that `update` was given, in float32, with its shape checked."""
+
+    def leaf(values: jax.Array) -> jax.Array:
+        values = jnp.asarray(values, jnp.float32)
+        if values.shape[:1] != alive.shape:
+            raise SettingsError(
+                f"the signal {signal!r} has an entry of shape {values.shape}; it must be an array with one entry per "
+                f"replica, [{alive.shape[0]}, ...], or a tree of them like the parameters"
+            )
+        return values
+
+    return jax.tree.map(leaf, signals[signal])
+
+
+def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] = lambda values: values) -> Weighting:
+    """The weighting without state whose weights are the scores of each leaf of `whole(signal)`, normalised."""
+
+    def update(
+        stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
+    ) -> tuple[PyTree, PyTree]:
+        del stacked, params
+        values = whole(values_of(signal, signals, alive))
+        return jax.tree.map(lambda v: normalise(scores(v, usable(v, alive)), alive), values), state
+
+    return Weighting(lambda params, replicas=None: (), update, (signal,))
+
+
+def _check_direction(signal: str, higher_is_better: bool | None, needed: bool, instead: str) -> None:
+    """Refuses a signal that does not go the way that a rule needs, or of which that is not known."""
+    if (direction(signal, higher_is_better) > 0) != needed:
+        said = repr(signal) if higher_is_better is None else f"{signal!r}, higher_is_better={higher_is_better}"
+        raise SettingsError(f"this would trust the replica with the worst {signal} most; use {instead}({said})")
+
+
+def uniform() -> Weighting:
+    """Equal weights, `w_k = 1 / K` over the living: conventional averaging (McMahan et al. 2017; Stich 2019)."""
+
+    def update(
+        stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
+    ) -> tuple[jax.Array, PyTree]:
+        del stacked, params, signals
+        return normalise(jnp.ones(alive.shape, jnp.float32), alive), state
+
+    return Weighting(lambda params, replicas=None: (), update)
+
+
+def proportional(
+    signal: str = "accuracy", *, chance: float = 0.0, power: float = 1.0, higher_is_better: bool | None = None
+) -> Weighting:
+    """Weights in proportion to a score where more is better, `w_k ~ max(s_k - chance, 0)^power`.
+
+    With held-out accuracy this is the weighting that Ramroach and Joshi (2021) describe in words: sub-networks are not
+    equal, so they are not treated as equals when the weights are averaged. With `samples` it is FedAvg (McMahan et al.
+    2017).
+
+    Args:
+      signal: name of a signal that is not negative.
+      chance: what a replica that learnt nothing scores, such as 1 / classes of accuracy; it and less count 0.
+      power: sharpens the differences if above 1, evens them out if below.
+      higher_is_better: say True for a signal that the library does not measure.
+
+    Raises:
+      SettingsError: less is better of this signal, the direction of an unknown signal is not given, or `chance` or
+        `power` is not a number that can work.
+    """
+    _check_direction(signal, higher_is_better, needed=True, instead="inverse")
+    check("proportional: chance", chance, number())
+    check("proportional: power", power, number(above=0))
+    chance = float(chance)
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        excess = _scaled(jnp.where(usable, jnp.maximum(values - chance, 0), 0))
+        best = jnp.maximum(excess.max(axis=0), _TINY)[
+            None
+        ]  # relative to the best, so that no power over- or underflows
+        return jnp.power(excess / best, jnp.float32(power))
+
+    return _from_signal(signal, scores)
+
+
+def inverse(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
+    """Weights in inverse proportion to a score where less is better, `w_k = (1/s_k) / sum_j (1/s_j)`.
+
+    With `loss` this is WASGD's first rule (Guo et al. 2020, arXiv:2004.03749), with `grad_norm` the model-level, with
+    `layer_grad_norm` the layer-level form of GRAWA, see `wavg_jax.grawa`. A score of 0 counts as 1e-12 of the
+    unit; negative scores get weight 0.
+
+    Args:
+      signal: name of a signal that is not negative.
+      higher_is_better: say False for a signal that the library does not measure.
+
+    Raises:
+      SettingsError: more is better of this signal, or the direction of an unknown signal is not given.
+    """
+    _check_direction(signal, higher_is_better, needed=False, instead="proportional")
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        usable = usable & (values >= 0)
+        s = jnp.maximum(values, 1e-12)
+        best = jnp.where(usable, s, jnp.inf).min(axis=0)[None]  # relative to the best, so that nothing overflows
+        return jnp.where(usable, best / s, 0)
+
+    return _from_signal(signal, scores)
+
+
+def _standard_deviation(values: jax.Array, usable: jax.Array) -> jax.Array:
+    """Standard deviation of the usable values over the replicas, [...]; tiny where they are equal."""
+    n = jnp.maximum(usable.sum(axis=0, dtype=jnp.float32), 1)
+
+    def centred(x: jax.Array) -> jax.Array:
+        mean = jnp.clip(tree.ordered_sum(x) / n, -4, 4)
+        return jnp.where(usable, x - mean[None], 0)
+
+    # Twice, as the mean of nearly equal values is rounded by as much as they differ.
+    x = centred(centred(jnp.where(usable, values, 0)))
+    squares = jnp.where(usable, jnp.maximum(jnp.square(x), _TINY), 0)
+    return jnp.sqrt(jnp.maximum(tree.ordered_sum(squares) / n, _TINY))
+
+
+def softmax(
+    signal: str = "loss", temperature: float = 1.0, *, higher_is_better: bool | None = None, standardise: bool = False
+) -> Weighting:
+    """Weights by a softmax, `w_k ~ exp(s_k / T)` where more is better, `exp(-s_k / T)` where less is.
+
+    Args:
+      signal: name of a signal.
+      temperature: T, in units of the signal; small T trusts the best replica alone, large T weighs all equally.
+      higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+      standardise: z-score the signal over the living first, `(s_k - mean) / std`, so that T is in standard deviations
+        and means the same early and late in a run, after WASGD+ (Guo et al. 2020, arXiv:2004.03749). If all score the
+        same, the weights are equal.
+
+    Raises:
+      SettingsError: the temperature is not positive, or the direction of an unknown signal is not given.
+    """
+    check("the softmax temperature (--temperature)", temperature, number(above=0))
+    temperature = float(temperature)
+    sign = direction(signal, higher_is_better)
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        s = sign * values
+        if standardise:
+            s = _scaled(jnp.where(usable, s, 0))
+        best = jnp.where(usable, s, -jnp.inf).max(axis=0)[None]
+        gaps = jnp.where(usable, s - best, -jnp.inf)
+        if standardise:
+            gaps = gaps / _standard_deviation(s, usable)[None]
+        exponents = jnp.maximum(gaps / temperature, -200)  # exp(-200) is 0
+        # One replica at a time: XLA's exp over several rounds by how many there are.
+        return jnp.stack([jnp.exp(exponents[k]) for k in range(exponents.shape[0])])
+
+    return _from_signal(signal, scores)
+
+
+def rank(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
+    """Weights in proportion to the rank: of n usable scores the best counts n, the next n - 1, the worst 1.
+
+    Ties share the mean of their ranks. Only the order of the scores matters, so no outlier can take all the weight:
+    the best of n gets 2 / (n + 1).
+
+    Args:
+      signal: name of a signal.
+      higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+
+    Raises:
+      SettingsError: the direction of an unknown signal is not given.
+    """
+    sign = direction(signal, higher_is_better)
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        s = sign * values
+        ranks = jnp.full(s.shape, 0.5, jnp.float32)
+        for j in range(s.shape[0]):
+            one = s[j : j + 1]
+            behind = (one < s).astype(jnp.float32) + 0.5 * (one == s).astype(jnp.float32)
+            ranks = ranks + jnp.where(usable[j : j + 1], behind, 0)
+        return jnp.where(usable, ranks, 0)
+
+    return _from_signal(signal, scores)
+
+
+def best(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
+    """All weight on the replica with the best score; those that tie exactly share it equally.
+
+    With `train_loss` the blend is the leader of LSGD (Teng et al. 2019, arXiv:1905.10395), toward which
+    `averager(pull=...)` can pull the others.
+
+    Args:
+      signal: name of a signal.
+      higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+
+    Raises:
+      SettingsError: the direction of an unknown signal is not given.
+    """
+    sign = direction(signal, higher_is_better)
+
+    def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
+        s = jnp.where(usable, sign * values, -jnp.inf)
+        return (usable & (s == s.max(axis=0)[None])).astype(jnp.float32)
+
+    return _from_signal(signal, scores)
+
+
+def fisher_merging(floor: float = 1e-6, *, normalise: bool = False) -> Weighting:
+    """Weights per element by the diagonal Fisher information, `w_k = max(F_k, floor) / sum_j max(F_j, floor)`.
+
+    An element counts as much as the replica's predictions depend on it (Matena and Raffel 2022, "Merging models with
+    Fisher-weighted averaging", arXiv:2111.09832; the floor is that of their code, github.com/mmatena/model_merging).
+
+    Args:
+      floor: the least that an element counts, in squared nats per unit of the parameter.
+      normalise: divide each replica's floored Fisher by its L2 norm over the whole tree first, so that no replica
+        counts more everywhere, as their code does (it takes the norm before the floor).
+
+    Raises:
+      SettingsError: the floor is negative.
+    """
+    check("fisher_merging: floor", floor, number(0))
+    floor = float(floor)
+
+    def floored(values: jax.Array) -> jax.Array:
+        return jnp.where(values >= 0, jnp.maximum(values, floor), values)
+
+    def unit(fisher: PyTree) -> PyTree:
+        factor = _power_of_two(functools.reduce(jnp.maximum, [jnp.max(x) for x in jax.tree.leaves(fisher)]))
+        scaled = optax.tree.scale(factor, fisher)
+        return jax.tree.map(lambda x: x / jnp.maximum(optax.tree.norm(scaled), _TINY), scaled)
+
+    def whole(fisher: PyTree) -> PyTree:
+        fisher = jax.tree.map(floored, fisher)
+        return jax.lax.map(unit, fisher) if normalise else fisher
+
+    return _from_signal("fisher", lambda values, usable: values, whole)

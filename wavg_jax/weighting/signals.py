@@ -1,0 +1,52 @@
+"""The signals that a weighting can ask for: their names, which way is better, and their shapes.
+
+A signal is one number per replica [K], or a tree like the parameters with one number per tensor (leaves [K]) or per
+element (leaves [K, *shape]). `wavg_jax.rounds.score` measures them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from wavg_jax import tree
+from wavg_jax.base import PyTree
+
+HIGHER_IS_BETTER = {
+    "accuracy": True,
+    "loss": False,
+    "macro_f1": True,
+    "ece": False,
+    "grad_norm": False,
+    "layer_grad_norm": False,
+    "fisher": True,
+    "distance": False,
+    "train_loss": False,
+    "samples": True,
+    "steps": True,
+}
+"""Every signal that `fit` can measure, and which way is better."""
+
+FREE = ("train_loss", "samples", "steps")
+"""Signals that need no pass: the mean loss over the round's local steps (nats), the samples in the replica's shard, and
+the local steps it did."""
+
+
+_PER_TENSOR: dict[str, Callable[[jax.Array], tuple[int, ...]]] = {
+    "layer_grad_norm": lambda leaf: (),
+    "fisher": lambda leaf: leaf.shape,
+}
+"""Signals that are trees like the parameters, and the shape of what they tell of one tensor of one replica."""
+
+
+def zeros(name: str, params: PyTree, replicas: int) -> PyTree:
+    """A signal of 0 in the shape in which `fit` measures it: [K], or a tree with leaves [K] or [K, *shape]; float32.
+
+    Signals that the library does not know are taken for [K].
+
+    >>> zeros("layer_grad_norm", {"w": jnp.ones((2, 3))}, 4)["w"].shape, zeros("loss", None, 4).shape
+    ((4,), (4,))
+    """
+    if name not in _PER_TENSOR:
+        return jnp.zeros(replicas, jnp.float32)
+    return tree.replicate(jax.tree.map(lambda x: jnp.zeros(_PER_TENSOR[name](x), jnp.float32), params), replicas)
