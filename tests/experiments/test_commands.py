@@ -20,7 +20,7 @@ COMMAND = re.compile(r"python -m experiments\.([\w.]*\w)([^`\n|]*)")
 
 def _commands():
     """(binary, arguments) of every command written down; `--flagfile=...` is the flag file of the one before."""
-    pages = [ROOT / "README.md", ROOT / "experiments" / "results" / "README.md"]
+    pages = [ROOT / name for name in ("README.md", "experiments/README.md", "experiments/results/README.md")]
     pages += sorted((ROOT / "experiments" / "presets").glob("*.flags"))
     texts = [*(path.read_text() for path in pages), *(module.__doc__ for module in BINARIES.values())]
     found = {}
