@@ -20,9 +20,21 @@ OPTIONS = {"rounds": 6, "checkpoint_every": 3}
 CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
 
 
+GROUPS = {"scoring": wavg.Scoring, "at_sync": wavg.AtSync, "layout": wavg.Layout, "store": wavg.Store}
+
+
+def train(*arguments, progress=False, **options):
+    """`wavg.fit` without a bar; it takes the fields of the groups as arguments of its own, such as `devices=1`."""
+    for group, kind in GROUPS.items():
+        own = {name: options.pop(name) for name in kind._fields if name in options}
+        if own:
+            options[group] = kind(**own)
+    return wavg.fit(*arguments, progress=progress, **options)
+
+
 def run(sharded_data, averager=WEIGHTED, task=TASK, inner=INNER, **options):
-    defaults = {"local_steps": 4, "rounds": 3, "batch_size": 8, "devices": 1, "on_round": lambda row: None}
-    return wavg.fit(task, sharded_data, averager, inner=inner, **(defaults | options))
+    defaults = {"local_steps": 4, "rounds": 3, "batch_size": 8, "devices": 1}
+    return train(task, sharded_data, averager, inner=inner, **(defaults | options))
 
 
 def leaves(result):

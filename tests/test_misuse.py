@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from runs import train
 from small import blobs, regression, sharded
 
 import wavg_jax as wavg
@@ -40,19 +41,19 @@ FIT = {
     "rounds": COUNTS,
     "batch_size": COUNTS,
     "seed": (None, "3", 2.5, -1, True, 2**32, jax.random.key(0)),
-    "score_samples": COUNTS[1:],
-    "score_dtype": ("half a byte", 3, jnp.int32, object()),
+    "samples": COUNTS[1:],
+    "dtype": ("half a byte", 3, jnp.int32, object()),
     "smoothing": (0.9, "ema", optax.ema, PLAIN),
     "faults": (0.5, {0: 0.5}, [1.0] * 4),
-    "opt_state_at_sync": (None, *NO_FUNCTION, wavg.policy.reestimate),
-    "stats_at_sync": (None, *NO_FUNCTION, wavg.policy.reestimate),
+    "opt_state": (None, *NO_FUNCTION, wavg.policy.reestimate),
+    "stats": (None, *NO_FUNCTION, wavg.policy.reestimate),
     "devices": COUNTS[1:],
     "replica_map": (None, 3, "pmap", ["vmap"]),
     "resident": ("yes", 1, 0.5),
     "workdir": (3, True, ["runs"]),
     "name": (None, 3, ""),
     "checkpoint_every": COUNTS,
-    "evaluate_every": COUNTS,
+    "test_every": COUNTS,
     "resume": (None, "yes", 1),
     "facts": (3, "a", [("a", 1)], {"x": object()}, {"x": [{"y": {1}}]}, {("x",): 1}),
     "settings": (3, "a", [("a", 1)], {"x": object()}, {"x": 1j}),
@@ -63,7 +64,7 @@ FIT = {
 
 def fit(**given):
     arguments = {"task": TASK, "data": DATA, "averager": PLAIN, "inner": INNER, "rounds": 1, "on_round": print} | given
-    return wavg.fit(**arguments)
+    return train(**arguments)
 
 
 def one(function, name, *values, **others):
@@ -197,6 +198,6 @@ def test_entries_that_cannot_be_written_are_refused_before_the_workdir_is_made(t
 
 def test_a_policy_that_was_not_called_is_told_from_one():
     with pytest.raises(wavg.SettingsError, match="call it"):
-        fit(stats_at_sync=wavg.policy.reestimate)
+        fit(stats=wavg.policy.reestimate)
     for policy in (wavg.policy.keep, wavg.policy.reset, wavg.policy.reestimate(np.int64(2))):
         assert arguments.takes(2, "").fits(policy)

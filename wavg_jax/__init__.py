@@ -22,10 +22,16 @@ from wavg_jax.base import (
     WorkdirError,
 )
 from wavg_jax.devices.machine import release
+from wavg_jax.devices.placement import place
 from wavg_jax.rounds import faults, policy
-from wavg_jax.rounds.local import local_steps
+from wavg_jax.rounds.local import Pace, local_steps
+from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
+from wavg_jax.rounds.score import Scoring
+from wavg_jax.rounds.sync import AtSync
 from wavg_jax.training import schedule
-from wavg_jax.training.fit import Result, fit
+from wavg_jax.training.callbacks import with_state
+from wavg_jax.training.fit import Result, Store, fit
+from wavg_jax.training.recipe import Layout
 from wavg_jax.tree import replica, replicate
 from wavg_jax.weighting import robust, signals
 from wavg_jax.weighting.scores import (
@@ -45,15 +51,22 @@ from wavg_jax.weighting.wrappers import grawa, momentum, shortlist, smooth_signa
 __version__ = release()
 
 __all__ = [
+    "AtSync",
     "Averager",
     "Batch",
     "DataError",
     "Diverged",
+    "Layout",
+    "Pace",
     "Replicas",
     "Result",
     "ResumeError",
+    "RoundLog",
+    "Rounds",
+    "Scoring",
     "SettingsError",
     "Stopped",
+    "Store",
     "Task",
     "TrainState",
     "WavgError",
@@ -73,11 +86,13 @@ __all__ = [
     "inverse",
     "learned",
     "local_steps",
+    "make_rounds",
     "models",
     "momentum",
     "norm_preserving",
     "normalise",
     "outer",
+    "place",
     "policy",
     "proportional",
     "pull",
@@ -94,4 +109,5 @@ __all__ = [
     "uniform",
     "uniform_floor",
     "weighted_mean",
+    "with_state",
 ]

@@ -33,10 +33,10 @@ class ResumeError(WavgError):
 
 
 class Diverged(WavgError):
-    """Two rounds in a row, or the last one, left no replica finite, or had an outer step that is not.
+    """Two rounds in a row, or the last one, were lost: no replica was finite, or the outer step was not.
 
     Attributes:
-      result: the `Result` of the rounds so far, with the last parameters that were finite.
+      result: the `Result` so far, with the last finite parameters.
     """
 
     def __init__(self, message: str, result: Any):
@@ -45,23 +45,43 @@ class Diverged(WavgError):
 
 
 class WavgWarning(UserWarning):
-    """Something that the run survives and its user should know, said once in one line."""
+    """The run survives this, but its user should know: one line, said once."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C) and did so after a whole round."""
+    """SIGTERM or Ctrl-C ended the run after a whole round, with a checkpoint saved.
+
+    Attributes:
+      result: the `Result` so far; None where several runs were under way and none of them was cut short.
+    """
+
+    def __init__(self, message: str, result: Any = None):
+        super().__init__(message)
+        self.result = result
 
 
 class Batch(NamedTuple):
-    """What a task trains on.
+    """Samples and their targets.
 
     Attributes:
-      x: inputs [B, ...], float, already normalised.
-      y: integer labels [B].
+      x: inputs [B, ...].
+      y: targets [B, ...]: integer labels [B], integer tokens [B, T], or numbers [B, ...].
     """
 
     x: jax.Array
     y: jax.Array
+
+
+Sums = Mapping[str, jax.Array]
+
+
+def means(sums: Sums, samples: jax.Array) -> dict[str, jax.Array]:
+    """Divides every sum by the number of samples.
+
+    >>> means({"loss": 6.0, "accuracy": 3.0}, 4)
+    {'loss': 1.5, 'accuracy': 0.75}
+    """
+    return {name: total / samples for name, total in sums.items()}
 
 
 class Task(NamedTuple):
@@ -69,16 +89,22 @@ class Task(NamedTuple):
 
     Attributes:
       init: `rng -> (params, mutable)`. `mutable` holds what training changes without a gradient, such as BatchNorm
-        statistics; `{}` when there is none. Numbers in it are averaged over replicas; counts, flags and keys made by
-        `jax.random.key` are not, each replica has its own.
+        statistics; `{}` if there is nothing. Its floating-point leaves are averaged over replicas; counts, flags and
+        keys made by `jax.random.key` stay each replica's own.
       loss: `(params, mutable, batch, rng) -> (loss, (mutable, metrics))`: the mean training loss of a `Batch` (a
-        float32 scalar), the mutable collections after it, and a dict of float32 scalar metrics.
-      predict: `(params, mutable, x) -> logits`: [B, ...] -> [B, classes] float32, in evaluation mode.
+        float32 scalar), the updated mutable collections, and a dict of float32 scalar metrics.
+      predict: `(params, mutable, x [B, ...]) -> logits [B, ...]` in evaluation mode, float32, of any shape.
+      measure: `(logits, batch) -> {name: sum}`: sums over the batch's samples, each an array of any shape, such as
+        `{"loss": total loss, "accuracy": number right}`. Evaluation adds them up over batches and devices.
+      metrics: `(sums, samples) -> {name: value}`: metrics from the sums over that many samples; by default the means.
+        Scalar ones are signals for weightings and are recorded as `test_{name}`.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[PyTree, Mapping[str, jax.Array]]]]
     predict: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+    measure: Callable[[jax.Array, Batch], Sums]
+    metrics: Callable[[Sums, Any], Mapping[str, jax.Array]] = means
 
 
 class Init(Protocol):

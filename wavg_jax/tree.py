@@ -148,3 +148,8 @@ def count(tree: PyTree) -> int:
 def nbytes(tree: PyTree) -> int:
     """Returns how many bytes a tree holds."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def equal_weights(alive: jax.Array) -> jax.Array:
+    alive = alive.astype(jnp.float32)
+    return alive / jnp.maximum(alive.sum(), 1)

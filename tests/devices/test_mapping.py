@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
 from wavg_jax.base import SettingsError
 from wavg_jax.devices import mapping, placement
 from wavg_jax.training import automap, programs
-from wavg_jax.training import fit as trainer
+from wavg_jax.training.recipe import make_recipe
 
 TASK, INNER, PLAIN = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.uniform())
-OPTIONS = {"inner": INNER, "local_steps": 3, "rounds": 2, "batch_size": 8, "on_round": lambda row: None}
+OPTIONS = {"inner": INNER, "local_steps": 3, "rounds": 2, "batch_size": 8}
 
 
 @pytest.fixture
 def recipe():
-    return trainer.make_recipe(TASK, sharded(), PLAIN, INNER, devices=1)
+    return make_recipe(TASK, sharded(), PLAIN, INNER, layout=wavg.Layout(devices=1))
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,7 @@ def forget(monkeypatch):
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_way_gives_the_same_run(devices):
-    runs = {
-        name: wavg.fit(TASK, sharded(), PLAIN, devices=devices, replica_map=name, **OPTIONS) for name in mapping.MAPS
-    }
+    runs = {name: train(TASK, sharded(), PLAIN, devices=devices, replica_map=name, **OPTIONS) for name in mapping.MAPS}
     assert [run.rows[0]["replica_map"] for run in runs.values()] == list(mapping.MAPS)
     for run in runs.values():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, runs["vmap"].params)
@@ -43,7 +42,7 @@ def test_every_way_gives_the_same_run(devices):
 @pytest.mark.parametrize("name", ["pmap", None])
 def test_other_ways_are_refused(name):
     with pytest.raises(SettingsError, match=r"--replica_map=.*: choose from auto, vmap, map, unroll"):
-        wavg.fit(TASK, sharded(), PLAIN, replica_map=name, **OPTIONS)
+        train(TASK, sharded(), PLAIN, replica_map=name, **OPTIONS)
     with pytest.raises(SettingsError, match="choose from vmap, map, unroll"):
         placement.place(4, 1, name)
 
@@ -69,7 +68,7 @@ def test_the_fastest_way_is_chosen_once(monkeypatch, recipe):
     assert automap.settle(other, sharded(), batch_size=8).placement.replica_map == "map"
     assert tried == [["vmap", "map"]]  # four replicas on a device are not written out
     automap.settle(recipe, sharded(), batch_size=4)
-    on_two = trainer.make_recipe(TASK, sharded(), PLAIN, INNER, devices=2)
+    on_two = make_recipe(TASK, sharded(), PLAIN, INNER, layout=wavg.Layout(devices=2))
     automap.settle(on_two, sharded(), batch_size=8)
     assert tried[1:] == [["vmap", "map"], ["vmap", "map", "unroll"]]
 
@@ -78,7 +77,7 @@ def test_there_is_no_trial_where_nothing_can_be_gained(monkeypatch, recipe):
     tried = fake_trials(monkeypatch, {})
     assert automap.settle(recipe, sharded(), batch_size=8, steps=100).placement.replica_map == "vmap"
     assert automap.settle(recipe, sharded(), batch_size=8, decided="unroll").placement.replica_map == "unroll"
-    alone = trainer.make_recipe(TASK, sharded(), PLAIN, INNER, devices=4)
+    alone = make_recipe(TASK, sharded(), PLAIN, INNER, layout=wavg.Layout(devices=4))
     assert automap.settle(alone, sharded(), batch_size=8) is alone
     assert tried == []
 
@@ -141,11 +140,11 @@ def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
     monkeypatch.setattr(automap, "_FLOPS", 0)
     options = OPTIONS | {"devices": 1, "workdir": tmp_path}
     fake_trials(monkeypatch, {"vmap": 3.0, "map": 1.0})
-    wavg.fit(TASK, sharded(), PLAIN, **options)
+    train(TASK, sharded(), PLAIN, **options)
     monkeypatch.setattr(automap, "_known", {})
     fake_trials(monkeypatch, {"vmap": 1.0, "map": 3.0})
-    again = wavg.fit(TASK, sharded(), PLAIN, resume=True, **(options | {"rounds": 3}))
-    straight = wavg.fit(TASK, sharded(), PLAIN, devices=1, replica_map="map", **(OPTIONS | {"rounds": 3}))
+    again = train(TASK, sharded(), PLAIN, resume=True, **(options | {"rounds": 3}))
+    straight = train(TASK, sharded(), PLAIN, devices=1, replica_map="map", **(OPTIONS | {"rounds": 3}))
     jax.tree.map(np.testing.assert_array_equal, again.params, straight.params)
 
 
@@ -153,7 +152,7 @@ def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
 def test_blends_are_scored_by_all_devices_together_with_the_same_result(heldout):
     """20 samples are dealt out over 4 devices, 21 are not."""
     averager, source = wavg.averager(wavg.learned()), sharded(noisy=(0,), heldout=heldout)
-    runs = [wavg.fit(TASK, source, averager, devices=devices, **OPTIONS) for devices in (1, 4)]
+    runs = [train(TASK, source, averager, devices=devices, **OPTIONS) for devices in (1, 4)]
     for one, four in zip(runs[0].rows[1:], runs[1].rows[1:], strict=True):
         assert max(one["weights"]) - min(one["weights"]) > 0.05
         np.testing.assert_allclose(one["weights"], four["weights"], atol=1e-4)

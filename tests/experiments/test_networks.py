@@ -17,10 +17,10 @@ def digits(replicas=2, augment=None):
 
 
 def train(task, source, **options):
-    defaults = {"local_steps": 30, "rounds": 2, "batch_size": 32, "devices": 1, "on_round": lambda row: None}
+    defaults = {"local_steps": 30, "rounds": 2, "batch_size": 32, "devices": 1}
     averager = wavg.averager(wavg.proportional("accuracy"))
     inner = optax.sgd(0.05, momentum=0.9)
-    return wavg.fit(task, source, averager, inner=inner, **(defaults | options))
+    return train(task, source, averager, inner=inner, **(defaults | options))
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def train(task, source, **options):
 def test_a_cnn_with_batchnorm_and_augmentation_learns(stats):
     source = digits(augment=lambda rng, x: data.crop_flip(rng, x, padding=1))
     task = models.from_linen(models.CNN(classes=10, batch_norm=True, dropout=0.1), (8, 8, 1))
-    result = train(task, source, stats_at_sync=stats)
+    result = train(task, source, stats=stats)
     assert result.rows[-1]["test_accuracy"] > 0.5
     moved = [np.abs(np.asarray(x)).max() for x in (result.mutable["batch_stats"]["BatchNorm_0"]["mean"],)]
     assert min(moved) > 0

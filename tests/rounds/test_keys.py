@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
@@ -151,7 +152,7 @@ def test_no_two_uses_of_a_run_have_the_same_key(make, monkeypatch):
     spy = Spy()
     spy.library_splits(monkeypatch)
     source = sharded(K)._replace(augment=spy.augment)
-    result = wavg.fit(
+    result = train(
         spy.watch(make(spy)),
         source,
         wavg.averager(wavg.inverse("grad_norm")),  # whose pass draws, too
@@ -159,7 +160,7 @@ def test_no_two_uses_of_a_run_have_the_same_key(make, monkeypatch):
         local_steps=H,
         rounds=ROUNDS,
         batch_size=8,
-        stats_at_sync=policy.reestimate(BATCHES),
+        stats=policy.reestimate(BATCHES),
         smoothing=smoothing.swa(),
         devices=1,
         on_round=lambda row: None,

@@ -27,7 +27,10 @@ def linear_task() -> Task:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), batch.y)
         return losses.mean(), (mutable, {})
 
-    return Task(init, loss, lambda params, mutable, x: logits(params, x))
+    def measure(logits, batch):
+        return {"loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch.y).sum()}
+
+    return Task(init, loss, lambda params, mutable, x: logits(params, x), measure)
 
 
 def quiet(task: Task) -> Task:

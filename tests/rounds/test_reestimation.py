@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
@@ -14,7 +15,6 @@ from wavg_jax import data, models
 from wavg_jax.averaging import smoothing
 from wavg_jax.base import Batch
 from wavg_jax.rounds import policy
-from wavg_jax.rounds.faults import faults
 from wavg_jax.rounds.reestimation import reestimate
 from wavg_jax.training import schedule
 
@@ -155,7 +155,7 @@ def test_what_is_no_exponential_average_goes_on_from_its_old_value(name):
 
 K, H = 4, 4
 TASK, SOURCE = regression(), sharded(K)
-SLOW = faults(K, speed={1: 0.25, 2: 0.75})
+SLOW = simulate(K, speed={1: 0.25, 2: 0.75})
 
 
 def watching():
@@ -187,9 +187,9 @@ def inputs_of(steps, last, first_step=0):
     ids=["a whole round", "a shorter round", "fewer steps than batches", "stragglers"],
 )
 def test_each_replicas_last_batches_of_the_round_are_read(last, steps, lame, devices):
-    options = {"stats_at_sync": policy.reestimate(last), "faults": lame, "devices": devices}
+    options = {"stats": policy.reestimate(last), "faults": lame, "devices": devices}
     lengths = schedule.Schedule(H, lambda past: steps)
-    result = wavg.fit(
+    result = train(
         WATCHING,
         SOURCE,
         wavg.averager(wavg.uniform()),

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
+from wavg_jax import tree
+from wavg_jax.devices.placement import place
 from wavg_jax.rounds import policy, sync
-from wavg_jax.training import fit as trainer
 
 # Optax's noise, schedules and Adam mix integers and floats.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -35,8 +37,9 @@ OPTIMIZERS = {
 }
 
 
-def recipe_of(inner, how=policy.keep, devices=1):
-    return trainer.make_recipe(TASK, sharded(K), PLAIN, inner, opt_state_at_sync=how, devices=devices)
+def carried(inner, state, weights, how=policy.keep):
+    """The optimizer state of K replicas on one device after a blend."""
+    return sync.carry_opt_state(how, inner, lambda reduction: reduction, state, PARAMS, ALIVE, weights)
 
 
 def trained(inner):
@@ -59,8 +62,8 @@ def split(state):
 def test_at_a_sync_counts_flags_and_keys_go_on_and_floats_follow_the_policy(name, how):
     inner = OPTIMIZERS[name]()
     state = trained(inner)
-    weights = sync.equal(ALIVE)
-    after = sync.blend_opt_state(recipe_of(inner, how), state, PARAMS, ALIVE, weights)
+    weights = tree.equal_weights(ALIVE)
+    after = carried(inner, state, weights, how)
     (floats, others), (new_floats, new_others) = split(state), split(after)
     assert others
     for before, new in zip(others, new_others, strict=True):
@@ -77,7 +80,7 @@ def test_at_a_sync_counts_flags_and_keys_go_on_and_floats_follow_the_policy(name
 @pytest.mark.parametrize("name", ["schedule", "injected"])
 def test_a_revived_replica_takes_its_next_step_at_the_rate_of_the_others(name):
     inner = OPTIMIZERS[name]()
-    after = sync.blend_opt_state(recipe_of(inner), trained(inner), PARAMS, ALIVE, sync.equal(ALIVE))
+    after = carried(inner, trained(inner), tree.equal_weights(ALIVE))
     ones = {"w": jnp.ones((K, 3))}
     updates, _ = jax.vmap(inner.update)(ones, after, ones)
     updates_of_one, _ = inner.update({"w": jnp.ones(3)}, wavg.replica(after, 1), PARAMS)
@@ -99,7 +102,7 @@ def test_a_schedule_runs_through_rounds_in_which_a_replica_was_dead():
     inner = optax.sgd(optax.cosine_decay_schedule(1e-4, 80), momentum=0.9)
     options = {"inner": inner, "local_steps": 2, "rounds": 4, "batch_size": 8, "devices": 1}
     with pytest.warns(wavg.WavgWarning, match="replica 1 is not finite in round 2"):
-        result = wavg.fit(TASK._replace(loss=loss), source, PLAIN, on_round=lambda row: None, **options)
+        result = train(TASK._replace(loss=loss), source, PLAIN, **options)
     assert [row["alive"][1] for row in result.rows[1:]] == [True, False, False, True]
     (count,) = split(result.state.replicas.opt_state)[1]
     assert count.tolist() == [8] * 4
@@ -110,7 +113,7 @@ LARGE = 20_000_001  # float32 has 20,000,000 and 20,000,002
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_mean_of_a_tree_takes_counts_flags_and_keys_from_the_first_replica_with_weight(devices):
-    recipe = recipe_of(optax.sgd(0.1), devices=devices)
+    where = place(K, devices)
     stacked = {
         "count": jnp.int32(LARGE) + 2 * jnp.arange(K),
         "flag": jnp.arange(K) == 2,
@@ -119,10 +122,10 @@ def test_the_mean_of_a_tree_takes_counts_flags_and_keys_from_the_first_replica_w
     }
     otherwise = {"count": jnp.int32(-1), "flag": jnp.array(False), "key": jax.random.key(9), "mean": jnp.float32(-1)}
     mean = jax.jit(
-        lambda stacked, weights: sync.mean_over_living(recipe, stacked, weights, otherwise),
-        out_shardings=recipe.placement.shared,
+        lambda stacked, weights: sync.mean_over_living(where.reduce, stacked, weights, otherwise),
+        out_shardings=where.shared,
     )
-    stacked = jax.device_put(stacked, recipe.placement.stacked)
+    stacked = jax.device_put(stacked, where.stacked)
     found = mean(stacked, jnp.array([0, 0, 0.5, 0, 0.5, 0, 0, 0]))
     assert (int(found["count"]), bool(found["flag"]), float(found["mean"])) == (LARGE + 4, True, 3)
     assert found["key"] == jax.random.split(jax.random.key(0), K)[2]
@@ -148,8 +151,8 @@ def counting():
 
 
 def run(**options):
-    defaults = {"inner": noisy(), "local_steps": 2, "rounds": 2, "batch_size": 8, "on_round": lambda row: None}
-    return wavg.fit(counting(), sharded(K), PLAIN, **(defaults | options))
+    defaults = {"inner": noisy(), "local_steps": 2, "rounds": 2, "batch_size": 8}
+    return train(counting(), sharded(K), PLAIN, **(defaults | options))
 
 
 def numbers(state):
@@ -159,7 +162,7 @@ def numbers(state):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("how", [policy.keep, policy.average, policy.reset])
 def test_states_with_counts_and_keys_train_under_every_policy(how, devices):
-    result = run(opt_state_at_sync=how, stats_at_sync=how, devices=devices)
+    result = run(opt_state=how, stats=how, devices=devices)
     numbers_sent = 15 + 3 + (15 if how is policy.average else 0)  # parameters, statistics, momentum; up and down
     assert result.rows[0]["bytes_per_round"] == 2 * K * 4 * numbers_sent
     state = result.state
@@ -174,7 +177,7 @@ def test_states_with_counts_and_keys_train_under_every_policy(how, devices):
 
 
 def test_a_run_whose_states_hold_keys_resumes_bit_for_bit(tmp_path):
-    options = {"stats_at_sync": policy.reestimate(2), "devices": 1}
+    options = {"stats": policy.reestimate(2), "devices": 1}
     straight = run(**options, rounds=3)
     run(**options, rounds=2, workdir=tmp_path)
     resumed = run(**options, rounds=3, workdir=tmp_path, resume=True)
@@ -191,5 +194,5 @@ def test_no_mean_is_taken_that_no_policy_uses(monkeypatch):
     state = trained(inner)
     for how, means in ((policy.keep, 0), (policy.reset, 0), (policy.average, 1)):
         taken.clear()
-        sync.blend_opt_state(recipe_of(inner, how), state, PARAMS, ALIVE, sync.equal(ALIVE))
+        carried(inner, state, tree.equal_weights(ALIVE), how)
         assert len(taken) == means

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import train
 from small import initial, regression, sharded
 
 import wavg_jax as wavg
 from wavg_jax.averaging import pull, smoothing
-from wavg_jax.rounds.faults import faults
+from wavg_jax.rounds.faults import simulate
 from wavg_jax.training import schedule
 
 TASK = regression()
@@ -22,8 +23,8 @@ SKIP = ("seconds", "elapsed", "confusion")
 
 
 def run(averager=WEIGHTED, source=None, inner=INNER, **options):
-    defaults = {"local_steps": 4, "rounds": 3, "batch_size": 8, "devices": 1, "on_round": lambda row: None}
-    return wavg.fit(TASK, source or sharded(), averager, inner=inner, **(defaults | options))
+    defaults = {"local_steps": 4, "rounds": 3, "batch_size": 8, "devices": 1}
+    return train(TASK, source or sharded(), averager, inner=inner, **(defaults | options))
 
 
 def assert_same(a, b):
@@ -76,7 +77,7 @@ def test_a_schedule_that_looks_at_losses_resumes_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_straggler_does_part_of_the_steps_and_the_others_all(devices):
-    slow = run(APART, rounds=1, faults=faults(4, speed={1: 0.5}), devices=devices)
+    slow = run(APART, rounds=1, faults=simulate(4, speed={1: 0.5}), devices=devices)
     full, half = run(APART, rounds=1), run(APART, rounds=1, local_steps=2)
     for k, expected in ((0, full), (1, half), (2, full)):
         got = jax.tree.map(lambda x, k=k: np.asarray(x[k]), slow.state.replicas.params)
@@ -88,7 +89,7 @@ def test_a_straggler_does_part_of_the_steps_and_the_others_all(devices):
 def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_that_is_sent():
     start = np.asarray(initial(TASK)[0]["w"])
     plain = run(APART, rounds=1, local_steps=1)
-    bad = run(APART, rounds=1, local_steps=1, faults=faults(4, rate={0: 10.0}, sent={1: -1.0}))
+    bad = run(APART, rounds=1, local_steps=1, faults=simulate(4, rate={0: 10.0}, sent={1: -1.0}))
     own, kept = (np.asarray(result.state.replicas.params["w"]) - start for result in (plain, bad))
     np.testing.assert_allclose(kept[0], 10 * own[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(kept[1:], own[1:], rtol=1e-4, atol=1e-6)  # the liar itself trains on from the truth
@@ -99,7 +100,7 @@ def test_a_rate_multiplies_what_the_inner_optimizer_adds_and_sent_the_change_tha
 def test_scores_are_of_what_a_replica_sends():
     source = sharded()
     apart = wavg.averager(wavg.softmax("loss", 0.5), pull=0.0)
-    lying = run(apart, source, rounds=1, faults=faults(4, sent={1: -2.0}))
+    lying = run(apart, source, rounds=1, faults=simulate(4, sent={1: -2.0}))
     start, own = initial(TASK)[0], lying.state.replicas.params
     sent = jax.tree.map(np.array, own)
     for name, s in start.items():
@@ -112,32 +113,32 @@ def test_scores_are_of_what_a_replica_sends():
 
 
 def test_faults_are_of_as_many_replicas_as_there_are():
-    with pytest.raises(wavg.SettingsError, match="faults are of 3 replicas, there are 4"):
-        run(faults=faults(3))
+    with pytest.raises(wavg.SettingsError, match="faults= are of 3 replicas, there are 4"):
+        run(faults=simulate(3))
     for bad in ({"speed": {0: 0.0}}, {"speed": {0: 1.5}}, {"rate": {0: float("nan")}}, {"sent": {4: 1.0}}):
-        with pytest.raises(wavg.SettingsError, match="faults"):
-            faults(4, **bad)
+        with pytest.raises(wavg.SettingsError, match="simulate"):
+            simulate(4, **bad)
 
 
 def test_signals_of_work_reach_the_weights():
-    rows = run(wavg.averager(wavg.proportional("steps")), rounds=1, faults=faults(4, speed={0: 0.25})).rows
+    rows = run(wavg.averager(wavg.proportional("steps")), rounds=1, faults=simulate(4, speed={0: 0.25})).rows
     np.testing.assert_allclose(rows[1]["weights"], [1 / 13, 4 / 13, 4 / 13, 4 / 13], rtol=1e-6)
     np.testing.assert_allclose(run(wavg.averager(wavg.proportional("samples"))).rows[1]["weights"], [0.25] * 4)
 
 
 def test_a_subset_of_the_held_out_split_is_scored_another_one_each_round():
-    still = {"inner": optax.sgd(0.0), "rounds": 3, "score_samples": 10}  # nothing moves, so scores differ by samples
+    still = {"inner": optax.sgd(0.0), "rounds": 3, "samples": 10}  # nothing moves, so scores differ by samples
     scores = [row["scores"]["loss"][0] for row in run(**still).rows[1:]]
     assert scores[0] != scores[1]
     assert scores[0] == scores[2]  # 20 samples are held out: two subsets
     whole = run(inner=optax.sgd(0.0), rounds=1).rows[1]["scores"]["loss"][0]
     np.testing.assert_allclose(np.mean(scores[:2]), whole, rtol=1e-5)
-    with pytest.raises(wavg.SettingsError, match="--score_samples is 0"):
-        run(score_samples=0)
+    with pytest.raises(wavg.SettingsError, match="Scoring: samples is 0"):
+        run(samples=0)
 
 
 def test_scores_in_bfloat16_are_those_in_float32_but_for_rounding():
-    full, half = (run(rounds=1, score_dtype=dtype).rows[1]["scores"]["loss"] for dtype in (None, jnp.bfloat16))
+    full, half = (run(rounds=1, dtype=dtype).rows[1]["scores"]["loss"] for dtype in (None, jnp.bfloat16))
     assert full != half
     np.testing.assert_allclose(full, half, rtol=2e-2)
 
@@ -162,7 +163,7 @@ def test_smoothing_resumes_bit_for_bit(tmp_path):
 
 
 def test_the_test_split_may_be_evaluated_now_and_then():
-    rows = run(rounds=5, evaluate_every=2).rows[1:]
+    rows = run(rounds=5, test_every=2).rows[1:]
     assert [row["test_accuracy"] is None for row in rows] == [True, False, True, False, False]
     assert "confusion" in rows[-1]
     assert rows[-1]["test_accuracy"] == run(rounds=5).rows[-1]["test_accuracy"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from binary import invoke
 from small import initial, regression, sharded
 
@@ -19,8 +20,8 @@ QUICK = ("--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1", "--nois
 
 
 def run(source, averager=PLAIN, task=TASK, **options):
-    defaults = {"local_steps": 2, "rounds": 6, "batch_size": 8, "devices": 1, "on_round": lambda row: None}
-    return wavg.fit(task, source, averager, **({"inner": optax.sgd(0.1)} | defaults | options))
+    defaults = {"local_steps": 2, "rounds": 6, "batch_size": 8, "devices": 1}
+    return runs.train(task, source, averager, **({"inner": optax.sgd(0.1)} | defaults | options))
 
 
 def lasts(steps):
@@ -36,9 +37,9 @@ def lasts(steps):
 def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_checkpoint_of_them(tmp_path):
     task = lasts(4)
     with (
-        pytest.warns(wavg.WavgWarning, match="nothing came of round 3: no replica is finite") as warned,
+        pytest.warns(wavg.WavgWarning, match="round 3 was lost: no replica is finite") as warned,
         pytest.raises(
-            wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the inner learning rate, or look"
+            wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the learning rate of inner=, or look"
         ) as raised,
     ):
         run(sharded(), task=task, workdir=tmp_path)
@@ -54,7 +55,7 @@ def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_c
 
 
 def test_lost_rounds_end_a_run_alike_whether_or_not_rounds_overlap():
-    for options in ({}, {"evaluate_every": 6}):
+    for options in ({}, {"test_every": 6}):
         with pytest.warns(wavg.WavgWarning, match="round 3"), pytest.raises(wavg.Diverged) as raised:
             run(sharded(), task=lasts(4), **options)
         rows = raised.value.result.rows
@@ -72,9 +73,9 @@ def test_one_lost_round_is_survived_alike_whether_or_not_rounds_overlap():
         return jax.numpy.where((count >= 4) & (count < 6), np.nan, 1.0)
 
     ends = []
-    for options in ({"smoothing": smoothing.swa()}, {"smoothing": smoothing.swa(), "evaluate_every": 6}):
+    for options in ({"smoothing": smoothing.swa()}, {"smoothing": smoothing.swa(), "test_every": 6}):
         inner = optax.chain(optax.sgd(0.1), optax.scale_by_schedule(rate))
-        with pytest.warns(wavg.WavgWarning, match="nothing came of round 3") as warned:
+        with pytest.warns(wavg.WavgWarning, match="round 3 was lost") as warned:
             ends.append(run(sharded(), inner=inner, **options))
         assert len(warned) == 1
         assert [any(row["weights"]) for row in ends[-1].rows[1:]] == [True, True, False, True, True, True]
@@ -108,7 +109,7 @@ OVERFLOW = optax.chain(optax.scale(1e30), optax.scale(1e30))
 def test_an_outer_step_that_is_not_finite_is_not_taken_and_ends_the_run(outer):
     with (
         pytest.warns(wavg.WavgWarning, match="outer step is not finite"),
-        pytest.raises(wavg.Diverged, match=r"outer step is not finite.*--outer_lr") as raised,
+        pytest.raises(wavg.Diverged, match=r"outer step is not finite.*outer=") as raised,
     ):
         run(sharded(), wavg.averager(wavg.uniform(), outer=outer))
     assert len(raised.value.result.rows) == 3
@@ -157,7 +158,7 @@ def test_a_replica_that_dies_is_told_of_once(recwarn):
     x = source.train.x.copy()
     x[source.shards[2]] = 3e38  # overflows in the first step
     broken = source._replace(train=source.train._replace(x=x), prepare=lambda x: x)
-    with pytest.warns(wavg.WavgWarning, match="replica 2 is not finite in round 1 and takes no part") as caught:
+    with pytest.warns(wavg.WavgWarning, match="replica 2 is not finite in round 1 and has no weight") as caught:
         run(broken, rounds=3)
     assert len(caught) == 1
 
@@ -165,7 +166,7 @@ def test_a_replica_that_dies_is_told_of_once(recwarn):
 @pytest.mark.parametrize("binary", [train, compare], ids=["train", "compare"])
 def test_the_binaries_end_with_one_line_that_names_the_run_and_exit_code_2(binary, tmp_path, capfd):
     arguments = (*QUICK, "--rounds=3", "--lr_weighted=1e30", f"--workdir={tmp_path}")
-    with pytest.warns(wavg.WavgWarning, match="nothing came of round 1"):
+    with pytest.warns(wavg.WavgWarning, match="round 1 was lost"):
         assert invoke(binary.main, *arguments, *(["--arms=weighted"] if binary is compare else [])) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("error: 'weighted-seed0' diverged in rounds 1 to 2")
@@ -177,7 +178,7 @@ def test_the_binaries_end_with_one_line_that_names_the_run_and_exit_code_2(binar
 
 def test_replicas_that_die_after_a_huge_outer_step_may_do_so_by_either_rate(tmp_path, capfd):
     huge = ("--outer=nesterov", "--outer_lr=1e38", "--rounds=3")  # finite, but nothing survives the next round
-    with pytest.warns(wavg.WavgWarning, match="nothing came of round 2: no replica is finite"):
+    with pytest.warns(wavg.WavgWarning, match="round 2 was lost: no replica is finite"):
         assert invoke(train.main, *QUICK, *huge, f"--workdir={tmp_path}") == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "inner learning rate (--lr_weighted) or the outer one (--outer_lr), or look" in line

@@ -6,21 +6,21 @@ import jax
 import numpy as np
 import optax
 import pytest
+from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
 from wavg_jax.devices import machine, placement
 from wavg_jax.rounds import policy
-from wavg_jax.training import batches as feeder
-from wavg_jax.training import schedule
+from wavg_jax.training import batches, schedule
 
 TASK, INNER, WEIGHTED = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.softmax("loss", 1.0))
 CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
 
 
 def run(**options):
-    options = {"inner": INNER, "local_steps": 3, "rounds": 5, "batch_size": 8, "on_round": lambda row: None} | options
-    return wavg.fit(TASK, sharded(), WEIGHTED, **options)
+    options = {"inner": INNER, "local_steps": 3, "rounds": 5, "batch_size": 8} | options
+    return train(TASK, sharded(), WEIGHTED, **options)
 
 
 def without(row, *names):
@@ -36,7 +36,7 @@ def same(a, b, *but):
 
 def test_rows_that_are_written_one_round_late_are_the_same():
     tested = [f"test_{name}" for name in ("accuracy", "loss", "macro_f1", "ece")]
-    every, last = run(), run(evaluate_every=5)
+    every, last = run(), run(test_every=5)
     same(every, last, *tested)
     assert [row["round"] for row in last.rows[1:]] == [1, 2, 3, 4, 5]
     assert last.rows[-1]["test_accuracy"] == every.rows[-1]["test_accuracy"]
@@ -45,19 +45,21 @@ def test_rows_that_are_written_one_round_late_are_the_same():
 
 def test_the_next_round_is_launched_before_the_row_of_this_one_is_written(monkeypatch):
     order = []
-    take = feeder.Feeder.take
-    monkeypatch.setattr(feeder.Feeder, "take", lambda self, *which: (order.append("launch"), take(self, *which))[1])
-    run(evaluate_every=5, on_round=lambda row: order.append(row["round"]))
-    assert order == ["launch", "launch", 1, "launch", 2, "launch", 3, "launch", 4, 5]
+    take = batches.Feeder.take
+    monkeypatch.setattr(batches.Feeder, "take", lambda self, *which: (order.append("launch"), take(self, *which))[1])
+    run(test_every=5, progress=lambda text: order.append("row"))
+    assert order == ["launch", "launch", "row", "launch", "row", "launch", "row", "launch", "row", "row"]
     order.clear()
     # H of the next round may depend on this one's loss.
-    run(evaluate_every=5, local_steps=schedule.adacomm(3, 1), on_round=lambda row: order.append(row["round"]))
+    run(test_every=5, local_steps=schedule.adacomm(3, 1), progress=lambda text: order.append("row"))
+    assert order == ["launch", "row"] * 5
+    order.clear()
+    # A callback may end the run.
+    run(test_every=5, on_round=lambda row: order.append(row["round"]))
     assert order == ["launch", 1, "launch", 2, "launch", 3, "launch", 4, "launch", 5]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"local_steps": schedule.linear(1, 3, 2)}, {"stats_at_sync": policy.reestimate(2)}]
-)
+@pytest.mark.parametrize("options", [{}, {"local_steps": schedule.linear(1, 3, 2)}, {"stats": policy.reestimate(2)}])
 def test_streamed_data_are_the_same_data(options):
     resident, streamed = run(**options), run(resident=False, **options)
     assert (resident.rows[0]["resident"], streamed.rows[0]["resident"]) == (True, False)
@@ -84,7 +86,7 @@ def test_streamed_rounds_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: nbytes / placement._ROOM)
     assert not run(rounds=1, resident=False, devices=1).rows[0]["resident"]
     monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / placement._ROOM)
-    with pytest.raises(wavg.SettingsError, match="--local_steps"):
+    with pytest.raises(wavg.SettingsError, match="local_steps="):
         run(rounds=1, resident=False, devices=1)
 
 
@@ -97,7 +99,7 @@ def test_a_feeder_makes_the_next_work_in_the_background_and_passes_errors_on():
             raise ValueError("too many")
         return first_step
 
-    with feeder.open_feeder(make) as feed:
+    with batches.open_feeder(make) as feed:
         assert feed.take(0, 2) == 0
         feed.prepare(2, 2)
         assert feed.take(2, 2) == 2

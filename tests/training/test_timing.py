@@ -1,5 +1,7 @@
 """The critical path: its parts are measured, and each arm is charged with what it does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,15 +13,17 @@ from small import regression, sharded
 import wavg_jax as wavg
 from experiments.setup import app, arms
 from wavg_jax import data
-from wavg_jax.rounds import score as scoring
-from wavg_jax.training import fit as trainer
+from wavg_jax.base import Batch
+from wavg_jax.rounds import score
 from wavg_jax.training import timing
+from wavg_jax.training.batches import as_targets
+from wavg_jax.training.recipe import make_recipe
 
 TASK = regression()
 
 
 def parts(averager, source, **options):
-    recipe = trainer.make_recipe(TASK, source, averager, optax.sgd(0.1), devices=1)
+    recipe = make_recipe(TASK, source, averager, optax.sgd(0.1), layout=wavg.Layout(devices=1))
     return timing.measure_parts(recipe, source, **({"local_steps": 4, "batch_size": 8, "repeats": 2} | options))
 
 
@@ -72,8 +76,8 @@ def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():
         app.parse(["binary", "--score_samples=50", "--smoothing=swa"])
         dataset = arms.load()
         recipe = arms.make_recipe(arms.make_arms(("weighted",))[0], arms.make_task(dataset), arms.make_data(dataset, 0))
-    assert recipe.score_samples == 50
-    assert recipe.smoothing is not None
+    assert recipe.scoring.samples == 50
+    assert recipe.at_sync.smoothing is not None
 
 
 def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
@@ -83,8 +87,12 @@ def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
         task, source = arms.make_task(dataset, of_inputs=True), arms.make_data(dataset, 0)
         fixed = arms.make_task(dataset)
     params, mutable = task.init(jax.random.key(0))
-    held_out = scoring.chunked(source.heldout.x, source.heldout.y, 100)
-    score = jax.jit(scoring.predict, static_argnums=(0, 1, 5))
-    wide, narrow = (score(task, source.prepare, params, mutable, held_out, dtype) for dtype in (None, jnp.bfloat16))
-    assert 1e-4 < jnp.abs(wide - narrow).max() < 0.1
-    assert (wide == score(fixed, source.prepare, params, mutable, held_out, None)).all()
+    held_out = Batch(source.heldout.x, as_targets(source.heldout.y))
+
+    def loss(task, dtype):
+        forward = score.Forward(task, source.prepare, dtype)
+        return jax.jit(functools.partial(score.metrics, forward))(params, mutable, held_out)["loss"]
+
+    wide, narrow = loss(task, None), loss(task, jnp.bfloat16)
+    assert 1e-5 < abs(wide - narrow) < 0.1
+    assert wide == loss(fixed, None)

@@ -76,7 +76,9 @@ def _check_restart(stacked: PyTree, old: PyTree, new: PyTree) -> int:
     return checks.stacked(stacked, new, of="new")
 
 
-def _replace(stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree:
+def _replace(
+    stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
+) -> PyTree:
     """`Averager.restart` where every replica is replaced."""
     replicas = _check_restart(stacked, old, new)
     if alive is not None:
@@ -91,9 +93,11 @@ def _restart(pull: Pull) -> Callable:
         wide = tree.accumulator_dtype(x.dtype)
         return pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None]).astype(x.dtype)
 
-    def restart(stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree:
+    def restart(
+        stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
+    ) -> PyTree:
         replaced = tree.replicate(new, _check_restart(stacked, old, new))
-        living = _living(stacked, alive)
+        living = _living(stacked, alive) if check_finite else alive
         pulled = jax.tree.map(lambda x, o, n: jnp.broadcast_to(one(x, o, n), x.shape), stacked, old, new)
         return tree.select_replicas(living, pulled, replaced)
 
@@ -234,11 +238,12 @@ def averager(
         params: PyTree,
         *,
         alive: jax.Array | None = None,
+        check_finite: bool = True,
         place: Callable[[Callable], Callable] = _as_is,
         **signals: Any,
     ) -> tuple[PyTree, AveragerState, PyTree]:
         replicas = _check_update(weighting, init, stacked, state, params, signals)
-        alive = _living(stacked, alive)
+        alive = _living(stacked, alive) if check_finite else alive
 
         def send() -> PyTree:
             # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.

@@ -21,8 +21,8 @@ class Placement(NamedTuple):
     Attributes:
       map: `f(one, shared) -> out` for one replica becomes `g(stacked, shared) -> stacked out`.
       reduce: a reduction `(stacked, weights) -> tree` becomes the same over all devices.
-      over_samples: `f(network, x [C, B, ...]) -> [C, B, ...]`, a function of one network and the samples of its chunks,
-        becomes the same with B over all devices, where their number divides it.
+      over_samples: `f(network, samples [N, ...]) -> sums over the samples` becomes the same with the samples
+        spread over all devices, if their number divides N.
       stacked: the sharding of a stacked tree, its leading axis over the devices.
       shared: the sharding of what all replicas read (data, global parameters): on every device.
       devices: the devices in use.
@@ -98,9 +98,19 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
         )
 
     def over_samples(function: Callable) -> Callable:
-        samples = PartitionSpec(None, _AXIS)
-        split = jax.shard_map(function, mesh=grid, in_specs=(everywhere, samples), out_specs=samples, check_vma=False)
-        return lambda network, x: (function if x.shape[1] % len(devices) else split)(network, x)
+        def each(network: PyTree, samples: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: x[None], function(network, samples))
+
+        split = jax.shard_map(
+            each, mesh=grid, in_specs=(everywhere, over_replicas), out_specs=over_replicas, check_vma=False
+        )
+
+        def run(network: PyTree, samples: PyTree) -> PyTree:
+            if len(jax.tree.leaves(samples)[0]) % len(devices):
+                return function(network, samples)
+            return jax.tree.map(lambda x: x.sum(0), split(network, samples))
+
+        return run
 
     stacked, shared = NamedSharding(grid, over_replicas), NamedSharding(grid, everywhere)
     return Placement(spread, reduce, over_samples, stacked, shared, devices, replica_map)

@@ -1,5 +1,6 @@
-"""Classifiers and language models as the library sees them: initialise, loss with accuracy, predict."""
+"""Classifiers, language models and regressors as tasks: initialise, loss, predict, measure."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -7,17 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax.arguments import FUNCTION, check
-from wavg_jax.base import Batch, DataError, PyTree, SettingsError, Task
+from wavg_jax.base import Batch, DataError, PyTree, SettingsError, Sums, Task, means
+from wavg_jax.models import quality
 
 
 class Init(Protocol):
-    """`init(rng) -> (params, mutable)`; `mutable` is `{}` when a network has nothing but parameters."""
+    """`init(rng) -> (params, mutable)`; `mutable` is `{}` for a network that has nothing but parameters."""
 
     def __call__(self, rng: jax.Array, /) -> tuple[PyTree, PyTree]: ...
 
 
 class Apply(Protocol):
-    """`apply(params, mutable, x, *, train, rng) -> (logits, mutable)`; `rng` is None to predict."""
+    """`apply(params, mutable, x, *, train, rng) -> (logits, mutable)`; `rng` is None in evaluation mode."""
 
     def __call__(
         self, params: PyTree, mutable: PyTree, x: jax.Array, /, *, train: bool, rng: jax.Array | None
@@ -27,19 +29,20 @@ class Apply(Protocol):
 def classifier(init: Init, apply: Apply) -> Task:
     """Makes a task of a network written by hand over plain pytrees.
 
-    The loss is the mean cross-entropy `-1/B sum_b log softmax(logits_b)[y_b]`, in float32 whatever the logits are in.
+    The loss is the mean cross-entropy `-1/B sum_b log softmax(logits_b)[y_b]`, computed in float32.
 
     Args:
       init: `rng -> (params, mutable)`.
-      apply: `(params, mutable, x [B, ...], *, train, rng) -> (logits [B, classes], mutable)`. It is called with
-        `train=True` and a key for the loss, with `train=False` and `rng=None` to predict.
+      apply: `(params, mutable, x [B, ...], *, train, rng) -> (logits [B, classes], mutable)`. The loss calls it with
+        `train=True` and a key, `predict` with `train=False` and `rng=None`.
 
     Returns:
-      A `Task` whose loss reports the metric `accuracy`, the share of the batch that is classified right.
+      A `Task` with the metrics `loss`, `accuracy`, `macro_f1` and `ece`, and the counts `confusion` [classes, classes];
+      see `wavg_jax.models.quality`.
 
     Raises:
-      SettingsError: when traced, if the logits are not [B, classes].
-      DataError: when traced, if the labels are not integers [B].
+      SettingsError: while tracing, if the logits are not [B, classes].
+      DataError: while tracing, if the labels are not integers [B].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,21 +64,20 @@ def classifier(init: Init, apply: Apply) -> Task:
 def language_model(init: Init, apply: Apply) -> Task:
     """Makes a task of a network that predicts the next token at every position.
 
-    The loss is the mean cross-entropy `-1/(B T) sum_bt log softmax(logits_bt)[y_bt]` in nats per token, in float32
-    whatever the logits are in. The labels are the next tokens themselves: nothing is shifted here.
+    The loss is the mean cross-entropy `-1/(B T) sum_bt log softmax(logits_bt)[y_bt]` in nats per token, computed in
+    float32. The labels are the next tokens themselves: the task shifts nothing.
 
     Args:
       init: `rng -> (params, mutable)`.
-      apply: `(params, mutable, x [B, T, ...], *, train, rng) -> (logits [B, T, vocabulary], mutable)`, called as that
-        of `classifier`.
+      apply: `(params, mutable, x [B, T, ...], *, train, rng) -> (logits [B, T, vocabulary], mutable)`, called as for
+        `classifier`.
 
     Returns:
-      A `Task` over batches with y [B, T], whose loss reports the metric `accuracy`, the share of the tokens that are
-      predicted right, and whose `predict` returns logits [B, T, vocabulary].
+      A `Task` over batches with y [B, T] and the metrics `loss` and `accuracy`, the share of tokens predicted right.
 
     Raises:
-      SettingsError: when traced, if the logits are not [B, T, vocabulary].
-      DataError: when traced, if the labels are not integers [B, T].
+      SettingsError: while tracing, if the logits are not [B, T, vocabulary].
+      DataError: while tracing, if the labels are not integers [B, T].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,19 +96,52 @@ def language_model(init: Init, apply: Apply) -> Task:
     return _task(init, apply, _LANGUAGE_MODEL)
 
 
+def regressor(init: Init, apply: Apply) -> Task:
+    """Makes a task of a network that predicts numbers.
+
+    The loss is the mean squared error over samples and outputs, computed in float32.
+
+    Args:
+      init: `rng -> (params, mutable)`.
+      apply: `(params, mutable, x [B, ...], *, train, rng) -> (predictions, mutable)`, called as for `classifier`; the
+        predictions have the shape of the targets y.
+
+    Returns:
+      A `Task` with the metrics `loss` and `absolute_error`, both means over samples and outputs.
+
+    Raises:
+      SettingsError: while tracing, if predictions and targets differ in shape.
+      DataError: while tracing, if the targets are not floating-point numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from wavg_jax.base import Batch
+      >>> task = regressor(
+      ...     lambda rng: ({"w": jnp.ones(2)}, {}),
+      ...     lambda params, mutable, x, *, train, rng: (x @ params["w"], mutable),
+      ... )
+      >>> batch = Batch(x=jnp.array([[1.0, 2.0], [0.0, 1.0]]), y=jnp.array([1.0, 1.0]))
+      >>> loss, _ = task.loss({"w": jnp.ones(2)}, {}, batch, jax.random.key(0))
+      >>> print(f"{loss:.1f}")  # errors 2 and 0
+      2.0
+    """
+    return _task(init, apply, _REGRESSOR)
+
+
 class _Kind(NamedTuple):
-    """What the logits of a network are for: their axes, of which the labels have all but the last."""
+    """What the outputs of a network are for.
 
-    name: str
-    axes: tuple[str, ...]
-    labels: str
-    remedy: str
+    Attributes:
+      check: `(outputs, x, y) -> (outputs, y)`: raises if they do not fit together, and casts them.
+      score: `(outputs, y) -> {"loss": ..., ...}`, one number per output; the training loss is their mean.
+      measure: `(outputs, y) -> {name: sum}`.
+      metrics: of `Task`.
+    """
 
-
-_CLASSIFIER = _Kind("a classifier", ("B", "classes"), "class numbers", "take the argmax of one-hot labels")
-_LANGUAGE_MODEL = _Kind(
-    "a language model", ("B", "T", "vocabulary"), "token numbers", "give each position the token that follows it"
-)
+    check: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    score: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+    measure: Callable[[jax.Array, jax.Array], Sums]
+    metrics: Callable
 
 
 def _task(init: Init, apply: Apply, kind: _Kind) -> Task:
@@ -117,34 +152,86 @@ def _task(init: Init, apply: Apply, kind: _Kind) -> Task:
         params: PyTree, mutable: PyTree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
         raw, mutable = apply(params, mutable, batch.x, train=True, rng=rng)
-        logits = _logits(raw, batch.x, kind)
-        labels = _labels(batch.y, logits, kind)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        accuracy = (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
-        return value, (mutable, {"accuracy": accuracy})
+        scores = {name: score.mean() for name, score in kind.score(*kind.check(raw, batch.x, batch.y)).items()}
+        return scores.pop("loss"), (mutable, scores)
 
     def predict(params: PyTree, mutable: PyTree, x: jax.Array) -> jax.Array:
-        return _logits(apply(params, mutable, x, train=False, rng=None)[0], x, kind)
+        return apply(params, mutable, x, train=False, rng=None)[0].astype(jnp.float32)
 
-    return Task(init=init, loss=loss, predict=predict)
+    def measure(logits: jax.Array, batch: Batch) -> Sums:
+        return kind.measure(*kind.check(logits, batch.x, batch.y))
+
+    return Task(init, loss, predict, measure, kind.metrics)
 
 
-def _logits(logits: jax.Array, x: jax.Array, kind: _Kind) -> jax.Array:
-    shared = len(kind.axes) - 1
-    if logits.ndim != len(kind.axes) or logits.shape[:-1] != x.shape[:shared]:
-        sizes = [*map(str, x.shape[:shared]), *kind.axes[len(x.shape[:shared]) :]]
+def _logits(
+    name: str, axes: tuple[str, ...], labels: str, remedy: str
+) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Builds the check of logits with these axes, of which integer labels have all but the last."""
+    shared = len(axes) - 1
+
+    def check(logits: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if logits.ndim != len(axes) or logits.shape[:-1] != x.shape[:shared]:
+            sizes = [*map(str, x.shape[:shared]), *axes[len(x.shape[:shared]) :]]
+            raise SettingsError(
+                f"the network returned logits of shape {logits.shape} for inputs of shape {x.shape}; "
+                f"{name} must return [{', '.join(axes)}], here ({', '.join(sizes)})"
+            )
+        if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != logits.shape[:-1]:
+            raise DataError(
+                f"the labels are {y.dtype} of shape {y.shape}; {labels} are needed, integers of shape "
+                f"{logits.shape[:-1]}: {remedy}"
+            )
+        # argmax gives int32, and under strict promotion uint8 labels do not compare with it.
+        return logits.astype(jnp.float32), y.astype(jnp.int32)
+
+    return check
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    right = (logits.argmax(-1) == labels).astype(jnp.float32)
+    return {"loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels), "accuracy": right}
+
+
+def _token_sums(logits: jax.Array, tokens: jax.Array) -> Sums:
+    return {name: score.mean(axis=1).sum() for name, score in _cross_entropy(logits, tokens).items()}
+
+
+def _numbers(outputs: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise DataError(f"the targets are {y.dtype}; a regressor needs floating-point numbers (y.astype(np.float32))")
+    if outputs.shape != y.shape:
         raise SettingsError(
-            f"the network returned logits of shape {logits.shape} for inputs of shape {x.shape}; "
-            f"{kind.name} must return [{', '.join(kind.axes)}], here ({', '.join(sizes)})"
+            f"the network returned predictions of shape {outputs.shape} for inputs of shape {x.shape} and targets of "
+            f"shape {y.shape}; a regressor must return the shape of the targets"
         )
-    return logits.astype(jnp.float32)
+    return outputs.astype(jnp.float32), y.astype(jnp.float32)
 
 
-def _labels(y: jax.Array, logits: jax.Array, kind: _Kind) -> jax.Array:
-    if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != logits.shape[:-1]:
-        raise DataError(
-            f"the labels are {y.dtype} of shape {y.shape}; "
-            f"{kind.labels} are needed, integers of shape {logits.shape[:-1]}: {kind.remedy}"
-        )
-    # argmax gives int32, and under strict promotion uint8 labels do not compare with it.
-    return y.astype(jnp.int32)
+def _errors(outputs: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    return {"loss": jnp.square(outputs - y), "absolute_error": jnp.abs(outputs - y)}
+
+
+def _error_sums(outputs: jax.Array, y: jax.Array) -> Sums:
+    errors = _errors(outputs, y)
+    return {name: error.reshape(len(y), -1).mean(axis=1).sum() for name, error in errors.items()}
+
+
+_CLASSIFIER = _Kind(
+    _logits("a classifier", ("B", "classes"), "class numbers", "take the argmax of one-hot labels"),
+    _cross_entropy,
+    quality.sums,
+    quality.metrics,
+)
+_LANGUAGE_MODEL = _Kind(
+    _logits(
+        "a language model",
+        ("B", "T", "vocabulary"),
+        "token numbers",
+        "give each position the token that follows it",
+    ),
+    _cross_entropy,
+    _token_sums,
+    means,
+)
+_REGRESSOR = _Kind(_numbers, _errors, _error_sums, means)

@@ -1,17 +1,21 @@
-"""Simulated faults: replicas that are slow, badly tuned or hostile, to try schemes on before the real ones come."""
+"""Simulated faults, to try schemes on: replicas that are slow, badly tuned or hostile."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from wavg_jax.arguments import MAPPING, NONE, as_whole, check, either, number, whole
+from wavg_jax.base import PyTree
 
 
 class Faults(NamedTuple):
-    """What is wrong with each of K replicas; 1 everywhere is none.
+    """The faults of K replicas; 1 everywhere is none.
 
     Attributes:
-      speed: share of a round's local steps that the replica does; below 1 it is a straggler.
-      rate: multiplies what its inner optimizer adds to the parameters, as a learning rate does.
+      speed: share of a round's local steps that the replica takes; below 1 it is a straggler.
+      rate: multiplies the updates of its inner optimizer, as a learning rate does.
       sent: multiplies the change `x_k - params` that it sends; -1 flips its sign.
     """
 
@@ -23,33 +27,45 @@ class Faults(NamedTuple):
 _SPEED = number(above=0, most=1)
 
 
-def faults(
+def simulate(
     replicas: int,
     *,
     speed: Mapping[int, float] | None = None,
     rate: Mapping[int, float] | None = None,
     sent: Mapping[int, float] | None = None,
 ) -> Faults:
-    """Gives some of K replicas faults; see `Faults` for what the numbers mean.
+    """Gives some of K replicas faults; see `Faults` for what the factors mean.
 
     Args:
       replicas: K.
-      speed, rate, sent: number of the replica -> factor; speed above 0 and at most 1.
+      speed, rate, sent: number of the replica -> factor; speed is above 0 and at most 1.
 
     Raises:
-      SettingsError: there is no such replica, or a factor cannot be.
+      SettingsError: there is no such replica, or a factor is out of range.
 
-    >>> faults(3, speed={0: 0.25}, sent={2: -1.0})
+    >>> simulate(3, speed={0: 0.25}, sent={2: -1.0})
     Faults(speed=(0.25, 1.0, 1.0), rate=(1.0, 1.0, 1.0), sent=(1.0, 1.0, -1.0))
     """
-
-    replicas = as_whole("faults: replicas", replicas, 1)
+    replicas = as_whole("simulate: replicas", replicas, 1)
 
     def row(name: str, factors: Mapping[int, float] | None) -> tuple[float, ...]:
-        check(f"faults: {name}", factors, either(NONE, MAPPING))
+        check(f"simulate: {name}", factors, either(NONE, MAPPING))
         for k, factor in (factors or {}).items():
-            check(f"faults: the replica that {name} names", k, whole(0, replicas - 1))
-            check(f"faults: {name} of replica {k}", factor, _SPEED if name == "speed" else number())
+            check(f"simulate: the replica that {name} names", k, whole(0, replicas - 1))
+            check(f"simulate: {name} of replica {k}", factor, _SPEED if name == "speed" else number())
         return tuple(float((factors or {}).get(k, 1.0)) for k in range(replicas))
 
     return Faults(row("speed", speed), row("rate", rate), row("sent", sent))
+
+
+def distort(faults: Faults | None, stacked: PyTree, before: PyTree) -> PyTree:
+    """The parameters [K, ...] that the replicas send: their own, with the change since `before` multiplied."""
+    if faults is None or set(faults.sent) == {1.0}:
+        return stacked
+    factors = jnp.asarray(faults.sent, jnp.float32)
+
+    def leaf(x: jax.Array, start: jax.Array) -> jax.Array:
+        factor = factors.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(factor == 1, x, start + factor * (x - start))
+
+    return jax.tree.map(leaf, stacked, before)

@@ -1,4 +1,4 @@
-"""Local training: one replica takes H steps of an inner optimizer on its own shard."""
+"""Local training: every replica takes H steps of the inner optimizer on its own shard."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,21 +10,21 @@ import optax
 from wavg_jax.base import Batch, PyTree, Replicas, Task
 
 Fetch = Callable[[PyTree, PyTree, jax.Array], Batch]
+"""`(item, shared, rng) -> Batch`: makes the batch of one step inside the compiled loop."""
 
 
 def as_is(item: Batch, shared: PyTree, rng: jax.Array) -> Batch:
-    """Takes the step's item as the batch itself."""
+    """Takes the item itself as the batch."""
     del shared, rng
     return item
 
 
 class Pace(NamedTuple):
-    """How a replica works in a round. Numbers that are given may change from round to round without recompiling.
+    """How many local steps the replicas take in a round, and how large. Numbers may change without recompiling.
 
     Attributes:
-      steps: local steps to take, int32 scalar, at most the number of items; None takes them all, in a loop whose length
-        the compiler knows.
-      rate: multiplies what the inner optimizer adds to the parameters, float32 scalar; None leaves it as it is.
+      steps: local steps, int32, a scalar for all or [K], at most H; None takes all H, a length the compiler knows.
+      rate: multiplies the updates of the inner optimizer, float32, a scalar or [K]; None leaves them.
     """
 
     steps: jax.Array | None = None
@@ -33,21 +33,22 @@ class Pace(NamedTuple):
 
 EVERY_STEP = Pace()
 
+LocalSteps = Callable[..., tuple[Replicas, jax.Array]]
 
-def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = as_is) -> Callable:
+
+def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = as_is) -> LocalSteps:
     """Builds the local phase of one replica: a loop of optax steps.
 
     Args:
       task: the network.
       inner: the inner optimizer, any optax transformation.
-      fetch: `(item, shared, rng) -> Batch` makes one step's batch inside the loop, for instance by gathering rows of a
-        data set on the device and augmenting them. By default the item is the batch.
+      fetch: `(item, shared, rng) -> Batch` makes the batch of one step, for instance by gathering rows of a data set on
+        the device and augmenting them. By default the item is the batch.
 
     Returns:
       `(replica, items, shared, pace=EVERY_STEP) -> (replica, loss)`: `replica` is a `Replicas` of one replica (no
-      leading axis), the leaves of `items` have a leading axis H, `pace` is a `Pace` (by default all H steps), and
-      `loss` is the mean training loss over the steps taken, a float32 scalar. The function is pure; `jax.vmap` or
-      `wavg_jax.devices.placement` map it over the replicas.
+      leading axis), the leaves of `items` have a leading axis H, the numbers of `pace` are scalars, and `loss` is the
+      mean training loss over the steps taken, a float32 scalar. The function is pure; `train` maps it over replicas.
     """
 
     def step(replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array | None) -> tuple[Replicas, jax.Array]:
@@ -69,9 +70,53 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
             replica, loss = step(replica, jax.tree.map(lambda x: x[i], items), shared, pace.rate)
             return replica, total + loss
 
-        # Where the number of steps is an argument, H can change without recompiling. Mapped over numbers that differ,
-        # the loop runs to the largest and holds the others still.
+        # With the number of steps as an argument, H changes without recompiling. Mapped over different numbers, the
+        # loop runs to the largest and freezes the replicas that are done.
         replica, total = jax.lax.fori_loop(0, steps, body, (replica, jnp.float32(0)))
         return replica, total / jnp.asarray(steps, jnp.float32)
 
     return run
+
+
+def train(
+    steps: LocalSteps,
+    over_replicas: Callable[[Callable], Callable],
+    replicas: Replicas,
+    batches: PyTree,
+    shared: PyTree,
+    pace: Pace,
+) -> tuple[Replicas, jax.Array]:
+    """Trains K replicas for one round.
+
+    Args:
+      steps: the local phase of one replica; see `local_steps`.
+      over_replicas: maps it over the replicas; see `devices.placement.Placement.map`.
+      replicas: [K, ...].
+      batches: what the steps read, [K, H, ...].
+      shared: what every replica reads.
+      pace: numbers, each a scalar for all or [K].
+
+    Returns:
+      The replicas after their local steps, and their mean training losses [K].
+    """
+    # A number common to all stays out of the mapping, so that a loop of one length needs no masking.
+    own = {name: x for name, x in pace._asdict().items() if x is not None and x.ndim}
+    common = {name: x for name, x in pace._asdict().items() if x is not None and not x.ndim}
+
+    def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
+        replica, items, own = item
+        shared, common = everywhere
+        return steps(replica, items, shared, Pace(**own, **common))
+
+    return over_replicas(one)((replicas, batches, own), (shared, common))
+
+
+def longest(batches: PyTree) -> int:
+    """H, the steps for which there are batches [K, H, ...]."""
+    return jax.tree.leaves(batches)[0].shape[1]
+
+
+def steps_taken(batches: PyTree, pace: Pace) -> jax.Array:
+    """The local steps that each replica takes: int32 [K]."""
+    replicas = jax.tree.leaves(batches)[0].shape[0]
+    return jnp.broadcast_to(jnp.int32(longest(batches)) if pace.steps is None else pace.steps, (replicas,))

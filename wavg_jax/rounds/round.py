@@ -1,19 +1,23 @@
-"""One round as one program: local steps, scoring, blend, and what the replicas start the next round with."""
+"""One round as a pure function: train, score, blend, carry over."""
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from wavg_jax import tree
-from wavg_jax.averaging.reduce import weighted_mean
-from wavg_jax.base import PyTree, Replicas, TrainState
-from wavg_jax.rounds import keys, local, sync
-from wavg_jax.rounds import score as scoring
-from wavg_jax.rounds.local import Pace
-from wavg_jax.rounds.recipe import Recipe, Shared, Work, fetch, longest_round, steps_taken
+from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, instance
+from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
+from wavg_jax.devices.placement import Placement, single
+from wavg_jax.rounds import keys, local, score, sync
+from wavg_jax.rounds.faults import Faults, distort
+from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
+from wavg_jax.rounds.reestimation import reestimate
+from wavg_jax.rounds.score import Forward, Scoring
+from wavg_jax.rounds.sync import REESTIMATED, AtSync, Trained
 from wavg_jax.weighting.scores import effective_replicas, per_replica
 
 
@@ -22,7 +26,7 @@ class RoundLog(NamedTuple):
 
     Attributes:
       train_loss: [K], mean over the local steps.
-      scores: {signal: [K]}, those that were measured.
+      scores: {signal: [K]}, those that the weighting needed.
       weights: [K], of each replica in the blend.
       effective_replicas: `1 / sum(weights^2)`.
       alive: bool [K], who took part.
@@ -37,93 +41,285 @@ class RoundLog(NamedTuple):
     steps: jax.Array
 
 
-class Pieces(NamedTuple):
-    """The parts of a round, in the order they run.
+class Rounds(NamedTuple):
+    """Rounds of one recipe, as two pure functions.
 
     Attributes:
-      train: `(Replicas, work, shared) -> (Replicas, loss [K])`.
-      window: `(round, held_out) -> held_out`: the chunks that this round scores; None when nothing reads them.
-      score: `(Replicas, held_out, alive) -> {signal: [K] or tree}`; `{}` when the weighting needs none.
-      blend: `(Replicas, state, alive, held_out, signals) -> (params, averager state, weights)`.
+      init: `(rng, replicas) -> TrainState`: K equal replicas.
+      step: `(state, batches, held_out=None, *, shared=(), pace=EVERY_STEP, sizes=None) -> (TrainState, RoundLog)`.
+        `batches` is a `Batch` with leaves [K, H, B, ...], or whatever `fetch` makes batches of. `held_out`, a `Batch`
+        [N, ...], is needed if the weighting scores on held-out data. `shared` goes to `fetch`. `pace` sets fewer local
+        steps or other rates without recompiling. `sizes` [K] is the signal `samples`, by default equal.
     """
 
-    train: Callable
-    window: Callable
-    score: Callable
-    blend: Callable
+    init: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, RoundLog]]
 
 
-def _train(recipe: Recipe) -> Callable:
-    steps = local.local_steps(recipe.task, recipe.inner, fetch(recipe))
-
-    def train(replicas: Replicas, work: Work, shared: Shared) -> tuple[Replicas, jax.Array]:
-        pace = {name: x for name, x in work.pace._asdict().items() if x is not None}
-        # A number common to all stays out of the mapping: a loop of one length needs no holding still.
-        own = {name: x for name, x in pace.items() if x.ndim}
-        common = {name: x for name, x in pace.items() if not x.ndim}
-
-        def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
-            replica, items, own = item
-            shared, common = everywhere
-            return steps(replica, items, shared, Pace(**own, **common))
-
-        return recipe.placement.map(one)((replicas, work.items, own), (shared, common))
-
-    return train
+TASK = has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", *Task._fields)
+AVERAGER = has("an Averager: wavg_jax.averager(weighting) makes one", *Averager._fields)
+_ARGUMENTS = {
+    "task": TASK,
+    "averager": AVERAGER,
+    "inner": OPTIMIZER,
+    "scoring": instance(Scoring, "a wavg_jax.Scoring"),
+    "at_sync": instance(AtSync, "a wavg_jax.AtSync"),
+    "faults": either(NONE, instance(Faults, "made by wavg_jax.faults.simulate")),
+    "placement": either(NONE, instance(Placement, "made by wavg_jax.place")),
+    "prepare": FUNCTION,
+    "fetch": FUNCTION,
+}
 
 
-def _score(recipe: Recipe) -> Callable:
-    needs = recipe.averager.needs
-    passes = scoring.measured(needs)
-    measure = recipe.placement.map(scoring.measure(recipe.task, recipe.prepare, passes, recipe.score_dtype))
+def make_rounds(
+    task: Task,
+    averager: Averager,
+    inner: optax.GradientTransformation,
+    *,
+    scoring: Scoring = Scoring(),  # noqa: B008 - immutable
+    at_sync: AtSync = AtSync(),  # noqa: B008
+    faults: Faults | None = None,
+    placement: Placement | None = None,
+    prepare: Callable[[jax.Array], jax.Array] = score.as_stored,
+    fetch: Fetch = local.as_is,
+) -> Rounds:
+    """Builds rounds: K replicas train for H local steps, are scored, and blend into the next global parameters.
 
-    def score(replicas: Replicas, held_out: scoring.Chunks | None, alive: jax.Array) -> dict[str, PyTree]:
-        scores = measure((replicas.params, replicas.mutable), held_out) if passes else {}
-        if "distance" in needs:
-            mean = recipe.placement.reduce(weighted_mean)(replicas.params, sync.equal(alive))
-            scores["distance"] = recipe.placement.map(scoring.distance)(replicas.params, mean)
-        return scores
+    No files, no signals, no progress bar, no loop on the host: `jax.jit` the step and call it as you like. `fit` is a
+    loop over it.
 
-    return score
+    Args:
+      task: the network; see `wavg_jax.models`.
+      averager: how the replicas become the next global parameters; see `wavg_jax.averager`.
+      inner: the inner optimizer, any optax transformation.
+      scoring: how replicas and blends are scored.
+      at_sync: how optimizer state and BatchNorm statistics carry across a blend, and smoothing over rounds.
+      faults: simulated ones; see `wavg_jax.faults.simulate`.
+      placement: one device, or a mesh; see `wavg_jax.place`. By default the default device.
+      prepare: stored held-out inputs [B, ...] -> the network's inputs, by default as they are.
+      fetch: `(item, shared, rng) -> Batch`, makes a step's batch; see `wavg_jax.local_steps`.
 
+    Returns:
+      `Rounds(init, step)`.
 
-def pieces(recipe: Recipe) -> Pieces:
-    """Builds the parts of a round."""
-    evaluator = scoring.evaluator(recipe.task, recipe.prepare, recipe.score_dtype, recipe.placement.over_samples)
+    Raises:
+      SettingsError: an argument is not what is said above.
 
-    def window(round: jax.Array, held_out: scoring.Chunks | None) -> scoring.Chunks | None:
-        if held_out is None or recipe.score_samples is None:
-            return held_out
-        return scoring.window(held_out, round, -(-recipe.score_samples // held_out.y.shape[1]))
+    >>> import wavg_jax as wavg
+    >>> task = wavg.models.regressor(
+    ...     lambda rng: ({"w": jnp.zeros(2)}, {}), lambda params, mutable, x, *, train, rng: (x @ params["w"], mutable)
+    ... )
+    >>> rounds = make_rounds(task, wavg.averager(wavg.softmax("loss")), optax.sgd(0.5))
+    >>> state = rounds.init(jax.random.key(0), replicas=4)
+    >>> x = jax.random.normal(jax.random.key(1), (4, 5, 8, 2))  # 4 replicas, 5 local steps, batches of 8
+    >>> state, log = jax.jit(rounds.step)(state, Batch(x, x @ jnp.array([1.0, 2.0])), Batch(x[0, 0], x[0, 0].sum(-1)))
+    >>> state.params["w"].shape, log.weights.shape, int(state.round)
+    ((2,), (4,), 1)
+    """
+    check_all(_ARGUMENTS, locals())
+    where = single() if placement is None else placement
+    steps = local.local_steps(task, inner, fetch)
+    forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
+    measured = score.measure(forward, averager.needs)
+    rerun = reestimate(task, fetch)
 
-    def blend(
-        replicas: Replicas,
+    def init(rng: jax.Array, replicas: int) -> TrainState:
+        params, mutable = task.init(keys.roots(rng).init)
+        return place_state(where, initial_state(params, mutable, rng, replicas, averager, inner, at_sync.smoothing))
+
+    def step(
         state: TrainState,
-        alive: jax.Array,
-        held_out: PyTree,
-        measured: dict[str, PyTree],
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        def evaluate(params: PyTree, weights: jax.Array) -> dict[str, jax.Array]:
-            mutable = sync.mean_over_living(recipe, replicas.mutable, weights, state.mutable)
-            return evaluator(params, mutable, held_out)
-
-        return recipe.averager.update(
-            replicas.params,
-            state.averager,
-            state.params,
-            alive=alive,
-            place=recipe.placement.reduce,
-            evaluate=evaluate,
-            **measured,
+        batches: PyTree,
+        held_out: Batch | None = None,
+        *,
+        shared: PyTree = (),
+        pace: Pace = EVERY_STEP,
+        sizes: jax.Array | None = None,
+    ) -> tuple[TrainState, RoundLog]:
+        check_step(state, batches, held_out, averager)
+        # Train.
+        after, train_loss = local.train(steps, where.map, state.replicas, batches, shared, pace)
+        taken = local.steps_taken(batches, pace)
+        sent = after._replace(params=distort(faults, after.params, state.replicas.params))
+        alive = survivors(state.replicas, sent, train_loss)
+        # Score.
+        window = None if held_out is None else score.window(held_out, state.round, scoring.samples)
+        scores = score.of_replicas(measured, where.map, sent, window)
+        if "distance" in averager.needs:
+            scores["distance"] = score.distances(where.map, where.reduce, sent.params, alive)
+        free = {
+            "train_loss": train_loss,
+            "samples": jnp.ones_like(train_loss) if sizes is None else sizes,
+            "steps": taken.astype(jnp.float32),
+        }
+        # Blend.
+        params, averager_state, weights = blend(
+            averager, forward, where.reduce, state, sent, alive, window, free | scores
         )
+        share = per_replica(weights)
+        # Carry over.
+        blended = share.sum() > 0  # else every replica restarts from the old parameters
+        trained = Trained(batches, shared, taken, alive & blended)
+        replicas, mutable, smoothed = carry_over(
+            task, inner, averager, at_sync, where, rerun, state, after, params, share, trained
+        )
+        new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
+        logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
+        log = RoundLog(train_loss, logged, share, effective_replicas(share), alive, taken)
+        return place_state(where, new), log
 
-    return Pieces(_train(recipe), window, _score(recipe), blend)
+    return Rounds(init, step)
 
 
-def _alive(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:
-    """Who came through the local steps with finite numbers: bool [K].
+def blend(
+    averager: Averager,
+    forward: Forward,
+    reduce: Callable[[Callable], Callable],
+    state: TrainState,
+    sent: Replicas,
+    alive: jax.Array,
+    window: Batch | None,
+    signals: dict[str, PyTree],
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Blends what the replicas sent into the next global parameters.
 
-    What was not finite before, such as a mask of -inf among the collections, is not held against a replica.
+    Args:
+      averager: how.
+      forward: how a blend runs over the held-out samples, for weightings that try weights out.
+      reduce: lays a reduction out over devices.
+      state: before the round.
+      sent: the replicas [K, ...] as they were sent.
+      alive: bool [K]; a dead replica has no weight.
+      window: the held-out samples [N, ...] of this round.
+      signals: {name: [K] or tree}.
+
+    Returns:
+      `(params, averager state, weights)`; see `Averager.update`.
+    """
+
+    def evaluate(params: PyTree, weights: jax.Array) -> dict[str, jax.Array]:
+        assert window is not None  # checked at the start of the step
+        mutable = sync.mean_over_living(reduce, sent.mutable, weights, state.mutable)
+        return score.scalar_metrics(forward, params, mutable, window)
+
+    return averager.update(
+        sent.params,
+        state.averager,
+        state.params,
+        alive=alive,
+        check_finite=False,
+        place=reduce,
+        evaluate=evaluate,
+        **signals,
+    )
+
+
+def carry_over(
+    task: Task,
+    inner: optax.GradientTransformation,
+    averager: Averager,
+    at_sync: AtSync,
+    where: Placement,
+    rerun: Callable,
+    state: TrainState,
+    after: Replicas,
+    params: PyTree,
+    weights: jax.Array,
+    trained: Trained,
+) -> tuple[Replicas, PyTree, Smoothed | None]:
+    """What the next round starts with beside the global parameters.
+
+    Args:
+      task, inner, averager, at_sync, where: of the rounds.
+      rerun: re-estimates a network's mutable collections; see `wavg_jax.rounds.reestimation`.
+      state: before the round.
+      after: the replicas after their local steps.
+      params: the global parameters after the blend.
+      weights: [K], of the replicas in it.
+      trained: what they trained on, and who is alive.
+
+    Returns:
+      The replicas, the global mutable collections, and the average over rounds.
+    """
+    alive = trained.alive
+    rng, stats_rng, smooth_rng = keys.split_each(after.rng, 3)
+    refresh = functools.partial(sync.refresh, rerun, where.map, where.reduce, trained)
+    stats, mutable = sync.carry_stats(
+        at_sync.stats,
+        task,
+        where.reduce,
+        after.mutable,
+        state.mutable,
+        alive,
+        weights,
+        lambda mutable, steps: refresh(params, mutable, stats_rng, steps),
+    )
+    few = min(REESTIMATED, local.longest(trained.batches))
+    smoothed = sync.smooth(
+        at_sync.smoothing,
+        state.smoothed,
+        weights.sum() > 0,
+        params,
+        mutable,
+        lambda params, mutable: refresh(params, mutable, smooth_rng, few),
+    )
+    restarted = averager.restart(after.params, state.params, params, alive=alive, check_finite=False)
+    opt_state = sync.carry_opt_state(at_sync.opt_state, inner, where.reduce, after.opt_state, params, alive, weights)
+    return Replicas(restarted, opt_state, stats, rng), mutable, smoothed
+
+
+def initial_state(
+    params: PyTree,
+    mutable: PyTree,
+    rng: jax.Array,
+    replicas: int,
+    averager: Averager,
+    inner: optax.GradientTransformation,
+    smoothing: optax.GradientTransformation | None,
+) -> TrainState:
+    """The state before the first round: K equal replicas with different keys, also for keys in their states.
+
+    Args:
+      params, mutable: of `Task.init`, called with the key `keys.roots(rng).init`.
+      rng: the key of the run.
+      replicas: K.
+      averager, inner, smoothing: of the rounds.
+    """
+    replicas, roots = as_whole("replicas", replicas, 1), keys.roots(rng)
+    states = tree.replicate((inner.init(params), mutable), replicas)
+    opt_state, own_mutable = jax.vmap(keys.own)(states, jax.random.split(roots.states, replicas))
+    return TrainState(
+        params=params,
+        mutable=mutable,
+        replicas=Replicas(
+            tree.replicate(params, replicas), opt_state, own_mutable, jax.random.split(roots.replicas, replicas)
+        ),
+        averager=averager.init(params, replicas),
+        round=jnp.zeros((), jnp.int32),
+        smoothed=None if smoothing is None else Smoothed(params, mutable, smoothing.init(params)),
+    )
+
+
+def check_step(state: TrainState, batches: PyTree, held_out: Batch | None, averager: Averager) -> None:
+    """Raises SettingsError unless every leaf of the batches is [K, H, ...], and held-out data are there if needed."""
+    k = tree.count_replicas(state.replicas.params)
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batches)]
+    if not shapes:
+        raise SettingsError("batches= holds no arrays; give a Batch with leaves [K, H, B, ...]")
+    for shape in shapes:
+        if len(shape) < 2 or shape[:2] != (k, shapes[0][1]):
+            raise SettingsError(
+                f"batches= has a leaf of shape {shape}; with {k} replicas every leaf must be [{k}, H, ...], H batches "
+                "for each replica"
+            )
+    if held_out is None and score.reads_heldout(averager.needs):
+        raise SettingsError("the weighting scores held-out data and there is none: give held_out=Batch(x, y)")
+
+
+def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:
+    """The replicas that came through the local steps with finite numbers: bool [K].
+
+    Numbers that were not finite before, such as a mask of -inf among the collections, do not count.
     """
 
     def finite(replicas: Replicas) -> jax.Array:
@@ -132,52 +328,13 @@ def _alive(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Arra
     return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
 
 
-def _sent(recipe: Recipe, stacked: PyTree, before: PyTree) -> PyTree:
-    """The parameters [K, ...] that the replicas send: theirs, but for simulated faults in the change since `before`."""
-    if recipe.faults is None or set(recipe.faults.sent) == {1.0}:
-        return stacked
-    factors = jnp.asarray(recipe.faults.sent, jnp.float32)
+def place_state(placement: Placement, state: TrainState) -> TrainState:
+    """Keeps the replicas spread over the devices and all else on every one; nothing to do on one device."""
+    if len(placement.devices) == 1:
+        return state
 
-    def leaf(x: jax.Array, start: jax.Array) -> jax.Array:
-        factor = factors.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(factor == 1, x, start + factor * (x - start))
+    def at(sharding: Any, part: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(part, sharding)
 
-    return jax.tree.map(leaf, stacked, before)
-
-
-def make_round(recipe: Recipe) -> Callable[[TrainState, Work, Shared], tuple[TrainState, RoundLog]]:
-    """Builds one round as a pure function `(state, work, shared) -> (state, RoundLog)`."""
-    part = pieces(recipe)
-
-    def run(state: TrainState, work: Work, shared: Shared) -> tuple[TrainState, RoundLog]:
-        after, train_loss = part.train(state.replicas, work, shared)
-        sent = after._replace(params=_sent(recipe, after.params, state.replicas.params))
-        alive = _alive(state.replicas, sent, train_loss)
-        held_out = part.window(state.round, shared.held_out)
-        scores = part.score(sent, held_out, alive)
-        steps = steps_taken(work)
-        free = {"train_loss": train_loss, "samples": shared.sizes, "steps": steps.astype(jnp.float32)}
-        params, averager_state, weights = part.blend(sent, state, alive, held_out, free | scores)
-        mean_weights = per_replica(weights)
-        logged = {name: score for name, score in scores.items() if isinstance(score, jax.Array) and score.ndim == 1}
-        log = RoundLog(train_loss, logged, mean_weights, effective_replicas(mean_weights), alive, steps)
-        taken = mean_weights.sum() > 0
-        alive &= taken  # after a blend that was not taken all restart from what there was
-        rng, stats_rng, smooth_rng = keys.split_each(after.rng, 3)
-        refresh = sync.refresher(recipe, alive, work, shared)
-        mutable, global_mutable = sync.blend_stats(
-            recipe, after.mutable, state.mutable, alive, mean_weights, functools.partial(refresh, stats_rng, params)
-        )
-        replicas = Replicas(
-            recipe.averager.restart(after.params, state.params, params, alive=alive),
-            sync.blend_opt_state(recipe, after.opt_state, params, alive, mean_weights),
-            mutable,
-            rng,
-        )
-        refresh_smooth = functools.partial(refresh, smooth_rng)
-        smoothed = sync.smooth(
-            recipe, state.smoothed, taken, params, global_mutable, refresh_smooth, longest_round(work)
-        )
-        return TrainState(params, global_mutable, replicas, averager_state, state.round + 1, smoothed), log
-
-    return run
+    placed = [at(placement.stacked if part is state.replicas else placement.shared, part) for part in state]
+    return TrainState(*placed)

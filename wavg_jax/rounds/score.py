@@ -1,231 +1,217 @@
-"""What is measured of each replica, for the weightings that need it.
+"""Scores replicas and blends on held-out data, as far as the weighting in use asks for it.
 
-A signal is one number per replica [K], or a tree like the parameters with one number per tensor (leaves [K]) or per
-element (leaves [K, *shape]). Those that cost a pass are measured on held-out data, the same for every replica, and only
-if the weighting in use `needs` them. What each costs, for one replica and a held-out split of N samples:
+Every replica is scored on the same samples. What a signal costs for one replica and N held-out samples:
 
-    loss, accuracy, macro_f1, ece    one forward pass over N samples, shared by all four
-    grad_norm, layer_grad_norm       one gradient of COMMON_BATCH samples, shared by both
-    fisher                           FISHER_SAMPLES gradients of one sample each, FISHER_TOGETHER at a time in memory
-    distance                         one subtraction of the parameters, no data
-    train_loss, samples, steps       nothing
+    a metric of the task (loss, accuracy, ...)    one forward pass over N samples, shared by all of them
+    grad_norm, layer_grad_norm                    one gradient over COMMON_BATCH samples, shared by both
+    fisher                                        FISHER_SAMPLES gradients of one sample each
+    distance                                      one subtraction of the parameters, no data
+    train_loss, samples, steps                    nothing
 
-`evaluate`, the held-out score of a blend, costs one forward pass over N samples per call, and about four with its
-gradient, which computes activations again rather than keep those of all samples.
+`evaluate`, the metrics of a blend, costs one forward pass over N samples per call, and about three with its gradient.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from wavg_jax.base import Batch, PyTree, SettingsError, Task
+from wavg_jax import tree
+from wavg_jax.averaging.reduce import weighted_mean
+from wavg_jax.base import Batch, PyTree, Replicas, SettingsError, Sums, Task
 from wavg_jax.rounds import keys
-from wavg_jax.weighting.signals import HIGHER_IS_BETTER
+from wavg_jax.weighting.signals import FREE
+
+GRADIENTS = ("grad_norm", "layer_grad_norm")
+"""Signals from one gradient on a batch common to all replicas."""
 
 COMMON_BATCH = 256
-"""Samples of the held-out split in the batch common to all replicas on which `grad_norm` is taken."""
+"""Held-out samples in that batch."""
 
 FISHER_SAMPLES = 64
-"""Samples of the held-out split on which `fisher` is taken."""
+"""Held-out samples from which `fisher` is taken."""
 
 FISHER_TOGETHER = 4
-"""Samples whose gradients `fisher` holds in memory at a time; it must divide FISHER_SAMPLES."""
+"""Samples whose gradients `fisher` holds in memory at a time; a divisor of FISHER_SAMPLES."""
 
-BINS = 15
-"""Bins of the confidence in `ece`, as in `wavg_jax.training.metrics`."""
+_NO_DATA = (*FREE, "distance")
+_NO_METRICS = (*_NO_DATA, *GRADIENTS, "fisher", "evaluate")
 
 
-class Chunks(NamedTuple):
-    """A data split cut into chunks of equal size, so that a pass over it needs the memory of one chunk.
+class Scoring(NamedTuple):
+    """How replicas and blends are scored.
 
     Attributes:
-      x: [C, B, ...] inputs as stored (uint8 or float32); the last chunk is padded.
-      y: [C, B] int32 labels.
-      valid: [C, B] bool, False on the padding.
+      samples: held-out samples scored in a round, a different window in each; None scores all of them. Scoring costs
+        time in proportion.
+      dtype: dtype of the scoring passes, such as `jnp.bfloat16`; None keeps that of the parameters. A network that
+        fixes its compute dtype, as `wavg_jax.models.MLP` does, computes in that and saves nothing.
+      chunk: samples per forward pass, which bounds the memory of scoring and testing.
+      test_every: rounds between evaluations on the test split; `fit` always evaluates the last round.
     """
 
-    x: jax.Array | np.ndarray
-    y: jax.Array | np.ndarray
-    valid: jax.Array | np.ndarray
+    samples: int | None = None
+    dtype: Any = None
+    chunk: int = 1000
+    test_every: int = 1
 
 
-def chunked(x: np.ndarray, y: np.ndarray, size: int) -> Chunks:
-    """Cuts a split of N samples into ceil(N / size) chunks on the host.
+def as_stored(x: jax.Array) -> jax.Array:
+    """Feeds the network its inputs as they are stored."""
+    return x
 
-    >>> chunked(np.zeros((5, 2)), np.zeros(5, np.int32), 3).valid.tolist()
-    [[True, True, True], [True, True, False]]
+
+def _here(function: Callable) -> Callable:
+    return function
+
+
+class Forward(NamedTuple):
+    """How a network runs over many samples.
+
+    Attributes:
+      task: the network.
+      prepare: stored inputs [B, ...] -> the network's inputs, such as uint8 -> normalised float32.
+      dtype, chunk: of `Scoring`.
+      over_samples: lays the samples out over devices, as `devices.placement.Placement.over_samples` does.
     """
-    size = min(size, len(y))
-    padding = -len(y) % size
 
-    def cut(a: np.ndarray) -> np.ndarray:
-        return np.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:])
+    task: Task
+    prepare: Callable[[jax.Array], jax.Array] = as_stored
+    dtype: Any = None
+    chunk: int = 1000
+    over_samples: Callable[[Callable], Callable] = _here
 
-    return Chunks(cut(x), cut(y.astype(np.int32)), cut(np.ones(len(y), bool)))
+
+def reads_heldout(needs: Iterable[str]) -> bool:
+    """Whether anything in `needs` reads held-out data.
+
+    >>> reads_heldout(("train_loss", "distance")), reads_heldout(("evaluate",)), reads_heldout(("loss",))
+    (False, True, True)
+    """
+    return not set(needs) <= set(_NO_DATA)
 
 
-def window(chunks: Chunks, round: jax.Array, count: int) -> Chunks:
-    """Takes `count` of the C chunks, others each round: `(round * count + i) mod C` for i < count.
+def check_measurable(needs: Iterable[str], metrics: Sequence[str]) -> None:
+    """Raises SettingsError if nothing measures a signal that the weighting needs; `metrics` are those of the task."""
+    unknown = sorted(set(needs) - {*_NO_METRICS, *metrics})
+    if unknown:
+        known = (*metrics, *(name for name in _NO_METRICS if name != "evaluate"))
+        raise SettingsError(
+            f"the weighting needs the signal {unknown[0]!r}, which a round does not measure; it measures "
+            f"{', '.join(known)}. Pass other signals to Averager.update in a loop of your own."
+        )
 
-    Scoring on a window costs count / C of scoring on the whole split, and C / count rounds go through all of it.
+
+def window(held_out: Batch, round: jax.Array, samples: int | None) -> Batch:
+    """Takes the samples that a round scores: as many as asked for, from where the last round stopped, wrapping around.
 
     Args:
-      chunks: the split.
+      held_out: [N, ...].
       round: rounds done, an int32 scalar, which may be traced.
-      count: chunks to take; C or more takes all of them, in their order.
+      samples: how many; None or N and more takes all of them.
 
-    Raises:
-      SettingsError: `count` is not positive.
-
-    >>> split = chunked(np.arange(5.0), np.arange(5), 1)
-    >>> [window(split, jnp.int32(r), 2).y.ravel().tolist() for r in range(3)]
-    [[0, 1], [2, 3], [4, 0]]
+    >>> split = Batch(jnp.arange(5.0), jnp.arange(5))
+    >>> [window(split, jnp.int32(r), 2).y.tolist() for r in range(4)]
+    [[0, 1], [2, 3], [4, 0], [0, 1]]
     """
-    if count < 1:
-        raise SettingsError(f"a window of {count} chunks scores nothing; take at least 1")
-    of = chunks.y.shape[0]
-    if count >= of:
-        return chunks
-    start = jnp.asarray(round, jnp.int32) % of * count  # the remainder first: rounds times chunks may overflow
-    which = (start + jnp.arange(count, dtype=jnp.int32)) % of
-    return Chunks(*(jnp.asarray(a)[which] for a in chunks))
+    n = len(held_out.y)
+    if samples is None or samples >= n:
+        return held_out
+    start = jnp.asarray(round, jnp.int32) % -(-n // samples) * samples  # the remainder first, lest int32 overflow
+    taken = (start + jnp.arange(samples, dtype=jnp.int32)) % n
+    return Batch(*(jnp.asarray(a)[taken] for a in held_out))
 
 
-def _cast(values: PyTree, dtype: jnp.dtype | None) -> PyTree:
-    """Casts the floating leaves to `dtype`, if one is given."""
+def _cast(values: PyTree, dtype: Any) -> PyTree:
+    """Casts the floating-point leaves to `dtype`, unless it is None."""
     if dtype is None:
         return values
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, values)
 
 
-Spread = Callable[[Callable], Callable]
+def _summed(function: Callable[[Batch], Sums], samples: Batch, chunk: int) -> Sums:
+    """Adds up `function` over chunks of the samples, in the memory of one chunk."""
+    n = len(samples.y)
+    if n <= chunk:
+        return function(samples)
+    full, rest = divmod(n, chunk)
+    chunks = jax.tree.map(lambda a: a[: n - rest].reshape(full, chunk, *a.shape[1:]), samples)
+    # A gradient recomputes the activations of each chunk rather than keep those of all.
+    one = jax.checkpoint(function, prevent_cse=False)
+    sums = jax.eval_shape(one, jax.tree.map(lambda a: a[0], chunks))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    total, _ = jax.lax.scan(lambda total, part: (optax.tree.add(total, one(part)), None), zeros, chunks)
+    return optax.tree.add(total, one(jax.tree.map(lambda a: a[n - rest :], samples))) if rest else total
 
 
-def _as_is(run: Callable) -> Callable:
-    return run
+def metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> dict[str, jax.Array]:
+    """Metrics of one network on samples [N, ...], as `Task.metrics` defines them; differentiable in the parameters."""
 
-
-def predict(
-    task: Task,
-    prepare: Callable,
-    params: PyTree,
-    mutable: PyTree,
-    chunks: Chunks,
-    dtype: jnp.dtype | None = None,
-    spread: Spread = _as_is,
-) -> jax.Array:
-    """Returns one network's logits [C, B, classes] float32 over all chunks, padding included.
-
-    Differentiated, it computes the activations of each chunk again instead of keeping those of all. `spread` lays the
-    samples of a chunk out over several devices, as `wavg_jax.devices.placement.Placement.over_samples` does.
-    """
-
-    def run(network: PyTree, x: jax.Array) -> jax.Array:
+    def over(network: PyTree, samples: Batch) -> Sums:
         params, mutable = network
 
-        def one(x: jax.Array) -> jax.Array:
-            return task.predict(params, mutable, _cast(prepare(x), dtype)).astype(jnp.float32)
+        def one(batch: Batch) -> Sums:
+            x = _cast(forward.prepare(batch.x), forward.dtype)
+            return forward.task.measure(forward.task.predict(params, mutable, x), Batch(x, batch.y))
 
-        return jax.lax.map(jax.checkpoint(one, prevent_cse=False), x)
+        return _summed(one, samples, forward.chunk)
 
-    return spread(run)(_cast((params, mutable), dtype), jnp.asarray(chunks.x))
-
-
-def _macro_f1(predicted: jax.Array, labels: jax.Array, valid: jax.Array, classes: int) -> jax.Array:
-    """Mean over the classes of `2 tp / (predicted + true)`, 0 for a class that is neither predicted nor there."""
-    guess = jax.nn.one_hot(predicted, classes, dtype=bool) & valid[..., None]
-    truth = jax.nn.one_hot(labels, classes, dtype=bool) & valid[..., None]
-    samples = tuple(range(predicted.ndim))
-    both = (guess & truth).sum(samples, dtype=jnp.float32)
-    either = guess.sum(samples, dtype=jnp.float32) + truth.sum(samples, dtype=jnp.float32)
-    return (2 * both / jnp.maximum(either, 1)).mean()
+    sums = forward.over_samples(over)(_cast((params, mutable), forward.dtype), samples)
+    return dict(forward.task.metrics(sums, jnp.float32(len(samples.y))))
 
 
-def _calibration_error(logits: jax.Array, right: jax.Array, valid: jax.Array) -> jax.Array:
-    """`sum_b |sum of (right - confidence) in bin b| / n`, as `wavg_jax.training.metrics.expected_calibration_error`."""
-    confidence = jax.nn.softmax(logits).max(-1)
-    where = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
-    member = jax.nn.one_hot(where, BINS, dtype=bool) & valid[..., None]
-    gap = (right.astype(jnp.float32) - confidence)[..., None]
-    gaps = jnp.where(member, gap, 0).sum(tuple(range(confidence.ndim)))
-    return jnp.abs(gaps).sum() / valid.sum(dtype=jnp.float32)
+def scalar_metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> dict[str, jax.Array]:
+    """The metrics that are scalars, which weightings may ask for."""
+    found = metrics(forward, params, mutable, samples)
+    return {name: value for name, value in found.items() if not jnp.ndim(value)}
 
 
-def _held_out_scores(
-    task: Task,
-    prepare: Callable,
-    params: PyTree,
-    mutable: PyTree,
-    chunks: Chunks,
-    dtype: jnp.dtype | None,
-    spread: Spread = _as_is,
-) -> dict:
-    """All that one forward pass over the held-out split tells; what is not used is not computed under jit."""
-    logits = predict(task, prepare, params, mutable, chunks, dtype, spread)
-    labels, valid = jnp.asarray(chunks.y), jnp.asarray(chunks.valid)
-    n = valid.sum(dtype=jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    predicted = logits.argmax(-1)
-    right = predicted == labels
-    return {
-        "loss": jnp.where(valid, losses, 0).sum() / n,
-        "accuracy": (right & valid).sum(dtype=jnp.float32) / n,
-        "macro_f1": _macro_f1(predicted, labels, valid, logits.shape[-1]),
-        "ece": _calibration_error(logits, right, valid),
-    }
+def _common_batch(forward: Forward, held_out: Batch, samples: int) -> Batch:
+    """The first `samples` held-out samples, starting over if there are fewer."""
+    taken = jnp.arange(samples, dtype=jnp.int32) % len(held_out.y)
+    return Batch(_cast(forward.prepare(held_out.x[taken]), forward.dtype), held_out.y[taken])
 
 
-def _common_batch(prepare: Callable, chunks: Chunks, samples: int, dtype: jnp.dtype | None) -> Batch:
-    """The first `samples` samples without the padding, from the start again if there are fewer."""
-    some = -(-samples // chunks.y.shape[1])
-    x, y, valid = (jnp.asarray(a[:some]).reshape(-1, *a.shape[2:])[:samples] for a in chunks)
-    # The padded chunk may come first or in the middle of a window.
-    real = jnp.argsort(~valid, stable=True)
-    take = real[jnp.arange(samples, dtype=jnp.int32) % valid.sum(dtype=jnp.int32)]
-    return Batch(_cast(prepare(x[take]), dtype), y[take])
-
-
-def _common_gradient(
-    task: Task, prepare: Callable, params: PyTree, mutable: PyTree, chunks: Chunks, dtype: jnp.dtype | None
-) -> dict:
+def _gradient_norms(forward: Forward, params: PyTree, mutable: PyTree, held_out: Batch) -> dict[str, PyTree]:
     """Norms of the gradient of the training loss on one batch common to all replicas, as GRAWA's code takes them.
 
-    The mean norm over each replica's own training batches must not be used instead: it is smallest where a shard's
-    labels are noise, and so trusts the worst replicas most.
+    Norms on each replica's own batches would not do: they are smallest where a shard's labels are noise, and so would
+    trust the worst replicas most.
     """
-    batch = _common_batch(prepare, chunks, min(COMMON_BATCH, chunks.y.size), dtype)
+    batch = _common_batch(forward, held_out, min(COMMON_BATCH, len(held_out.y)))
     loss_rng, state_rng = jax.random.split(keys.roots(jax.random.key(0)).gradient)
-    mutable = keys.own(mutable, state_rng)  # what is drawn here is not what the next step draws
+    mutable = keys.own(mutable, state_rng)  # draws apart from those of the next local step
 
     def loss(params: PyTree) -> jax.Array:
-        cast_params, cast_mutable = _cast((params, mutable), dtype)
-        return task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
+        cast_params, cast_mutable = _cast((params, mutable), forward.dtype)
+        return forward.task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
     norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), jax.grad(loss)(params))
     return {"grad_norm": optax.tree.sum(norms), "layer_grad_norm": norms}
 
 
-def _diagonal_fisher(
-    task: Task, prepare: Callable, params: PyTree, mutable: PyTree, chunks: Chunks, dtype: jnp.dtype | None
-) -> dict:
+def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out: Batch) -> dict[str, PyTree]:
     """Diagonal of the Fisher information on one batch common to all replicas (Matena and Raffel 2022).
 
         F = 1/N sum_n (d log p(y_n | x_n) / d params)^2,    y_n drawn from p(. | x_n) with a fixed key
 
-    The gradient is that of the network's prediction in evaluation mode, since batch statistics of one sample say
-    nothing. Gradients per sample are not shared work as those of a batch are: it costs about as much as FISHER_SAMPLES
-    local steps of one sample each.
+    The predictions are those of evaluation mode, since the batch statistics of one sample mean nothing. Per-sample
+    gradients share no work as those of a batch do: this costs about FISHER_SAMPLES local steps of one sample each.
+
+    Raises:
+      SettingsError: the targets are not integers, so the network predicts no distribution over classes.
     """
-    batch = _common_batch(prepare, chunks, FISHER_SAMPLES, dtype)
+    if not jnp.issubdtype(held_out.y.dtype, jnp.integer):
+        raise SettingsError("the signal 'fisher' needs a network that predicts classes; choose another weighting")
+    batch = _common_batch(forward, held_out, FISHER_SAMPLES)
 
     def log_likelihood(params: PyTree, x: jax.Array, key: jax.Array) -> jax.Array:
-        cast_params, cast_mutable = _cast((params, mutable), dtype)
-        log_p = jax.nn.log_softmax(task.predict(cast_params, cast_mutable, x[None])[0].astype(jnp.float32))
-        return log_p[jax.random.categorical(key, jax.lax.stop_gradient(log_p))]
+        cast_params, cast_mutable = _cast((params, mutable), forward.dtype)
+        log_p = jax.nn.log_softmax(forward.task.predict(cast_params, cast_mutable, x[None])[0].astype(jnp.float32))
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_p))
+        return jnp.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
 
     def add(total: PyTree, few: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
         gradients = jax.vmap(jax.grad(log_likelihood), in_axes=(None, 0, 0))(params, *few)
@@ -241,82 +227,30 @@ def _diagonal_fisher(
     return {"fisher": optax.tree.scale(1 / FISHER_SAMPLES, total)}
 
 
-_PASSES = {
-    ("loss", "accuracy", "macro_f1", "ece"): _held_out_scores,
-    ("grad_norm", "layer_grad_norm"): _common_gradient,
-    ("fisher",): _diagonal_fisher,
-}
-
-
-def measurable(needs: Iterable[str]) -> None:
-    """Raises SettingsError when a weighting needs a signal that nothing here measures."""
-    unknown = sorted(set(needs) - set(HIGHER_IS_BETTER) - {"evaluate"})
-    if unknown:
-        raise SettingsError(
-            f"the weighting needs the signal {unknown[0]!r}, which fit does not measure; it measures "
-            f"{', '.join(HIGHER_IS_BETTER)}. Other signals can be handed to Averager.update in a loop of your own."
-        )
-
-
-def measured(needs: Iterable[str]) -> tuple[str, ...]:
-    """Those of `needs` that cost a pass over held-out data for every replica.
-
-    >>> measured(("train_loss", "loss", "distance", "evaluate"))
-    ('loss',)
-    """
-    return tuple(n for n in needs if any(n in provides for provides in _PASSES))
-
-
-def reads_heldout(needs: Iterable[str]) -> bool:
-    """Whether anything in `needs` reads the held-out split.
-
-    >>> reads_heldout(("train_loss", "distance")), reads_heldout(("evaluate",))
-    (False, True)
-    """
-    needs = tuple(needs)
-    return bool(measured(needs)) or "evaluate" in needs
-
-
-def measure(
-    task: Task, prepare: Callable, needs: Iterable[str], dtype: jnp.dtype | None = None
-) -> Callable[[PyTree, Chunks], dict]:
-    """Builds `((params, mutable), held_out_chunks) -> {signal: float32 scalar or tree}` for one replica.
+def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch], dict[str, PyTree]]:
+    """Builds `((params, mutable), held_out) -> {signal: float32 scalar or tree}` for one replica.
 
     Args:
-      task: the network.
-      prepare: stored inputs -> the network's inputs, such as uint8 -> normalised float32.
-      needs: names of signals; only the passes that provide one of them are made.
-      dtype: what floating parameters, collections and inputs are cast to before the forward pass, such as
-        `jnp.bfloat16`; None leaves them as they are. The signals are float32 either way. A network that fixes the dtype
-        it computes in, as `wavg_jax.models.MLP` does, computes in that all the same, and saves nothing.
+      forward: how the replica runs. Parameters, collections and inputs are cast to its dtype; signals are float32.
+      needs: names of signals; those that read no held-out data are left out.
     """
-    needs = set(needs)
-    passes = [take for provides, take in _PASSES.items() if needs.intersection(provides)]
+    needs = set(needs) - {*_NO_DATA, "evaluate"}
+    forward = forward._replace(over_samples=_here)  # a replica is scored where it lives
+    passes = [
+        pass_
+        for pass_, provides in ((_gradient_norms, GRADIENTS), (_diagonal_fisher, ("fisher",)))
+        if needs.intersection(provides)
+    ]
+    if needs - set(_NO_METRICS):
+        passes.append(scalar_metrics)
 
-    def signals(one: PyTree, held_out: Chunks) -> dict:
-        params, mutable = one
-        taken: dict = {}
-        for take in passes:
-            taken |= take(task, prepare, params, mutable, held_out, dtype)
-        return {name: value for name, value in taken.items() if name in needs}
+    def signals(network: PyTree, held_out: Batch) -> dict[str, PyTree]:
+        measured: dict[str, PyTree] = {}
+        for pass_ in passes:
+            measured |= pass_(forward, *network, held_out)
+        return {name: value for name, value in measured.items() if name in needs}
 
     return signals
-
-
-def evaluator(
-    task: Task, prepare: Callable, dtype: jnp.dtype | None = None, spread: Spread = _as_is
-) -> Callable[[PyTree, PyTree, Chunks], dict[str, jax.Array]]:
-    """Builds `(params, mutable, chunks) -> {"loss", "accuracy"}`, float32 scalars, differentiable in the parameters.
-
-    It is taken chunk by chunk, and so is its gradient, which computes the activations of each chunk again, so that
-    either needs the memory of one chunk beside the logits. Arguments as `measure` and `predict`.
-    """
-
-    def evaluate(params: PyTree, mutable: PyTree, chunks: Chunks) -> dict[str, jax.Array]:
-        scores = _held_out_scores(task, prepare, params, mutable, chunks, dtype, spread)
-        return {name: scores[name] for name in ("loss", "accuracy")}
-
-    return evaluate
 
 
 def distance(params: PyTree, centre: PyTree) -> jax.Array:
@@ -326,3 +260,24 @@ def distance(params: PyTree, centre: PyTree) -> jax.Array:
     2.5
     """
     return optax.tree.norm(jax.tree.map(lambda x, c: x.astype(jnp.float32) - c.astype(jnp.float32), params, centre))
+
+
+def of_replicas(
+    measured: Callable, over_replicas: Callable[[Callable], Callable], replicas: Replicas, held_out: Batch | None
+) -> dict[str, PyTree]:
+    """Scores K replicas on the same held-out samples; {signal: [K] or tree}, empty without samples.
+
+    `measured` comes from `measure`, `over_replicas` maps it over the replicas.
+    """
+    return {} if held_out is None else over_replicas(measured)((replicas.params, replicas.mutable), held_out)
+
+
+def distances(
+    over_replicas: Callable[[Callable], Callable],
+    reduce: Callable[[Callable], Callable],
+    stacked: PyTree,
+    alive: jax.Array,
+) -> jax.Array:
+    """The signal `distance`: L2 distance of each replica from the equal mean of the living, [K]."""
+    centre = reduce(weighted_mean)(stacked, tree.equal_weights(alive))
+    return over_replicas(distance)(stacked, centre)

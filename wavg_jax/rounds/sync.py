@@ -1,51 +1,72 @@
-"""What happens at a sync beside the blend: optimizer state, BatchNorm statistics, and the average over rounds."""
+"""What else carries across a blend: optimizer state, BatchNorm statistics, and the average over rounds."""
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from wavg_jax import tree
 from wavg_jax.averaging.reduce import weighted_mean
-from wavg_jax.base import PyTree, SettingsError, Smoothed
+from wavg_jax.base import PyTree, SettingsError, Smoothed, Task
 from wavg_jax.rounds import keys, policy
-from wavg_jax.rounds.recipe import Recipe, Shared, Work, fetch, longest_round, steps_taken
-from wavg_jax.rounds.reestimation import reestimate
+from wavg_jax.rounds.local import longest
+
+Over = Callable[[Callable], Callable]
+"""`Placement.map` or `Placement.reduce`."""
 
 
-def equal(alive: jax.Array) -> jax.Array:
-    """Equal weights [K] over the living."""
-    alive = alive.astype(jnp.float32)
-    return alive / jnp.maximum(alive.sum(), 1)
+class AtSync(NamedTuple):
+    """What happens beside the blend.
+
+    Attributes:
+      opt_state: `policy.keep`, `average` or `reset` for the inner optimizer's state.
+      stats: `policy.average`, `keep`, `reset` or `reestimate(steps)` for BatchNorm-style statistics.
+      smoothing: average of the global parameters over rounds, such as `optax.ema(0.9)` or `wavg_jax.smoothing.swa()`.
+        Runs evaluate and return it, with statistics re-estimated for it.
+    """
+
+    opt_state: policy.Policy = policy.keep
+    stats: policy.Policy = policy.average
+    smoothing: optax.GradientTransformation | None = None
 
 
-def mean_over_living(recipe: Recipe, stacked: PyTree, weights: jax.Array, otherwise: PyTree) -> PyTree:
-    """The weighted mean in the dtypes of `stacked`, or `otherwise` when all weights [K] are 0.
+def mean_over_living(reduce: Over, stacked: PyTree, weights: jax.Array, otherwise: PyTree) -> PyTree:
+    """The weighted mean in the dtypes of `stacked`, or `otherwise` if all weights [K] are 0.
 
-    Counts, flags and random keys have no mean: those of the first replica with weight stand for all.
+    Counts, flags and random keys have no mean: the result takes those of the first replica that has weight.
     """
     leaves, structure = jax.tree.flatten(stacked)
-    means = iter(recipe.placement.reduce(weighted_mean)(tree.floats(stacked), weights))
+    means = iter(reduce(weighted_mean)(tree.floats(stacked), weights))
     first = jnp.argmax(weights > 0)
     chosen = [next(means).astype(x.dtype) if tree.is_float(x) else x[first] for x in leaves]
     return tree.select((weights > 0).any(), jax.tree.unflatten(structure, chosen), otherwise)
 
 
-def blend_opt_state(recipe: Recipe, opt_state: PyTree, params: PyTree, alive: jax.Array, weights: jax.Array) -> PyTree:
-    """The optimizer state [K, ...] with which the replicas go on from the global `params`, by the recipe's policy."""
+def carry_opt_state(
+    how: policy.Policy,
+    inner: optax.GradientTransformation,
+    reduce: Over,
+    opt_state: PyTree,
+    params: PyTree,
+    alive: jax.Array,
+    weights: jax.Array,
+) -> PyTree:
+    """The optimizer state [K, ...] with which the replicas start the next round from the global `params`."""
 
     def fresh() -> PyTree:
-        return jax.tree.map(jnp.asarray, recipe.inner.init(params))
+        return jax.tree.map(jnp.asarray, inner.init(params))
 
     def mean() -> PyTree:
-        return mean_over_living(recipe, opt_state, weights, fresh())
+        return mean_over_living(reduce, opt_state, weights, fresh())
 
-    return recipe.opt_state_at_sync(opt_state, policy.Sync(alive, mean, fresh, fresh, None))[0]
+    return how(opt_state, policy.Sync(alive, mean, fresh, fresh, None))[0]
 
 
 def averages(how: policy.Policy, stacked: PyTree) -> bool:
-    """Whether a policy gives the replicas their mean, for which they must exchange [K, ...]. Nothing is computed."""
+    """Whether a policy reads the mean of the replicas, so that they exchange [K, ...]. Traces, computes nothing."""
     asked = []
 
     def mean(one: PyTree) -> PyTree:
@@ -62,39 +83,80 @@ def averages(how: policy.Policy, stacked: PyTree) -> bool:
     return bool(asked)
 
 
-def refresher(
-    recipe: Recipe, alive: jax.Array, work: Work, shared: Shared
-) -> Callable[[jax.Array, PyTree, PyTree, int], PyTree]:
-    """Builds `(rng [K], params, mutable, steps) -> mutable`: re-estimates a network's mutable collections on each
-    replica's last batches of the round, and returns the equal mean over the living."""
-    rerun = reestimate(recipe.task, fetch(recipe))
-    replicas, longest = alive.shape[0], longest_round(work)
+class Trained(NamedTuple):
+    """What the replicas trained on in a round.
 
-    def refresh(rng: jax.Array, params: PyTree, mutable: PyTree, steps: int) -> PyTree:
-        def one(item: PyTree, everywhere: PyTree) -> PyTree:
-            mutable, items, rng, taken = item
-            data, params = everywhere
-            start = jnp.maximum(taken - steps, 0)
-            last = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, steps), items)
-            state_rng, batches_rng = jax.random.split(rng)
-            return rerun(params, keys.own(mutable, state_rng), last, jnp.minimum(taken, steps), data, batches_rng)
+    Attributes:
+      batches: [K, H, ...].
+      shared: what every replica reads.
+      steps: local steps taken, int32 [K].
+      alive: bool [K], who took part in the blend.
+    """
 
-        if steps > longest:
-            raise SettingsError(f"reestimate({steps}) needs {steps} batches, a round has {longest} (--local_steps)")
-        items = (tree.replicate(mutable, replicas), work.items, rng, steps_taken(work))
-        refreshed = recipe.placement.map(one)(items, (shared, params))
-        return mean_over_living(recipe, refreshed, equal(alive), mutable)
-
-    return refresh
+    batches: PyTree
+    shared: PyTree
+    steps: jax.Array
+    alive: jax.Array
 
 
-def blend_stats(
-    recipe: Recipe, stacked: PyTree, before: PyTree, alive: jax.Array, weights: jax.Array, refresh: Callable
-) -> tuple[PyTree, PyTree]:
-    """The mutable collections of the replicas and the global ones, which evaluation uses, by the recipe's policy.
+def refresh(
+    rerun: Callable,
+    over_replicas: Over,
+    reduce: Over,
+    trained: Trained,
+    params: PyTree,
+    mutable: PyTree,
+    rng: jax.Array,
+    steps: int,
+) -> PyTree:
+    """Re-estimates a network's mutable collections on the last batches that each replica took.
 
     Args:
-      recipe: holds the policy.
+      rerun: re-estimates for one replica; see `wavg_jax.rounds.reestimation.reestimate`.
+      over_replicas, reduce: of the placement.
+      trained: the round's batches.
+      params, mutable: of the network.
+      rng: a key per replica [K].
+      steps: batches per replica, or as many as it took.
+
+    Returns:
+      The equal mean over the living; `mutable` if there are none.
+    """
+    if steps > longest(trained.batches):
+        raise SettingsError(
+            f"reestimate({steps}) needs {steps} batches, a round has {longest(trained.batches)}: reestimate on fewer, "
+            "or take more local_steps="
+        )
+
+    def one(item: PyTree, everywhere: PyTree) -> PyTree:
+        mutable, items, taken, rng = item
+        shared, params = everywhere
+        start = jnp.maximum(taken - steps, 0)
+        last = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, steps), items)
+        state_rng, batches_rng = jax.random.split(rng)
+        return rerun(params, keys.own(mutable, state_rng), last, jnp.minimum(taken, steps), shared, batches_rng)
+
+    own = (tree.replicate(mutable, len(trained.alive)), trained.batches, trained.steps, rng)
+    refreshed = over_replicas(one)(own, (trained.shared, params))
+    return mean_over_living(reduce, refreshed, tree.equal_weights(trained.alive), mutable)
+
+
+def carry_stats(
+    how: policy.Policy,
+    task: Task,
+    reduce: Over,
+    stacked: PyTree,
+    before: PyTree,
+    alive: jax.Array,
+    weights: jax.Array,
+    refresh: Callable[[PyTree, int], PyTree],
+) -> tuple[PyTree, PyTree]:
+    """The replicas' mutable collections for the next round, and the global ones for evaluation.
+
+    Args:
+      how: the policy.
+      task: whose `init` makes fresh collections.
+      reduce: lays a reduction out over devices.
       stacked: the replicas' collections [K, ...] after the round.
       before: the global ones before it.
       alive, weights: [K], of the blend.
@@ -103,36 +165,34 @@ def blend_stats(
 
     @functools.cache
     def mean() -> PyTree:
-        return mean_over_living(recipe, stacked, weights, before)
+        return mean_over_living(reduce, stacked, weights, before)
 
     def initial() -> PyTree:
-        return recipe.task.init(keys.roots(jax.random.key(0)).init)[1]
+        return task.init(keys.roots(jax.random.key(0)).init)[1]
 
-    sync = policy.Sync(alive, mean, initial, mean, lambda steps: refresh(mean(), steps))
-    mutable, evaluated = recipe.stats_at_sync(stacked, sync)
+    mutable, evaluated = how(stacked, policy.Sync(alive, mean, initial, mean, lambda steps: refresh(mean(), steps)))
     return mutable, evaluated()
 
 
 REESTIMATED = 8
-"""Batches per replica on which the statistics of smoothed parameters are re-estimated in every round."""
+"""Batches per replica on which each round re-estimates the statistics of smoothed parameters."""
 
 
 def smooth(
-    recipe: Recipe,
+    smoothing: optax.GradientTransformation | None,
     before: Smoothed | None,
     taken: jax.Array,
     params: PyTree,
     mutable: PyTree,
-    refresh: Callable,
-    longest: int,
+    refresh: Callable[[PyTree, PyTree], PyTree],
 ) -> Smoothed | None:
-    """Takes the new global parameters into their average over rounds if the blend was `taken`, a bool scalar.
+    """Adds the new global parameters to their average over rounds, if the blend was `taken`, a bool scalar.
 
-    `refresh` is `(params, mutable, steps) -> mutable`.
+    `refresh` is `(params, mutable) -> mutable`.
     """
-    if recipe.smoothing is None or before is None:
+    if smoothing is None or before is None:
         return None
-    smooth, state = recipe.smoothing.update(params, before.state)
+    average, state = smoothing.update(params, before.state)
     if jax.tree.leaves(mutable):
-        mutable = refresh(smooth, mutable, min(REESTIMATED, longest))
-    return tree.select(taken, Smoothed(smooth, mutable, state), before)
+        mutable = refresh(average, mutable)
+    return tree.select(taken, Smoothed(average, mutable, state), before)

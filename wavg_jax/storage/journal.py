@@ -110,6 +110,10 @@ class Journal:
         """Adds the row of a round."""
         self._records.append(self._identity | row)
 
+    def amend(self, entries: Row) -> None:
+        """Adds entries to the row of the last round."""
+        self._records.amend(self._name, entries)
+
     def save(self, state: TrainState) -> None:
         """Starts saving a checkpoint, if there is a folder for it; the state may be donated at once."""
         if self._checkpoints is not None:

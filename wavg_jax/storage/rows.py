@@ -209,6 +209,18 @@ class Records:
             _append_line(self.path, as_lines([row]))
         self.rows.append(row)
 
+    def amend(self, run: str, entries: Row) -> None:
+        """Adds entries to the last row of a run.
+
+        Raises:
+          WorkdirError: the file could not be written.
+        """
+        last = self.of(run)[-1]
+        rows = [row | _plain(entries) if row is last else row for row in self.rows]
+        if self.path is not None:
+            write_atomically(self.path, as_lines(rows))
+        self.rows = rows
+
     def of(self, run: str) -> list[Row]:
         """The rows of one run."""
         return [row for row in self.rows if row["run"] == run]

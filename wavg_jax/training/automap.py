@@ -22,11 +22,13 @@ from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
 from wavg_jax.data.arrays import Split
 from wavg_jax.devices import machine, placement
-from wavg_jax.rounds import round as rounds
-from wavg_jax.rounds.recipe import Recipe, make_work, put_shared
+from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.training import progress
+from wavg_jax.training.batches import as_targets, make_work, put_shared
+from wavg_jax.training.phases import local_phase
 from wavg_jax.training.programs import compiled_together, programs
+from wavg_jax.training.recipe import Recipe
 from wavg_jax.weighting.scores import uniform
 
 FILE = "replica_maps.json"
@@ -74,7 +76,7 @@ def settle(
     if here == 1:
         return recipe
     # The weighting does not matter, so that runs that differ in it are mapped alike.
-    bare = recipe._replace(averager=_PLAIN, smoothing=None, faults=None, resident=True)
+    bare = recipe._replace(averager=_PLAIN, at_sync=AtSync(), faults=None, resident=True)
     few = _first_samples(data, batch_size)
     loss = _lowered_loss(bare, few, batch_size)
     flops = 3 * (loss.cost_analysis() or {}).get("flops", math.inf) * len(data.shards)  # a gradient is two more losses
@@ -106,7 +108,7 @@ def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.sta
     """The loss of one batch as a program, which is traced but not compiled."""
     rng = jax.random.key(0)
     params, mutable = jax.eval_shape(recipe.task.init, rng)
-    x, y = data.train.x[:batch_size], data.train.y[:batch_size].astype(np.int32)
+    x, y = data.train.x[:batch_size], as_targets(data.train.y[:batch_size])
     batch = jax.eval_shape(lambda x, y: Batch(recipe.prepare(x), y), x, y)
     return jax.jit(recipe.task.loss).lower(params, mutable, batch, rng)
 
@@ -131,10 +133,8 @@ def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> d
     work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
     rng = placement.put(jax.random.key(0), one.placement.shared)
     replicas = programs(one, len(data.shards)).init(rng).replicas
-    arguments = (replicas, work, put_shared(one, data, batch_size))
-    trains = compiled_together(
-        *((jax.jit(rounds.pieces(recipe).train), *arguments) for recipe in recipes.values()), keep=False
-    )
+    arguments = (replicas, work, put_shared(one, data))
+    trains = compiled_together(*((jax.jit(local_phase(recipe)), *arguments) for recipe in recipes.values()), keep=False)
 
     def trial(train: Callable) -> Callable[[], float]:
         def run() -> float:

@@ -1,34 +1,156 @@
-"""What the replicas are given in each round, put together while the round before it is still running."""
+"""The batches of every round, made ahead while the round before runs."""
 
 import concurrent.futures
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from wavg_jax.rounds.recipe import Work
+import jax
+import numpy as np
+
+from wavg_jax.base import Batch, PyTree, SettingsError
+from wavg_jax.data import ShardedData, round_indices
+from wavg_jax.devices.placement import Placement, has_room, put
+from wavg_jax.rounds.faults import Faults
+from wavg_jax.rounds.local import Pace
+from wavg_jax.rounds.score import reads_heldout
+from wavg_jax.training.recipe import Recipe
+
+
+class Shared(NamedTuple):
+    """What every replica reads in every round.
+
+    Attributes:
+      train: `(x, y)`, the training split [N, ...] as stored; `()` if it is streamed.
+      held_out: the samples to score on [N, ...]; None if the weighting reads none.
+      sizes: of the shards, float32 [K].
+    """
+
+    train: PyTree
+    held_out: Batch | None
+    sizes: jax.Array | np.ndarray
+
+
+class Work(NamedTuple):
+    """One round's batches.
+
+    Attributes:
+      items: indices [K, H, B] int32 into the training split, or, if that is streamed, the samples as stored: a `Batch`
+        with leaves [K, H, B, ...]. H is that of the longest round.
+      pace: how many of the H steps each replica takes, and how large.
+    """
+
+    items: jax.Array | Batch
+    pace: Pace
+
+
+def as_targets(y: np.ndarray) -> np.ndarray:
+    """Labels and tokens as int32, numbers as float32."""
+    return y.astype(np.float32 if y.dtype.kind == "f" else np.int32)
+
+
+def put_shared(recipe: Recipe, data: ShardedData) -> Shared:
+    """Copies what every replica reads to the devices; the held-out split only if the weighting reads it.
+
+    Raises:
+      SettingsError: the weighting scores held-out data and there is none.
+    """
+    scored = reads_heldout(recipe.averager.needs)
+    if scored and not len(data.heldout.y):
+        raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (heldout=)")
+    train = (data.train.x, as_targets(data.train.y)) if recipe.resident else ()
+    held_out = Batch(data.heldout.x, as_targets(data.heldout.y)) if scored else None
+    sizes = np.array([len(shard) for shard in data.shards], np.float32)
+    return put(Shared(train, held_out, sizes), recipe.placement.shared)
+
+
+_ROUNDS_HELD = 3
+"""Rounds whose items are in memory at once: one runs, one waits, one is being made."""
+
+
+def check_room(recipe: Recipe, data: ShardedData, longest: int, batch_size: int) -> None:
+    """Raises SettingsError if the items of the rounds held at once take too much memory.
+
+    Args:
+      recipe: says whether items are indices or samples, and where they go.
+      data: the shards.
+      longest: H of the longest round.
+      batch_size: samples per replica and step.
+    """
+    samples = _ROUNDS_HELD * len(data.shards) * longest * batch_size
+    nbytes = samples * (4 if recipe.resident else data.train.x[:1].nbytes)
+    if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
+        what, also = ("the sample indices", "") if recipe.resident else ("the streamed samples", ", or resident=True")
+        raise SettingsError(
+            f"{what} of {_ROUNDS_HELD} rounds would take {nbytes / 1e9:.1f} GB, more than a quarter of the memory; "
+            f"take fewer local_steps=, a smaller batch_size={also}"
+        )
+
+
+def make_work(
+    recipe: Recipe,
+    data: ShardedData,
+    *,
+    seed: int,
+    first_step: int,
+    longest: int,
+    batch_size: int,
+    steps: int | None = None,
+) -> Work:
+    """Puts one round's batches on the devices; see `wavg_jax.data.round_indices`.
+
+    Args:
+      recipe: where the replicas live, and how fast each is.
+      data: the shards.
+      seed, first_step, batch_size: of the batches.
+      longest: H of the longest round; a shorter round is padded with its last batch.
+      steps: H of this round; None if all rounds have the same H, so that the compiler knows it.
+    """
+    taken = longest if steps is None else steps
+    indices = round_indices(data.shards, seed=seed, first_step=first_step, local_steps=taken, batch_size=batch_size)
+    indices = np.pad(indices, ((0, 0), (0, longest - taken), (0, 0)), mode="edge")
+    items: Any = indices if recipe.resident else Batch(data.train.x[indices], as_targets(data.train.y[indices]))
+    return Work(put(items, recipe.placement.stacked), _pace(recipe.faults, recipe.placement, steps, taken))
+
+
+def _pace(faults: Faults | None, placement: Placement, steps: int | None, taken: int) -> Pace:
+    """The pace of a round of `taken` steps; numbers that never change are None, so that the compiler knows them."""
+    count: Any = None if steps is None else np.int32(steps)
+    rate = None
+    if faults is not None and set(faults.speed) != {1.0}:
+        count = np.maximum(np.round(np.array(faults.speed) * taken), 1).astype(np.int32)
+    if faults is not None and set(faults.rate) != {1.0}:
+        rate = np.array(faults.rate, np.float32)
+
+    def on_devices(x: Any) -> Any:
+        return None if x is None else put(x, placement.stacked if np.ndim(x) else placement.shared)
+
+    return Pace(on_devices(count), on_devices(rate))
+
 
 Make = Callable[[int, int], Work]
-"""`(first_step, steps) -> Work`: what is given in a round of so many steps, after so many in the rounds before."""
+"""`(first_step, steps) -> Work`: the batches of a `steps`-step round starting at global local step `first_step`."""
 
 
 class Feeder:
-    """Makes works, one of them ahead of time if it is told which. Use `open_feeder`."""
+    """Makes the batches of rounds, the next round's in the background. Use `open_feeder`."""
 
     def __init__(self, make: Make, pool: concurrent.futures.Executor):
         self._make, self._pool = make, pool
         self._ahead: dict[tuple[int, int], concurrent.futures.Future[Work]] = {}
 
     def prepare(self, first_step: int, steps: int) -> None:
-        """Starts making a round's work in the background; what was made for another round is dropped."""
+        """Starts making a round's batches in the background; drops what it made ahead for any other round."""
         self._ahead = {(first_step, steps): self._pool.submit(self._make, first_step, steps)}
 
     def take(self, first_step: int, steps: int) -> Work:
-        """Returns a round's work, and raises what making it raised."""
+        """Returns a round's batches, and raises what making them raised."""
         ahead = self._ahead.pop((first_step, steps), None)
         return self._make(first_step, steps) if ahead is None else ahead.result()
 
 
 @contextlib.contextmanager
 def open_feeder(make: Make) -> Iterator[Feeder]:
-    """Opens a feeder with one thread of its own, which ends with the block."""
+    """Opens a feeder whose one thread ends with the block."""
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
         yield Feeder(make, pool)

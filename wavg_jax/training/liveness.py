@@ -1,9 +1,9 @@
-"""What a run does about numbers that are not finite: it says so when a replica dies, and ends when none is left.
+"""How a run deals with numbers that are not finite: it warns when a replica dies, and ends when none is left.
 
-A replica that died restarts from the last blend with other data, so one death is survived, and told once. A round is
-*lost* if all die, or if the outer step is not finite: the parameters stay as they were. One lost round is survived too,
-since the next one has other data; a second in a row, or a lost last round, ends the run. That rule gives the same end
-whether or not the next round was launched before the loss of this one was known.
+A replica that died restarts from the last blend on other data, so the run survives one death and mentions it once. A
+round is *lost* if all replicas die or the outer step is not finite; the parameters then stay as they were. The run
+survives one lost round, since the next one has other data; a second in a row, or a lost last round, ends it. The rule
+ends a run at the same round whether or not the next one was launched before the loss was known.
 """
 
 import pathlib
@@ -18,28 +18,28 @@ from wavg_jax.storage.rows import Row, lost, lost_at_the_end
 
 
 def warn(number: int, weights: Any, alive: np.ndarray, told: np.ndarray) -> None:
-    """Warns of a lost round, or of replicas that died in it, but for those already told of.
+    """Warns of a lost round, or of replicas that died in it and have not been mentioned yet.
 
     Args:
       number: of the round.
       weights: [K], of the blend.
       alive: bool [K].
-      told: bool [K].
+      told: bool [K], the replicas already mentioned.
     """
     died = np.flatnonzero(~alive & ~told).tolist()
     if lost(weights):
-        text = f"nothing came of round {number}: {_seen(alive)}; the next one starts from the same parameters"
+        text = f"round {number} was lost: {_cause(alive)}; the next one starts from the same parameters"
     elif len(died) == 1:
-        text = f"replica {died[0]} is not finite in round {number} and takes no part in it; it restarts from the blend"
+        text = f"replica {died[0]} is not finite in round {number} and has no weight; it restarts from the blend"
     elif died:
         which = ", ".join(map(str, died))
-        text = f"replicas {which} are not finite in round {number} and take no part in it; they restart from the blend"
+        text = f"replicas {which} are not finite in round {number} and have no weight; they restart from the blend"
     else:
         return
     warnings.warn(text, WavgWarning, stacklevel=2)
 
 
-def _seen(alive: Any) -> str:
+def _cause(alive: Any) -> str:
     return "the outer step is not finite, though the blend is" if any(alive) else "no replica is finite after its steps"
 
 
@@ -48,20 +48,17 @@ def explain(rows: Sequence[Row], workdir: pathlib.Path | None, *, outer: bool) -
 
     Args:
       rows: of the run.
-      workdir: where it was saved.
-      outer: whether it has an outer optimizer: a step of its that is huge, though finite, shows a round later, when all
-        replicas die.
+      workdir: its folder, if it has one.
+      outer: whether it has an outer optimizer, one of whose steps may be huge but finite, so that all replicas die in
+        the round after.
     """
     row, count = rows[-1], lost_at_the_end(rows)
     good = row["round"] - count
     when = f"round {row['round']}" if count == 1 else f"rounds {good + 1} to {row['round']}"
     if any(row["alive"]):
-        remedy = "lower the outer learning rate (--outer_lr)"
+        remedy = "lower the learning rate of outer="
     else:
-        flag = f"lr_{rows[0]['arm']}"
-        inner = f"inner learning rate{f' (--{flag})' if flag in rows[0]['settings'] else ''}"
-        also = " or the outer one (--outer_lr)" if outer else ""
-        remedy = f"lower the {inner}{also}, or look for extreme inputs"
+        remedy = f"lower the learning rate of inner={' or of outer=' if outer else ''}, or look for extreme inputs"
     before = f"those after round {good}" if good else "the initial ones"
-    saved = f", and saved in {workdir}; --resume would go on with the next round's data" if workdir is not None else ""
-    return f"{row['run']!r} diverged in {when}: {_seen(row['alive'])}; {remedy}. The parameters are {before}{saved}"
+    saved = "" if workdir is None else f", saved in {workdir}; resume=True would continue with the next round's data"
+    return f"{row['run']!r} diverged in {when}: {_cause(row['alive'])}; {remedy}. The parameters are {before}{saved}"

@@ -8,16 +8,16 @@ import jax
 import numpy as np
 
 from wavg_jax import tree
-from wavg_jax.base import PyTree, TrainState
+from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
 from wavg_jax.devices.placement import put
-from wavg_jax.rounds import score as scoring
 from wavg_jax.rounds import sync
-from wavg_jax.rounds.recipe import Recipe, Work, make_work, put_shared
 from wavg_jax.storage.rows import Row
-from wavg_jax.training import metrics, progress
+from wavg_jax.training import progress
+from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
 from wavg_jax.training.programs import compiled_together, programs
+from wavg_jax.training.recipe import Recipe
 from wavg_jax.training.schedule import Schedule
 
 
@@ -29,8 +29,7 @@ class Plan(NamedTuple):
     batch_size: int
     seed: int
     checkpoint_every: int
-    evaluate_every: int
-    chunk: int
+    test_every: int
 
 
 def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
@@ -41,22 +40,22 @@ def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
-    def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str):
-        self.recipe, self.data, self.plan, self.name = recipe, data, plan, name
+    def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str, metrics: tuple[str, ...]):
+        self.recipe, self.data, self.plan, self.name, self.metrics = recipe, data, plan, name, metrics
         self.replicas = len(data.shards)
         progress.doing(f"{name}: compiling")
-        self.shared = put_shared(recipe, data, plan.chunk)
-        self.test = put(scoring.chunked(data.test.x, data.test.y, plan.chunk), recipe.placement.shared)
+        self.shared = put_shared(recipe, data)
+        self._test = put(Batch(data.test.x, as_targets(data.test.y)), recipe.placement.shared)
         program = programs(recipe, self.replicas)
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = program.init(rng)
-        self.step, self.predict = compiled_together(
+        self.step, self._evaluate = compiled_together(
             (program.run, self.initial, self.work(0, 1), self.shared),
-            (program.predict, *evaluated(self.initial), self.test),
+            (program.evaluate, *evaluated(self.initial), self._test),
         )
 
     def work(self, first_step: int, steps: int) -> Work:
-        """What the replicas are given to do in a round of so many steps, on the devices."""
+        """The batches of a `steps`-step round starting at global local step `first_step`, on the devices."""
         plan = self.plan
         return make_work(
             self.recipe,
@@ -69,21 +68,19 @@ class Run:
         )
 
     def evaluates(self, number: int) -> bool:
-        """Whether the round of this number is evaluated on the test split."""
-        return number == self.plan.rounds or number % self.plan.evaluate_every == 0
+        """Whether to evaluate the round of this number on the test split."""
+        return number == self.plan.rounds or number % self.plan.test_every == 0
 
-    def evaluate(self, state: TrainState) -> metrics.Quality:
-        """Quality on the test split of what the run is judged by. Off the clock."""
-        labels = self.data.test.y
-        logits = np.asarray(self.predict.call(*evaluated(state), self.test))
-        return metrics.evaluate(logits.reshape(-1, logits.shape[-1])[: len(labels)], labels)
+    def evaluate(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Metrics on the test split of what the run is judged by. Off the clock."""
+        return jax.device_get(self._evaluate.call(*evaluated(state), self._test))
 
     def describe(self) -> Row:
         """The run's first row, but for what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
         per_replica = tree.nbytes(initial.params) + tree.nbytes(tree.floats(initial.mutable))
         opt_state = initial.replicas.opt_state
-        if sync.averages(self.recipe.opt_state_at_sync, opt_state):
+        if sync.averages(self.recipe.at_sync.opt_state, opt_state):
             per_replica += tree.nbytes(tree.floats(opt_state)) // self.replicas
         return {
             "kind": "run",
@@ -111,8 +108,8 @@ class Run:
             "samples_per_round": self.replicas * plan.schedule.longest * plan.batch_size,
             "parameters": tree.count(initial.params),
             "bytes_per_round": 2 * self.replicas * per_replica if self.replicas > 1 else 0,
-            "compile_seconds": self.step.seconds + self.predict.seconds,
-            "score_samples": self.recipe.score_samples,
+            "compile_seconds": self.step.seconds + self._evaluate.seconds,
+            "score_samples": self.recipe.scoring.samples,
             "faults": None if self.recipe.faults is None else self.recipe.faults._asdict(),
             "critical_path": None,
             "target_accuracy": None,

@@ -14,10 +14,11 @@ from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree
 from wavg_jax.data import ShardedData
 from wavg_jax.devices.placement import single
-from wavg_jax.rounds import round as rounds
-from wavg_jax.rounds.recipe import Recipe, check_room, make_work, put_shared
 from wavg_jax.training import progress
+from wavg_jax.training.batches import check_room, make_work, put_shared
+from wavg_jax.training.phases import blend_phase, local_phase, score_phase, window_phase
 from wavg_jax.training.programs import programs
+from wavg_jax.training.recipe import Recipe
 from wavg_jax.weighting.signals import FREE
 
 
@@ -49,34 +50,29 @@ def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure_parts(
-    recipe: Recipe, data: ShardedData, *, local_steps: int, batch_size: int, chunk: int = 1000, repeats: int = 5
-) -> Parts:
-    """Times the parts of a round with one replica alone on one device.
+def measure_parts(recipe: Recipe, data: ShardedData, *, local_steps: int, batch_size: int, repeats: int = 5) -> Parts:
+    """Times the parts of a round with one replica alone on one device, as on each of K devices.
 
-    The device is not shared with other replicas meanwhile, as it would not be if there were K. Blend and exchange are
-    timed on K stacked copies; what the network between K devices would add is in neither.
+    Blend and exchange run on K stacked copies; neither includes the network between devices.
 
     Args:
-      recipe: what the round is made of; its placement does not matter.
+      recipe: of the round; its placement does not matter.
       data: the shards; the first is trained on.
       local_steps, batch_size: of one replica's local phase.
-      chunk: samples at a time when scoring.
-      repeats: calls, of which the median counts.
+      repeats: timed calls; the median counts.
     """
     check_room(recipe, data, local_steps, batch_size)
     progress.doing("timing the parts of a round")
     recipe = recipe._replace(placement=single(), faults=None)
-    part = rounds.pieces(recipe)
     first = data._replace(shards=data.shards[:1])
-    shared = put_shared(recipe, data, chunk)
+    shared = put_shared(recipe, data)
     state = programs(recipe, 1).init(jax.random.key(0))
     work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
-    local = _seconds(jax.jit(part.train), (state.replicas, work, shared), repeats)
-    held_out = jax.jit(part.window)(state.round, shared.held_out)
-    scored = (state.replicas, held_out, jnp.ones(1, bool))
-    measured = jax.jit(part.score)(*scored)
-    score = _seconds(jax.jit(part.score), scored, repeats) if measured else 0.0
+    local = _seconds(jax.jit(local_phase(recipe)), (state.replicas, work, shared), repeats)
+    held_out = jax.jit(window_phase(recipe))(state.round, shared.held_out)
+    scored, scorer = (state.replicas, held_out, jnp.ones(1, bool)), jax.jit(score_phase(recipe))
+    measured = scorer(*scored)
+    score = _seconds(scorer, scored, repeats) if measured else 0.0
     replicas = len(data.shards)
     if replicas == 1:
         return Parts(local, score, 0.0, 0.0)
@@ -85,7 +81,7 @@ def measure_parts(
     signals |= dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32))
     alive = jnp.ones(replicas, bool)
     state = state._replace(averager=recipe.averager.init(state.params, replicas))
-    blend = _seconds(jax.jit(part.blend), (stacked, state, alive, held_out, signals), repeats)
+    blend = _seconds(jax.jit(blend_phase(recipe)), (state, stacked, alive, held_out, signals), repeats)
     many = _seconds(jax.jit(_many_means), (stacked.params, jnp.full((_MEANS, replicas), 1 / replicas)), repeats)
     return Parts(local, score, blend, many / _MEANS / replicas)
 
