@@ -26,10 +26,10 @@ Every published rule is one expression, and rules compose:
     around any weighting w              uniform_floor(w, 0.5), momentum(w, 0.9), smooth_signals(w),
                                         shortlist(w, keep=4)
 
-Scores are the held-out `loss`, `accuracy`, `macro_f1`, `ece`, `grad_norm`, `layer_grad_norm` and `fisher`, the
-`distance` to the mean, and, for free, `train_loss`, `samples` and `steps`; `fit` computes only those the weighting
-needs. A rule works at the granularity of its score: model, layer or element. For a score of your own, say which way it
-points: `inverse("val_loss", higher_is_better=False)`.
+Scores are the task's scalar metrics on held-out data (a classifier's `loss`, `accuracy`, `macro_f1` and `ece`),
+`grad_norm`, `layer_grad_norm` and `fisher`, the `distance` to the mean, and, for free, `train_loss`, `samples` and
+`steps`; `fit` computes only those the weighting needs. A rule works at the granularity of its score: model, layer or
+element. For a score of your own, say which way it points: `inverse("val_loss", higher_is_better=False)`.
 
 All of them pass one table of invariants (`tests/weighting/test_schemes.py`): weights sum to 1; equal replicas stay
 unchanged; order does not matter; a dead replica equals a run of the survivors; NaN and infinite scores never spread;
