@@ -15,6 +15,7 @@ from wavg_jax import data, models
 from wavg_jax.averaging import smoothing
 from wavg_jax.base import Batch
 from wavg_jax.rounds import policy
+from wavg_jax.rounds.faults import simulate
 from wavg_jax.rounds.reestimation import reestimate
 from wavg_jax.training import schedule
 

@@ -17,15 +17,8 @@ PLAIN = wavg.averager(wavg.uniform())
 
 def test_several_callbacks_see_every_row_and_some_the_state_now_and_then():
     rows, states = [], []
-    result = run(
-        sharded(),
-        PLAIN,
-        rounds=5,
-        on_round=[
-            rows.append,
-            wavg.with_state(lambda row, state: states.append((row["round"], int(state.round))), every=2),
-        ],
-    )
+    see = wavg.with_state(lambda row, state: states.append((row["round"], int(state.round))), every=2)
+    result = run(sharded(), PLAIN, rounds=5, on_round=[rows.append, see])
     assert rows == result.rows[1:]
     assert states == [(2, 2), (4, 4)]
 
