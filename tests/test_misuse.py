@@ -57,8 +57,13 @@ FIT = {
     "resume": (None, "yes", 1),
     "facts": (3, "a", [("a", 1)], {"x": object()}, {"x": [{"y": {1}}]}, {("x",): 1}),
     "settings": (3, "a", [("a", 1)], {"x": object()}, {"x": 1j}),
-    "on_round": NO_FUNCTION,
+    "on_round": (3, "keep", [3], None),
+    "progress": (None, "yes", 3),
     "chunk": COUNTS,
+    "scoring": (None, 256, {"samples": 256}, wavg.Layout()),
+    "at_sync": (None, wavg.policy.keep, wavg.Scoring()),
+    "layout": (None, "vmap", 2),
+    "store": (None, "runs", {"name": "a"}),
 }
 
 
@@ -95,9 +100,9 @@ OTHERS = [
     *one(smoothing.ema, "decay", None, "0.9", 0, 1, -0.5, NAN, True),
     *one(smoothing.swa, "start", None, "1", 1.5, -1, True),
     *one(smoothing.swa, "every", *COUNTS),
-    *one(faults.faults, "replicas", *COUNTS),
-    *one(faults.faults, "speed", 0.5, [0.5], {9: 0.5}, {"a": 0.5}, {0: 0}, {0: 2}, {0: NAN}, {0: "x"}, replicas=4),
-    *one(faults.faults, "sent", {0: INF}, {0: None}, {0: True}, replicas=4),
+    *one(faults.simulate, "replicas", *COUNTS),
+    *one(faults.simulate, "speed", 0.5, [0.5], {9: 0.5}, {"a": 0.5}, {0: 0}, {0: 2}, {0: NAN}, {0: "x"}, replicas=4),
+    *one(faults.simulate, "sent", {0: INF}, {0: None}, {0: True}, replicas=4),
     *one(wavg.policy.reestimate, "steps", *COUNTS),
     *one(search.learned, "steps", *COUNTS),
     *one(search.learned, "learning_rate", "1", NAN, True),

@@ -110,7 +110,7 @@ def test_what_normalises_by_its_running_statistics_in_training_too_is_never_give
         new = {"mean": average("mean", batch.x.mean(axis=0)), "var": average("var", batch.x.var(axis=0))}
         return jnp.float32(0), (new | {"after": average("after", centred.var(axis=0))}, {})
 
-    task = wavg.Task(init=None, loss=loss, predict=None)
+    task = wavg.Task(init=None, loss=loss, predict=None, measure=None)
     mutable = {"mean": jnp.zeros(4), "var": jnp.ones(4), "after": jnp.ones(4)}
     items = Batch(jnp.asarray(x, jnp.float32), ITEMS.y)
     new = jax.jit(reestimate(task))({}, mutable, items, jnp.int32(N), None, jax.random.key(0))
@@ -144,7 +144,7 @@ def test_what_is_no_exponential_average_goes_on_from_its_old_value(name):
         new = {"s": change(mutable["s"], b, n), "ema": 0.9 * mutable["ema"] + 0.1 * b, "n": n + 1}
         return jnp.float32(0), (new, {})
 
-    task = wavg.Task(init=None, loss=loss, predict=None)
+    task = wavg.Task(init=None, loss=loss, predict=None, measure=None)
     after = reestimated(task, {}, {"s": jnp.asarray(old), "ema": jnp.zeros(2), "n": jnp.int32(2)}, count=3)
     expected = {"s": jnp.asarray(old), "ema": jnp.zeros(2), "n": jnp.int32(2)}
     for i in range(3):
@@ -169,7 +169,7 @@ def watching():
     def predict(params, mutable, x):
         return TASK.predict(params, {"seen": jnp.float32(0)}, x)
 
-    return wavg.Task(lambda rng: (TASK.init(rng)[0], {"mean": jnp.zeros(4)}), loss, predict)
+    return wavg.Task(lambda rng: (TASK.init(rng)[0], {"mean": jnp.zeros(4)}), loss, predict, TASK.measure)
 
 
 WATCHING = watching()

@@ -266,7 +266,7 @@ def test_a_stop_request_ends_after_a_round_with_a_checkpoint(number, tmp_path):
         if row["round"] == 2:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(wavg.Stopped, match="--resume"):
+    with pytest.raises(wavg.Stopped, match="resume=True"):
         run(sharded(), AVERAGER, workdir=tmp_path, on_round=on_round, **(OPTIONS | {"checkpoint_every": 100}))
     stopped_after = len(records.read_rows(tmp_path)) - 1
     assert stopped_after in (2, 3)

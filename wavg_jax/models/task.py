@@ -132,13 +132,15 @@ class _Kind(NamedTuple):
     """What the outputs of a network are for.
 
     Attributes:
-      check: `(outputs, x, y) -> (outputs, y)`: raises if they do not fit together, and casts them.
+      outputs: `(outputs, x) -> outputs` float32; raises if they do not fit the inputs.
+      targets: `(y, outputs) -> y`, cast; raises if they do not fit the outputs.
       score: `(outputs, y) -> {"loss": ..., ...}`, one number per output; the training loss is their mean.
       measure: `(outputs, y) -> {name: sum}`.
       metrics: of `Task`.
     """
 
-    check: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    outputs: Callable[[jax.Array, jax.Array], jax.Array]
+    targets: Callable[[jax.Array, jax.Array], jax.Array]
     score: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
     measure: Callable[[jax.Array, jax.Array], Sums]
     metrics: Callable
@@ -152,38 +154,46 @@ def _task(init: Init, apply: Apply, kind: _Kind) -> Task:
         params: PyTree, mutable: PyTree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
         raw, mutable = apply(params, mutable, batch.x, train=True, rng=rng)
-        scores = {name: score.mean() for name, score in kind.score(*kind.check(raw, batch.x, batch.y)).items()}
+        outputs = kind.outputs(raw, batch.x)
+        scores = {name: x.mean() for name, x in kind.score(outputs, kind.targets(batch.y, outputs)).items()}
         return scores.pop("loss"), (mutable, scores)
 
     def predict(params: PyTree, mutable: PyTree, x: jax.Array) -> jax.Array:
-        return apply(params, mutable, x, train=False, rng=None)[0].astype(jnp.float32)
+        return kind.outputs(apply(params, mutable, x, train=False, rng=None)[0], x)
 
     def measure(logits: jax.Array, batch: Batch) -> Sums:
-        return kind.measure(*kind.check(logits, batch.x, batch.y))
+        return kind.measure(logits, kind.targets(batch.y, logits))
 
     return Task(init, loss, predict, measure, kind.metrics)
 
 
-def _logits(
-    name: str, axes: tuple[str, ...], labels: str, remedy: str
-) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Builds the check of logits with these axes, of which integer labels have all but the last."""
+def _logits(name: str, axes: tuple[str, ...]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Builds the check of logits with these axes, all but the last of which they share with the inputs."""
     shared = len(axes) - 1
 
-    def check(logits: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def check(logits: jax.Array, x: jax.Array) -> jax.Array:
         if logits.ndim != len(axes) or logits.shape[:-1] != x.shape[:shared]:
             sizes = [*map(str, x.shape[:shared]), *axes[len(x.shape[:shared]) :]]
             raise SettingsError(
                 f"the network returned logits of shape {logits.shape} for inputs of shape {x.shape}; "
                 f"{name} must return [{', '.join(axes)}], here ({', '.join(sizes)})"
             )
+        return logits.astype(jnp.float32)
+
+    return check
+
+
+def _labels(what: str, remedy: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Builds the check of integer labels, one for each row of logits."""
+
+    def check(y: jax.Array, logits: jax.Array) -> jax.Array:
         if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != logits.shape[:-1]:
             raise DataError(
-                f"the labels are {y.dtype} of shape {y.shape}; {labels} are needed, integers of shape "
+                f"the labels are {y.dtype} of shape {y.shape}; {what} are needed, integers of shape "
                 f"{logits.shape[:-1]}: {remedy}"
             )
         # argmax gives int32, and under strict promotion uint8 labels do not compare with it.
-        return logits.astype(jnp.float32), y.astype(jnp.int32)
+        return y.astype(jnp.int32)
 
     return check
 
@@ -197,15 +207,24 @@ def _token_sums(logits: jax.Array, tokens: jax.Array) -> Sums:
     return {name: score.mean(axis=1).sum() for name, score in _cross_entropy(logits, tokens).items()}
 
 
-def _numbers(outputs: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _predictions(outputs: jax.Array, x: jax.Array) -> jax.Array:
+    if outputs.shape[:1] != x.shape[:1]:
+        raise SettingsError(
+            f"the network returned predictions of shape {outputs.shape} for inputs of shape {x.shape}; a regressor "
+            f"must return the shape of its targets, ({len(x)}, ...)"
+        )
+    return outputs.astype(jnp.float32)
+
+
+def _numbers(y: jax.Array, outputs: jax.Array) -> jax.Array:
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise DataError(f"the targets are {y.dtype}; a regressor needs floating-point numbers (y.astype(np.float32))")
-    if outputs.shape != y.shape:
+    if y.shape != outputs.shape:
         raise SettingsError(
-            f"the network returned predictions of shape {outputs.shape} for inputs of shape {x.shape} and targets of "
-            f"shape {y.shape}; a regressor must return the shape of the targets"
+            f"the network returned predictions of shape {outputs.shape} for targets of shape {y.shape}; a regressor "
+            "must return the shape of its targets"
         )
-    return outputs.astype(jnp.float32), y.astype(jnp.float32)
+    return y.astype(jnp.float32)
 
 
 def _errors(outputs: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
@@ -218,20 +237,17 @@ def _error_sums(outputs: jax.Array, y: jax.Array) -> Sums:
 
 
 _CLASSIFIER = _Kind(
-    _logits("a classifier", ("B", "classes"), "class numbers", "take the argmax of one-hot labels"),
+    _logits("a classifier", ("B", "classes")),
+    _labels("class numbers", "take the argmax of one-hot labels"),
     _cross_entropy,
     quality.sums,
     quality.metrics,
 )
 _LANGUAGE_MODEL = _Kind(
-    _logits(
-        "a language model",
-        ("B", "T", "vocabulary"),
-        "token numbers",
-        "give each position the token that follows it",
-    ),
+    _logits("a language model", ("B", "T", "vocabulary")),
+    _labels("token numbers", "give each position the token that follows it"),
     _cross_entropy,
     _token_sums,
     means,
 )
-_REGRESSOR = _Kind(_numbers, _errors, _error_sums, means)
+_REGRESSOR = _Kind(_predictions, _numbers, _errors, _error_sums, means)
