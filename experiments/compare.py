@@ -20,7 +20,6 @@ from experiments.setup import flags as shared_flags
 from experiments.setup.flags import ARMS
 from wavg_jax.base import Stopped
 from wavg_jax.storage.rows import check_writable
-from wavg_jax.training import fit as trainer
 from wavg_jax.training import progress
 
 flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         arms.check_heldout({arm.name: arm.averager for arm in chosen})
         first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
         for arm in chosen:  # so that what cannot work is found before the first of them runs
-            arms.make_recipe(arm, task, first)
+            arms.recipe_of(arm, task, first)
         app.console().print(_plan(names, scenarios, len(seeds)))
         progress.doing("timing the parts of a round")
         paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
                     sharded,
                     scenario,
                     seed,
-                    lambda row: advance(trainer.caption(row)),
+                    advance,
                     workdir=workdir,
                     name=name,
                     path=paths[arm.name],

@@ -9,7 +9,6 @@ H is larger. Each cell ends with a blend, right after which the test split is ev
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import flags
 
@@ -59,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
         return F.total_steps // lengths[cell.scenario]
 
     def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
+        averager, stats = variants[cell.weighting]
         return wavg.fit(
             task,
             arms.make_data(dataset, cell.seed, scenario.noisy),
@@ -67,12 +67,11 @@ def main(argv: Sequence[str]) -> None:
             rounds=rounds(cell),
             batch_size=F.batch_size,
             seed=cell.seed,
-            opt_state_at_sync=arms.POLICIES[F.opt_state_at_sync],
-            devices=F.devices,
-            replica_map=F.replica_map,
-            evaluate_every=rounds(cell),
-            on_round=lambda row: advance(cell.name),
-            **variants[cell.weighting],
+            averager=averager,
+            scoring=wavg.Scoring(test_every=rounds(cell)),
+            at_sync=wavg.AtSync(arms.POLICIES[F.opt_state_at_sync], stats),
+            layout=wavg.Layout(F.devices, F.replica_map),
+            progress=lambda text: advance(cell.name),
         ).rows
 
     every = [Cell(h, name, seed, rate) for h in lengths for name in variants for seed in seeds]
@@ -82,15 +81,16 @@ def main(argv: Sequence[str]) -> None:
     app.publish(read_rows(workdir), workdir)
 
 
-def _variants() -> dict[str, dict[str, Any]]:
-    """Name -> arguments of `fit`; statistics can be re-estimated only where there are some."""
+def _variants() -> dict[str, tuple[wavg.Averager, policy.Policy]]:
+    """Name -> averager and policy for the statistics, which can be re-estimated only where there are some."""
     mean = wavg.averager(wavg.uniform())
     preserving = wavg.averager(wavg.uniform(), reduce=reduce.norm_preserving)
-    variants: dict[str, dict[str, Any]] = {"plain": {"averager": mean}, "norm_preserving": {"averager": preserving}}
+    variants: dict[str, tuple[wavg.Averager, policy.Policy]]
+    variants = {"plain": (mean, policy.average), "norm_preserving": (preserving, policy.average)}
     if F.model == "cnn" and F.batch_norm:
         again = policy.reestimate()
-        variants["reestimated"] = {"averager": mean, "stats_at_sync": again}
-        variants["norm_preserving_reestimated"] = {"averager": preserving, "stats_at_sync": again}
+        variants["reestimated"] = (mean, again)
+        variants["norm_preserving_reestimated"] = (preserving, again)
     return variants
 
 

@@ -33,10 +33,10 @@ from experiments.setup.schemes import SCHEMES
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, WavgWarning
 from wavg_jax.data.shards import Shards
-from wavg_jax.rounds.faults import Faults, faults
+from wavg_jax.rounds.faults import Faults, simulate
 from wavg_jax.storage.rows import Row, check_writable, open_records, read_rows
-from wavg_jax.training import fit as trainer
 from wavg_jax.training import progress
+from wavg_jax.training.recipe import make_recipe
 
 Partition = Callable[[data.Split, int], Shards]
 
@@ -76,10 +76,12 @@ SCENARIOS: dict[str, Callable[[int], Scenario]] = {
     "dirichlet01": lambda k: Scenario("Dirichlet 0.1", _dirichlet(k, 0.1)),
     "noisy2": lambda k: Scenario(f"2 of {k} noisy", _iid(k), noisy=(0, 1)),
     "noisy4": lambda k: Scenario(f"4 of {k} noisy", _iid(k), noisy=(0, 1, 2, 3)),
-    "fast1": lambda k: Scenario(f"1 of {k} at 10\N{MULTIPLICATION SIGN} rate", _iid(k), faults=faults(k, rate={0: 10})),
-    "flipped1": lambda k: Scenario(f"1 of {k} flipped", _iid(k), faults=faults(k, sent={0: -1})),
+    "fast1": lambda k: Scenario(
+        f"1 of {k} at 10\N{MULTIPLICATION SIGN} rate", _iid(k), faults=simulate(k, rate={0: 10})
+    ),
+    "flipped1": lambda k: Scenario(f"1 of {k} flipped", _iid(k), faults=simulate(k, sent={0: -1})),
     "slow4": lambda k: Scenario(
-        f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=faults(k, speed=dict.fromkeys(range(k // 2), 0.25))
+        f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=simulate(k, speed=dict.fromkeys(range(k // 2), 0.25))
     ),
 }
 """Name -> function of K, the number of replicas."""
@@ -177,7 +179,7 @@ def _check(study: Study) -> None:
         sharded = study.shard(name, 0)
         data.round_indices(sharded.shards, seed=0, first_step=0, local_steps=F.local_steps, batch_size=F.batch_size)
         plain = wavg.averager(wavg.uniform())
-        trainer.make_recipe(study.task, sharded, plain, arms.make_inner(F.inner, 1.0), devices=F.devices)
+        make_recipe(study.task, sharded, plain, arms.make_inner(F.inner, 1.0), layout=wavg.Layout(F.devices))
 
 
 def _train(
@@ -197,14 +199,11 @@ def _train(
         rounds=F.rounds,
         batch_size=F.batch_size,
         seed=cell.seed,
-        score_samples=F.score_samples,
+        scoring=wavg.Scoring(samples=F.score_samples, test_every=F.rounds),
+        at_sync=wavg.AtSync(arms.POLICIES[F.opt_state_at_sync], arms.POLICIES[F.stats_at_sync]),
+        layout=wavg.Layout(F.devices, F.replica_map),
         faults=study.scenarios[cell.scenario].faults,
-        opt_state_at_sync=arms.POLICIES[F.opt_state_at_sync],
-        stats_at_sync=arms.POLICIES[F.stats_at_sync],
-        devices=F.devices,
-        replica_map=F.replica_map,
-        evaluate_every=F.rounds,
-        on_round=lambda row: advance(f"{cell.name} at {cell.rate:g}"),
+        progress=lambda text: advance(f"{cell.name} at {cell.rate:g}"),
     )
     try:
         return run().rows

@@ -27,7 +27,7 @@ from wavg_jax.base import SettingsError
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import Records, Row, write_atomically
 from wavg_jax.training import automap, progress
-from wavg_jax.training import fit as trainer
+from wavg_jax.training.recipe import make_recipe
 
 MEASURED = (
     *("accuracy", "softmax_loss", "inverse_grad_norm", "fisher", "greedy_soup", "learned", "learned_online"),
@@ -71,11 +71,11 @@ def main(argv: Sequence[str]) -> None:
         raise SettingsError("the folder already holds rows; choose another --workdir")
     settings = conditions.settings(SETTINGS, scenario)
     records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
-    base = trainer.make_recipe(task, sharded, averagers["plain"], inner, devices=F.devices)
+    base = make_recipe(task, sharded, averagers["plain"], inner, layout=wavg.Layout(F.devices))
     base = automap.settle(base, sharded, batch_size=F.batch_size)
     with progress.bar(len(steps) * len(subsets) * len(names)) as advance:
         for local_steps, subset, name in itertools.product(steps, subsets, names):
-            recipe = base._replace(averager=averagers[name], score_samples=subset or None, score_dtype=dtype)
+            recipe = base._replace(averager=averagers[name], scoring=wavg.Scoring(subset or None, dtype))
             rounds = {"plain": base, "weighted": recipe}
             cases = {arm: round_runner(made, sharded, local_steps, F.batch_size) for arm, made in rounds.items()}
             plain, weighted = alternate(cases, F.repeats).values()

@@ -12,7 +12,6 @@ from absl import flags
 
 from experiments.setup import app, arms, conditions
 from experiments.setup import flags as shared_flags
-from wavg_jax.training import fit as trainer
 from wavg_jax.training import progress
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
         task = arms.make_task(dataset)
         (arm,) = arms.make_arms((F.arm,), scenario)
         sharded = arms.make_data(dataset, F.seed, scenario.noisy)
-        arms.run_arm(arm, task, sharded, scenario, F.seed, lambda row: advance(trainer.caption(row)), workdir=workdir)
+        arms.run_arm(arm, task, sharded, scenario, F.seed, advance, workdir=workdir)
 
 
 if __name__ == "__main__":

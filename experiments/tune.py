@@ -20,7 +20,6 @@ from experiments.setup.flags import ARMS, numbers
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, Task
 from wavg_jax.reporting.statistic import Statistic, statistic
-from wavg_jax.training import fit as trainer
 from wavg_jax.training import progress
 
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
@@ -78,7 +77,7 @@ def _accuracy(
 ) -> float:
     """Held-out accuracy after the last round; NaN if the run diverges."""
     try:
-        run = arms.run_arm(arm, task, sharded, scenario, seed, lambda row: advance(trainer.caption(row)))
+        run = arms.run_arm(arm, task, sharded, scenario, seed, advance)
     except Diverged:
         return math.nan
     return float(run.rows[-1]["test_accuracy"])

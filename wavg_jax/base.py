@@ -68,8 +68,8 @@ class Batch(NamedTuple):
       y: targets [B, ...]: integer labels [B], integer tokens [B, T], or numbers [B, ...].
     """
 
-    x: jax.Array
-    y: jax.Array
+    x: Any
+    y: Any
 
 
 Sums = Mapping[str, jax.Array]

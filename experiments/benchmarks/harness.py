@@ -23,9 +23,10 @@ from experiments.setup import flags as shared_flags
 from wavg_jax.base import SettingsError
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
-from wavg_jax.rounds.recipe import Recipe, make_work, put_shared
 from wavg_jax.storage.rows import Records, Row, check_writable, write_atomically
+from wavg_jax.training.batches import make_work, put_shared
 from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.recipe import Recipe
 
 flags.DEFINE_integer("repeats", 9, "Turns, of which the median counts.", lower_bound=1)
 F = flags.FLAGS
@@ -66,7 +67,7 @@ def in_place(function: Callable, state: Any, *arguments: Any) -> Case:
 
 def round_runner(recipe: Recipe, data: ShardedData, local_steps: int, batch_size: int) -> Case:
     """Makes a case of a recipe's next round, its batches being on the device already. Compiles it."""
-    shared = put_shared(recipe, data, 1000)
+    shared = put_shared(recipe, data)
     work = make_work(recipe, data, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
     program = programs(recipe, len(data.shards))
     state = program.init(jax.random.key(0))

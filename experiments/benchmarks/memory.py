@@ -29,8 +29,8 @@ from experiments.setup import app
 from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree
 from wavg_jax.devices.mapping import MAPS
-from wavg_jax.rounds.recipe import make_work, put_shared
 from wavg_jax.training import progress
+from wavg_jax.training.batches import make_work, put_shared
 from wavg_jax.training.programs import compiled, programs
 
 F = flags.FLAGS
@@ -58,7 +58,7 @@ def _measure(recording: Recording, net: Network, replicas: int, mapping: str) ->
     sharded = net.sharded(replicas)
     recipe = net.recipe(sharded, PLAIN, devices=1, replica_map=mapping)
     before = _device_peak()
-    shared = put_shared(recipe, sharded, 1000)
+    shared = put_shared(recipe, sharded)
     work = make_work(recipe, sharded, seed=0, first_step=0, longest=F.round_steps or 20, batch_size=net.batch_size)
     program = programs(recipe, replicas)
     state = program.init(jax.random.key(0))

@@ -23,11 +23,11 @@ from wavg_jax import averager, data, models, uniform
 from wavg_jax.base import Averager, Batch, Replicas, SettingsError, Task
 from wavg_jax.data import Dataset, ShardedData, Split
 from wavg_jax.devices.mapping import MAPS
-from wavg_jax.rounds import round as rounds
-from wavg_jax.rounds.recipe import Recipe, make_work, put_shared
 from wavg_jax.training import automap
-from wavg_jax.training.fit import make_recipe
+from wavg_jax.training.batches import make_work, put_shared
+from wavg_jax.training.phases import local_phase as phase
 from wavg_jax.training.programs import programs
+from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 
 NAMES = ("mlp", "cnn", "resnet20", "transformer")
 AUTO = "auto"
@@ -88,9 +88,8 @@ class Network(NamedTuple):
     def recipe(
         self, sharded: ShardedData, averager: Averager, *, devices: int | None = None, replica_map: str = AUTO
     ) -> Recipe:
-        """What a round is made of; see `wavg_jax.training.fit.make_recipe`. AUTO is settled by measuring, here."""
-        fixed = "vmap" if replica_map == AUTO else replica_map
-        recipe = make_recipe(self.task, sharded, averager, INNER, devices=devices, replica_map=fixed)
+        """The recipe of a round; AUTO is settled here, by timing."""
+        recipe = make_recipe(self.task, sharded, averager, INNER, layout=Layout(devices, replica_map))
         return automap.settle(recipe, sharded, batch_size=self.batch_size) if replica_map == AUTO else recipe
 
     def batch(self) -> Batch:
@@ -148,9 +147,9 @@ def local_phase(
       batch_size: B; None is the network's own.
     """
     sharded = net.sharded(replicas)
-    shared = put_shared(recipe, sharded, 1000)
+    shared = put_shared(recipe, sharded)
     work = make_work(recipe, sharded, seed=0, first_step=0, longest=steps, batch_size=batch_size or net.batch_size)
-    run = jax.jit(rounds.pieces(recipe).train, donate_argnums=0)
+    run = jax.jit(phase(recipe), donate_argnums=0)
     held = programs(recipe, replicas).init(jax.random.key(0)).replicas
     return lambda held: run(held, work, shared)[0], held
 

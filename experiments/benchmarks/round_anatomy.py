@@ -45,13 +45,14 @@ from experiments.setup.flags import SCHEME
 from experiments.setup.schemes import SCHEMES
 from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.data import ShardedData
-from wavg_jax.rounds import round as rounds
-from wavg_jax.rounds.recipe import Recipe, Work, make_work, put_shared
 from wavg_jax.rounds.round import RoundLog
 from wavg_jax.storage.checkpoints import Checkpoints, open_checkpoints
 from wavg_jax.storage.rows import Records
 from wavg_jax.training import progress
+from wavg_jax.training.batches import Work, make_work, put_shared
+from wavg_jax.training.phases import blend_phase, score_phase, window_phase
 from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.recipe import Recipe
 from wavg_jax.weighting.signals import FREE
 
 flags.DEFINE_list(
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     recording.publish(_table(recording))
 
 
-class Scoring(NamedTuple):
+class Scheme(NamedTuple):
     """A weighting, and on how many held-out samples it scores in a round; None for all."""
 
     name: str
@@ -89,7 +90,7 @@ class Scoring(NamedTuple):
     samples: int | None
 
 
-def _scoring(text: str) -> Scoring:
+def _scoring(text: str) -> Scheme:
     """Reads an entry of --scored.
 
     Raises:
@@ -101,15 +102,15 @@ def _scoring(text: str) -> Scoring:
             f"--scored={','.join(F.scored)}: give weightings, of {', '.join(SCHEMES)}, and samples up to {HELD_OUT}, "
             "such as learned:1000"
         )
-    return Scoring(name, wavg.averager(**SCHEMES[name](F)), int(samples) or None)
+    return Scheme(name, wavg.averager(**SCHEMES[name](F)), int(samples) or None)
 
 
 def _measure(
-    recording: Recording, net: Network, replicas: int, scoring: Scoring, advance: Callable[[str], None]
+    recording: Recording, net: Network, replicas: int, scoring: Scheme, advance: Callable[[str], None]
 ) -> None:
     """Takes a round of one network apart, and records it."""
     steps, scored = F.round_steps or 50, scoring.samples
-    recipe = net.recipe(net.sharded(replicas), scoring.averager)._replace(score_samples=scored)
+    recipe = net.recipe(net.sharded(replicas), scoring.averager)._replace(scoring=wavg.Scoring(scored))
     with tempfile.TemporaryDirectory(dir=recording.folder) as name:
         folder = pathlib.Path(name)
         with open_checkpoints(folder / "checkpoints") as store:
@@ -147,15 +148,14 @@ def _cases(
     recipe: Recipe, net: Network, replicas: int, steps: int, store: Checkpoints, folder: pathlib.Path
 ) -> dict[str, Case]:
     """What the parts of a round are measured by."""
-    shared, part = put_shared(recipe, net.sharded(replicas), 1000), rounds.pieces(recipe)
-    program = programs(recipe, replicas)
+    shared, program = put_shared(recipe, net.sharded(replicas)), programs(recipe, replicas)
     state = program.init(jax.random.key(0))
     alive = jnp.ones(replicas, bool)
-    held_out = jax.jit(part.window)(state.round, shared.held_out)
-    score = jax.jit(part.score)
+    held_out = jax.jit(window_phase(recipe))(state.round, shared.held_out)
+    score = jax.jit(score_phase(recipe))
     scores = score(state.replicas, held_out, alive)
     told = dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32)) | scores
-    plain = rounds.pieces(recipe._replace(averager=PLAIN)).blend
+    plain = blend_phase(recipe._replace(averager=PLAIN))
     before = state._replace(averager=PLAIN.init(state.params, replicas))
     train, first = local_phase(recipe, net, replicas, steps)
     sharded = net.sharded(replicas)
@@ -165,8 +165,8 @@ def _cases(
         "local steps": in_place(train, first),
         "input": timed(_work, recipe, sharded, steps, net.batch_size),
         "scoring": timed(score, state.replicas, held_out, alive) if scores else lambda: 0.0,
-        "update": timed(jax.jit(part.blend), state.replicas, state, alive, held_out, told),
-        "plain update": timed(jax.jit(plain), state.replicas, before, alive, held_out, told),
+        "update": timed(jax.jit(blend_phase(recipe)), state, state.replicas, alive, held_out, told),
+        "plain update": timed(jax.jit(plain), before, state.replicas, alive, held_out, told),
         "blend": sync_case(jax.tree.map(jnp.copy, state.replicas.params), recipe.placement),
         "metrics": _metrics(log, Records(folder)),
         "checkpoint": _checkpoint(state, store),
@@ -207,7 +207,7 @@ def _fit(
     net: Network,
     replicas: int,
     steps: int,
-    scoring: Scoring,
+    scoring: Scheme,
     folder: pathlib.Path,
     *,
     resident: bool,
@@ -229,13 +229,11 @@ def _fit(
             local_steps=steps,
             rounds=rounds,
             batch_size=net.batch_size,
-            score_samples=scoring.samples,
-            resident=resident,
-            replica_map=replica_map,
+            scoring=wavg.Scoring(scoring.samples, test_every=rounds),
+            layout=wavg.Layout(None, replica_map, resident),
             workdir=folder / f"fit-{resident}-{next(number)}",
-            checkpoint_every=F.checkpoint_every,
-            evaluate_every=rounds,
-            on_round=lambda row: ends.append(time.perf_counter()),
+            store=wavg.Store(checkpoint_every=F.checkpoint_every),
+            progress=lambda text: ends.append(time.perf_counter()),
         )
         return (ends[-2] - ends[0]) / F.checkpoint_every
 

@@ -21,11 +21,11 @@ from experiments.setup.schemes import SCHEMES
 from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.rounds import policy
-from wavg_jax.rounds import score as scoring
-from wavg_jax.rounds.recipe import Recipe
+from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.storage.rows import FILE, Row, read_rows
 from wavg_jax.training import fit as trainer
 from wavg_jax.training import timing
+from wavg_jax.training.recipe import Recipe, make_recipe
 
 F = flags.FLAGS
 
@@ -83,7 +83,7 @@ def load() -> data.Dataset:
 
 def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
     """Raises SettingsError if a weighting scores held-out data and none are held out."""
-    reading = [name for name, averager in averagers.items() if scoring.reads_heldout(averager.needs)]
+    reading = [name for name, averager in averagers.items() if reads_heldout(averager.needs)]
     if reading and not F.heldout:
         raise SettingsError(
             f"--heldout=0: {', '.join(reading)} would score held-out samples; hold some out, or choose other weightings"
@@ -168,29 +168,26 @@ def _proportions() -> tuple[float, ...]:
     return tuple(itertools.islice(itertools.cycle(numbers("proportions", float)), F.replicas))
 
 
-def make_recipe(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> Recipe:
-    """What a round of an arm is made of."""
-    return trainer.make_recipe(
-        task,
-        data.pool(sharded) if arm.pooled else sharded,
-        arm.averager,
-        arm.inner,
-        **_options(arm),
-    )
+def recipe_of(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> Recipe:
+    """The recipe of an arm's rounds."""
+    source = data.pool(sharded) if arm.pooled else sharded
+    return make_recipe(task, source, arm.averager, arm.inner, **_groups(arm))
 
 
-def _options(arm: Arm) -> dict[str, Any]:
-    """Where an arm runs, what happens at its syncs and after its rounds; arguments of `fit`.
+def _groups(arm: Arm) -> dict[str, Any]:
+    """How an arm scores, syncs and is laid out: groups of arguments of `fit`.
 
-    The pooled arms have no syncs, so they keep what they have.
+    The pooled arms have one replica, so every policy is `keep`.
     """
-    common = {"score_samples": F.score_samples, "smoothing": _smoothing(F.smoothing, F.ema_decay, F.swa_start)}
+    smoothing = _smoothing(F.smoothing, F.ema_decay, F.swa_start)
     if arm.pooled:
-        return common | {"opt_state_at_sync": policy.keep, "stats_at_sync": policy.keep, "devices": 1}
-    return common | {
-        "opt_state_at_sync": POLICIES[F.opt_state_at_sync],
-        "stats_at_sync": POLICIES[F.stats_at_sync],
-        "devices": F.devices,
+        at_sync = wavg.AtSync(policy.keep, policy.keep, smoothing)
+    else:
+        at_sync = wavg.AtSync(POLICIES[F.opt_state_at_sync], POLICIES[F.stats_at_sync], smoothing)
+    return {
+        "scoring": wavg.Scoring(samples=F.score_samples),
+        "at_sync": at_sync,
+        "layout": wavg.Layout(1 if arm.pooled else F.devices, F.replica_map, FEEDS[F.feed]),
     }
 
 
@@ -206,7 +203,7 @@ def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -
         return dict.fromkeys(by_name)
 
     def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
-        recipe = make_recipe(arm, task, source)
+        recipe = recipe_of(arm, task, source)
         return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size)
 
     measured: dict[str, timing.Parts] = {}
@@ -239,7 +236,7 @@ def run_arm(
     sharded: data.ShardedData,
     scenario: Scenario,
     seed: int,
-    on_round: Callable[[Row], None] | None,
+    progress: bool | Callable[[str], None],
     *,
     workdir: pathlib.Path | None = None,
     name: str | None = None,
@@ -247,7 +244,7 @@ def run_arm(
 ) -> trainer.Result:
     """Runs one arm in one scenario for one seed.
 
-    Its rows and checkpoints go to `workdir`, by default under the name ARM-seedSEED.
+    Its rows and checkpoints go to `workdir`, by default under the name ARM-seedSEED. `progress` is as for `fit`.
     """
     facts = {
         "arm": arm.name,
@@ -267,16 +264,11 @@ def run_arm(
         rounds=F.rounds,
         batch_size=arm.batch_size,
         seed=seed,
-        **_options(arm),
-        replica_map=F.replica_map,
-        resident=FEEDS[F.feed],
+        **_groups(arm),
         workdir=workdir,
-        name=name or f"{arm.name}-seed{seed}",
-        checkpoint_every=F.checkpoint_every,
         resume=F.resume,
-        facts=facts,
-        settings=settings(RUN, scenario),
-        on_round=on_round,
+        store=wavg.Store(name or f"{arm.name}-seed{seed}", F.checkpoint_every, facts, settings(RUN, scenario)),
+        progress=progress,
     )
 
 

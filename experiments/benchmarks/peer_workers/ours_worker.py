@@ -18,10 +18,10 @@ from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
 from wavg_jax.devices.placement import put
 from wavg_jax.rounds.local import Pace
-from wavg_jax.rounds.recipe import Recipe, Work, make_work, put_shared
 from wavg_jax.training import automap
-from wavg_jax.training.fit import make_recipe
+from wavg_jax.training.batches import Work, make_work, put_shared
 from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.recipe import Recipe, make_recipe
 
 
 def build(case: Case) -> System:
@@ -34,7 +34,7 @@ def build(case: Case) -> System:
         sharded, batch = data.pool(sharded), case.replicas * batch
         indices = indices.transpose(1, 0, 2).reshape(1, case.steps, batch)
     recipe = _recipe(case, sharded)
-    shared = put_shared(recipe, sharded, 1000)
+    shared = put_shared(recipe, sharded)
     state = programs(recipe, len(indices)).init(jax.random.key(0))
     state = _started(recipe, state, cases.nested(case.read("start"))["params"], len(indices))
     given = Work(put(indices, recipe.placement.stacked), Pace())
