@@ -134,7 +134,7 @@ Cells = dict[tuple[str, str], dict[int, Row]]  # (scenario, weighting) -> seed -
 
 def is_matrix(rows: Iterable[Row]) -> bool:
     """Whether rows record a matrix."""
-    return any(row["kind"] in ("matrix", "cell") for row in rows)
+    return any(row.get("kind") in ("matrix", "cell") for row in rows)
 
 
 def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
@@ -181,7 +181,7 @@ def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
 
 
 def _headers(rows: Sequence[Row]) -> tuple[Row, ...]:
-    headers = tuple(row for row in rows if row["kind"] == "matrix")
+    headers = tuple(row for row in rows if row.get("kind") == "matrix")
     if not headers:
         raise DataError("the rows hold no row of kind 'matrix'; give the whole recording, its first row included")
     first = headers[0]["settings"]
@@ -203,7 +203,7 @@ def _reference(headers: Sequence[Row], cells: Cells) -> str:
 def _cells(rows: Sequence[Row]) -> Cells:
     cells: Cells = {}
     for row in rows:
-        if row["kind"] == "cell":
+        if row.get("kind") == "cell":
             own = cells.setdefault((row["scenario"], row["weighting"]), {})
             if row["seed"] in own:
                 raise DataError(f"the cell {row['run']!r} occurs twice; give each recording once")

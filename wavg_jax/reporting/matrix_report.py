@@ -117,7 +117,7 @@ def _recommendation(matrix: Matrix) -> str:
         return f"Recommended, since none of them {asked}: {in_words(matrix.recommended)}."
     judged = [name for name in matrix.weightings if not matrix.verdicts[name].missing]
     if not judged:
-        return "No weighting is recorded in every scenario yet, with two seeds or more: none can be recommended."
+        return "No weighting is recorded in every scenario with two seeds or more yet: none can be recommended."
     nearest = min(judged, key=lambda name: matrix.verdicts[name].shortfall)
     verdict = matrix.verdicts[nearest]
     where = matrix.titles[verdict.shortfall_in]

@@ -175,5 +175,5 @@ def _setup(one: Summary) -> TextTable:
         *(("hardware", name_value_pairs(found)) for found in distinct(run.header["hardware"] for run in one.runs)),
         *(("versions", name_value_pairs(found)) for found in distinct(run.header["versions"] for run in one.runs)),
     ]
-    heads = ("setting", f"value (local steps, batch and shards: of arm {h['arm']})")
+    heads = ("setting", f"value (local steps, batch size and shards of arm {h['arm']})")
     return TextTable("Setup", "", heads, (tuple(rows),))

@@ -83,7 +83,7 @@ def comparison_tables(one: Summary) -> list[TextTable]:
         )
         result.append(_table(one, f"To {target} test accuracy", note, TARGET, reached=True))
     note = (
-        "Compiling is measured, and part of no other column. What is taken once for all seeds has no spread. Sent: to "
+        "Compiling is measured, and part of no other column. Values taken once for all seeds have no spread. Sent: to "
         "and from all replicas together."
     )
     result.append(_table(one, "Cost", note, COST))
