@@ -74,13 +74,14 @@ def test_plots_leave_no_figure_behind_and_show_what_was_recorded() -> None:
     assert not Gcf.figs
 
 
-def test_arms_have_their_colours_in_order_of_appearance_and_keep_them_in_every_scenario(
+def test_focus_and_reference_look_the_same_in_every_report_and_others_keep_their_colours_in_every_scenario(
     painted: dict[str, Figure],
 ) -> None:
     rows = [*make_rows(seeds=1, arms=("weighted", "sync")), *make_rows(noisy=(), seeds=1)]
     every = summarise_scenarios(rows)
     places = arm_places(every)
-    assert places == {"weighted": 0, "sync": 1, "sequential": 2, "plain": 3}
+    assert places == {"weighted": 3, "sync": 0, "sequential": 1, "plain": 2}
+    assert arm_places(summarise_scenarios(make_rows(seeds=1, arms=("weighted",)))) == {"weighted": 3}
     for one in every:
         draw_scenario(one, places)
         (axes,) = painted["accuracy_samples"].axes

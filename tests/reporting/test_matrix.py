@@ -163,7 +163,7 @@ def test_the_report_says_who_can_be_recommended_and_needs_no_other_file(tmp_path
     files = write_report(tmp_path, rows())
     assert [str(path.relative_to(tmp_path)) for path in files] == ["plots/matrix.png", "report.md", "report.html"]
     text = (tmp_path / "report.md").read_text()
-    assert "or the best weighting of a scenario by more than 1 point: good" in text
+    assert "- Recommended: good, never behind plain by more than" in text
     # 70, 71 and 78: deviations of -3, -2 and 5, whose sd is the root of 38 / 2.
     assert "| 4 of 8 noisy | 0.05 | 62.00 ± 3.46 | good | 73.00 ± 4.36 | +11.00 (+8.52 to +13.48) |" in text
     assert "| bad | 2 | 1 | 14.00 | 4 of 8 noisy | misses by 13.00 | 1.00 |" in text

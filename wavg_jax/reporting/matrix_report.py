@@ -109,12 +109,12 @@ def matrix_sentences(matrix: Matrix) -> list[str]:
 
 
 def _recommendation(matrix: Matrix) -> str:
-    asked = (
-        f"trails {matrix.reference} by more than its standard deviation over seeds in any scenario, or the best "
-        f"weighting of a scenario by more than {POINT}"
-    )
+    reference = matrix.reference
     if matrix.recommended:
-        return f"Recommended, since none of them {asked}: {in_words(matrix.recommended)}."
+        return (
+            f"Recommended: {in_words(matrix.recommended)}, never behind {reference} by more than its standard "
+            f"deviation over seeds, nor behind the best weighting of a scenario by more than {POINT}."
+        )
     judged = [name for name in matrix.weightings if not matrix.verdicts[name].missing]
     if not judged:
         return "No weighting is recorded in every scenario with two seeds or more yet: none can be recommended."
@@ -122,7 +122,8 @@ def _recommendation(matrix: Matrix) -> str:
     verdict = matrix.verdicts[nearest]
     where = matrix.titles[verdict.shortfall_in]
     return (
-        f"None can be recommended: every weighting {asked}. The nearest is {nearest}, which misses that by "
+        f"None can be recommended: each is somewhere behind {reference} by more than its standard deviation over "
+        f"seeds, or behind the best weighting by more than {POINT}. The nearest is {nearest}, which misses that by "
         f"{100 * verdict.shortfall:.2f} points in the scenario {where}."
     )
 

@@ -18,14 +18,23 @@ from wavg_jax.reporting.summary import ArmSummary, Summary
 from wavg_jax.reporting.wording import capitalised, clock_unit, distinct, seeds
 
 HEIGHT = 4.4
+REFERENCE_PLACE, FOCUS_PLACE = 2, 3
 Curve = Callable[[RecordedRun], Floats]
 Places = Mapping[str, int]
 
 
 def arm_places(summaries: Sequence[Summary]) -> dict[str, int]:
-    """The place of each arm among colours, dashes and markers: its order of appearance, the same in every figure."""
+    """The place of each arm among colours, dashes and markers, the same in every figure of a report.
+
+    The arm in focus is solid and the reference dashed in every report; others take the rest in order of appearance.
+    """
     names = dict.fromkeys(arm.name for one in summaries for arm in one.arms)
-    return {name: place % len(MARKERS) for place, name in enumerate(names)}
+    reference = next((one.reference for one in summaries if one.reference), "")
+    places = {reference: REFERENCE_PLACE, summaries[0].focus.name: FOCUS_PLACE}
+    free = [place for place in range(len(MARKERS)) if place not in places.values()]
+    others = [name for name in names if name not in places]
+    places |= {name: free[number % len(free)] for number, name in enumerate(others)}
+    return {name: places[name] for name in names}
 
 
 def draw_scenario(summary: Summary, places: Places) -> tuple[Plot, ...]:
