@@ -49,7 +49,7 @@ def draw_scenario(summary: Summary, places: Places) -> tuple[Plot, ...]:
       samples; the effective number of replicas; the weights of one seed; the confusion matrix.
     """
     words, metric = capitalised(summary.measure.words), summary.measure.metric
-    dotted = "; dotted: target" if math.isfinite(_target(summary)) else ""
+    dotted = "; dotted: target" if math.isfinite(summary.target) else ""
     band = (
         f"Line: mean over seeds, up to the last round in which all are finite; band: ± 1 standard deviation{dotted}. "
         "The frame may cut off early rounds."
@@ -87,11 +87,6 @@ def _subtitle(summary: Summary) -> str:
     counts = {len(arm.runs) for arm in summary.arms}
     count = f", {seeds(*counts)}" if len(counts) == 1 else ""
     return f"{summary.header['dataset']}, {summary.scenario}{count}"
-
-
-def _target(summary: Summary) -> float:
-    """The target in %; nan if there is none, or arms are judged by something else than accuracy."""
-    return 100 * summary.target if summary.measure.metric == "accuracy" else math.nan
 
 
 def _band(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
@@ -142,7 +137,7 @@ def _quality(
         return None
     unit, scale = clock_unit([float(x(run)[-1]) for arm in arms for run in arm.runs])
     label, scale = (label, 1.0) if clock is None else (f"{label} ({unit})", scale)
-    target = _target(summary)
+    target = 100 * summary.target
 
     def paint(theme: Theme) -> Figure:
         figure, axes = canvas.make_axes(theme, title, _subtitle(summary), HEIGHT)

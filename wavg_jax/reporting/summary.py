@@ -96,8 +96,8 @@ class Summary(NamedTuple):
 
     @property
     def target(self) -> float:
-        """The target accuracy, a fraction; nan if none was set."""
-        return as_float(self.header["target_accuracy"])
+        """The target accuracy, a fraction; nan if none was set or accuracy was not measured."""
+        return as_float(self.header["target_accuracy"] if self.measure.metric == "accuracy" else None)
 
     @property
     def scenario(self) -> str:

@@ -75,13 +75,12 @@ def comparison_tables(one: Summary) -> list[TextTable]:
     ece = " ECE: expected calibration error." if any(measure.metric == "ece" for measure in one.measures) else ""
     quality = [_quality(one, measure) for measure in one.measures]
     result = [_table(one, "Final quality on the test split", spread + ece, quality, spare=("macro-F1 (%)",))]
-    if one.measure.metric == "accuracy":
-        target = f"{100 * one.target:.4g} %" if math.isfinite(one.target) else "the target (none was set)"
+    if math.isfinite(one.target):
         note = (
             "Up to the first round that reaches it; means over the seeds that do. Computed, not measured: rounds to "
             f"target {TIMES} the measured time of one replica's local phase, scoring and blend."
         )
-        result.append(_table(one, f"To {target} test accuracy", note, TARGET, reached=True))
+        result.append(_table(one, f"To {100 * one.target:.4g} % test accuracy", note, TARGET, reached=True))
     note = (
         "Compiling is measured, and part of no other column. Values taken once for all seeds have no spread. Sent: to "
         "and from all replicas together."
@@ -119,7 +118,7 @@ def _table(
     for arm in one.arms:
         seeds, count = len(arm.runs), arm.metrics["rounds_to_target"].n
         # An arm that never reaches the target is not one whose clock was not measured.
-        missing = ("not reached" if math.isfinite(one.target) else "no target") if reached and not count else None
+        missing = "not reached" if reached and not count else None
         cells = [
             missing or _cell(column, arm.metrics[column.metric], count if reached else seeds) for column in columns
         ]
