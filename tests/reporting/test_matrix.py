@@ -148,6 +148,12 @@ BAD_ROWS = {
     "replicas=2 in one and replicas=4": [*rows(), header(replicas=4)],
     "several rates": [*rows(), cell("a", "other", 0, 8000, rate=0.2)],
     "lacks a field": [*rows(), {k: v for k, v in cell("a", "other", 0, 8000).items() if k != "seconds"}],
+    "odd in it: could not convert": [*rows(), cell("a", "other", 0, 8000, rate="fast")],
+    "odd in it: '<' not supported": [*rows(), cell("a", "other", "first", 8000)],
+    "lacks a field, or holds something odd in it: 'versions'": [
+        {k: v for k, v in header().items() if k != "versions"},
+        *rows()[1:],
+    ],
     "something odd": [*rows(), cell("a", "other", 0, 8000, weights="none")],
 }
 

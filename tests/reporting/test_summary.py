@@ -294,6 +294,9 @@ def four_rounds(change: Callable[[Row], object]) -> list[Row]:
         ([run_row("plain", 0), *four_rounds(lambda row: row.update(round=4))], "'plain-seed0' lacks round 3;"),
         ([run_row("plain", 0), *[round_row("plain", 0, 1, 0.5)] * 2], "'plain-seed0' has round 1 twice.*keep one row"),
         ([run_row("plain", 0), round_row("plain", 0, 1, 0.5, seconds="fast")], "do not fit together"),
+        ([run_row("plain", 0), *four_rounds(lambda row: row.update(round="third"))], "do not fit together"),
+        ([run_row("plain", 0), *four_rounds(lambda row: row.pop("round"))], "lacks the field 'round'"),
+        ([run_row("plain", 0) | {"seed": None}], "do not fit together"),
         ([*other_sizes("plain", 0, 4), *other_sizes("plain", 1, 2)], "differ in their number of replicas"),
     ],
 )

@@ -34,6 +34,11 @@ from wavg_jax.reporting.wording import distinct
 from wavg_jax.storage.rows import Row
 
 CELL_METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
+HEADER = (
+    *("scenarios", "settings", "dataset", "train_samples", "heldout_samples", "test_samples", "parameters"),
+    *("hardware", "versions"),
+)
+"""Fields that the first row must have."""
 MARGIN = 0.01
 """How far a recommended weighting may be from the best one of any scenario, in test accuracy."""
 
@@ -148,23 +153,23 @@ def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
       DataError: no cell is recorded, a row lacks a field, a cell occurs twice, or the rows are not of one matrix.
     """
     try:
-        headers, cells = _headers(rows), _cells(rows)
-        base = reference or _reference(headers, cells)
-        rates = {
-            s: distinct(row["rate"] for (t, _), own in cells.items() if s == t for row in own.values())
-            for s, _ in cells
-        }
-        titles = {name: str(title) for header in headers for name, title in header["scenarios"].items()}
-        order = {name: title for name, title in titles.items() if name in rates}
-        best = {s: _best(cells, s) for s in order}
-        entries = {key: _entry(cells, key, best, base) for key in cells}
-    except (KeyError, TypeError, AttributeError) as error:
+        return _tabulate(rows, reference)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"a row of the matrix lacks a field, or holds something odd in it: {error}; put the row back from a copy"
         ) from error
-    for scenario, found in rates.items():
-        if len(found) > 1:
-            raise DataError(f"scenario {scenario!r} was trained at several rates {found}; report on them apart")
+
+
+def _tabulate(rows: Sequence[Row], reference: str | None) -> Matrix:
+    headers, cells = _headers(rows), _cells(rows)
+    base = reference or _reference(headers, cells)
+    titles = {name: str(title) for header in headers for name, title in header["scenarios"].items()}
+    rates = _rates(cells)
+    order = {name: title for name, title in titles.items() if name in rates}
+    best = {s: _best(cells, s) for s in order}
+    entries = {key: _entry(cells, key, best, base) for key in cells}
     verdicts = {w: _verdict(entries, w, tuple(order), base) for w in dict.fromkeys(w for _, w in cells)}
     return Matrix(
         titles=order,
@@ -173,7 +178,7 @@ def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
         entries=entries,
         verdicts=verdicts,
         best=best,
-        rates={scenario: float(found[0]) for scenario, found in rates.items()},
+        rates=rates,
         seeds=tuple(sorted({seed for own in cells.values() for seed in own})),
         headers=headers,
         recommend=all(header.get("recommend", True) for header in headers),
@@ -184,6 +189,9 @@ def _headers(rows: Sequence[Row]) -> tuple[Row, ...]:
     headers = tuple(row for row in rows if row.get("kind") == "matrix")
     if not headers:
         raise DataError("the rows hold no row of kind 'matrix'; give the whole recording, its first row included")
+    for header in headers:
+        for field in HEADER:
+            header[field]
     first = headers[0]["settings"]
     for header in headers[1:]:
         for name in sorted({*first, *header["settings"]}):
@@ -204,13 +212,25 @@ def _cells(rows: Sequence[Row]) -> Cells:
     cells: Cells = {}
     for row in rows:
         if row.get("kind") == "cell":
-            own = cells.setdefault((row["scenario"], row["weighting"]), {})
+            own = cells.setdefault((str(row["scenario"]), str(row["weighting"])), {})
             if row["seed"] in own:
                 raise DataError(f"the cell {row['run']!r} occurs twice; give each recording once")
             own[row["seed"]] = row
     if not cells:
         raise DataError("no cell is recorded yet; report when at least one is done")
     return cells
+
+
+def _rates(cells: Cells) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for (scenario, _), own in cells.items():
+        found.setdefault(scenario, []).extend(float(row["rate"]) for row in own.values())
+    for scenario, rates in found.items():
+        if len(distinct(rates)) > 1:
+            raise DataError(
+                f"scenario {scenario!r} was trained at several rates {distinct(rates)}; report on them apart"
+            )
+    return {scenario: rates[0] for scenario, rates in found.items()}
 
 
 def _over(own: Mapping[int, Row], metric: str) -> Statistic:
@@ -234,7 +254,7 @@ def _entry(cells: Cells, key: tuple[str, str], best: Mapping[str, str], referenc
         metrics={metric: _over(own, metric) for metric in CELL_METRICS},
         differences={metric: _minus(own, base, metric) for metric in CELL_METRICS},
         gap=_minus(top, own, "test_accuracy"),
-        weights=np.mean([row["weights"] for row in own.values()], axis=0, dtype=np.float64),
+        weights=np.stack([np.array(row["weights"], np.float64).reshape(-1) for row in own.values()]).mean(axis=0),
     )
 
 

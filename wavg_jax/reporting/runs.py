@@ -155,15 +155,17 @@ def read_runs(rows: Sequence[Row]) -> list[RecordedRun]:
 
 
 def _checked_run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
-    rounds = sorted(rounds, key=lambda row: row.get("round", 0))
     try:
+        rounds = sorted(rounds, key=lambda row: row["round"])
         for field in (*IDENTITY, *SHOWN):
             header[field]
         if rounds:
             check_rounds(str(header["run"]), rounds, rounds[-1]["round"], header["replicas"])
         run = _run(header, rounds)
+        # Reads what is read later, so that a missing or odd field is found here, by name.
+        int(header["seed"]), int(header["replicas"])
         if rounds:
-            run.metrics()  # reads what is read later, so that a missing or odd field is found here, by name
+            run.metrics()
     except KeyError as e:
         raise DataError(f"a row of run {header.get('run')!r} lacks the field {e}") from e
     except DataError:
