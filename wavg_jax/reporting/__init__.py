@@ -4,7 +4,7 @@
 
     report = reporting.summarise(result.rows)  # shown by a notebook; by a terminal with `rich.print`
     report.figures()  # each one shown by a notebook, with its PNG in `.png`
-    report.write(pathlib.Path("out"))  # or reporting.write_report("out", result.rows)
+    report.write("out")  # or reporting.write_report("out", result.rows)
 
 Matplotlib, scipy, rich and markdown-it are imported at first use.
 """

@@ -67,12 +67,13 @@ def assemble(head: Sequence[str], parts: Sequence[str], caller: Caller) -> str:
     return "\n\n".join([*head, "## Contents", contents(parts), *parts]) + "\n"
 
 
-def write_files(folder: pathlib.Path, title: str, markdown: str, plots: Sequence[Plot]) -> list[pathlib.Path]:
+def write_files(folder: str | pathlib.Path, title: str, markdown: str, plots: Sequence[Plot]) -> list[pathlib.Path]:
     """Writes a report as Markdown and as a page, with its plots, each file whole or not at all; returns the files.
 
     Raises:
       WorkdirError: the folder cannot be written.
     """
+    folder = pathlib.Path(folder)
     files = {folder / "plots" / f"{plot.name}.png": plot.png for plot in plots}
     files[folder / "report.md"] = markdown.encode()
     files[folder / "report.html"] = html_page(title, markdown, plots).encode()

@@ -37,7 +37,7 @@ class MatrixReport(NamedTuple):
         """Draws the heat map; a notebook shows it."""
         return (draw_matrix(self.matrix),)
 
-    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    def write(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
         """Writes `report.md`, `report.html` and `plots/matrix.png`, each file whole or not at all.
 
         Args:

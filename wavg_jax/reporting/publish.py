@@ -47,4 +47,4 @@ def write_report(folder: str | pathlib.Path, rows: Sequence[Row], **options: Any
       DataError: the rows are incomplete or do not fit together.
       WorkdirError: the folder cannot be written.
     """
-    return summarise(rows, **options).write(pathlib.Path(folder))
+    return summarise(rows, **options).write(folder)

@@ -44,7 +44,7 @@ class RunReport(NamedTuple):
         first, by_scenario = self._draw()
         return (first, *(plot for own in by_scenario for plot in own))
 
-    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    def write(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
         """Writes `report.md`, `report.html` and `plots/*.png`, each file whole or not at all.
 
         Args:
