@@ -19,7 +19,7 @@ from experiments.setup import flags as shared_flags
 from experiments.setup.flags import ARMS, numbers
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, Task
-from wavg_jax.reporting.statistic import Statistic, statistic
+from wavg_jax.reporting.statistic import Statistic
 from wavg_jax.training import progress
 
 flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
@@ -85,7 +85,7 @@ def _accuracy(
 
 def _over_seeds(accuracies: Sequence[float]) -> Statistic:
     """A rate at which one seed diverges is not a choice, however well the others do."""
-    return statistic([] if any(map(math.isnan, accuracies)) else accuracies)
+    return Statistic.of([] if any(map(math.isnan, accuracies)) else accuracies)
 
 
 def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from wavg_jax.reporting import findings, report, tables
-from wavg_jax.reporting.summary import summarise
+from wavg_jax.reporting.findings import scenario_sentences
+from wavg_jax.reporting.publish import summarise
+from wavg_jax.reporting.summary import summarise_scenarios
+from wavg_jax.reporting.tables import comparison_tables
 
 Row = dict[str, Any]
 MINUS = "\N{MINUS SIGN}"
@@ -78,21 +80,21 @@ def make_rows(noisy: tuple[int, ...] = (0, 1), seeds: int = 3, arms: tuple[str, 
 def text_of(rows: list[Row], width: int = 100) -> str:
     console = Console(width=width)
     with console.capture() as shown:
-        console.print(*map(report.terminal_table, summarise(rows)))
+        console.print(summarise(rows))
     return shown.get()
 
 
 def cells(rows: list[Row], title: str, name: str) -> tuple[str, ...]:
     """The cells of the row called `name` in the table whose title starts with `title`."""
-    (one,) = summarise(rows)
-    (table,) = (table for table in tables.tables(one) if table.title.startswith(title))
+    (one,) = summarise_scenarios(rows)
+    (table,) = (table for table in comparison_tables(one) if table.title.startswith(title))
     (row,) = (row for section in table.sections for row in section if row[0] == name)
     return row[1:]
 
 
 def sentences(rows: list[Row]) -> str:
-    (one,) = summarise(rows)
-    return "\n".join(findings.findings(one))
+    (one,) = summarise_scenarios(rows)
+    return "\n".join(scenario_sentences(one))
 
 
 def small(values: dict[tuple[str, int], list[float]], **header: Any) -> list[Row]:

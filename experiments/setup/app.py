@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from experiments.setup import flags as shared_flags
-from experiments.setup import starting, usage
+from experiments.setup import meanings, starting, usage
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import Row, read_rows
@@ -220,15 +220,12 @@ def reported(folder: pathlib.Path) -> Iterator[None]:
 def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
     """Shows the tables of recorded rows, and writes their report to a folder."""
     # matplotlib and scipy take more than a second to import, and training need not wait for them.
-    from wavg_jax.reporting import matrix, matrix_report, report
-    from wavg_jax.reporting.summary import summarise
+    from wavg_jax import reporting
 
+    caller = reporting.Caller(meanings.ARMS, prefix="--", rebuild=meanings.REBUILD)
+    rows = [{"reference": meanings.REFERENCE} | row if row["kind"] == "matrix" else row for row in rows]
+    report = reporting.summarise(rows, caller=caller)
+    report.write(folder)
     out = console()
-    if matrix.recorded(rows):
-        shown, _ = matrix_report.write(folder, rows)
-    else:
-        shown = report.terminal_report(summarise(rows))
-        report.write(folder, rows)
-    for part in shown:
-        out.print(part)
+    out.print(report)
     out.print(f"wrote {folder / 'report.md'}, report.html and plots/", soft_wrap=True)

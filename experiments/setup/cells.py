@@ -53,6 +53,7 @@ def header(
         "run": "matrix",
         "scenarios": dict(scenarios),
         "recommend": recommend,
+        "reference": "plain",
         "settings": dict(settings),
         "started": machine.now(),
         "dataset": dataset.name,

@@ -14,8 +14,11 @@ from matplotlib.text import Text
 from PIL import Image
 from reports import DEAD, PAIRS, Row, make_rows, make_run, small
 
-from wavg_jax.reporting import canvas, headline, plots
-from wavg_jax.reporting.summary import summarise
+from wavg_jax.reporting import canvas
+from wavg_jax.reporting.headline import draw_headline
+from wavg_jax.reporting.plots import arm_places, draw_scenario
+from wavg_jax.reporting.summary import summarise_scenarios
+from wavg_jax.reporting.wording import MINUS
 
 NARROW = 370  # pixels that a figure has on a page of 400
 
@@ -31,15 +34,16 @@ def painted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
         found[name].draw_without_rendering()
         return canvas.Plot(name, title, caption, b"", b"", found[name].get_figwidth())
 
-    monkeypatch.setattr(canvas, "plot", plot)
+    monkeypatch.setattr(canvas, "make_plot", plot)
     return found
 
 
 def draw(rows: list[Row]) -> None:
-    every = summarise(rows)
-    headline.draw(every)
+    every = summarise_scenarios(rows)
+    places = arm_places(every)
+    draw_headline(every, places)
     for one in every:
-        plots.draw(one)
+        draw_scenario(one, places)
 
 
 def texts(figure: Figure) -> list[Text]:
@@ -55,8 +59,8 @@ def few_dots() -> Iterator[None]:
 
 @pytest.mark.usefixtures("few_dots")
 def test_plots_leave_no_figure_behind_and_show_what_was_recorded() -> None:
-    (one,) = summarise(make_rows())
-    drawn = {plot.name: plot for plot in plots.draw(one)}
+    (one,) = summarise_scenarios(make_rows())
+    drawn = {plot.name: plot for plot in draw_scenario(one, arm_places([one]))}
     assert list(drawn) == [
         "accuracy_measured",
         "accuracy_critical_path",
@@ -70,15 +74,20 @@ def test_plots_leave_no_figure_behind_and_show_what_was_recorded() -> None:
     assert not Gcf.figs
 
 
-def test_arms_keep_their_colours_whichever_were_run() -> None:
-    (every,) = summarise([*make_rows(seeds=1), *(row | {"arm": "learned"} for row in make_run("weighted", 5, (0, 1)))])
-    (two,) = summarise(make_rows(seeds=1, arms=("weighted", "sync")))
-    colours = {arm.name: plots.index(every, arm) for arm in every.arms}
-    assert len(set(colours.values())) == 5
-    assert {arm.name: plots.index(two, arm) for arm in two.arms} == {
-        "sync": colours["sync"],
-        "weighted": colours["weighted"],
-    }
+def test_focus_and_reference_look_the_same_in_every_report_and_others_keep_their_colours_in_every_scenario(
+    painted: dict[str, Figure],
+) -> None:
+    rows = [*make_rows(seeds=1, arms=("weighted", "sync")), *make_rows(noisy=(), seeds=1)]
+    every = summarise_scenarios(rows)
+    places = arm_places(every)
+    assert places == {"weighted": 3, "sync": 0, "sequential": 1, "plain": 2}
+    assert arm_places(summarise_scenarios(make_rows(seeds=1, arms=("weighted",)))) == {"weighted": 3}
+    for one in every:
+        draw_scenario(one, places)
+        (axes,) = painted["accuracy_samples"].axes
+        colours = {line.get_label(): line.get_color() for line in axes.lines}
+        for arm in one.arms:
+            assert colours[arm.name] == canvas.LIGHT.colours[places[arm.name]]
 
 
 def test_arms_are_told_apart_without_colours() -> None:
@@ -89,8 +98,8 @@ def test_arms_are_told_apart_without_colours() -> None:
 
 @pytest.mark.usefixtures("few_dots")
 def test_every_figure_is_drawn_for_light_and_for_dark_pages() -> None:
-    every = summarise(make_rows(seeds=1))
-    for plot in (headline.draw(every), *plots.draw(every[0])):
+    every = summarise_scenarios(make_rows(seeds=1))
+    for plot in (draw_headline(every, arm_places(every)), *draw_scenario(every[0], arm_places(every))):
         for png, theme in ((plot.png, canvas.LIGHT), (plot.dark, canvas.DARK)):
             image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
             assert "#" + bytes(image[0, 0].tolist()).hex() == theme.paper, plot.name
@@ -171,11 +180,11 @@ def test_the_headline_shows_every_seed_of_every_arm_and_scenario(painted: dict[s
     assert sum(len(line.get_xdata()) == 3 for line in axes.lines) == 8
     words = [text.get_text() for text in texts(painted["headline"])]
     assert [word for word in words if word in ("weighted", "plain")] == ["plain", "weighted"] * 2
-    assert sum(word.startswith(f"weighted {headline.MINUS} plain: ") for word in words) == 2
+    assert sum(word.startswith(f"weighted {MINUS} plain: ") for word in words) == 2
     assert {"clean shards", "2 of 8 shards with random labels"} <= set(words)
     draw(PAIRS)
     (said,) = (text.get_text() for text in texts(painted["headline"]) if "plain:" in text.get_text())
-    assert said == f"weighted {headline.MINUS} plain: +13.00 points (too few seeds to tell)"
+    assert said == f"weighted {MINUS} plain: +13.00 points (too few seeds to tell)"
 
 
 def test_the_headline_says_of_how_many_seeds_a_mean_is_where_some_diverged(painted: dict[str, Figure]) -> None:

@@ -10,8 +10,10 @@ from PIL import Image
 from rich.console import Console
 
 from wavg_jax.base import DataError
-from wavg_jax.reporting import canvas, heatmap, matrix, matrix_report
-from wavg_jax.reporting.terminal import terminal
+from wavg_jax.reporting import canvas, matrix, summarise, write_report
+from wavg_jax.reporting.heatmap import draw_matrix
+from wavg_jax.reporting.matrix_report import MatrixReport, matrix_sentences, matrix_tables
+from wavg_jax.reporting.terminal import terminal_block
 
 # Accuracy in 1/10,000, three seeds each.
 PLAIN = {"a": (8000, 8200, 8400), "b": (6000, 6000, 6600)}  # sd 200, and 600 / sqrt 3 = 346
@@ -24,7 +26,7 @@ def header(**settings):
     given = {"dataset": "digits", "replicas": 2, "rounds": 4, "local_steps": 5, "batch_size": 16} | settings
     return json.loads("""{"kind": "matrix", "run": "matrix", "dataset": "digits", "train_samples": 1200,
       "heldout_samples": 200, "test_samples": 397, "parameters": 650, "hardware": {"device": "cpu"},
-      "versions": {"jax": "0.10.2"}}""") | {"scenarios": TITLES, "settings": given}
+      "versions": {"jax": "0.10.2"}}""") | {"scenarios": TITLES, "reference": "plain", "settings": given}
 
 
 def cell(scenario, weighting, seed, accuracy, **other):
@@ -114,7 +116,7 @@ def test_missing_cells():
     assert not found.verdicts["good"].recommended
     assert found.weightings == ("plain", "bad", "good")  # the unjudged last
     assert found.entries["a", "bad"].versus == pytest.approx((-0.03, 0.0, 2))
-    text = matrix_report.markdown(found, [])
+    text = MatrixReport(found).markdown()
     assert "3 cells of the matrix are not recorded" in text
     assert "72.00 ± n/a (1 of 3)" not in text
     assert "78.00 ± n/a (1 of 3)" in text  # 6600 + 1200
@@ -126,26 +128,32 @@ def test_a_matrix_without_plain_or_with_one_seed_is_shown_but_not_judged():
         found = matrix.tabulate([row for row in rows() if keep(row)])
         assert found.recommended == ()
         assert set(found.verdicts["good"].missing) == {"a", "b"}
-        assert "none can be recommended" in matrix_report.findings(found)[0]
-        heatmap.draw(found)
+        assert "none can be recommended" in matrix_sentences(found)[0]
+        draw_matrix(found)
         seeds = {1: "1 seed", 3: "3 seeds"}[len(found.seeds)]
-        assert f"in 2 scenarios: digits, {seeds}\n" in matrix_report.markdown(found, [])
-        assert "| good | 0 | 0 | n/a | n/a | 2 missing |" in matrix_report.markdown(found, [])
+        assert f"in 2 scenarios: digits, {seeds}\n" in MatrixReport(found).markdown()
+        assert "| good | 0 | 0 | n/a | n/a | 2 missing |" in MatrixReport(found).markdown()
 
 
 def test_a_number_that_is_not_finite_is_left_out_and_said():
     made = [row | {"test_loss": None} if row.get("weighting") == "bad" else row for row in rows()]
-    text = matrix_report.markdown(matrix.tabulate(made), [])
+    text = MatrixReport(matrix.tabulate(made)).markdown()
     assert "| bad | not finite | not finite |" in text
 
 
 BAD_ROWS = {
-    "hold no matrix": rows()[1:],
+    "hold no row of kind 'matrix'": rows()[1:],
     "no cell": [header()],
     "occurs twice": [*rows(), rows()[1]],
-    "--replicas is 2 in one and 4": [*rows(), header(replicas=4)],
+    "replicas=2 in one and replicas=4": [*rows(), header(replicas=4)],
     "several rates": [*rows(), cell("a", "other", 0, 8000, rate=0.2)],
     "lacks a field": [*rows(), {k: v for k, v in cell("a", "other", 0, 8000).items() if k != "seconds"}],
+    "odd in it: could not convert": [*rows(), cell("a", "other", 0, 8000, rate="fast")],
+    "odd in it: '<' not supported": [*rows(), cell("a", "other", "first", 8000)],
+    "lacks a field, or holds something odd in it: 'versions'": [
+        {k: v for k, v in header().items() if k != "versions"},
+        *rows()[1:],
+    ],
     "something odd": [*rows(), cell("a", "other", 0, 8000, weights="none")],
 }
 
@@ -158,37 +166,37 @@ def test_rows_that_are_not_of_one_matrix_are_refused(says):
 
 
 def test_the_report_says_who_can_be_recommended_and_needs_no_other_file(tmp_path):
-    shown, files = matrix_report.write(tmp_path, rows())
+    files = write_report(tmp_path, rows())
     assert [str(path.relative_to(tmp_path)) for path in files] == ["plots/matrix.png", "report.md", "report.html"]
     text = (tmp_path / "report.md").read_text()
-    assert "within 1 point of the best weighting of that scenario: good" in text
+    assert "- Recommended: good, never behind plain by more than" in text
     # 70, 71 and 78: deviations of -3, -2 and 5, whose sd is the root of 38 / 2.
     assert "| 4 of 8 noisy | 0.05 | 62.00 ± 3.46 | good | 73.00 ± 4.36 | +11.00 (+8.52 to +13.48) |" in text
     assert "| bad | 2 | 1 | 14.00 | 4 of 8 noisy | misses by 13.00 | 1.00 |" in text
     assert "| good | 0 | 0 | 0.00 | IID | yes | 2.00 |" in text
-    assert "4 differences from plain are tested one by one, at 95 %: about 0.2 of them would be shown if" in text
+    assert "4 differences from plain are tested one by one at 95 %: if there were none at all, about 0.2 of" in text
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "plots/matrix.png" not in page
     assert "http" not in page
     said = io.StringIO()
-    Console(file=said, width=100).print(*shown)
+    Console(file=said, width=100).print(summarise(rows()))
     assert max(map(len, said.getvalue().splitlines())) <= 100
     before = {path: path.read_bytes() for path in files}
-    matrix_report.write(tmp_path, rows())
+    write_report(tmp_path, rows())
     assert {path: path.read_bytes() for path in files} == before
 
 
 def test_the_report_is_dated_by_its_rows():
-    assert "When the runs were made is not recorded." in matrix_report.markdown(matrix.tabulate(rows()), [])
+    assert "The rows do not say when the runs were made." in MatrixReport(matrix.tabulate(rows())).markdown()
     made = [header() | {"started": f"2026-0{month}-02T03:04:05Z"} for month in (5, 3)] + rows()[1:]
-    text = matrix_report.markdown(matrix.tabulate(made), [])
+    text = MatrixReport(matrix.tabulate(made)).markdown()
     assert "The runs were started from 2026-03-02 to 2026-05-02 (UTC).\n" in text
 
 
 def test_two_seeds_are_called_too_few():
     found = matrix.tabulate([row for row in rows() if row.get("seed", 0) < 2])
-    text = matrix_report.markdown(found, [])
+    text = MatrixReport(found).markdown()
     assert "2 seeds are too few seeds to show a difference: what is not marked may still differ." in text
     # Nothing is shown by two, not even by differences of 1000 and 1100, whose interval would leave 0 out.
     assert "| good | 82.50 ± 2.12 | +1.50 (too few seeds) |" in text
@@ -199,17 +207,17 @@ def test_two_seeds_are_called_too_few():
 
 def test_minus_signs_are_all_alike_and_what_is_missing_has_none():
     found = matrix.tabulate([row for row in rows() if row["run"] != "a/bad/2" and row.get("weighting") != "plain"])
-    text = matrix_report.markdown(matrix.tabulate(rows()), []) + matrix_report.markdown(found, [])
+    text = MatrixReport(matrix.tabulate(rows())).markdown() + MatrixReport(found).markdown()
     assert "n/a" in text
     assert not re.search(r"[| (]-(\d|[ |])", text)
 
 
 def test_the_figure_is_drawn_for_light_and_dark_pages_and_scrolls_on_narrow_ones(tmp_path):
-    plot = heatmap.draw(matrix.tabulate(rows()))
+    plot = draw_matrix(matrix.tabulate(rows()))
     for png, theme in ((plot.png, canvas.LIGHT), (plot.dark, canvas.DARK)):
         corner = Image.open(io.BytesIO(png)).convert("RGB").getpixel((0, 0))
         assert "#" + bytes(corner).hex() == theme.paper
-    matrix_report.write(tmp_path, rows())
+    write_report(tmp_path, rows())
     page = (tmp_path / "report.html").read_text()
     assert re.search('<span class="hint">.{0,99}<span class="scroll" tabindex="0"><picture>', page)
     assert '<a href="#the-scenarios">' in page
@@ -219,8 +227,8 @@ def test_the_figure_is_drawn_for_light_and_dark_pages_and_scrolls_on_narrow_ones
 def test_the_tables_fit_a_terminal_unfolded(width):
     said = io.StringIO()
     found = matrix.tabulate(rows())
-    tables = matrix_report.tables(found)
-    Console(file=said, width=width).print(terminal("", tables, matrix_report.findings(found)))
+    tables = matrix_tables(found)
+    Console(file=said, width=width).print(terminal_block("", tables, matrix_sentences(found)))
     text = said.getvalue()
     assert max(map(len, text.splitlines())) <= width
     for cell in (cell for table in tables for section in table.sections for row in section for cell in row[:-1]):
@@ -230,13 +238,13 @@ def test_the_tables_fit_a_terminal_unfolded(width):
 def test_without_a_weighting_that_meets_it_the_nearest_is_named():
     short = {"a": (-300, -300, -300), "b": (2000, 2000, 2000)}  # the best in b, 3 points below plain in a
     found = matrix.tabulate([row for row in rows() if row.get("weighting") != "bad"] + cells("short", short))
-    line = matrix_report.findings(found)[0]
+    line = matrix_sentences(found)[0]
     assert "The nearest is short, which misses that by 4.00 points in the scenario IID" in line  # a gap of 5
 
 
 def test_the_figure_is_as_wide_as_a_report_and_grows_with_the_rows():
     def size(made):
-        return struct.unpack(">II", heatmap.draw(matrix.tabulate(made)).png[16:24])
+        return struct.unpack(">II", draw_matrix(matrix.tabulate(made)).png[16:24])
 
     (width, height), (wider, higher) = size(rows()), size([*rows(), *cells("more", GOOD), *cells("yet more", GOOD)])
     assert width == wider == 9 * 150

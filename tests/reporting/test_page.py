@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from reports import make_rows, make_run
 
-from wavg_jax.reporting import canvas, report
-from wavg_jax.reporting.page import page
+from wavg_jax.reporting import Caller, canvas, write_report
+from wavg_jax.reporting.page import html_page
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canvas, "DPI", 30)
-        report.write(folder, [*make_rows(seeds=2), *make_run("plain", 0, ()), *make_run("weighted", 0, ())])
+        rows = [*make_rows(seeds=2), *make_run("plain", 0, ()), *make_run("weighted", 0, ())]
+        write_report(folder, rows, caller=Caller(rebuild="build DIR"))
     return folder
 
 
@@ -45,7 +46,7 @@ def test_tables_and_wide_figures_scroll_with_a_hint_where_they_do_not_fit() -> N
     setup = "| a | b |\n|:--|:--|\n| 1 | 2 |"
     plots = [canvas.Plot(name, "", "", b"x", b"y", width) for name, width in (("narrow", 5.0), ("wide", 9.0))]
     images = [f"![{plot.name}](plots/{plot.name}.png)" for plot in plots]
-    text = page("title", "\n\n".join([table, setup, *images]), plots)
+    text = html_page("title", "\n\n".join([table, setup, *images]), plots)
     hint = '<span class="hint">Scroll sideways \N{RIGHTWARDS ARROW}</span>'
     assert re.findall(rf'({hint})?<(\w+) class="scroll', text) == [(hint, "div"), ("", "div"), (hint, "span")]
     assert re.search(r"\.hint {[^}]*display: none", text)

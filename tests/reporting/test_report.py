@@ -15,7 +15,10 @@ from reports import MINUS, Row, make_rows, make_run, text_of
 
 from experiments import report as binary
 from wavg_jax.base import DataError, WavgError, WorkdirError
-from wavg_jax.reporting import canvas, headline, plots, report
+from wavg_jax.reporting import Caller, canvas, run_report, write_report
+from wavg_jax.reporting.document import dated
+
+CALLER = Caller(prefix="--", rebuild="build DIR...")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,17 +30,17 @@ def coarse() -> Iterator[None]:
 
 
 def test_the_report_is_dated_by_its_rows(written: pathlib.Path) -> None:
-    assert "\nWhen the runs were made is not recorded.\n" in (written / "report.md").read_text()
+    assert "\nThe rows do not say when the runs were made.\n" in (written / "report.md").read_text()
     days = [{"started": f"2026-01-{day:02}T10:11:12Z"} for day in (31, 30)]
-    assert report.dated(days) == "The runs were started from 2026-01-30 to 2026-01-31 (UTC)."
-    assert report.dated([*days[:1], {}]) == "The runs were started on 2026-01-31 (UTC); of some it is not recorded."
+    assert dated(days) == "The runs were started from 2026-01-30 to 2026-01-31 (UTC)."
+    assert dated([*days[:1], {}]) == "The runs were started on 2026-01-31 (UTC); some rows do not say when."
 
 
 @pytest.mark.usefixtures("one_plot")
 def test_arm_names_are_text_and_never_markup(tmp_path: pathlib.Path) -> None:
     rows = [row | {"arm": "[red]<b>|x|</b>"} for row in make_rows(seeds=1, arms=("weighted",))]
     assert "[red]<b>|x|</b>" in text_of(rows)
-    report.write(tmp_path, rows)
+    write_report(tmp_path, rows)
     page = (tmp_path / "report.html").read_text()
     assert "[red]&lt;b&gt;|x|&lt;/b&gt;" in page
     assert "<b>" not in page
@@ -47,7 +50,7 @@ def test_arm_names_are_text_and_never_markup(tmp_path: pathlib.Path) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with the report of `make_rows()`."""
     folder = tmp_path_factory.mktemp("report")
-    report.write(folder, make_rows())
+    write_report(folder, make_rows(), caller=CALLER)
     return folder
 
 
@@ -62,7 +65,7 @@ def test_the_report_names_setup_and_how_to_build_it_again(written: pathlib.Path)
         "| versions | jax 0.10.2, flax 0.12.8, python 3.11.7, wavg_jax 0.1.0 |",
         "\n--hidden=256,256\n",
         "\n--augment=false\n",
-        "python -m experiments.report DIR",
+        "```\nbuild DIR...\n```",
     ):
         assert expected in text
     assert "--parameters" not in text
@@ -71,7 +74,7 @@ def test_the_report_names_setup_and_how_to_build_it_again(written: pathlib.Path)
 
 
 def test_the_same_rows_give_the_same_bytes(written: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    again = report.write(tmp_path, json.loads(json.dumps(make_rows())))
+    again = write_report(tmp_path, json.loads(json.dumps(make_rows())), caller=CALLER)
     assert len(again) == 9
     for path in again:
         assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes(), path.name
@@ -80,13 +83,17 @@ def test_the_same_rows_give_the_same_bytes(written: pathlib.Path, tmp_path: path
 @pytest.fixture
 def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces drawing, which takes most of the time, where files matter and figures do not."""
-    monkeypatch.setattr(plots, "draw", lambda one: (canvas.Plot("only", "Only", "A plot.", b"png", b"dark"),))
-    monkeypatch.setattr(headline, "draw", lambda every: canvas.Plot("headline", "First", "A plot.", b"png", b"dark"))
+    monkeypatch.setattr(
+        run_report, "draw_scenario", lambda *_: (canvas.Plot("only", "Only", "A plot.", b"png", b"dark"),)
+    )
+    monkeypatch.setattr(
+        run_report, "draw_headline", lambda *_: canvas.Plot("headline", "First", "A plot.", b"png", b"dark")
+    )
 
 
 @pytest.mark.usefixtures("one_plot")
 def test_scenarios_get_sections_and_plots_of_their_own(tmp_path: pathlib.Path) -> None:
-    report.write(tmp_path, [*make_run("weighted", 0, (0, 1)), *make_run("weighted", 0, ())])
+    write_report(tmp_path, [*make_run("weighted", 0, (0, 1)), *make_run("weighted", 0, ())])
     text = (tmp_path / "report.md").read_text()
     assert "## 2 of 8 shards with random labels\n\nfashion_mnist, 8 replicas, noisy shards 0, 1.\n" in text
     assert "## Clean shards\n\nfashion_mnist, 8 replicas, no noisy shards.\n" in text
@@ -97,16 +104,16 @@ def test_scenarios_get_sections_and_plots_of_their_own(tmp_path: pathlib.Path) -
 
 @pytest.mark.usefixtures("one_plot")
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: pathlib.Path) -> None:
-    report.write(tmp_path, make_rows(seeds=1))
+    write_report(tmp_path, make_rows(seeds=1))
     old = (tmp_path / "report.md").read_bytes()
     with pytest.raises(DataError):
-        report.write(tmp_path, [])
+        write_report(tmp_path, [])
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(WorkdirError, match="cannot be written"):
-        report.write(tmp_path / "file", make_rows(seeds=1))
+        write_report(tmp_path / "file", make_rows(seeds=1))
     full = unittest.mock.patch("os.replace", side_effect=OSError(28, "No space left on device"))
     with full, pytest.raises(WorkdirError, match="No space left on device"):
-        report.write(tmp_path, make_rows(seeds=2))
+        write_report(tmp_path, make_rows(seeds=2))
     assert (tmp_path / "report.md").read_bytes() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "plots", "report.html", "report.md"]
 
@@ -122,7 +129,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: pathlib.Pa
     ids=["one replica", "one round", "not finite", "all dead"],
 )
 def test_odd_rows_are_reported_all_the_same(rows: list[Row], tmp_path: pathlib.Path) -> None:
-    assert tmp_path / "report.md" in report.write(tmp_path, rows)
+    assert tmp_path / "report.md" in write_report(tmp_path, rows)
     assert text_of(rows)
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from wavg_jax.base import DataError
-from wavg_jax.reporting import summary
-from wavg_jax.reporting.statistic import Statistic, statistic
-from wavg_jax.reporting.summary import summarise
+from wavg_jax.reporting.statistic import Statistic
+from wavg_jax.reporting.summary import ArmSummary, summarise_scenarios
 
 Row = dict[str, Any]
 
@@ -37,7 +36,7 @@ def run_row(arm: str, seed: int, replicas: int = 4, **changes: Any) -> Row:
         "test_samples": 100,
         "shard_sizes": [400 // replicas] * replicas,
         "noisy_shards": [0],
-        "weighting": "accuracy",
+        "weighting": "uniform" if arm == "plain" else "accuracy",
         "target_accuracy": 0.8,
         "compile_seconds": 1.5,
         "critical_path": {"local": 0.03, "score": 0.01, "blend": 0.01, "round": 0.05},
@@ -90,8 +89,8 @@ def make_rows() -> list[Row]:
     return rows
 
 
-def arms(rows: list[Row]) -> dict[str, summary.Arm]:
-    (one,) = summarise(rows)
+def arms(rows: list[Row]) -> dict[str, ArmSummary]:
+    (one,) = summarise_scenarios(rows)
     return {arm.name: arm for arm in one.arms}
 
 
@@ -108,12 +107,12 @@ def arms(rows: list[Row]) -> dict[str, summary.Arm]:
 def test_statistic_is_the_mean_and_sample_sd_of_the_finite_values(
     values: list[float], expected: tuple[float, float, int]
 ) -> None:
-    assert statistic(values) == pytest.approx(Statistic(*expected), nan_ok=True)
+    assert Statistic.of(values) == pytest.approx(Statistic(*expected), nan_ok=True)
 
 
-def test_arms_come_in_the_order_of_the_comparison() -> None:
+def test_arms_come_in_order_of_appearance() -> None:
     rows = [run_row("zebra", 0), round_row("zebra", 0, 1, 0.5), *make_rows()]
-    assert list(arms(rows)) == ["sequential", "plain", "weighted", "zebra"]
+    assert list(arms(rows)) == ["zebra", "weighted", "plain", "sequential"]
 
 
 @pytest.mark.parametrize(
@@ -187,24 +186,24 @@ def test_null_stands_for_a_number_that_is_not_finite() -> None:
 
 def test_weights_that_differ_are_found_and_equal_ones_called_uniform() -> None:
     found = arms(make_rows())
-    weights = found["weighted"].weights
+    weights = found["weighted"].shares
     assert weights is not None
     assert weights.effective_mean == pytest.approx(1 / 0.28)  # 1 / (0.1^2 + 3 * 0.3^2)
     assert weights.mean == pytest.approx([0.1, 0.3, 0.3, 0.3])
     assert not weights.uniform
     assert weights.down_weighted == (0,)
-    plain = found["plain"].weights
+    plain = found["plain"].shares
     assert plain is not None
     assert plain.uniform
     assert plain.down_weighted == ()
-    assert found["sequential"].weights is None
+    assert found["sequential"].shares is None
 
 
 @pytest.mark.parametrize(("spread", "uniform"), [(0.09, True), (0.11, False)])
 def test_uniform_means_a_coefficient_of_variation_under_a_tenth(spread: float, uniform: bool) -> None:
     weights = [0.25 * (1 + spread), 0.25 * (1 - spread)] * 2
     rows = [run_row("weighted", 0), round_row("weighted", 0, 1, 0.5, weights=weights)]
-    found = arms(rows)["weighted"].weights
+    found = arms(rows)["weighted"].shares
     assert found is not None
     assert found.uniform is uniform
 
@@ -213,7 +212,7 @@ def test_a_dead_replica_does_not_count_as_down_weighted() -> None:
     third = 1 / 3
     dead = {"weights": [0.0, third, third, third], "alive": [False, True, True, True]}
     rows = [run_row("weighted", 0), round_row("weighted", 0, 1, 0.5, **dead), round_row("weighted", 0, 2, 0.6)]
-    found = arms(rows)["weighted"].weights
+    found = arms(rows)["weighted"].shares
     assert found is not None
     assert found.mean == pytest.approx([0.25, 7 / 24, 7 / 24, 7 / 24])
     assert found.down_weighted == ()
@@ -231,9 +230,9 @@ def test_an_incomplete_run_ends_with_its_last_round() -> None:
 
 def test_a_run_without_rounds_is_named_and_left_out() -> None:
     rows = [*make_rows(), run_row("weighted", 2)]
-    (one,) = summarise(rows)
+    (one,) = summarise_scenarios(rows)
     assert one.empty == ("weighted-seed2",)
-    assert one.arms[-1].seeds == (0, 1)
+    assert one.arms[0].seeds == (0, 1)
 
 
 def test_rounds_may_stand_in_any_order_within_a_run() -> None:
@@ -250,10 +249,10 @@ def test_runs_of_different_settings_are_kept_apart_although_their_names_agree() 
             row["settings"]["noisy"] = 0
         else:
             row["test_accuracy"] = 0.95
-    noisy, quiet = summarise([*make_rows(), *clean])
+    noisy, quiet = summarise_scenarios([*make_rows(), *clean])
     assert noisy.scenario != quiet.scenario
-    assert noisy.arms[-1].metrics["accuracy"].mean == pytest.approx(0.88)
-    assert quiet.arms[-1].metrics["accuracy"].mean == pytest.approx(0.95)
+    assert noisy.arms[0].metrics["accuracy"].mean == pytest.approx(0.88)
+    assert quiet.arms[0].metrics["accuracy"].mean == pytest.approx(0.95)
 
 
 def test_seeds_of_one_scenario_may_come_from_several_folders() -> None:
@@ -295,12 +294,15 @@ def four_rounds(change: Callable[[Row], object]) -> list[Row]:
         ([run_row("plain", 0), *four_rounds(lambda row: row.update(round=4))], "'plain-seed0' lacks round 3;"),
         ([run_row("plain", 0), *[round_row("plain", 0, 1, 0.5)] * 2], "'plain-seed0' has round 1 twice.*keep one row"),
         ([run_row("plain", 0), round_row("plain", 0, 1, 0.5, seconds="fast")], "do not fit together"),
+        ([run_row("plain", 0), *four_rounds(lambda row: row.update(round="third"))], "do not fit together"),
+        ([run_row("plain", 0), *four_rounds(lambda row: row.pop("round"))], "lacks the field 'round'"),
+        ([run_row("plain", 0) | {"seed": None}], "do not fit together"),
         ([*other_sizes("plain", 0, 4), *other_sizes("plain", 1, 2)], "differ in their number of replicas"),
     ],
 )
 def test_rows_that_cannot_be_summarised_give_one_clear_line(rows: list[Row], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        summarise(rows)
+        summarise_scenarios(rows)
     assert "\n" not in str(caught.value)
 
 
@@ -309,7 +311,7 @@ def test_a_label_names_four_settings_at_most() -> None:
         [run_row("plain", 0, settings=dict.fromkeys("abcdef", value)), round_row("plain", 0, 1, 0.5)]
         for value in (1, 2)
     ]
-    assert [one.label for one in summarise([*runs[0], *runs[1]])] == [
+    assert [one.label for one in summarise_scenarios([*runs[0], *runs[1]])] == [
         "a = 1; b = 1; c = 1; d = 1; and 2 more settings",
         "a = 2; b = 2; c = 2; d = 2; and 2 more settings",
     ]
@@ -319,7 +321,7 @@ def test_a_label_names_four_settings_at_most() -> None:
 def test_down_weighted_means_less_than_half_of_an_equal_share(weight: float, found: tuple[int, ...]) -> None:
     weights = [weight, *[(1 - weight) / 3] * 3]  # of 4: half of a share is 0.125
     rows = [run_row("weighted", 0), round_row("weighted", 0, 1, 0.5, weights=weights)]
-    own = arms(rows)["weighted"].weights
+    own = arms(rows)["weighted"].shares
     assert own is not None
     assert own.down_weighted == found
 
@@ -328,7 +330,7 @@ def test_a_label_tells_rates_in_words_and_leaves_out_what_the_shards_tell() -> N
     settings = {"noisy": 0, "lr_sequential": 0.4, "lr_sync": 0.4, "lr_plain": 0.1, "heldout": 200}
     changed = settings | {"noisy": 2, "lr_sequential": 0.1, "lr_sync": 0.2, "heldout": 100}
     rows = [[run_row("plain", 0, settings=own), round_row("plain", 0, 1, 0.5)] for own in (settings, changed)]
-    assert [one.label for one in summarise([*rows[0], *rows[1]])] == [
+    assert [one.label for one in summarise_scenarios([*rows[0], *rows[1]])] == [
         "heldout = 200; learning rates: sequential 0.4, sync 0.4",
         "heldout = 100; learning rates: sequential 0.1, sync 0.2",
     ]

@@ -5,13 +5,15 @@ import re
 import pytest
 from reports import ALL_DEAD, DIVERGED, MINUS, ONE_SEED, PAIRS, Row, cells, make_rows, small, text_of
 
-from wavg_jax.reporting import findings, plots, tables
-from wavg_jax.reporting.summary import summarise
+from wavg_jax.reporting.findings import scenario_sentences
+from wavg_jax.reporting.plots import arm_places, draw_scenario
+from wavg_jax.reporting.summary import summarise_scenarios
+from wavg_jax.reporting.tables import comparison_tables
 
 
 def test_a_column_of_times_has_one_unit_and_says_it() -> None:
-    (one,) = summarise(PAIRS)
-    heads = {table.title: table.columns for table in tables.tables(one)}
+    (one,) = summarise_scenarios(PAIRS)
+    heads = {table.title: table.columns for table in comparison_tables(one)}
     assert heads["To 80 % test accuracy"][-2:] == ("measured (s)", "computed (ms)")
     assert heads["Cost"][2:5] == ("compiling (s)", "round, measured (ms)", "round, computed (ms)")
 
@@ -49,10 +51,12 @@ def test_cells(rows: list[Row], title: str, name: str, expected: tuple[str, ...]
 def test_a_target_out_of_reach_or_missing_and_a_clock_that_was_not_measured_are_told_apart() -> None:
     far, unset = ([row | {"target_accuracy": target} for row in PAIRS] for target in (0.99, None))
     assert cells(far, "To 99 %", "plain") == ("0 of 2", *["not reached"] * 3)
-    assert cells(unset, "To the target", "plain") == ("0 of 2", *["no target"] * 3)
+    (one,) = summarise_scenarios(unset)
+    assert not any(table.title.startswith("To ") for table in comparison_tables(one))
     rows = [row | ({"critical_path": None} if row["kind"] == "run" else {}) for row in PAIRS]
     assert cells(rows, "To 80 %", "weighted") == ("2 of 2", "150 ± 71", "0.750 ± 0.354", "not measured")
-    assert "computed clock" not in "".join(plot.title for plot in plots.draw(summarise(rows)[0]))
+    (one,) = summarise_scenarios(rows)
+    assert "computed clock" not in "".join(plot.title for plot in draw_scenario(one, arm_places([one])))
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -76,7 +80,7 @@ def test_a_terminal_that_is_too_narrow_for_a_table_goes_on_below() -> None:
 
 
 def test_minus_signs_are_all_alike() -> None:
-    (one,) = summarise(make_rows())
-    every = [cell for table in tables.tables(one) for rows in table.sections for row in rows for cell in row]
+    (one,) = summarise_scenarios(make_rows())
+    every = [cell for table in comparison_tables(one) for rows in table.sections for row in rows for cell in row]
     assert any(MINUS in cell for cell in every)
-    assert not [text for text in (*every, *findings.findings(one)) if re.search(r"(^|[ (])-\d", text)]
+    assert not [text for text in (*every, *scenario_sentences(one)) if re.search(r"(^|[ (])-\d", text)]

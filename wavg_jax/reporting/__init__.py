@@ -1,1 +1,36 @@
-"""From rows to statistics, findings, plots and documents."""
+"""Recorded rows -> statistics, sentences, figures and reports; knows rows alone, and nothing of training.
+
+    from wavg_jax import reporting
+
+    report = reporting.summarise(result.rows)  # shown by a notebook; by a terminal with `rich.print`
+    report.figures()  # each one shown by a notebook, with its PNG in `.png`
+    report.write("out")  # or reporting.write_report("out", result.rows)
+
+Matplotlib, scipy, rich and markdown-it are imported at first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wavg_jax.reporting.document import Caller
+    from wavg_jax.reporting.publish import summarise, write_report
+    from wavg_jax.reporting.statistic import Statistic
+
+__all__ = ["Caller", "Statistic", "summarise", "write_report"]
+_HOMES = {"Caller": "document", "Statistic": "statistic", "summarise": "publish", "write_report": "publish"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("wavg_jax"):
+            raise
+        raise ImportError(f"reports need {error.name}: pip install 'wavg-jax[report]'") from error
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

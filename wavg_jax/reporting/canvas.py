@@ -1,8 +1,8 @@
-"""What the figures of all reports share: two themes, sizes, axes, and the images they become.
+"""What all figures share: two themes, sizes, axes, and the images they become.
 
 Every figure is painted twice, for light and for dark pages, so that heat maps too have colours made for their
-background, and looks the same in every browser. Nothing here touches pyplot, so there is no global state and no
-figure to close.
+background and look the same in every browser. Nothing here touches pyplot, so there is no global state and no figure
+to close.
 """
 
 import io
@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-WIDTH = 5.6  # inches, at 100 pixels of a page each
+WIDTH = 5.6  # inches; a page shows 100 pixels per inch
 DPI = 150
-TEXT, SMALL = 11.5, 10.5  # points: 10.5 and 9.6 pixels where a page is 400 pixels wide, and has 370 for a figure
+TEXT, SMALL = 11.5, 10.5  # points: 10.5 and 9.6 pixels on a page 400 pixels wide, which leaves 370 for a figure
 
 
 class Theme(NamedTuple):
@@ -25,9 +25,9 @@ class Theme(NamedTuple):
 
     Attributes:
       paper, ink, faint: background; text and axes; grid lines.
-      colours: of lines, Okabe and Ito's, which colour-blind readers tell apart; lighter on dark paper.
-      diverging: name of the colour map for less and more than something, which is like paper in the middle.
-      strong: what the colour map of shares ends in; it begins with paper.
+      colours: of lines: Okabe and Ito's palette, which colour-blind readers can tell apart; lighter on dark paper.
+      diverging: colour map for less and more than something; its middle is like the paper.
+      strong: last colour of the map of shares, which starts at the paper's.
     """
 
     paper: str
@@ -42,7 +42,7 @@ class Theme(NamedTuple):
         return LinearSegmentedColormap.from_list("shares", [self.paper, self.strong])
 
     def on(self, red: float, green: float, blue: float) -> str:
-        """The ink that is read best on a colour."""
+        """The ink that reads best on a colour."""
         return "#1c1c1c" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
 
@@ -62,21 +62,21 @@ DARK = Theme(
     diverging="berlin_r",
     strong="#8cc4f0",
 )
-# Dashes and markers tell lines apart where colours do not, as in a grey print.
+# Dashes and markers tell lines apart where colours do not, as in a grey print. Line and arm i have the i-th of each.
 DASHES = ("-.", (0, (2, 1.3)), (0, (6, 2)), "-", (0, (3, 1, 1, 1, 1, 1)), (0, (9, 1, 1, 1)), (0, (1, 1)), (0, (4, 4)))
 MARKERS = ("s", "^", "o", "D", "v", "P", "X", "*")
 
 
 class Plot(NamedTuple):
-    """A drawn figure.
+    """A drawn figure; a notebook shows it.
 
     Attributes:
-      name: what the file is called, without ending.
+      name: of the file, without ending.
       title: what it shows, in a few words.
       caption: how to read it.
       png: the image.
-      dark: the same for a dark page.
-      width: inches, at 100 pixels of a page each; above `WIDTH` it is scrolled on a narrow page.
+      dark: the image for a dark page.
+      width: inches; a narrow page scrolls what is wider than `WIDTH`.
     """
 
     name: str
@@ -86,8 +86,11 @@ class Plot(NamedTuple):
     dark: bytes
     width: float = WIDTH
 
+    def _repr_png_(self) -> bytes:
+        return self.png
 
-def plot(name: str, title: str, caption: str, paint: Callable[[Theme], Figure]) -> Plot:
+
+def make_plot(name: str, title: str, caption: str, paint: Callable[[Theme], Figure]) -> Plot:
     """Paints a figure in both themes."""
     light, dark = paint(LIGHT), paint(DARK)
     return Plot(name, title, caption, _png(light), _png(dark), light.get_figwidth())
@@ -95,16 +98,16 @@ def plot(name: str, title: str, caption: str, paint: Callable[[Theme], Figure]) 
 
 def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
-    # Unlike savefig, this draws once; without the writer's version the same rows give the same bytes.
+    # Unlike savefig this draws once; without the writer's version in it, the same rows give the same bytes.
     FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
     return image.getvalue()
 
 
-def axes(theme: Theme, title: str, subtitle: str, height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """A figure with its title, what it was drawn from below that, and empty axes."""
+def make_axes(theme: Theme, title: str, subtitle: str, height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure with a title, below that what it was drawn from, and empty axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.paper, layout="constrained")
     below = textwrap.wrap(subtitle, int(12 * width))
-    # The title is made higher by the lines below it, which are in another weight.
+    # Blank lines in the title make room for the subtitle, which has another weight.
     top = figure.suptitle(
         title + "\n " * len(below), x=0.012, ha="left", fontsize=TEXT + 0.5, fontweight="bold", color=theme.ink
     )
@@ -120,7 +123,7 @@ def axes(theme: Theme, title: str, subtitle: str, height: float, width: float = 
 
 
 def legend(theme: Theme, ax: Axes) -> None:
-    """Names the lines above the axes, where they cover nothing."""
+    """Names the lines, above the axes, where the names cover nothing."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
@@ -137,7 +140,7 @@ def legend(theme: Theme, ax: Axes) -> None:
 
 
 def colour_bar(theme: Theme, figure: Figure, ax: Axes, image: object, label: str) -> None:
-    """What the colours of an image stand for, beside it."""
+    """Shows beside an image what its colours stand for."""
     bar = figure.colorbar(image, ax=ax, pad=0.015)  # type: ignore[arg-type]
     bar.set_label(label, size=TEXT, color=theme.ink)
     bar.ax.tick_params(labelsize=SMALL, colors=theme.ink)

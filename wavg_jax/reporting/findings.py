@@ -3,243 +3,271 @@
 import math
 from collections.abc import Sequence
 
-from wavg_jax.reporting import summary
-from wavg_jax.reporting.statistic import Statistic, interval, seeds, statistic
-from wavg_jax.reporting.summary import RATE, REFERENCE, Arm, Summary
+from wavg_jax.reporting.measures import KNOWN, Measure
+from wavg_jax.reporting.shares import Shares
+from wavg_jax.reporting.statistic import Statistic
+from wavg_jax.reporting.summary import RATE, ArmSummary, Summary, scenario_names
+from wavg_jax.reporting.wording import capitalised, common_decimals, distinct, in_words, interval, mean_sd, seeds
 
 
 def answer(summaries: Sequence[Summary]) -> list[str]:
-    """Says whether weighting helped, and where it did not: first in one sentence, then with numbers by scenario."""
-    names = summary.names(summaries)
-    said: dict[str, list[str]] = {}
+    """Whether weighting helped, and where: first in one sentence, then with numbers, scenario by scenario."""
+    names = scenario_names(summaries)
+    told: dict[tuple[int, str], list[str]] = {}
     for one, name in zip(summaries, names, strict=True):
-        said.setdefault(_outcome(one), []).append(name + _of_seeds(one))
-    order = [outcome for outcome in OUTCOMES if outcome in said]
-    sentence = "; ".join(f"{outcome}: {', '.join(said[outcome])}" for outcome in order)
-    lines = [sentence[0].upper() + sentence[1:] + "."]
+        told.setdefault(_outcome(one), []).append(name + _of_seeds(one))
+    sentence = "; ".join(f"{outcome}: {', '.join(where)}" for (_, outcome), where in sorted(told.items()))
+    lines = [f"{capitalised(sentence)}."]
     for one, name in zip(summaries, names, strict=True):
-        if _comparable(one):
-            lines.append(
-                f"{name[0].upper() + name[1:]}: {_versus(one.focus)}{_loss(one.focus)}{_highest(one)}{_lost(one)}"
-            )
+        if one.comparable:
+            ended = _versus(one, one.focus) + _loss(one) + _best(one) + _price(one) + _left_out(one)
+            lines.append(f"{capitalised(name)}: {ended}")
     return lines
 
 
-HELPED, HARMED, EQUAL, UNDECIDED, APART = OUTCOMES = (
-    "weighting helped",
-    "weighting did harm",
-    "no difference in accuracy from plain averaging is shown",
-    "too few seeds to show a difference",
-    "no comparison with plain averaging",
-)
-"""What can come out of a scenario, in the order in which it is told."""
-
-
-def _comparable(one: Summary) -> bool:
-    return bool(one.focus.differences) and one.focus.weights is not None
-
-
-def _outcome(one: Summary) -> str:
-    if not _comparable(one) or not one.focus.differences["accuracy"].n:
-        return APART
-    d = one.focus.differences["accuracy"]
+def _outcome(one: Summary) -> tuple[int, str]:
+    """What came out of a scenario, and its place among what can come out."""
+    d = _difference(one, one.focus) if one.comparable else None
+    if d is None or not d.n:
+        return 4, f"no comparison with {one.reference}" if one.reference else "no reference to compare with"
     if d.shown:
-        return HELPED if d.mean > 0 else HARMED
-    return UNDECIDED if d.too_few else EQUAL
+        return (0, "weighting helped") if (d.mean > 0) == one.measure.higher else (1, "weighting did harm")
+    if d.too_few:
+        return 3, "too few seeds to show a difference"
+    return 2, f"no difference in {one.measure.words} from {one.reference} is shown"
 
 
-def _loss(arm: Arm) -> str:
-    """Where accuracy does not tell arms apart, the loss may."""
-    d = arm.differences["loss"]
-    return f" Its test loss is {abs(d.mean):.3f} {'lower' if d.mean < 0 else 'higher'}." if d.shown else ""
+def _difference(one: Summary, arm: ArmSummary) -> Statistic:
+    return arm.differences[one.measure.metric]
+
+
+def _loss(one: Summary) -> str:
+    """The difference in loss, where arms are judged by something else."""
+    d = one.focus.differences["loss"]
+    if one.measure.metric == "loss" or not d.shown:
+        return ""
+    return f" Its test loss is {abs(d.mean):.3f} {'lower' if d.mean < 0 else 'higher'}."
 
 
 def _of_seeds(one: Summary) -> str:
-    """Over how many of its seeds a comparison is, where runs diverged."""
-    focus = one.focus
-    plain = next((arm for arm in one.arms if arm.name == REFERENCE), focus)
-    lost = {arm.name: len(set(_diverged(arm)) & set(focus.pairs)) for arm in (plain, focus)}
+    """How many of its seeds a comparison is over, where runs diverged."""
+    if not one.comparable:
+        return ""
+    focus, pairs = one.focus, one.focus.pairs
+    lost = {one.reference: sum(base.failed for _, base in pairs), focus.name: sum(run.failed for run, _ in pairs)}
     counts = [(name, count) for name, count in lost.items() if count]
-    if not _comparable(one) or not counts:
+    if not counts:
         return ""
     which = ", ".join(f"{name} {'' if i else 'diverged '}in {count}" for i, (name, count) in enumerate(counts))
-    return f" (in {focus.differences['accuracy'].n} of {len(focus.pairs)} seeds; {which})"
+    return f" (in {_difference(one, focus).n} of {seeds(len(pairs))}; {which})"
 
 
-def _highest(one: Summary) -> str:
-    """The arm with the highest mean over the seeds that all arms ended with: other seeds may be easier ones."""
-    found = {arm.name: {run.seed: run.accuracy[-1] for run in arm.runs} for arm in one.arms}
-    ended = [{seed for seed, value in own.items() if math.isfinite(value)} for own in found.values()]
-    common = set.intersection(*ended)
+def _best(one: Summary) -> str:
+    """The arm with the best mean over the seeds that all arms finished: other seeds may be easier."""
+    measure = one.measure
+    found = {arm.name: {run.seed: run.final(measure.metric) for run in arm.runs} for arm in one.arms}
+    common = set.intersection(
+        *({seed for seed, value in own.items() if math.isfinite(value)} for own in found.values())
+    )
     if not common:
         return ""
-    means = {name: statistic([own[seed] for seed in sorted(common)]).mean for name, own in found.items()}
-    best = max(means, key=lambda name: means[name])
+    means = {name: Statistic.of([own[seed] for seed in sorted(common)]).mean for name, own in found.items()}
+    name = (max if measure.higher else min)(means, key=lambda name: means[name])
     part = any(set(own) != common for own in found.values())
     over = f" over the {seeds(len(common))} that all have" if part else ""
-    return f" The highest mean of all arms{over} is that of {best}, {100 * means[best]:.2f} %."
+    value = f"{100 * means[name]:.2f} %" if measure.percent else f"{means[name]:.{common_decimals([means[name]])}f}"
+    return f" Of all arms, {name} has the {'highest' if measure.higher else 'lowest'} mean{over}, {value}."
 
 
-def _lost(one: Summary) -> str:
-    """Which runs are in no mean: leaving them out flatters their arm."""
-    found = [f"{arm.name} with {_which(arm)}" for arm in one.arms if _diverged(arm)]
-    return f" Left out, since they diverged: {'; '.join(found)}." if found else ""
+def _price(one: Summary) -> str:
+    """How long a round takes beside the reference's, on the clocks that compare."""
+    arm, clocks = one.focus, []
+    if arm.same_devices:
+        taken = [Statistic.of(a.seconds).mean / Statistic.of(b.seconds).mean for a, b in arm.pairs]
+        clocks.append(("measured", mean_sd(Statistic.of(taken), decimals=2, exact=len(taken) < 2)))
+    computed = Statistic.of([a.critical_round / b.critical_round for a, b in arm.pairs])
+    if arm.same_hardware and computed.n:
+        clocks.append(("computed", mean_sd(computed, decimals=2, exact=True)))
+    if not clocks:
+        return ""
+    times = " and ".join(f"{shown} times ({clock})" for clock, shown in clocks)
+    return f" A round takes {times} as long as {one.reference}'s."
 
 
-def _diverged(arm: Arm) -> list[int]:
-    return [run.seed for run in arm.runs if run.diverged[-1]]
+def _left_out(one: Summary) -> str:
+    """The runs that no mean counts: leaving them out flatters their arm."""
+    found = [f"{arm.name} with {_which(arm)}" for arm in one.arms if _failed(arm)]
+    return f" Left out because they diverged: {'; '.join(found)}." if found else ""
 
 
-def _which(arm: Arm) -> str:
-    found = _diverged(arm)
+def _failed(arm: ArmSummary) -> list[int]:
+    return [run.seed for run in arm.runs if run.failed]
+
+
+def _which(arm: ArmSummary) -> str:
+    found = _failed(arm)
     return "every seed" if len(found) == len(arm.runs) else _listed(found)
 
 
-def findings(one: Summary) -> list[str]:
-    """What the numbers say, in sentences: differences, weights, and what to beware of."""
+def _listed(found: Sequence[int]) -> str:
+    return f"seed{'s' if len(found) > 1 else ''} {in_words(found)}"
+
+
+def scenario_sentences(one: Summary) -> list[str]:
+    """What the numbers of a scenario say: failures, differences, weights, and what is missing."""
     lines = [line for arm in one.arms for line in _failures(arm)]
-    lines += [_versus(arm) for arm in one.arms if arm.differences]
+    lines += [_versus(one, arm) for arm in one.arms if arm.differences]
     lines += _rates(one)
     for arm in one.arms:
-        lines += _weight_findings(arm, set(one.header["noisy_shards"] or ()))
+        if arm.shares is not None:
+            lines += _weights(one, arm, arm.shares)
+    early = [run for run in one.runs if run.stopped_early]
+    if early:
+        which = ", ".join(f"{run.header['run']} after {len(run.rounds)} of {run.header['rounds']}" for run in early)
+        lines.append(f"Stopped early by a callback, and complete: {which} rounds.")
     for run in one.runs:
-        if not (run.complete or run.gave_up):
+        if not run.complete:
             lines.append(
-                f"Incomplete: {run.header['run']} has {len(run.rounds)} of {run.header['rounds']} rounds; "
-                f"round {run.rounds[-1]:.0f}, its last, stands for the final one."
+                f"Incomplete: {run.header['run']} has {len(run.rounds)} of {run.header['rounds']} rounds; round "
+                f"{run.rounds[run.last]:.0f}, the last evaluated one, stands for the final one."
             )
     lines += [f"Left out: {name} has no recorded round." for name in one.empty]
-    if len(summary.distinct(run.header["hardware"] for run in one.runs)) > 1:
-        lines.append("The runs were made on different hardware: their measured times are not comparable.")
+    if len(distinct(run.header["hardware"] for run in one.runs)) > 1:
+        lines.append("The runs were made on different hardware: times compare only between arms on the same.")
     return lines
 
 
 def caveats(summaries: Sequence[Summary]) -> list[str]:
     """What to beware of in all scenarios of a report."""
-    differences = [arm.differences["accuracy"] for one in summaries for arm in one.arms if arm.differences]
-    differences += [one.focus.differences["loss"] for one in summaries if _comparable(one)]
-    lines = by_chance(sum(not d.too_few for d in differences))
-    if any(len(summary.distinct(run.header["devices"] for run in one.runs)) > 1 for one in summaries):
-        lines.append("The arms ran on different numbers of devices: their measured times are not comparable.")
+    differences = [_difference(one, arm) for one in summaries for arm in one.arms if arm.differences]
+    differences += [
+        one.focus.differences["loss"] for one in summaries if one.comparable and one.measure != KNOWN["loss"]
+    ]
+    references = distinct(one.reference for one in summaries if one.reference)
+    lines = by_chance(sum(not d.too_few for d in differences), " or ".join(references))
+    if any(len(distinct(run.header.get("devices") for run in one.runs)) > 1 for one in summaries):
+        lines.append(
+            "The arms ran on different numbers of devices: measured times compare only between arms on as many."
+        )
     lines.append(
-        "One device that is already busy gains nothing from K replicas, it works through them all: hence two clocks: "
+        "One device that is already busy gains nothing from K replicas: it works through them all. Hence two clocks: "
         "measured, on this hardware, and computed, the critical path with a device for each replica."
     )
     return lines
 
 
-def by_chance(count: int) -> list[str]:
-    """What to beware of where `count` differences are tested, each at 95 %; nothing where there are not several."""
+def by_chance(count: int, reference: str) -> list[str]:
+    """What to beware of where `count` differences are each tested at 95 %; nothing below two."""
     if count < 2:
         return []
     return [
-        f"{count} differences from {REFERENCE} are tested one by one, at 95 %: about {0.05 * count:.2g} of them would "
-        "be shown if nothing differed from it at all."
+        f"{count} differences from {reference} are tested one by one at 95 %: if there were none at all, about "
+        f"{0.05 * count:.2g} of them would still be shown."
     ]
 
 
 def _rates(one: Summary) -> list[str]:
     """Whether the focus was trained at another inner learning rate than the reference."""
     name = one.focus.name
-    base, own = (one.settings.get(RATE + arm) for arm in (REFERENCE, name))
-    if not _comparable(one) or None in (base, own) or base == own:
+    base, own = (one.settings.get(RATE + arm) for arm in (one.reference, name))
+    if not one.comparable or None in (base, own) or base == own:
         return []
-    line = f"{REFERENCE} was trained at learning rate {base} and {name} at {own}"
-    return [f"{line}: their difference is then also the rates'."]
+    line = f"{one.reference} was trained at learning rate {base} and {name} at {own}"
+    return [f"{line}: part of their difference may be due to that."]
 
 
-def _failures(arm: Arm) -> list[str]:
+def _failures(arm: ArmSummary) -> list[str]:
     """What went wrong with an arm as a whole, before any of its numbers."""
     lines = []
-    if _diverged(arm):
+    if _failed(arm):
         lines.append(
-            f"{arm.name} diverged with {_which(arm)}: {_how(arm)}, so these runs have no quality, and are in no "
-            "mean and no difference of it."
+            f"{arm.name} diverged with {_which(arm)}: {_how(arm)}. These runs have no quality and count in no mean and "
+            "no difference."
         )
-    if arm.weights is not None and arm.weights.lost:
+    if arm.shares is not None and arm.shares.lost:
         ended = [run.seed for run in arm.runs if not run.alive[-1].any()]
-        last = f"; with {_listed(ended)} that is how the run ended" if ended else ""
+        last = f"; with {_listed(ended)} the run ended that way" if ended else ""
         lines.append(
-            f"{arm.name}: all replicas were dead (numbers not finite, or masked) in {arm.weights.lost} of "
-            f"{arm.weights.rounds} rounds (all seeds together), in which nothing was averaged{last}."
+            f"{arm.name}: all replicas were dead (numbers not finite, or masked) in {arm.shares.lost} of "
+            f"{arm.shares.rounds} rounds (all seeds together), so nothing was averaged there{last}."
         )
     return lines
 
 
-def _how(arm: Arm) -> str:
-    """What became of the runs that diverged."""
-    runs = [run for run in arm.runs if run.diverged[-1]]
+def _how(arm: ArmSummary) -> str:
+    """How the runs that diverged ended."""
+    failed = [run for run in arm.runs if run.failed]
     return " or ".join(
-        summary.distinct(
-            "nothing came of their last rounds" if run.gave_up else "the network's outputs are not finite"
-            for run in runs
+        distinct(
+            "all replicas were dead in their last rounds" if run.gave_up else "the network's outputs are not finite"
+            for run in failed
         )
     )
 
 
-def _listed(found: Sequence[int]) -> str:
-    return f"seed{'s' if len(found) > 1 else ''} {summary.text(found)}"
-
-
-def _versus(arm: Arm) -> str:
-    d = arm.differences["accuracy"]
+def _versus(one: Summary, arm: ArmSummary) -> str:
+    d = _difference(one, arm)
     if d.n == 0:
-        why = "no seed in which both ended with finite numbers" if arm.pairs else "they share no seed"
-        return f"{arm.name} cannot be compared with {REFERENCE}: {why}."
+        why = "in no seed did both end with finite numbers" if arm.pairs else "they share no seed"
+        return f"{arm.name} cannot be compared with {one.reference}: {why}."
     if d.mean == 0 and d.sd == 0:
-        return f"{arm.name} ended at the test accuracy of {REFERENCE} in each of {d.n} seeds."
-    return f"{arm.name} ended {_place(d)} ({_certainty(d)}."
+        return f"{arm.name} ended at the {one.measure.words} of {one.reference} in each of {d.n} seeds."
+    return f"{arm.name} ended {_place(one, d)} ({_certainty(one.measure, d)}."
 
 
-def _place(d: Statistic) -> str:
+def _decimals(measure: Measure, d: Statistic) -> int:
+    return common_decimals([d.mean, d.sd]) if measure.decimals is None else measure.decimals
+
+
+def _place(one: Summary, d: Statistic) -> str:
     """Where an arm ended beside the reference."""
-    size = f"{abs(100 * d.mean):.2f}"
+    measure = one.measure
+    size = f"{abs(measure.scale * d.mean):.{_decimals(measure, d)}f}"
     if not float(size):
-        return f"at {REFERENCE}'s mean test accuracy"
-    return f"{size} points of test accuracy {'above' if d.mean > 0 else 'below'} {REFERENCE}"
+        return f"at {one.reference}'s mean {measure.words}"
+    unit = f" {measure.unit}" if measure.unit else ""
+    return f"with a {measure.words} {size}{unit} {'above' if d.mean > 0 else 'below'} {one.reference}'s"
 
 
-def _certainty(d: Statistic) -> str:
+def _certainty(measure: Measure, d: Statistic) -> str:
     if d.too_few:
         return f"{'one seed' if d.n == 1 else 'paired over 2 seeds'}): too few seeds to show a difference"
-    line = f"paired over {d.n} seeds, 95 % interval {interval(d)})"
+    line = f"paired over {d.n} seeds, 95 % interval {interval(d, measure.scale, _decimals(measure, d))})"
     return line if d.shown else f"{line}: seeds differ by as much, so no difference is shown"
 
 
-def _effect(arm: Arm) -> str:
-    """What came of weights that differ, as the end of a sentence."""
-    d = arm.differences.get("accuracy")
+def _effect(one: Summary, arm: ArmSummary) -> str:
+    """What weights that differ led to, as the end of a sentence."""
+    d = arm.differences.get(one.measure.metric)
     if d is None or not d.n:
         return ""
     if d.shown:
-        return f", and it ended {_place(d)}"
-    unsure = "there are too few seeds to show a difference in accuracy"
-    return f", and {unsure if d.too_few else 'no difference in accuracy is shown'}"
+        return f", and it ended {_place(one, d)}"
+    if d.too_few:
+        return f", and there are too few seeds to show a difference in {one.measure.words}"
+    return f", and no difference in {one.measure.words} is shown"
 
 
-def _weight_findings(arm: Arm, noisy: set[int]) -> list[str]:
-    if arm.weights is None:
-        return []
-    w, k = arm.weights, len(arm.weights.mean)
+def _weights(one: Summary, arm: ArmSummary, shares: Shares) -> list[str]:
+    k, noisy = len(shares.mean), sorted(one.header["noisy_shards"] or ())
     lines = [
         f"{arm.name}: replica {i} took no part in {rounds} rounds (all seeds together)."
-        for i, rounds in enumerate(w.dead)
+        for i, rounds in enumerate(shares.dead)
         if rounds
     ]
-    if arm.name == REFERENCE or w.lost == w.rounds:
+    if arm.name == one.reference or shares.lost == shares.rounds:
         return lines
-    effective = f"effective number {w.effective_mean:.2f} of {k} replicas"
-    if w.uniform:
+    effective = f"effective number {shares.effective_mean:.2f} of {k} replicas"
+    if shares.uniform:
         text = f"the weights were indistinguishable from uniform ({effective}): weighting had nothing to act on."
-    elif not w.down_weighted:
-        text = (
-            f"the weights differed ({effective}), but no replica's mean weight was below half of 1/{k}{_effect(arm)}."
-        )
-        share = k * w.mean[sorted(noisy)].mean() if noisy else 0.0
-        text += f" The noisy shards ({summary.text(sorted(noisy))}) had {share:.2f} of 1/{k}." if noisy else ""
+    elif not shares.down_weighted:
+        text = f"the weights differed ({effective}), but no replica's mean weight was below half of 1/{k}"
+        text += f"{_effect(one, arm)}."
+        share = k * shares.mean[noisy].mean() if noisy else 0.0
+        text += f" The noisy shards ({in_words(noisy)}) had {share:.2f} of 1/{k}." if noisy else ""
     else:
-        same = set(w.down_weighted) == noisy
-        verdict = "these are exactly the noisy shards" if same else f"noisy shards: {summary.text(sorted(noisy))}"
-        text = f"replicas {summary.text(w.down_weighted)} were down-weighted (mean weight below half of 1/{k}; "
+        same = [*shares.down_weighted] == noisy
+        verdict = "these are exactly the noisy shards" if same else f"noisy shards: {in_words(noisy)}"
+        text = f"replicas {in_words(shares.down_weighted)} were down-weighted (mean weight below half of 1/{k}; "
         text += f"{effective}); {verdict}."
     return [*lines, f"{arm.name}: {text}"]

@@ -1,4 +1,4 @@
-"""The figure of a scenario matrix: how far every weighting is from plain averaging, scenario by scenario."""
+"""The figure of a scenario matrix: how far every weighting is from the reference, scenario by scenario."""
 
 import math
 import textwrap
@@ -14,39 +14,39 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import DARK, LIGHT, SMALL, Plot, Theme
 from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix
-from wavg_jax.reporting.statistic import seeds, signed
-from wavg_jax.reporting.summary import REFERENCE
+from wavg_jax.reporting.wording import seeds, signed
 
-WIDTH = 9.0  # inches: ten columns of numbers need them, so on a narrow page it is scrolled
-APART = 0.22  # of a cell: what keeps the reference row and the column of gaps from the rest
+WIDTH = 9.0  # inches: ten columns of numbers need them, so a narrow page scrolls
+APART = 0.22  # of a cell: space beside the row of the reference and the column of gaps
 NONE = "n/a"
 TITLE = "Every weighting in every scenario"
 
 
-def draw(matrix: Matrix) -> Plot:
-    """Draws the heat map: weightings by scenarios, plain averaging on top, and each one's largest gap to the best."""
+def draw_matrix(matrix: Matrix) -> Plot:
+    """Draws the heat map: weightings by scenarios, the reference on top, and each one's largest gap to the best."""
+    reference = matrix.reference
     caption = (
-        f"Test accuracy minus {REFERENCE} averaging's, in points, mean over seeds; in the row {REFERENCE}: in %. "
-        "Bold with a dot: the 95 % interval over seeds (paired, Student's t) leaves 0 out. Last column: points "
-        "from the best weighting, in the scenario where that is most; bold if within "
-        f"{100 * MARGIN:g} point, with a star if scenarios are missing. Rows are in its order"
-        f"{'; a name in bold can be recommended' if matrix.recommend else ''}. {NONE}: not recorded."
+        f"Test accuracy minus that of {reference}, in points, mean over seeds; in the row {reference}: in %. Bold with "
+        "a dot: the 95 % interval over seeds (paired, Student's t) excludes 0. Last column: points behind the best "
+        f"weighting, in the scenario where they are most; bold if within {100 * MARGIN:g} point, with a star if "
+        "scenarios are missing. Rows are in the order of that column"
+        f"{'; a name in bold is recommended' if matrix.recommend else ''}. {NONE}: not recorded."
     )
-    return canvas.plot("matrix", TITLE, caption, lambda theme: _paint(matrix, theme))
+    return canvas.make_plot("matrix", TITLE, caption, lambda theme: _paint(matrix, theme))
 
 
 def _paint(matrix: Matrix, theme: Theme) -> Figure:
     rows, columns = len(matrix.weightings), len(matrix.titles)
     made_from = f"{matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
-    figure, axes = canvas.axes(theme, TITLE, made_from, 2.7 + 0.31 * rows, WIDTH)
+    figure, axes = canvas.make_axes(theme, TITLE, made_from, 2.7 + 0.31 * rows, WIDTH)
     limit = _limit(matrix)
     # Linear within a point, logarithmic beyond: rescues of 10 points must not hide differences of 1.
     norm = SymLogNorm(linthresh=1.0, linscale=1.0, vmin=-limit, vmax=limit, base=10)
     cells = _Cells(axes, theme, ScalarMappable(norm, theme.diverging))
-    heights = [row + (APART if row and matrix.weightings[0] == REFERENCE else 0) for row in range(rows)]
+    heights = [row + (APART if row and matrix.weightings[0] == matrix.reference else 0) for row in range(rows)]
     for y, weighting in zip(heights, matrix.weightings, strict=True):
         for x, scenario in enumerate(matrix.titles):
-            cells.entry(x, y, matrix.entries.get((scenario, weighting)), weighting)
+            cells.entry(x, y, matrix.entries.get((scenario, weighting)), weighting == matrix.reference)
         verdict = matrix.verdicts[weighting]
         within = not verdict.missing and verdict.gap <= MARGIN
         shown = NONE if math.isnan(verdict.gap) else f"{100 * verdict.gap:.1f}" + ("*" if verdict.missing else "")
@@ -57,7 +57,7 @@ def _paint(matrix: Matrix, theme: Theme) -> Figure:
     ticks = [t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30) if abs(t) <= limit]
     bar.ax.xaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.xaxis.set_major_formatter(lambda x, _: signed(x, 0))
-    bar.set_label(f"points of test accuracy above {REFERENCE} averaging", size=SMALL, color=theme.ink)
+    bar.set_label(f"points of test accuracy above {matrix.reference}", size=SMALL, color=theme.ink)
     bar.ax.tick_params(labelsize=9, colors=theme.ink)
     bar.outline.set_visible(False)
     return figure
@@ -79,12 +79,12 @@ class _Cells:
     def __init__(self, axes: Axes, theme: Theme, colours: ScalarMappable):
         self._axes, self._theme, self.colours = axes, theme, colours
 
-    def entry(self, x: float, y: float, entry: Entry | None, weighting: str) -> None:
-        """What a weighting comes to in a scenario."""
+    def entry(self, x: float, y: float, entry: Entry | None, is_reference: bool) -> None:
+        """One weighting in one scenario."""
         theme = self._theme
         if entry is None:
             self.box(x, y, BLANK[theme], NONE)
-        elif weighting == REFERENCE:
+        elif is_reference:
             self.box(x, y, NEUTRAL[theme], f"{100 * entry.accuracy.mean:.1f}")
         elif not entry.versus.n:
             self.box(x, y, BLANK[theme], f"({100 * entry.accuracy.mean:.1f})")

@@ -1,13 +1,14 @@
-"""Rows of a scenario matrix -> statistics over seeds, and what they say of each weighting.
+"""Rows of a scenario matrix -> statistics over seeds, and a verdict on each weighting.
 
-There are two kinds of rows, beside those of `wavg_jax.storage.rows`:
+A matrix has two kinds of rows of its own, beside those of `wavg_jax.storage.rows`:
 
 `kind="matrix"`, one per recording, first:
   run                   "matrix"
-  scenarios             {name: title}, those that were asked for
-  settings              the flags that all cells share; must agree when the recording is gone on with
-  started               when it was begun: UTC, ISO 8601; may be missing
-  recommend             whether the report says which weighting can be recommended; may be missing, which means true
+  scenarios             {name: title}, those asked for
+  reference             the weighting that others are compared with; by default the first one recorded
+  settings              the settings that all cells share; must agree when the recording is resumed
+  started               start of the recording: UTC, ISO 8601; may be missing
+  recommend             whether the report recommends a weighting; by default true
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
 
 `kind="cell"`, one per scenario, weighting and seed:
@@ -17,7 +18,7 @@ There are two kinds of rows, beside those of `wavg_jax.storage.rows`:
   test_accuracy, test_loss, test_macro_f1, test_ece     of the final global parameters
   weights               [K], mean over the rounds
   effective_replicas    mean over the rounds of 1 / sum(weights^2)
-  alive_rounds          [K], rounds in which each replica took part
+  alive_rounds          [K], rounds in which each replica was alive
   seconds               median over the rounds: feeding, training, scoring, search, blend
 """
 
@@ -28,20 +29,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wavg_jax.base import DataError
-from wavg_jax.reporting.statistic import Floats, Statistic, as_float, statistic
-from wavg_jax.reporting.summary import REFERENCE, Row, distinct
+from wavg_jax.reporting.statistic import Floats, Statistic, as_float
+from wavg_jax.reporting.wording import distinct
+from wavg_jax.storage.rows import Row
 
-METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
+CELL_METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
+HEADER = (
+    *("scenarios", "settings", "dataset", "train_samples", "heldout_samples", "test_samples", "parameters"),
+    *("hardware", "versions"),
+)
+"""Fields that the first row must have."""
 MARGIN = 0.01
-"""How far, in test accuracy, a weighting that can be recommended may be from the best one of any scenario."""
+"""How far a recommended weighting may be from the best one of any scenario, in test accuracy."""
 
 
 class Entry(NamedTuple):
     """One weighting in one scenario, over the seeds recorded.
 
     Attributes:
-      metrics: each of `METRICS`.
-      differences: minus plain averaging, seed by seed, for the seeds that both have.
+      metrics: each of `CELL_METRICS`.
+      differences: minus the reference, paired by seed, over the seeds that both have.
       gap: test accuracy of the best weighting of the scenario minus this one's, over the seeds that both have.
       weights: mean weight of each replica over rounds and seeds [K].
     """
@@ -57,7 +64,7 @@ class Entry(NamedTuple):
 
     @property
     def versus(self) -> Statistic:
-        """Test accuracy minus plain averaging's."""
+        """Test accuracy minus the reference's."""
         return self.differences["test_accuracy"]
 
 
@@ -65,14 +72,14 @@ class Verdict(NamedTuple):
     """One weighting over all scenarios.
 
     Attributes:
-      missing: scenarios in which it cannot be judged: fewer than two seeds in common with plain averaging.
-      worse: scenarios in which the 95 % interval of its difference from plain averaging lies below 0.
-      below: scenarios in which it is below plain averaging by more than the standard deviation of plain over seeds.
+      missing: scenarios in which it cannot be judged, having fewer than two seeds in common with the reference.
+      worse: scenarios in which the 95 % interval of its difference from the reference lies below 0.
+      below: scenarios in which it trails the reference by more than the reference's standard deviation over seeds.
       gap: its largest distance from the best weighting of a scenario, in test accuracy; nan if never judged.
       gap_in: that scenario; "" if never judged.
-      shortfall: how far it is from what is asked of a recommended weighting, in the scenario `shortfall_in`: in no
-        scenario in `below`, in none further than `MARGIN` from the best. 0 if it gets there.
-      shortfall_in: see there; "" if the shortfall is 0.
+      shortfall: how far it misses what a recommended weighting must meet, at worst: no scenario in `below`, and none
+        further than `MARGIN` from the best. 0 if it meets both.
+      shortfall_in: the scenario where that is worst; "" if the shortfall is 0.
     """
 
     missing: tuple[str, ...]
@@ -89,21 +96,23 @@ class Verdict(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """All that was recorded.
+    """Every weighting in every scenario, as far as recorded.
 
     Attributes:
       titles: {scenario: title}, in the order of recording.
-      weightings: plain averaging first, then by their largest gap, those with missing scenarios last.
-      entries: by scenario and weighting; missing where no cell is recorded.
+      reference: the weighting that others are compared with.
+      weightings: the reference first, then by largest gap, those with missing scenarios last.
+      entries: by scenario and weighting; absent if no cell is recorded.
       verdicts: by weighting.
       best: {scenario: weighting with the highest mean test accuracy}.
       rates: {scenario: learning rate}.
-      seeds: all seeds of any cell.
+      seeds: the seeds of all cells.
       headers: the rows of kind "matrix".
-      recommend: whether any weighting is to be recommended, which every recording asks for.
+      recommend: whether the report recommends weightings.
     """
 
     titles: Mapping[str, str]
+    reference: str
     weightings: tuple[str, ...]
     entries: Mapping[tuple[str, str], Entry]
     verdicts: Mapping[str, Verdict]
@@ -115,12 +124,12 @@ class Matrix(NamedTuple):
 
     @property
     def recommended(self) -> tuple[str, ...]:
-        """The weightings that meet what is asked of a default; none where nothing is to be recommended."""
+        """The weightings fit for a default; none if the report recommends none."""
         return tuple(name for name in self.weightings if self.recommend and self.verdicts[name].recommended)
 
     @property
     def lacking(self) -> int:
-        """How many cells are missing of all scenarios, weightings and seeds."""
+        """How many cells of all scenarios, weightings and seeds are missing."""
         found = sum(entry.accuracy.n for entry in self.entries.values())
         return len(self.titles) * len(self.weightings) * len(self.seeds) - found
 
@@ -128,43 +137,48 @@ class Matrix(NamedTuple):
 Cells = dict[tuple[str, str], dict[int, Row]]  # (scenario, weighting) -> seed -> row
 
 
-def recorded(rows: Iterable[Row]) -> bool:
-    """Whether rows are those of a matrix."""
-    return any(row["kind"] in ("matrix", "cell") for row in rows)
+def is_matrix(rows: Iterable[Row]) -> bool:
+    """Whether rows record a matrix."""
+    return any(row.get("kind") in ("matrix", "cell") for row in rows)
 
 
-def tabulate(rows: Sequence[Row]) -> Matrix:
-    """Puts the rows of one matrix together, which may be recorded in several folders.
+def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
+    """Puts the rows of one matrix together, which may come from several folders.
 
     Args:
       rows: in the order of recording; of several folders, one folder after the other.
+      reference: the weighting that others are compared with; by default the one that the rows name.
 
     Raises:
       DataError: no cell is recorded, a row lacks a field, a cell occurs twice, or the rows are not of one matrix.
     """
     try:
-        headers, cells = _headers(rows), _cells(rows)
-        rates = {
-            s: distinct(row["rate"] for (t, _), own in cells.items() if s == t for row in own.values())
-            for s, _ in cells
-        }
-        titles = {name: str(title) for header in headers for name, title in header["scenarios"].items()}
-        order = {name: title for name, title in titles.items() if name in rates}
-        best = {s: _best(cells, s) for s in order}
-        entries = {key: _entry(cells, key, best) for key in cells}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"a row of the matrix lacks a field, or holds something odd in it: {error}") from error
-    for scenario, found in rates.items():
-        if len(found) > 1:
-            raise DataError(f"scenario {scenario!r} was trained at several rates {found}; report on them apart")
-    verdicts = {w: _verdict(entries, w, tuple(order)) for w in dict.fromkeys(w for _, w in cells)}
+        return _tabulate(rows, reference)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"a row of the matrix lacks a field, or holds something odd in it: {error}; put the row back from a copy"
+        ) from error
+
+
+def _tabulate(rows: Sequence[Row], reference: str | None) -> Matrix:
+    headers, cells = _headers(rows), _cells(rows)
+    base = reference or _reference(headers, cells)
+    titles = {name: str(title) for header in headers for name, title in header["scenarios"].items()}
+    rates = _rates(cells)
+    order = {name: title for name, title in titles.items() if name in rates}
+    best = {s: _best(cells, s) for s in order}
+    entries = {key: _entry(cells, key, best, base) for key in cells}
+    verdicts = {w: _verdict(entries, w, tuple(order), base) for w in dict.fromkeys(w for _, w in cells)}
     return Matrix(
         titles=order,
-        weightings=tuple(sorted(verdicts, key=lambda name: _rank(name, verdicts[name]))),
+        reference=base,
+        weightings=tuple(sorted(verdicts, key=lambda name: _rank(name, verdicts[name], base))),
         entries=entries,
         verdicts=verdicts,
         best=best,
-        rates={scenario: float(found[0]) for scenario, found in rates.items()},
+        rates=rates,
         seeds=tuple(sorted({seed for own in cells.values() for seed in own})),
         headers=headers,
         recommend=all(header.get("recommend", True) for header in headers),
@@ -172,65 +186,87 @@ def tabulate(rows: Sequence[Row]) -> Matrix:
 
 
 def _headers(rows: Sequence[Row]) -> tuple[Row, ...]:
-    headers = tuple(row for row in rows if row["kind"] == "matrix")
+    headers = tuple(row for row in rows if row.get("kind") == "matrix")
     if not headers:
-        raise DataError("the rows hold no matrix; give folders that experiments.scenarios has written")
+        raise DataError("the rows hold no row of kind 'matrix'; give the whole recording, its first row included")
+    for header in headers:
+        for field in HEADER:
+            header[field]
     first = headers[0]["settings"]
     for header in headers[1:]:
         for name in sorted({*first, *header["settings"]}):
             if first.get(name) != header["settings"].get(name):
                 raise DataError(
-                    f"the folders are of different matrices: --{name} is {first.get(name)} in one and "
-                    f"{header['settings'].get(name)} in another; report on them apart"
+                    f"the rows are of different matrices: {name}={first.get(name)} in one and "
+                    f"{name}={header['settings'].get(name)} in another; report on them apart"
                 )
     return headers
+
+
+def _reference(headers: Sequence[Row], cells: Cells) -> str:
+    named = [str(header["reference"]) for header in headers if header.get("reference")]
+    return named[0] if named else next(weighting for _, weighting in cells)
 
 
 def _cells(rows: Sequence[Row]) -> Cells:
     cells: Cells = {}
     for row in rows:
-        if row["kind"] == "cell":
-            own = cells.setdefault((row["scenario"], row["weighting"]), {})
+        if row.get("kind") == "cell":
+            own = cells.setdefault((str(row["scenario"]), str(row["weighting"])), {})
             if row["seed"] in own:
-                raise DataError(f"the cell {row['run']!r} occurs twice; give each folder once")
+                raise DataError(f"the cell {row['run']!r} occurs twice; give each recording once")
             own[row["seed"]] = row
     if not cells:
         raise DataError("no cell is recorded yet; report when at least one is done")
     return cells
 
 
+def _rates(cells: Cells) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for (scenario, _), own in cells.items():
+        found.setdefault(scenario, []).extend(float(row["rate"]) for row in own.values())
+    for scenario, rates in found.items():
+        if len(distinct(rates)) > 1:
+            raise DataError(
+                f"scenario {scenario!r} was trained at several rates {distinct(rates)}; report on them apart"
+            )
+    return {scenario: rates[0] for scenario, rates in found.items()}
+
+
 def _over(own: Mapping[int, Row], metric: str) -> Statistic:
-    return statistic([as_float(row[metric]) for row in own.values()])
+    return Statistic.of([as_float(row[metric]) for row in own.values()])
 
 
 def _minus(a: Mapping[int, Row], b: Mapping[int, Row], metric: str) -> Statistic:
-    return statistic([as_float(a[seed][metric]) - as_float(b[seed][metric]) for seed in a if seed in b])
+    return Statistic.of([as_float(a[seed][metric]) - as_float(b[seed][metric]) for seed in a if seed in b])
 
 
 def _best(cells: Cells, scenario: str) -> str:
-    """The best of those with the most seeds: a mean over a part of them may be high because they are easy ones."""
+    """The best weighting with the most seeds: a mean over fewer may be high because those are easy."""
     own = {w: _over(seeds, "test_accuracy") for (s, w), seeds in cells.items() if s == scenario}
     return max(own, key=lambda w: (own[w].n, own[w].mean))
 
 
-def _entry(cells: Cells, key: tuple[str, str], best: Mapping[str, str]) -> Entry:
+def _entry(cells: Cells, key: tuple[str, str], best: Mapping[str, str], reference: str) -> Entry:
     scenario, _ = key
-    own, plain, top = cells[key], cells.get((scenario, REFERENCE), {}), cells[scenario, best[scenario]]
+    own, base, top = cells[key], cells.get((scenario, reference), {}), cells[scenario, best[scenario]]
     return Entry(
-        metrics={metric: _over(own, metric) for metric in METRICS},
-        differences={metric: _minus(own, plain, metric) for metric in METRICS},
+        metrics={metric: _over(own, metric) for metric in CELL_METRICS},
+        differences={metric: _minus(own, base, metric) for metric in CELL_METRICS},
         gap=_minus(top, own, "test_accuracy"),
-        weights=np.mean([row["weights"] for row in own.values()], axis=0, dtype=np.float64),
+        weights=np.stack([np.array(row["weights"], np.float64).reshape(-1) for row in own.values()]).mean(axis=0),
     )
 
 
-def _verdict(entries: Mapping[tuple[str, str], Entry], weighting: str, scenarios: Sequence[str]) -> Verdict:
+def _verdict(
+    entries: Mapping[tuple[str, str], Entry], weighting: str, scenarios: Sequence[str], reference: str
+) -> Verdict:
     own = {s: entries[s, weighting] for s in scenarios if (s, weighting) in entries}
     judged = {s: entry for s, entry in own.items() if entry.versus.n > 1}
-    spread = {s: entries[s, REFERENCE].accuracy.sd for s in judged}
+    spread = {s: entries[s, reference].accuracy.sd for s in judged}
     gaps = {s: entry.gap.mean for s, entry in judged.items()}
     short = {s: max(-entry.versus.mean - spread[s], gaps[s] - MARGIN, 0.0) for s, entry in judged.items()}
-    short = {s: round(value, 9) for s, value in short.items()}  # so that exactly one point is within a point
+    short = {s: round(value, 9) for s, value in short.items()}  # so that exactly one point counts as within a point
     gap_in = max(gaps, key=lambda s: gaps[s], default="")
     shortfall_in = max(short, key=lambda s: short[s], default="")
     shortfall = short.get(shortfall_in, math.nan)
@@ -245,5 +281,5 @@ def _verdict(entries: Mapping[tuple[str, str], Entry], weighting: str, scenarios
     )
 
 
-def _rank(name: str, verdict: Verdict) -> tuple[Any, ...]:
-    return (name != REFERENCE, bool(verdict.missing), math.isnan(verdict.gap), verdict.gap, name)
+def _rank(name: str, verdict: Verdict, reference: str) -> tuple[Any, ...]:
+    return (name != reference, bool(verdict.missing), math.isnan(verdict.gap), verdict.gap, name)

@@ -1,88 +1,155 @@
-"""The report of a scenario matrix: the heat map, tables, and which weighting can be recommended, from rows alone."""
+"""The report on a scenario matrix: the heat map, tables, and which weighting can be recommended, from rows alone."""
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 from rich.console import Group
 
-from wavg_jax.reporting import heatmap, summary
 from wavg_jax.reporting.canvas import Plot
+from wavg_jax.reporting.document import Caller, assemble, bullets, dated, image_link, write_files
 from wavg_jax.reporting.findings import by_chance
-from wavg_jax.reporting.heatmap import NONE
-from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix, Verdict, tabulate
-from wavg_jax.reporting.report import AGAIN, dated, document, flag, image, pairs, write_files
-from wavg_jax.reporting.statistic import Statistic, interval, number, seeds, signed
-from wavg_jax.reporting.summary import REFERENCE, Row
-from wavg_jax.reporting.tables import Table, escape, markdown_table
-from wavg_jax.reporting.terminal import terminal
+from wavg_jax.reporting.heatmap import NONE, draw_matrix
+from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix, Verdict
+from wavg_jax.reporting.page import html_fragment
+from wavg_jax.reporting.statistic import Floats, Statistic
+from wavg_jax.reporting.tables import TextTable, escape, markdown_table
+from wavg_jax.reporting.terminal import terminal_block
+from wavg_jax.reporting.wording import distinct, in_words, interval, mean_sd, name_value_pairs, seeds, signed
+from wavg_jax.storage.rows import Row
 
 POINT = f"{100 * MARGIN:g} point"
 
 
-def findings(matrix: Matrix) -> list[str]:
+class MatrixReport(NamedTuple):
+    """The report on a matrix; a notebook shows its sentences and tables, and so does `rich.print`.
+
+    Attributes:
+      matrix: the statistics.
+      caller: what the rows do not say.
+    """
+
+    matrix: Matrix
+    caller: Caller = Caller()
+
+    def figures(self) -> tuple[Plot, ...]:
+        """Draws the heat map; a notebook shows it."""
+        return (draw_matrix(self.matrix),)
+
+    def write(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
+        """Writes `report.md`, `report.html` and `plots/matrix.png`, each file whole or not at all.
+
+        Args:
+          folder: made if it is missing.
+
+        Returns:
+          The files written.
+
+        Raises:
+          WorkdirError: the folder cannot be written.
+        """
+        drawn = self.figures()
+        return write_files(folder, _heading(self.matrix), self.markdown(*drawn), drawn)
+
+    def markdown(self, *drawn: Plot) -> str:
+        """The report as Markdown; `plots/NAME.png` names the plot NAME."""
+        matrix = self.matrix
+        head = [*_head(matrix, escape(dated(matrix.headers)))]
+        for plot in drawn:
+            head += [f"## {plot.title}", image_link(plot), escape(plot.caption)]
+        parts = [*_tables(matrix), "## Setup", markdown_table(_setup(matrix), numbers=False)]
+        parts += ["Settings that all cells share:", self.caller.settings(matrix.headers[0]["settings"])]
+        return assemble(head, parts, self.caller)
+
+    def __rich__(self) -> Group:
+        return Group(terminal_block(_heading(self.matrix), matrix_tables(self.matrix), matrix_sentences(self.matrix)))
+
+    def _repr_html_(self) -> str:
+        return html_fragment("\n\n".join([*_head(self.matrix), *_tables(self.matrix)]))
+
+
+def _head(matrix: Matrix, *below: str) -> list[str]:
+    return [f"# {escape(_heading(matrix))}", *below, bullets(matrix_sentences(matrix))]
+
+
+def _tables(matrix: Matrix) -> list[str]:
+    return [
+        part
+        for table in matrix_tables(matrix) + _wide(matrix)
+        for part in (f"## {escape(table.title)}", markdown_table(table), escape(table.note))
+    ]
+
+
+def _heading(matrix: Matrix) -> str:
+    sizes = f"{len(matrix.weightings)} weightings in {len(matrix.titles)} scenarios"
+    return f"{sizes}: {matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
+
+
+def matrix_sentences(matrix: Matrix) -> list[str]:
     """What the matrix says, in sentences."""
+    reference = matrix.reference
     lines = [_recommendation(matrix)] if matrix.recommend else []
     lines += [_strict(matrix)]
     if matrix.lacking:
-        lines.append(f"{matrix.lacking} cells of the matrix are not recorded; what is judged is judged without them.")
+        lines.append(f"{matrix.lacking} cells of the matrix are not recorded; the rest is judged without them.")
     n = len(matrix.seeds)
     if n <= 2:
         shown = f"{seeds(n)} {'is' if n == 1 else 'are'}"
         lines.append(f"{shown} too few seeds to show a difference: what is not marked may still differ.")
-    compared = sum(not entry.versus.too_few and w != REFERENCE for (_, w), entry in matrix.entries.items())
-    lines += by_chance(compared)
+    compared = sum(not entry.versus.too_few and w != reference for (_, w), entry in matrix.entries.items())
+    lines += by_chance(compared, reference)
     lines += [
         "The best of many means is a little too high by chance, so the gaps to it are a little too large.",
-        f"All weightings of a scenario ran at one learning rate. Where it is the one that is best for {REFERENCE} "
-        f"averaging, as in the presets, that flatters {REFERENCE}: a weighting that tolerates higher rates gets no "
-        "credit for it.",
-        "The seed decides the shards too, so seeds differ most where shards do; that is why differences are paired.",
+        f"All weightings of a scenario ran at one learning rate. If that rate was tuned for {reference}, it flatters "
+        f"{reference}: a weighting that tolerates higher rates gets no credit for it.",
+        "The seed also decides the shards, so seeds differ most where shards do; hence differences are paired by seed.",
     ]
     return lines
 
 
 def _recommendation(matrix: Matrix) -> str:
-    asked = (
-        f"in every scenario not below {REFERENCE} averaging by more than its standard deviation over seeds, and within "
-        f"{POINT} of the best weighting of that scenario"
-    )
+    reference = matrix.reference
     if matrix.recommended:
-        return f"To be recommended, since {asked}: {summary.text(matrix.recommended)}."
+        return (
+            f"Recommended: {in_words(matrix.recommended)}, never behind {reference} by more than its standard "
+            f"deviation over seeds, nor behind the best weighting of a scenario by more than {POINT}."
+        )
     judged = [name for name in matrix.weightings if not matrix.verdicts[name].missing]
     if not judged:
-        return "No weighting is recorded in every scenario yet, with two seeds or more: none can be recommended."
+        return "No weighting is recorded in every scenario with two seeds or more yet: none can be recommended."
     nearest = min(judged, key=lambda name: matrix.verdicts[name].shortfall)
     verdict = matrix.verdicts[nearest]
     where = matrix.titles[verdict.shortfall_in]
     return (
-        f"No weighting is {asked}. The nearest is {nearest}, which misses that by {100 * verdict.shortfall:.2f} points "
-        f"in the scenario {where}."
+        f"None can be recommended: each is somewhere behind {reference} by more than its standard deviation over "
+        f"seeds, or behind the best weighting by more than {POINT}. The nearest is {nearest}, which misses that by "
+        f"{100 * verdict.shortfall:.2f} points in the scenario {where}."
     )
 
 
 def _strict(matrix: Matrix) -> str:
     never = [name for name, verdict in matrix.verdicts.items() if not (verdict.worse or verdict.missing)]
-    never = [name for name in matrix.weightings if name in never and name != REFERENCE]
-    return f"In no scenario shown to be worse than {REFERENCE} (95 % interval below 0): {summary.text(never)}."
+    never = [name for name in matrix.weightings if name in never and name != matrix.reference]
+    return f"Shown to be worse than {matrix.reference} in no scenario (95 % interval below 0): {in_words(never)}."
 
 
-def tables(matrix: Matrix) -> list[Table]:
+def matrix_tables(matrix: Matrix) -> list[TextTable]:
     """The tables that fit a terminal: scenarios, and the verdict on every weighting."""
     return [_scenarios(matrix), _verdicts(matrix)]
 
 
-def _scenarios(matrix: Matrix) -> Table:
+def _scenarios(matrix: Matrix) -> TextTable:
     rows = []
     for scenario, title in matrix.titles.items():
         best = matrix.best[scenario]
-        plain, top = matrix.entries.get((scenario, REFERENCE)), matrix.entries[scenario, best]
-        shown = NONE if plain is None else number(100, 2)(plain.accuracy, "")
+        base, top = matrix.entries.get((scenario, matrix.reference)), matrix.entries[scenario, best]
+        shown = NONE if base is None else mean_sd(base.accuracy, 100, 2)
         rate = f"{matrix.rates[scenario]:g}"
-        rows.append((title, rate, shown, best, number(100, 2)(top.accuracy, ""), _interval(top.versus)))
+        rows.append((title, rate, shown, best, mean_sd(top.accuracy, 100, 2), _interval(top.versus)))
     note = "Test accuracy, mean ± standard deviation over seeds; the difference is in points, with its 95 % interval."
-    heads = ("scenario", "rate", f"{REFERENCE} (%)", "best", "its accuracy (%)", f"minus {REFERENCE}")
-    return Table("The scenarios", note, heads, (tuple(rows),))
+    heads = ("scenario", "rate", f"{matrix.reference} (%)", "best", "its accuracy (%)", f"minus {matrix.reference}")
+    return TextTable("The scenarios", note, heads, (tuple(rows),))
 
 
 def _interval(d: Statistic) -> str:
@@ -92,18 +159,18 @@ def _interval(d: Statistic) -> str:
     return f"{shown} (too few seeds)" if d.too_few else f"{shown} ({interval(d)})"
 
 
-def _verdicts(matrix: Matrix) -> Table:
+def _verdicts(matrix: Matrix) -> TextTable:
     rows = [_verdict(matrix, name, matrix.verdicts[name]) for name in matrix.weightings]
-    asked = f"Recommended: none below, no gap over {POINT}; else by how many points it misses that. "
-    asked = asked if matrix.recommend else ""
+    asked = f"Recommended: none below, no gap over {POINT}; otherwise the points by which it misses that. "
+    asked, reference = asked if matrix.recommend else "", matrix.reference
     note = (
-        f"Of {len(matrix.titles)} scenarios. Worse: the paired 95 % interval of the difference from {REFERENCE} lies "
-        f"below 0. Below: by more than the standard deviation of {REFERENCE} over seeds. Gap: to the best weighting of "
-        f"the scenario, where that is largest. {asked}Round: median time over that of {REFERENCE}, mean over "
-        "scenarios, indicative only if other work ran beside."
+        f"Of {len(matrix.titles)} scenarios. Worse: the paired 95 % interval of the difference from {reference} lies "
+        f"below 0. Below: by more than the standard deviation of {reference} over seeds. Gap: to the best weighting of "
+        f"the scenario, where that is largest. {asked}Round: median time relative to {reference}, mean over scenarios; "
+        "indicative only if the machine did other work."
     )
     heads = ("weighting", "worse", "below", "gap", "in", *(("recommended",) if matrix.recommend else ()), "round")
-    return Table("The weightings", note, heads, (tuple(rows),), spare=("round",))
+    return TextTable("The weightings", note, heads, (tuple(rows),), spare=("round",))
 
 
 def _verdict(matrix: Matrix, name: str, verdict: Verdict) -> tuple[str, ...]:
@@ -111,10 +178,11 @@ def _verdict(matrix: Matrix, name: str, verdict: Verdict) -> tuple[str, ...]:
         said = f"{len(verdict.missing)} missing"
     else:
         said = "yes" if verdict.recommended else f"misses by {100 * verdict.shortfall:.2f}"
+    base = matrix.reference
     times = [
-        matrix.entries[s, name].metrics["seconds"].mean / matrix.entries[s, REFERENCE].metrics["seconds"].mean
+        matrix.entries[s, name].metrics["seconds"].mean / matrix.entries[s, base].metrics["seconds"].mean
         for s in matrix.titles
-        if (s, name) in matrix.entries and (s, REFERENCE) in matrix.entries
+        if (s, name) in matrix.entries and (s, base) in matrix.entries
     ]
     return (
         name,
@@ -127,7 +195,7 @@ def _verdict(matrix: Matrix, name: str, verdict: Verdict) -> tuple[str, ...]:
     )
 
 
-def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], str]) -> Table:
+def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], str]) -> TextTable:
     """A table of weightings by scenarios."""
 
     def cell(scenario: str, weighting: str) -> str:
@@ -138,14 +206,14 @@ def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], 
         return show(entry) + part
 
     rows = [(name, *(cell(scenario, name) for scenario in matrix.titles)) for name in matrix.weightings]
-    return Table(title, note, ("weighting", *matrix.titles.values()), (tuple(rows),))
+    return TextTable(title, note, ("weighting", *matrix.titles.values()), (tuple(rows),))
 
 
-def _wide(matrix: Matrix) -> list[Table]:
+def _wide(matrix: Matrix) -> list[TextTable]:
     spread = "Mean ± standard deviation over seeds."
 
     def shown(metric: str, scale: float, decimals: int) -> Callable[[Entry], str]:
-        return lambda entry: _finite(number(scale, decimals), entry.metrics[metric])
+        return lambda entry: _finite(entry.metrics[metric], scale, decimals)
 
     return [
         _by_scenario(matrix, "Test accuracy (%)", spread, shown("test_accuracy", 100, 2)),
@@ -162,15 +230,15 @@ def _wide(matrix: Matrix) -> list[Table]:
     ]
 
 
-def _times_k(entry: Entry) -> summary.Floats:
+def _times_k(entry: Entry) -> Floats:
     return len(entry.weights) * entry.weights
 
 
-def _finite(show: Callable[[Statistic, str], str], value: Statistic) -> str:
-    return show(value, "") if value.n else "not finite"
+def _finite(value: Statistic, scale: float, decimals: int) -> str:
+    return mean_sd(value, scale, decimals) if value.n else "not finite"
 
 
-def _setup(matrix: Matrix) -> Table:
+def _setup(matrix: Matrix) -> TextTable:
     h = matrix.headers[0]
     s = h["settings"]
     rows = [
@@ -179,57 +247,16 @@ def _setup(matrix: Matrix) -> Table:
         ("network", f"{h['parameters']:,} parameters"),
         ("replicas", str(s.get("replicas"))),
         _length(s),
-        ("seeds", summary.text(matrix.seeds)),
-        *(("hardware", pairs(found)) for found in summary.distinct(header["hardware"] for header in matrix.headers)),
-        *(("versions", pairs(found)) for found in summary.distinct(header["versions"] for header in matrix.headers)),
+        ("seeds", in_words(matrix.seeds)),
+        *(("hardware", name_value_pairs(found)) for found in distinct(header["hardware"] for header in matrix.headers)),
+        *(("versions", name_value_pairs(found)) for found in distinct(header["versions"] for header in matrix.headers)),
     ]
-    return Table("Setup", "", ("setting", "value"), (tuple(rows),))
+    return TextTable("Setup", "", ("setting", "value"), (tuple(rows),))
 
 
 def _length(settings: Row) -> tuple[str, str]:
-    """How long the cells train: recordings over H share the local steps, the others the rounds too."""
+    """How long the cells train: recordings over H share the number of local steps, others that of rounds too."""
     batch = f"with batch size {settings.get('batch_size')}"
     if "total_steps" in settings:
         return "local steps", f"{settings['total_steps']:,} {batch}"
     return "rounds", f"{settings.get('rounds')} of {settings.get('local_steps')} local steps {batch}"
-
-
-def markdown(matrix: Matrix, drawn: Sequence[Plot]) -> str:
-    """The report as Markdown; images are named `plots/NAME.png`."""
-    settings = matrix.headers[0]["settings"]
-    flags = [f"--{name}={flag(value)}" for name, value in settings.items() if value is not None]
-    head = [f"# {escape(_heading(matrix))}", escape(dated(matrix.headers))]
-    head += ["\n".join(f"- {escape(line)}" for line in findings(matrix))]
-    for plot in drawn:
-        head += [f"## {plot.title}", image(plot), escape(plot.caption)]
-    parts = []
-    for table in tables(matrix) + _wide(matrix):
-        parts += [f"## {escape(table.title)}", markdown_table(table), escape(table.note)]
-    parts += ["## Setup", markdown_table(_setup(matrix), numbers=False), "Flags that all cells share:"]
-    parts += ["```\n" + "\n".join(flags) + "\n```", *AGAIN]
-    return document(head, parts)
-
-
-def _heading(matrix: Matrix) -> str:
-    sizes = f"{len(matrix.weightings)} weightings in {len(matrix.titles)} scenarios"
-    return f"{sizes}: {matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
-
-
-def write(folder: pathlib.Path, rows: Sequence[Row]) -> tuple[list[Group], list[pathlib.Path]]:
-    """Writes `report.md`, `report.html` and `plots/matrix.png` into a folder, each as a whole or not at all.
-
-    Args:
-      folder: made if it is missing.
-      rows: the rows of a matrix; see `wavg_jax.reporting.matrix.tabulate`.
-
-    Returns:
-      What a terminal shows, and the files written.
-
-    Raises:
-      DataError: the rows are not those of one matrix.
-      WorkdirError: the folder cannot be written.
-    """
-    matrix = tabulate(rows)
-    drawn = [heatmap.draw(matrix)]
-    files = write_files(folder, _heading(matrix), markdown(matrix, drawn), drawn)
-    return [terminal(_heading(matrix), tables(matrix), findings(matrix))], files

@@ -1,4 +1,4 @@
-"""Markdown as one HTML page that needs no other file: no script, no link to anything outside."""
+"""Markdown as one HTML page that needs no other file: no scripts, no links to the outside."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ _DARK_COLOURS = (
     f"--ink: {DARK.ink}; --paper: {DARK.paper}; --rule: {DARK.faint}; --soft: #222427; --link: #8cc4f0; "
     "--shade: rgb(255 255 255 / 45%);"
 )
-# What is too wide has a shade at the edge where it goes on: two covers scroll along with it, and hide the shades there.
+# Wide content has a shade at the edge where it continues: two covers scroll along and hide the shades at its ends.
 STYLE = f"""
 :root {{ color-scheme: light dark; {_COLOURS} }}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK_COLOURS} }} }}
@@ -67,7 +67,7 @@ def slug(heading: str, taken: Iterable[str] = ()) -> str:
 
 
 def contents(parts: Sequence[str]) -> str:
-    """A list of links to the headings among the parts of a Markdown text, one line for each of the second level."""
+    """Links to the headings among the parts of a Markdown text: one line for each of the second level."""
     taken: list[str] = []
     lines: list[str] = []
     for part in parts:
@@ -84,27 +84,31 @@ def contents(parts: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def page(title: str, text: str, drawn: Sequence[Plot]) -> str:
-    """Markdown as one HTML page, in which the images that it names `plots/NAME.png` are embedded, light and dark.
+def html_page(title: str, markdown: str, plots: Sequence[Plot]) -> str:
+    """Markdown as one HTML page with its images embedded, light and dark.
 
     Args:
       title: of the page.
-      text: Markdown.
-      drawn: the images.
+      markdown: text; `plots/NAME.png` names the plot NAME.
+      plots: the images.
     """
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    markdown.add_render_rule("image", _image)
-    markdown.add_render_rule("table_open", _table_open)
-    markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    tokens = markdown.parse(text)
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.add_render_rule("image", _image)
+    parser.add_render_rule("table_open", _table_open)
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    tokens = parser.parse(markdown)
     _anchor(tokens)
-    plots = {f"plots/{plot.name}.png": plot for plot in drawn}
-    body = markdown.renderer.render(tokens, markdown.options, plots)
+    body = parser.renderer.render(tokens, parser.options, {f"plots/{plot.name}.png": plot for plot in plots})
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
+
+
+def html_fragment(markdown: str) -> str:
+    """Markdown without images as plain HTML, for a notebook's cell."""
+    return str(MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown))
 
 
 def _anchor(tokens: Sequence[Token]) -> None:
@@ -128,7 +132,7 @@ def _image(renderer: RendererHTML, tokens: Sequence[Token], place: int, options:
     plot = plots[str(token.attrGet("src"))]
     light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (plot.png, plot.dark))
     image = (
-        # Paper is white, whatever the screen is.
+        # Paper is white, whatever the screen.
         f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{html.escape(token.content)}" width="{100 * plot.width:.0f}" src="{light}"></picture>'
     )

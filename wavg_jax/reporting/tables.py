@@ -1,46 +1,28 @@
-"""The tables of a scenario, as text, and as Markdown."""
+"""The tables of a scenario as text, and text tables as Markdown."""
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from wavg_jax.reporting.shares import Weights
-from wavg_jax.reporting.statistic import MINUS, Statistic, clock_unit, number
-from wavg_jax.reporting.summary import REFERENCE, Arm, Summary
-
-TIMES = "\N{MULTIPLICATION SIGN}"
-
-
-class Column(NamedTuple):
-    """A column of statistics.
-
-    Attributes:
-      title: heading, with the unit; of a time with `{}` in its place.
-      metric: a name in `wavg_jax.reporting.summary.METRICS`.
-      scale: what the metric is multiplied by.
-      decimals: None for three significant digits.
-      exact: counted, or taken once for all seeds, and so without a spread.
-    """
-
-    title: str
-    metric: str
-    scale: float = 1.0
-    decimals: int | None = None
-    exact: bool = False
+from wavg_jax.reporting.measures import Measure
+from wavg_jax.reporting.shares import Shares
+from wavg_jax.reporting.statistic import Statistic
+from wavg_jax.reporting.summary import ArmSummary, Summary
+from wavg_jax.reporting.wording import MINUS, TIMES, clock_unit, common_decimals, mean_sd
 
 
-class Table(NamedTuple):
-    """A table as text: first the arms, then their differences from the reference.
+class TextTable(NamedTuple):
+    """A table of text.
 
     Attributes:
       title: heading.
       note: how to read it.
       columns: headings; the first column holds names.
-      sections: rows of cells, in groups.
-      spare: columns that a terminal leaves out where all are too wide for it.
+      sections: groups of rows, in a comparison the arms and then their differences from the reference.
+      spare: columns that a narrow terminal leaves out.
     """
 
     title: str
@@ -50,64 +32,76 @@ class Table(NamedTuple):
     spare: Collection[str] = ()
 
 
-QUALITY = (
-    Column("accuracy (%)", "accuracy", 100, 2),
-    Column("loss", "loss", decimals=3),
-    Column("macro-F1 (%)", "macro_f1", 100, 2),
-    Column("ECE (%)", "ece", 100, 2),
-)
+class Column(NamedTuple):
+    """A column of statistics.
+
+    Attributes:
+      title: heading, with the unit; `{}` stands for the unit of a time.
+      metric: a name in `ArmSummary.metrics`.
+      scale: factor from recorded to shown values.
+      decimals: None for three significant digits.
+      exact: counted, or taken once for all seeds, and so without a spread.
+      clock: "measured" or "computed" for a time, which compares only between like machines.
+      absent: what a cell without a finite value says.
+    """
+
+    title: str
+    metric: str
+    scale: float = 1.0
+    decimals: int | None = None
+    exact: bool = False
+    clock: str = ""
+    absent: str = "not measured"
+
+
 TARGET = (
     Column("samples", "samples_to_target", decimals=0),
-    Column("measured ({})", "measured_to_target"),
-    Column("computed ({})", "critical_to_target"),
+    Column("measured ({})", "measured_to_target", clock="measured"),
+    Column("computed ({})", "critical_to_target", clock="computed"),
 )
 COST = (
-    Column("compiling ({})", "compile_seconds", exact=True),
-    Column("round, measured ({})", "seconds_per_round"),
-    Column("round, computed ({})", "critical_round", exact=True),
+    Column("compiling ({})", "compile_seconds", exact=True, clock="measured"),
+    Column("round, measured ({})", "seconds_per_round", clock="measured"),
+    Column("round, computed ({})", "critical_round", exact=True, clock="computed"),
     Column("sent (MB/round)", "bytes_per_round", 1e-6, exact=True),
 )
 
 
-def tables(one: Summary) -> list[Table]:
-    """The tables of a scenario, as text."""
-    target = f"{100 * one.target:.4g} %" if math.isfinite(one.target) else "the target (none was set)"
+def comparison_tables(one: Summary) -> list[TextTable]:
+    """The tables of a scenario: final quality, time to target, cost, weights."""
     spread = "Mean ± sample standard deviation over seeds."
     if any(arm.differences for arm in one.arms):
-        spread += f" Below: differences from {REFERENCE}, paired by seed, over the seeds that both have."
-    result = [
-        _table(
-            one,
-            "Final quality on the test split",
-            f"{spread} ECE: expected calibration error.",
-            QUALITY,
-            spare=("macro-F1 (%)",),
-        ),
-        _table(
-            one,
-            f"To {target} test accuracy",
+        spread += f" Below: differences from {one.reference}, paired by seed, over the seeds that both have."
+    ece = " ECE: expected calibration error." if any(measure.metric == "ece" for measure in one.measures) else ""
+    quality = [_quality(one, measure) for measure in one.measures]
+    result = [_table(one, "Final quality on the test split", spread + ece, quality, spare=("macro-F1 (%)",))]
+    if math.isfinite(one.target):
+        note = (
             "Up to the first round that reaches it; means over the seeds that do. Computed, not measured: rounds to "
-            f"target {TIMES} the measured time of one replica's local phase, scoring and blend.",
-            TARGET,
-            reached=True,
-        ),
-        _table(
-            one,
-            "Cost",
-            "Compiling is measured, and in no other column. What is taken once for all seeds has no spread. Sent: by "
-            "all replicas together, and received.",
-            COST,
-        ),
-    ]
-    weighted = [(arm.name, arm.weights) for arm in one.arms if arm.weights is not None]
+            f"target {TIMES} the measured time of one replica's local phase, scoring and blend."
+        )
+        result.append(_table(one, f"To {100 * one.target:.4g} % test accuracy", note, TARGET, reached=True))
+    note = (
+        "Compiling is measured, and part of no other column. Values taken once for all seeds have no spread. Sent: to "
+        "and from all replicas together."
+    )
+    result.append(_table(one, "Cost", note, COST))
+    weighted = [(arm.name, arm.shares) for arm in one.arms if arm.shares is not None]
     if weighted:
         note = (
-            "Effective number of replicas: 1 / sum of squared weights, K when all count the same. Lightest and "
-            f"heaviest: mean weight of a replica over its rounds and seeds {TIMES} K, so 1 is an equal share."
+            "Effective number of replicas: 1 / sum of squared weights; K if all count the same. Lightest and "
+            f"heaviest: a replica's mean weight over its rounds and seeds {TIMES} K; 1 is an equal share."
         )
         heads = ("arm", "K", "effective, mean", "effective, lowest", "lightest", "heaviest")
-        result.append(Table("Weights", note, heads, (tuple(_weights_row(*row) for row in weighted),)))
+        result.append(TextTable("Weights", note, heads, (tuple(_weights_row(*row) for row in weighted),)))
     return result
+
+
+def _quality(one: Summary, measure: Measure) -> Column:
+    decimals = measure.decimals
+    if decimals is None:
+        decimals = common_decimals([measure.scale * arm.metrics[measure.metric].mean for arm in one.arms])
+    return Column(measure.title, measure.metric, measure.scale, decimals, absent="not finite")
 
 
 def _table(
@@ -118,56 +112,62 @@ def _table(
     *,
     reached: bool = False,
     spare: Collection[str] = (),
-) -> Table:
-    columns = [_in_its_unit(one.arms, column) for column in columns]
+) -> TextTable:
+    columns = [_with_unit(one.arms, column) for column in columns]
     arms, differences = [], []
     for arm in one.arms:
         seeds, count = len(arm.runs), arm.metrics["rounds_to_target"].n
-        # An arm that never gets there differs from one whose clock was not measured.
-        missing = ("not reached" if math.isfinite(one.target) else "no target") if reached and not count else None
-        cells = [missing or _cell(column, arm.metrics, count if reached else seeds) for column in columns]
+        # An arm that never reaches the target is not one whose clock was not measured.
+        missing = "not reached" if reached and not count else None
+        cells = [
+            missing or _cell(column, arm.metrics[column.metric], count if reached else seeds) for column in columns
+        ]
         arms.append((arm.name, f"{count} of {seeds}" if reached else str(seeds), *cells))
         pairs = len(arm.pairs)
         if reached and arm.differences:
             pairs = arm.differences["rounds_to_target"].n
         if pairs and arm.differences:
-            cells = [_cell(column, arm.differences, pairs, "+") for column in columns]
-            differences.append((f"{arm.name} {MINUS} {REFERENCE}", str(pairs), *cells))
+            cells = [_difference(column, arm, pairs) for column in columns]
+            differences.append((f"{arm.name} {MINUS} {one.reference}", str(pairs), *cells))
     heads = ("arm", "reached by" if reached else "seeds", *(column.title for column in columns))
-    return Table(title, note, heads, tuple(tuple(rows) for rows in (arms, differences) if rows), spare)
+    return TextTable(title, note, heads, tuple(tuple(rows) for rows in (arms, differences) if rows), spare)
 
 
-def _in_its_unit(arms: Sequence[Arm], column: Column) -> Column:
-    """Gives a column of times one unit for all its cells."""
-    if "{}" not in column.title:
+def _with_unit(arms: Sequence[ArmSummary], column: Column) -> Column:
+    """Gives all cells of a column of times one unit."""
+    if not column.clock:
         return column
     unit, scale = clock_unit([arm.metrics[column.metric].mean for arm in arms])
     return column._replace(title=column.title.format(unit), scale=scale)
 
 
-def _cell(column: Column, metrics: Mapping[str, Statistic], expected: int, sign: str = "") -> str:
-    value = metrics[column.metric]
+def _difference(column: Column, arm: ArmSummary, pairs: int) -> str:
+    comparable = {"measured": arm.same_devices, "computed": arm.same_hardware}.get(column.clock, True)
+    return _cell(column, arm.differences[column.metric], pairs, "+") if comparable else "not comparable"
+
+
+def _cell(column: Column, value: Statistic, expected: int, sign: str = "") -> str:
     if value.n == 0:
-        return "not finite" if column.metric in {c.metric for c in QUALITY} else "not measured"
-    shown = number(column.scale, column.decimals, exact=column.exact)(value, sign)
+        return column.absent
+    shown = mean_sd(value, column.scale, column.decimals, sign=sign, exact=column.exact)
     return shown + (f" ({value.n} of {expected})" if value.n < expected else "")
 
 
-def _weights_row(arm: str, w: Weights) -> tuple[str, ...]:
-    k = len(w.mean)
-    if w.lost == w.rounds:
+def _weights_row(arm: str, shares: Shares) -> tuple[str, ...]:
+    k = len(shares.mean)
+    if shares.lost == shares.rounds:
         return (arm, str(k), *["all dead"] * 4)
-    order = np.argsort(w.mean)[: max(np.isfinite(w.mean).sum(), 1)]  # a replica that was never alive sorts last
-    ends = [f"{k * w.mean[i]:.2f} (replica {i})" for i in (order[0], order[-1])]
-    return (arm, str(k), f"{w.effective_mean:.2f}", f"{w.effective_min:.2f}", *ends)
+    order = np.argsort(shares.mean)[: max(np.isfinite(shares.mean).sum(), 1)]  # one that was never alive sorts last
+    ends = [f"{k * shares.mean[i]:.2f} (replica {i})" for i in (order[0], order[-1])]
+    return (arm, str(k), f"{shares.effective_mean:.2f}", f"{shares.effective_min:.2f}", *ends)
 
 
 def escape(text: str) -> str:
-    """Text as it stands, where Markdown would see markup."""
+    """Text in one line, with a backslash before what Markdown would read as markup."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def markdown_table(table: Table, *, numbers: bool = True) -> str:
+def markdown_table(table: TextTable, *, numbers: bool = True) -> str:
     """A table as Markdown; without `numbers` all columns are flush left."""
     align = "|:--" + ("|--:" if numbers else "|:--") * (len(table.columns) - 1)
     lines = ["| " + " | ".join(map(escape, table.columns)) + " |", align + "|"]

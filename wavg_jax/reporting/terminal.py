@@ -9,13 +9,13 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
-from wavg_jax.reporting.tables import Table
+from wavg_jax.reporting.tables import TextTable
 
 
-def terminal(heading: str, shown_tables: Sequence[Table], lines: Sequence[str]) -> Group:
-    """Tables under a heading, then sentences, for `rich.print`."""
+def terminal_block(heading: str, tables: Sequence[TextTable], lines: Sequence[str]) -> Group:
+    """A heading, tables and sentences, for `rich.print`."""
     parts: list[RenderableType] = [Text(f"\n{heading}", style="bold")]
-    for table in shown_tables:
+    for table in tables:
         parts += [Text(f"\n{table.title}\n", style="bold"), _Fitted(table), Text(table.note, style="dim")]
     bullets = rich.table.Table.grid(padding=(0, 1))
     for line in lines:
@@ -24,9 +24,9 @@ def terminal(heading: str, shown_tables: Sequence[Table], lines: Sequence[str]) 
 
 
 class _Fitted:
-    """A table that never folds a cell: it breaks its headings, leaves out what is spare, and goes on below."""
+    """A table that never folds a cell: it wraps its headings, drops spare columns, and continues below."""
 
-    def __init__(self, table: Table):
+    def __init__(self, table: TextTable):
         self._table = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -53,7 +53,7 @@ def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
     return sum(widths[i] for i in columns) + 2 * (len(columns) - 1)
 
 
-def _rich(table: Table, columns: Sequence[int], widths: Sequence[int]) -> rich.table.Table:
+def _rich(table: TextTable, columns: Sequence[int], widths: Sequence[int]) -> rich.table.Table:
     shown = rich.table.Table(box=rich.box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for i in columns:
         head = "\n".join(textwrap.wrap(table.columns[i], widths[i], break_long_words=False))

@@ -1,0 +1,13 @@
+"""What a report cannot read from rows: what the arms of the comparison are, and how to build the report again."""
+
+ARMS = {
+    "sequential": "one network, small batches one after another, on all shards together; no data parallelism",
+    "sync": "one network on all shards together, with a batch K times as large: what averaging gradients at every "
+    "step does",
+    "plain": "K replicas, each trained on its own shard and blended with equal weights after every round",
+    "weighted": "K replicas, each trained on its own shard and blended after every round with weights that depend on "
+    "how good each replica is",
+}
+REBUILD = "python -m experiments.report DIR..."
+REFERENCE = "plain"
+"""The weighting of a matrix that others are compared with, where its rows, being older, do not name it."""
