@@ -17,6 +17,7 @@ from rich.console import Console
 
 from experiments.setup import flags as shared_flags
 from experiments.setup import meanings, starting, usage
+from experiments.setup.translate import to_flags
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import Row, read_rows
@@ -82,7 +83,7 @@ def call(main: Main, argv: Sequence[str]) -> None:
     try:
         main(argv[1:])
     except WavgError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {to_flags(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         # The CPU calls it INTERNAL, and says so only in words.
@@ -91,7 +92,7 @@ def call(main: Main, argv: Sequence[str]) -> None:
         print(f"error: {_out_of_memory(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(to_flags(str(stopped)), file=sys.stderr)
         raise SystemExit(143) from None
     except KeyboardInterrupt:
         starting.interrupted()
@@ -122,7 +123,7 @@ def _show_warning(
     """Shows the library's own warnings as one line, without the line of code they come from, and fixes the cache."""
     damaged, cache = _DAMAGED.search(str(message)), jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if issubclass(category, WavgWarning):
-        print(f"warning: {message}", file=file or sys.stderr)
+        print(f"warning: {to_flags(str(message))}", file=file or sys.stderr)
     elif damaged and cache:
         # A process that was killed while it wrote leaves half a file, which JAX warns of but does not write again.
         for path in pathlib.Path(cache).glob(f"{damaged[1]}-*-cache"):

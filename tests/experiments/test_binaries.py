@@ -177,8 +177,8 @@ def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
 def test_a_stop_in_the_last_round_of_one_run_begins_no_other(tmp_path, monkeypatch):
     begun = []
 
-    def fit(*_, name, **__):
-        begun.append(name)
+    def fit(*_, store, **__):
+        begun.append(store.name)
         return trainer.Result({}, {}, None, [], stopped=True)
 
     monkeypatch.setattr(wavg, "fit", fit)
@@ -191,14 +191,15 @@ def test_a_stop_in_the_last_round_of_one_run_begins_no_other(tmp_path, monkeypat
 def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp_path, monkeypatch, compilations):
     compiled = {}
 
-    def watched(*positional, on_round, name, fit=wavg.fit, **options):
+    def watched(*positional, store, fit=wavg.fit, **options):
+        name = store.name
+
         def stop(row):
-            on_round(row)
             if name == "plain-noisy1-seed1" and not options["resume"]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         before = len(compilations)
-        result = fit(*positional, on_round=stop, name=name, **options)
+        result = fit(*positional, on_round=stop, store=store, **options)
         compiled[name] = len(compilations) - before
         return result
 
@@ -367,7 +368,7 @@ def test_more_cpu_devices_than_can_work_are_refused_in_one_line():
 
 
 def test_ctrl_c_while_jax_is_set_up_is_one_line_and_exit_code_130():
-    code = "import os, signal; from experiments import app; app.run(print)"
+    code = "import os, signal; from experiments.setup import app; app.run(print)"
     late = "app.configure = lambda: os.kill(os.getpid(), signal.SIGINT)"
     command = [sys.executable, "-c", code.replace("app.run", f"{late}; app.run")]
     said = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -25,13 +25,14 @@ class Planned:
     def __init__(self):
         self.runs = []
 
-    def __call__(self, task, sharded, averager, *, local_steps, rounds, batch_size, on_round, **options):
+    def __call__(self, task, sharded, averager, *, local_steps, rounds, batch_size, progress, store, **options):
         steps = getattr(local_steps, "longest", local_steps)
         samples = len(sharded.shards) * steps * batch_size
-        self.runs.append(types.SimpleNamespace(sharded=sharded, averager=averager, samples=samples, **options))
-        row = {"run": options["name"], "test_accuracy": 0.5, "train_loss": 1.0}
+        run = store._asdict() | options | {"sharded": sharded, "averager": averager, "samples": samples}
+        self.runs.append(types.SimpleNamespace(**run))
+        row = {"run": store.name, "test_accuracy": 0.5, "train_loss": 1.0}
         for _ in range(rounds):
-            on_round(row)
+            progress(store.name)
         return types.SimpleNamespace(rows=[row], stopped=False)
 
     def of(self, noisy):
@@ -125,9 +126,9 @@ def test_tune_judges_on_the_held_out_split_in_every_scenario_on_seeds_of_its_own
 
 
 def test_tune_prints_the_best_rates_of_every_scenario_as_one_flag(planned, capfd, monkeypatch):
-    def fit(task, sharded, averager, *, settings, **options):
+    def fit(task, sharded, averager, *, store, **options):
         best = 0.1 if sharded.noisy else 0.2
-        return types.SimpleNamespace(rows=[{"test_accuracy": 1 - abs(settings["lr_plain"] - best)}])
+        return types.SimpleNamespace(rows=[{"test_accuracy": 1 - abs(store.settings["lr_plain"] - best)}])
 
     monkeypatch.setattr(wavg, "fit", fit)
     assert invoke(tune.main, "--tune=plain", "--rates=0.05,0.1,0.2,0.4", "--tuning_seeds=7") == 0

@@ -3,6 +3,7 @@
 import numpy as np
 import optax
 import pytest
+from runs import train
 
 import wavg_jax as wavg
 from wavg_jax import data, models
@@ -16,7 +17,7 @@ def digits(replicas=2, augment=None):
     return data.shard(data.digits(), partition, heldout=100, seed=0, augment=augment)
 
 
-def train(task, source, **options):
+def trained(task, source, **options):
     defaults = {"local_steps": 30, "rounds": 2, "batch_size": 32, "devices": 1}
     averager = wavg.averager(wavg.proportional("accuracy"))
     inner = optax.sgd(0.05, momentum=0.9)
@@ -30,7 +31,7 @@ def train(task, source, **options):
 def test_a_cnn_with_batchnorm_and_augmentation_learns(stats):
     source = digits(augment=lambda rng, x: data.crop_flip(rng, x, padding=1))
     task = models.from_linen(models.CNN(classes=10, batch_norm=True, dropout=0.1), (8, 8, 1))
-    result = train(task, source, stats=stats)
+    result = trained(task, source, stats=stats)
     assert result.rows[-1]["test_accuracy"] > 0.5
     moved = [np.abs(np.asarray(x)).max() for x in (result.mutable["batch_stats"]["BatchNorm_0"]["mean"],)]
     assert min(moved) > 0
@@ -50,7 +51,7 @@ def test_an_nnx_module_with_dropout_learns():
             x = x.reshape(x.shape[0], -1)
             return self.last(self.dropout(nnx.relu(self.first(x))))
 
-    result = train(models.from_nnx(Net, (8, 8, 1)), digits())
+    result = trained(models.from_nnx(Net, (8, 8, 1)), digits())
     assert result.rows[-1]["test_accuracy"] > 0.8
 
 
@@ -64,5 +65,5 @@ def test_augmentation_has_a_key_per_replica_and_step():
         return x
 
     task = models.from_linen(models.MLP(hidden=(8,), classes=10), (8, 8, 1))
-    train(task, digits(augment=augment), local_steps=3, rounds=2)
+    trained(task, digits(augment=augment), local_steps=3, rounds=2)
     assert len(seen) == len(set(seen)) == 2 * 3 * 2

@@ -39,7 +39,7 @@ def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_c
     with (
         pytest.warns(wavg.WavgWarning, match="round 3 was lost: no replica is finite") as warned,
         pytest.raises(
-            wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the learning rate of inner=, or look"
+            wavg.Diverged, match=r"'run' diverged in rounds 3 to 4: .*lower the inner learning rate \(inner=\), or look"
         ) as raised,
     ):
         run(sharded(), task=task, workdir=tmp_path)

@@ -75,7 +75,7 @@ def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():
     with flagsaver.flagsaver():
         app.parse(["binary", "--score_samples=50", "--smoothing=swa"])
         dataset = arms.load()
-        recipe = arms.make_recipe(arms.make_arms(("weighted",))[0], arms.make_task(dataset), arms.make_data(dataset, 0))
+        recipe = arms.recipe_of(arms.make_arms(("weighted",))[0], arms.make_task(dataset), arms.make_data(dataset, 0))
     assert recipe.scoring.samples == 50
     assert recipe.at_sync.smoothing is not None
 

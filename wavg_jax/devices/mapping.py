@@ -71,4 +71,4 @@ def mapped(name: str, function: Callable) -> Mapped:
 def check(name: Any, *more: str) -> None:
     """Raises SettingsError if `name` is neither a mapping nor one of `more`."""
     if name not in (*MAPS, *more):
-        raise SettingsError(f"--replica_map={name}: choose from {', '.join((*more, *MAPS))}")
+        raise SettingsError(f"replica_map={name}: choose from {', '.join((*more, *MAPS))}")

@@ -156,14 +156,14 @@ def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, repl
     if not isinstance(devices, Sequence):
         if not 1 <= devices <= len(at_hand):
             raise SettingsError(
-                f"--devices is {devices}; this machine shows {len(at_hand)} to JAX, so give 1 to {len(at_hand)}"
+                f"devices={devices}: JAX sees {len(at_hand)} on this machine, so give 1 to {len(at_hand)}"
             )
         devices = at_hand[:devices]
     if replicas % len(devices):
         divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
         at = bisect.bisect(divisors, len(devices))
         raise SettingsError(
-            f"{replicas} replicas do not spread evenly over {len(devices)} devices: set --devices to "
+            f"{replicas} replicas do not spread evenly over {len(devices)} devices: set devices= to "
             f"{' or '.join(map(str, divisors[at - 1 : at + 1]))}"
         )
     return on(tuple(devices), replica_map)

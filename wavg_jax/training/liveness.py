@@ -56,9 +56,10 @@ def explain(rows: Sequence[Row], workdir: pathlib.Path | None, *, outer: bool) -
     good = row["round"] - count
     when = f"round {row['round']}" if count == 1 else f"rounds {good + 1} to {row['round']}"
     if any(row["alive"]):
-        remedy = "lower the learning rate of outer="
+        remedy = "lower the outer learning rate (outer=)"
     else:
-        remedy = f"lower the learning rate of inner={' or of outer=' if outer else ''}, or look for extreme inputs"
+        also = " or the outer one (outer=)" if outer else ""
+        remedy = f"lower the inner learning rate (inner=){also}, or look for extreme inputs"
     before = f"those after round {good}" if good else "the initial ones"
     saved = "" if workdir is None else f", saved in {workdir}; resume=True would continue with the next round's data"
     return f"{row['run']!r} diverged in {when}: {_cause(row['alive'])}; {remedy}. The parameters are {before}{saved}"

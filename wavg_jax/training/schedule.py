@@ -52,7 +52,7 @@ def fixed(local_steps: int) -> Schedule:
     >>> fixed(50).steps(Past(round=3, steps=150, losses=(2.0, 1.0, 0.5)))
     50
     """
-    local_steps = as_whole("--local_steps", local_steps, 1)
+    local_steps = as_whole("local_steps", local_steps, 1)
     return Schedule(local_steps, lambda past: local_steps, varies=False)
 
 
