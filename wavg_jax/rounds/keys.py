@@ -1,16 +1,16 @@
-"""Random keys: which use gets which, so that no two uses ever meet.
+"""Random keys: one tree of them, so that no two uses ever share a key.
 
-In JAX `fold_in(key, i)` is `split(key, n)[i]`. Keys are therefore told apart by their place in a tree, in which every
-key is either split, in one place alone, or handed to one consumer:
+In JAX `fold_in(key, i)` is `split(key, n)[i]`. So keys differ by their place in a tree, in which every key is either
+split, in one place alone, or handed to one consumer:
 
     key(seed)           init | replicas | states | gradient | fisher          `roots`
       replicas          one key for each of the K
         local step      next step's | fetch | loss                  `wavg_jax.rounds.local`
         sync            next round's | statistics | smoothing       `wavg_jax.rounds.round`
           re-estimation keys that a state holds | batches, each fetch | loss
-      states            one for each of the K, of which the keys that a state holds are made    `own`
+      states            one for each of the K, from which the keys inside a state are made     `own`
 
-`Task.init`, `Task.loss` and `augment` are consumers: below the key that they are given they may split, fold or draw.
+`Task.init`, `Task.loss` and `augment` are consumers: they may split, fold or draw from the key they get.
 """
 
 import functools
@@ -23,13 +23,13 @@ from wavg_jax.tree import is_key
 
 
 class Roots(NamedTuple):
-    """What the key of a run is split into.
+    """The keys that the key of a run splits into.
 
     Attributes:
       init: for `Task.init`.
-      replicas: of which every replica's key comes.
-      states: of which the keys come that optimizer states and mutable collections hold.
-      gradient, fisher: for the signals of these names, which take those of seed 0 in every run.
+      replicas: parent of every replica's key.
+      states: parent of the keys inside optimizer states and mutable collections.
+      gradient, fisher: for the signals of these names, which use those of seed 0 in every run.
     """
 
     init: jax.Array
@@ -56,8 +56,8 @@ def split_each(rng: jax.Array, count: int) -> tuple[jax.Array, ...]:
 def own(state: PyTree, rng: jax.Array) -> PyTree:
     """Replaces every typed key in a tree by one that depends on it and on `rng`, of the same shape and kind.
 
-    So replicas that start from copies of one state draw different numbers. A raw uint32 key is taken for a count and
-    stays as it is, the same in every replica; make it with `jax.random.key`.
+    So replicas that start from copies of one state draw different numbers. A raw uint32 key looks like a count and
+    stays the same in every replica; make keys with `jax.random.key`.
 
     >>> state = {"key": jax.random.key(0), "count": 3}
     >>> a, b = (own(state, rng)["key"] for rng in jax.random.split(jax.random.key(1)))

@@ -1,21 +1,21 @@
-"""What becomes of the inner optimizer's state and of BatchNorm statistics when the replicas are blended.
+"""How optimizer state and BatchNorm statistics carry across a blend.
 
-The parameters are replaced by the blend, or pulled toward it (`averager(pull=...)`; replicas that stay apart should
-`keep` their statistics, since the mean's are another network's). A policy decides for one further stacked tree; `fit`
-takes one for the optimizer state (default `keep`, as DiLoCo does) and one for the mutable collections (default
+The blend replaces the parameters, or pulls them toward itself (`averager(pull=...)`; replicas that stay apart should
+`keep` their statistics, since the mean belongs to another network). A policy decides for one further stacked tree:
+`AtSync` has one for the optimizer state (default `keep`, as in DiLoCo) and one for the mutable collections (default
 `average`, as for the parameters, so that every replica starts the round with the statistics that evaluation uses).
 
-A policy is about floating-point numbers. Counts, flags and typed random keys are each replica's own under every policy
-and go on as they are, also where a replica was dead or is reset, since its steps were taken: a learning rate's schedule
-runs through. Optimizers of optax then do this when their floating-point numbers start afresh:
+A policy is about floating-point numbers. Counts, flags and typed random keys stay each replica's own under every policy
+and run on, also for a replica that died or is reset, since it took its steps: a learning-rate schedule continues. When
+their floating-point numbers start afresh, optax optimizers do this:
 
-- `scale_by_schedule`, `sgd(schedule)`: the rate is that of the count. So it is with `inject_hyperparams`: it stores the
-  rate too, but computes it from the count before it is used.
-- `MultiSteps`: the gradients of unfinished steps are lost; what was gathered counts as zeros in the next update.
-- `apply_if_finite`: its count of errors goes on; a finite gradient sets it to 0.
-- `adam` and what else corrects moments by a count: fresh moments are taken for those of a long past. With b1 = 0.9 and
-  b2 = 0.999 the n-th step from then on is (1 - b1^n) / sqrt(1 - b2^n) times too long: the first 3.2 times, the 12th
-  6.6, the 300th 2 times. So `reset` in every round is not for such optimizers.
+- `scale_by_schedule`, `sgd(schedule)`: the rate follows the count. So does that of `inject_hyperparams`, which stores
+  the rate too but computes it from the count before each use.
+- `MultiSteps`: gradients accumulated so far are lost; they count as zeros in the next update.
+- `apply_if_finite`: the count of errors runs on; a finite gradient resets it.
+- `adam` and others that correct moments by a count: they take fresh moments for old ones. With b1 = 0.9 and b2 = 0.999
+  the n-th step after is (1 - b1^n) / sqrt(1 - b2^n) times too long: the first 3.2 times, the 12th 6.6, the 300th 2. Do
+  not `reset` them in every round.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,17 @@ from wavg_jax.base import PyTree, SettingsError
 
 
 class Sync(NamedTuple):
-    """What a policy may use. What is a function is computed only if a policy calls it.
+    """What a policy may use; functions compute only if it calls them.
 
     Attributes:
       alive: bool [K], the replicas that took part in the blend.
-      mean: `() -> tree`: the weighted mean over the living [...], with the weights of the blend. In place of a mean,
-        what is not floating-point is that of the first replica with weight.
-      initial: `() -> tree`: what training starts from: a fresh optimizer state, or `Task.init`'s collections (those of
-        seed 0, which matters only where they are random).
-      restart: `() -> tree`: what a dead replica starts from: a fresh optimizer state, or the mean statistics.
-      refresh: `steps -> tree`: re-estimates the mean statistics for the blended network on each replica's last batches
-        of the round, and returns the equal mean over the living; None for an optimizer state.
+      mean: `() -> tree`: the weighted mean over the living [...], with the weights of the blend. Leaves that are not
+        floating-point are those of the first replica with weight.
+      initial: `() -> tree`: what training starts from: a fresh optimizer state, or the collections of `Task.init` (at
+        seed 0, which matters only if they are random).
+      restart: `() -> tree`: what a dead replica restarts from: a fresh optimizer state, or the mean statistics.
+      refresh: `steps -> tree`: the mean statistics, re-estimated for the blended network on each replica's last batches
+        of the round, as an equal mean over the living; None for an optimizer state.
     """
 
     alive: jax.Array
@@ -50,8 +50,8 @@ class Sync(NamedTuple):
 
 
 Policy = Callable[[PyTree, Sync], tuple[PyTree, Callable[[], PyTree]]]
-"""`(stacked, sync) -> (stacked, evaluated)`: what the replicas start the next round with, and a function without
-arguments that returns what the global parameters are evaluated with."""
+"""`(stacked, sync) -> (stacked, evaluated)`: the replicas' trees for the next round, and a function `() -> tree`: what the
+global parameters are evaluated with."""
 
 
 def keep(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
@@ -65,16 +65,16 @@ def average(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
 
 
 def reset(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
-    """Every replica starts afresh, but for its counts. Evaluation uses the weighted mean of what they had."""
+    """Every replica starts afresh, except for its counts. Evaluation uses the weighted mean from before."""
     return tree.with_floats(stacked, sync.initial()), sync.mean
 
 
 def reestimate(steps: int = 8) -> Policy:
-    """Statistics are taken anew on data after the blend (Izmailov et al. 2018, SWA, section 3.2).
+    """Statistics are re-estimated on data after the blend (Izmailov et al. 2018, SWA, section 3.2).
 
     The blended network runs forward over each replica's last `steps` batches of the round, or as many as it took. The
-    statistics become the mean over these batches, in which the old ones have no part (torch's `update_bn`), and then
-    the equal mean over the living; see `wavg_jax.rounds.reestimation`. It costs `steps + 4` forward passes per replica.
+    statistics become the mean over these batches, independent of the old ones (torch's `update_bn`), and then the equal
+    mean over the living; see `wavg_jax.rounds.reestimation`. It costs `steps + 4` forward passes per replica.
 
     Args:
       steps: batches per replica, at most the local steps H (`fit` raises SettingsError otherwise).

@@ -1,4 +1,4 @@
-"""Statistics of a network whose parameters are a mean of others', on data: section 3.2 of SWA."""
+"""Re-estimates the statistics of a blended network on data: section 3.2 of SWA."""
 
 from collections.abc import Callable
 
@@ -9,40 +9,39 @@ from wavg_jax.base import PyTree, Task
 from wavg_jax.rounds.local import Fetch, as_is
 
 _PROBE = 2.0**64
-"""So large that what a batch adds to it is rounded away, and a power of two, so that times a momentum it is exact."""
+"""So large that rounding removes what a batch adds; a power of two, so that its product with a momentum is exact."""
 
 _PROBES_AGAIN = _PROBE / 4, -_PROBE
-"""What the momentum is measured with again, at another size and sign. Where a layer divides by the root of its running
-variance in training, a negative one makes NaN of what comes after it."""
+"""Probes of another size and sign, to confirm the momentum. A negative one gives NaN behind a layer that divides by the
+root of its running variance in training."""
 
 _AGREEMENT = 1e-6
-"""By how much the momentum may differ at the probes of a leaf for which it is a constant, but for rounding."""
+"""How far the momenta found by two probes may differ through rounding alone."""
 
 _LEAST, _MOST = 1e-3, 1 - 1e-5
-"""Momenta of an average. One that is 1 belongs to a count or a constant, one that vanishes to what forgets the probe,
-such as a vector that is normalised; between 1 - 1e-5 and 1 it is not told from 1 well enough in float32."""
+"""Momenta of an average. A momentum of 1 means a count or a constant, one near 0 something that forgets the probe, such
+as a normalised vector; float32 cannot tell momenta between 1 - 1e-5 and 1 from 1."""
 
 
 def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
-    """Builds what re-estimates one network's mutable collections on batches, its parameters fixed (Izmailov et al.
+    """Builds the re-estimation of one network's mutable collections on batches, with fixed parameters (Izmailov et al.
     2018, arXiv:1803.05407, section 3.2; torch's `update_bn`).
 
-    A statistic as that of BatchNorm is an exponential average, s <- f_i(s) = m s + (1 - m) b_i, of batch statistics b_i
-    that do not depend on s in training mode. What is wanted is their mean over the batches, without what s was before:
+    A BatchNorm statistic is an exponential average, s <- f_i(s) = m s + (1 - m) b_i, of batch statistics b_i that do not
+    depend on s in training mode. Wanted is their mean over the batches, independent of the old s:
 
         mean_i b_i,    b_i = (f_i(s) - m s) / (1 - m) whatever s
 
-    Each batch starts from the b of the one before, the first from its own, found from the old s. Then 1 / (1 - m)
-    roundings of s are no larger beside b than that of 1 - m, and a layer that divides by s in training, too, is not
-    given zeros.
+    Each batch starts from the b of the one before, the first from its own, found from the old s. So s stays near b, and
+    dividing by 1 - m magnifies no larger rounding; and a layer that divides by s in training never sees zeros.
 
-    The momentum m, which only the network knows, is f(p) / p for a probe p beside which b vanishes. It is taken on the
-    first batch, and again on the last with p / 4 and with -p, so n batches cost n + 4 forward passes. A variance
-    becomes the mean of the batches' variances.
+    The momentum m, which only the network knows, is f(p) / p for a probe p so large that b vanishes beside it. It is
+    measured on the first batch, and again on the last with p / 4 and -p, so n batches cost n + 4 forward passes. A
+    variance becomes the mean of the batches' variances.
 
-    A number goes on from its old value, batch by batch, where f is something else: the momenta differ (but for that at
-    -p where it is NaN, a frozen layer before having taken the root of a negative variance), or are 1 (counts,
-    constants) or 0 (what keeps no memory, or is normalised), or it is not float32 or wider.
+    A number that is no such average continues from its old value, batch by batch: one whose momenta differ (except that
+    -p may give NaN behind a frozen layer, which takes the root of a negative variance), are 1 (counts, constants) or 0
+    (no memory, or normalised), or whose dtype is narrower than float32.
 
     Args:
       task: the network.
@@ -50,7 +49,7 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
 
     Returns:
       `(params, mutable, items, count, shared, rng) -> mutable` for one network: the leaves of `items` have a leading
-      axis n, of which the first `count` batches, an int32 scalar of at least 1, are read.
+      axis n; the first `count` batches are read, an int32 scalar of at least 1.
     """
 
     def run(params: PyTree, mutable: PyTree, items: PyTree, count: jax.Array, shared: PyTree, rng: jax.Array) -> PyTree:
@@ -67,7 +66,7 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
 
         statistics, others = _where(leaves, probed, True), _where(leaves, probed, False)
         batches = jax.random.split(rng, jax.tree.leaves(items)[0].shape[0])
-        # The momentum is not a constant either if it differs between two batches, or with the counts of a step later.
+        # On two batches, one with the counts of a step later: a momentum that differs is no constant.
         ends = [jax.tree.map(lambda x, i=i: x[i], (items, batches)) for i in (0, count - 1)]
         up, later = update([jnp.full_like(s, _PROBE) for s in statistics], others, *ends[0])
         low, down = (update([jnp.full_like(s, p) for s in statistics], later, *ends[1])[0] for p in _PROBES_AGAIN)
@@ -112,7 +111,7 @@ def _where(leaves: list, mask: list[bool], value: bool) -> list:
 
 
 def _momentum(up: jax.Array, low: jax.Array, down: jax.Array) -> jax.Array:
-    """The momentum of each number, from what became of the probes; NaN if it is not an average."""
+    """The momentum of each number, from the updated probes; NaN if it is no average."""
     m = up / _PROBE
     again, negative = (x / p for x, p in zip((low, down), _PROBES_AGAIN, strict=True))
     same = (jnp.abs(m - again) <= _AGREEMENT) & (jnp.isnan(negative) | (jnp.abs(m - negative) <= _AGREEMENT))

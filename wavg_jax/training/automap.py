@@ -1,8 +1,7 @@
-"""Chooses how the replicas of a device are run by timing the ways on the real local steps, once.
+"""Chooses how the replicas of a device run by timing each way on the real local steps, once.
 
-What is chosen is remembered for the process and, where JAX keeps compiled programs on disk (its option
-`jax_compilation_cache_dir`), beside them: for a network with its shapes, its optimizer's state, the number of replicas,
-the devices and the version of JAX.
+The process remembers the choice, and so does a file beside JAX's compiled programs if `jax_compilation_cache_dir` is
+set: one per network with its shapes, optimizer state, number of replicas, devices and version of JAX.
 """
 
 import contextlib
@@ -37,17 +36,17 @@ _STEPS = 2
 """Local steps in a trial."""
 
 _SECONDS = 0.3
-"""For how long the ways are timed in turn, once each has run twice."""
+"""How long to time the ways in turn, once each has run twice."""
 
 _FEW = 2
-"""Replicas on a device up to which writing them out is tried; its program takes that many times as long to compile."""
+"""Most replicas on a device for which `unroll` is tried; its program takes that many times as long to compile."""
 
 _HOPELESS = 1.5
-"""How many times slower than the best a way may be in its second run to be tried further."""
+"""A way this many times slower than the best in its second run is dropped."""
 
 _FLOPS = 1e10
-"""Floating-point operations of a run below which no trial is made. Compiling the ways takes two seconds or more, in
-which this many are done, so it could gain nothing."""
+"""Floating-point operations of a run below which a trial cannot pay: compiling the ways takes two seconds or more, in
+which this many are done."""
 
 _PLAIN = averager(uniform())
 _known: dict[str, str] = {}
@@ -56,26 +55,25 @@ _known: dict[str, str] = {}
 def settle(
     recipe: Recipe, data: ShardedData, *, batch_size: int, steps: int | None = None, decided: str | None = None
 ) -> Recipe:
-    """Places a recipe's replicas in the way that is fastest for them.
+    """Returns the recipe with the fastest replica map.
 
     Args:
-      recipe: what the rounds are made of; only its local steps matter.
+      recipe: of the rounds; only its local steps matter.
       data: the shards.
       batch_size: samples per replica and step.
-      steps: local steps of a replica in the whole run, if known: with too few there is nothing to gain, and the
-        replicas are run by vmap.
-      decided: the way that was chosen before, such as in the first part of a run that is resumed, which must go on with
-        the same one to be the same bit for bit; None chooses.
+      steps: local steps of a replica in the whole run, if known; too few gain nothing, and the replicas run by vmap.
+      decided: the map chosen before, such as in the first part of a resumed run, which needs the same map to be the
+        same bit for bit; None chooses.
 
     Returns:
-      The recipe with its placement changed; as it is if every device has one replica, for which all ways are the same.
+      The recipe with its placement changed; unchanged if every device has one replica, which all maps run alike.
     """
     if decided is not None:
         return _mapped(recipe, decided)
     here = len(data.shards) // len(recipe.placement.devices)
     if here == 1:
         return recipe
-    # The weighting does not matter, so that runs that differ in it are mapped alike.
+    # Runs that differ in their weighting alone are mapped alike.
     bare = recipe._replace(averager=_PLAIN, at_sync=AtSync(), faults=None, resident=True)
     few = _first_samples(data, batch_size)
     loss = _lowered_loss(bare, few, batch_size)
@@ -98,14 +96,14 @@ def _mapped(recipe: Recipe, name: str) -> Recipe:
 
 
 def _first_samples(data: ShardedData, batch_size: int) -> ShardedData:
-    """The first batch of every shard, so that a trial needs no copy of the whole split."""
+    """The first batch of every shard, so that a trial does not copy the whole split."""
     chosen = np.concatenate([shard[:batch_size] for shard in data.shards])
     shards = np.split(np.arange(len(chosen)), len(data.shards))
     return data._replace(train=Split(data.train.x[chosen], data.train.y[chosen]), shards=tuple(shards))
 
 
 def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.stages.Lowered:
-    """The loss of one batch as a program, which is traced but not compiled."""
+    """The loss of one batch as a traced program, not compiled."""
     rng = jax.random.key(0)
     params, mutable = jax.eval_shape(recipe.task.init, rng)
     x, y = data.train.x[:batch_size], as_targets(data.train.y[:batch_size])
@@ -114,13 +112,13 @@ def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.sta
 
 
 def _where() -> list[dict]:
-    """What the speed of a program depends on beside it. Of this library the release: commits seldom change what is
-    fastest, and timing the ways again after each would cost more than it gains."""
+    """What else the speed of a program depends on. The release of this library, not its commit, which seldom changes what
+    is fastest."""
     return [machine.hardware(), machine.versions() | {"wavg-jax": machine.release()}, machine.environment()]
 
 
 def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
-    """Tells apart what may be fastest in different ways."""
+    """Differs for programs that may differ in their fastest map."""
     optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
     what = [replicas, len(recipe.placement.devices), recipe.augment is not None]
     text = json.dumps([loss.as_text(), str(optimizer), what, _where()])
@@ -128,7 +126,7 @@ def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str
 
 
 def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> dict[str, Callable[[], float]]:
-    """For each of recipes that differ in their mapping alone, what takes a few local steps and returns the seconds."""
+    """For recipes that differ only in their map: functions that take a few local steps and return the seconds."""
     one = next(iter(recipes.values()))
     work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
     rng = placement.put(jax.random.key(0), one.placement.shared)
@@ -168,7 +166,7 @@ def _file() -> pathlib.Path | None:
 
 def _stored() -> dict[str, Any]:
     path = _file()
-    # What cannot be read is timed again.
+    # A file that cannot be read is no loss: the ways are timed again.
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text()) if path is not None else {}
         return found if isinstance(found, dict) else {}
@@ -183,6 +181,6 @@ def _remember(key: str, name: str) -> None:
     path = _file()
     if path is None or _recall(key) == name:
         return
-    # What another process writes at the same time may be lost; it is timed again then.
+    # A concurrent write may get lost; that process times again.
     with contextlib.suppress(WorkdirError):
         write_atomically(path, json.dumps(_stored() | {key: name}, indent=0).encode())

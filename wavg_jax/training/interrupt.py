@@ -1,4 +1,4 @@
-"""Turns SIGTERM and Ctrl-C into a request that a run can honour after a whole round."""
+"""Turns SIGTERM and Ctrl-C into a request to stop after the round under way."""
 
 import contextlib
 import signal
@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM or SIGINT has come since; a second one acts as it always does.
+    """Yields a function that says whether SIGTERM or SIGINT has come; a second one acts as usual.
 
-    Outside the main thread, where Python allows no handlers, nothing is caught.
+    Restores the old handlers at the end. Outside the main thread, where Python allows no handlers, it catches nothing.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
-"""A progress bar with the time left, in a terminal or a notebook; in a pipe or a log, where it could not move, none.
+"""A progress bar with the time left, in a terminal or a notebook; none in a pipe or a log.
 
-What is being done before the first round, such as compiling, is said on the line of the bar that is open: see `doing`.
+`doing` shows on the open bar what happens before the first round, such as compiling.
 """
 
 import contextlib
@@ -13,20 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 Say = Callable[[str, int], None]
-"""`(text, advance)`: shows what was done last, and moves the bar on."""
+"""`(text, advance)`: shows a text, and moves the bar by `advance`."""
 
 _open: list[Say] = []
 
 
 @contextlib.contextmanager
 def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Shows a bar while the block runs; yields `advance(text)`, to be called after each round or measurement.
+    """Shows a bar while the block runs; yields `advance(text)`, to call after each round or measurement.
 
     Args:
       total: rounds in all.
-      done: rounds that an earlier part of the run has done.
+      done: rounds done by an earlier part of the run.
     """
-    console = Console(stderr=True)  # what a binary outputs can be piped on
+    console = Console(stderr=True)  # stdout may be piped
     shown = _nowhere() if not (console.is_terminal or console.is_jupyter) else None
     with shown or (_cell if console.is_jupyter else _line)(console, total, min(done, total)) as say:
         _open.append(say)
@@ -37,7 +37,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
 
 
 def doing(text: str) -> None:
-    """Says on the line of the innermost open bar what is being done; without one, nothing."""
+    """Shows on the innermost open bar what the program is doing; without a bar it does nothing."""
     if _open:
         _open[-1](f"{text} ...", 0)
 
@@ -51,7 +51,7 @@ def _nowhere() -> Iterator[Say]:
 def _line(console: Console, total: int, done: int) -> Iterator[Say]:
     """The last line of a terminal; warnings go above it."""
     columns = (
-        # The text gives way where the line is too narrow; it is shown as it is, since it may hold brackets.
+        # On a narrow line the text is cut; no markup, since it may hold brackets.
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
@@ -73,12 +73,12 @@ def _line(console: Console, total: int, done: int) -> Iterator[Say]:
 
 
 _PAUSE = 0.2
-"""Seconds between two changes of a notebook's line: each is a message, which the notebook's server passes on."""
+"""Seconds between two updates of a notebook's line, each of which is a message to its server."""
 
 
 @contextlib.contextmanager
 def _cell(console: Console, total: int, done: int) -> Iterator[Say]:
-    """One line of text in a notebook's output, replaced as it changes, which needs no widgets."""
+    """One line of text in a notebook's output, replaced as it changes; needs no widgets."""
     from IPython.display import display
 
     begun, last = time.monotonic(), -_PAUSE

@@ -1,7 +1,7 @@
 """Schedules of H: how many local steps every replica takes in the next round.
 
-A schedule is asked on the host before every round, and what it says is an argument of the compiled round, so that H may
-change without recompiling. It is a pure function of what a run records, so that a resumed run goes on with the same H.
+`fit` asks the schedule on the host before every round and passes H to the compiled round as an argument, so that H
+changes without recompiling. A schedule is a pure function of recorded rows, so a resumed run continues with the same H.
 """
 
 import math
@@ -30,9 +30,9 @@ class Schedule(NamedTuple):
     """H over time.
 
     Attributes:
-      longest: the most steps that a round can have; the compiled round holds the indices of so many batches.
+      longest: the most steps a round can have, which sizes the compiled round's batches.
       steps: `past -> H`, the local steps of the next round, between 1 and `longest`.
-      varies: whether H changes at all; if not, the compiler may know it.
+      varies: whether H changes at all; if not, it is a constant of the compiled round.
     """
 
     longest: int
@@ -104,13 +104,12 @@ def qsr(
         H = max(least, floor((alpha / learning_rate)^2)), but at most `longest`
 
     Args:
-      learning_rate: of the inner optimizer; a number, or an optax schedule, which is asked for the rate of the round's
-        first local step.
+      learning_rate: of the inner optimizer; a number, or an optax schedule, evaluated at the round's first local step.
       alpha: the growth coefficient, in units of the learning rate.
       least: H0, the paper's base period.
       longest: the most steps of a round, also where the learning rate is 0.
-      warmup: local steps of the learning rate's warm-up, during which H is that of the first step after it, as in the
-        paper; without it the small rates of a warm-up would call for many steps.
+      warmup: local steps of the learning rate's warm-up. As in the paper, H then is that of the first step after it;
+        the small rates of a warm-up would otherwise call for many steps.
 
     Raises:
       SettingsError: a number is out of range.
@@ -145,12 +144,12 @@ def adacomm(first: int, every: int) -> Schedule:
         next = ceil(sqrt(F / F_0) * first)
         H    = next if next < H else ceil(H / 2)
 
-    So H only falls: a loss that no longer does so halves it (the paper's gamma = 1/2). A round whose loss is not
-    finite changes nothing, and none counts as the first. The paper counts its intervals in seconds; rounds are counted
-    here, so that a run can be repeated.
+    So H only falls, and halves when the loss stops falling (the paper's gamma = 1/2). A round whose loss is not finite
+    changes nothing and never counts as the first. The paper measures its intervals in seconds; here they are rounds, so
+    that a run can be repeated.
 
     Args:
-      first: H of the first rounds, the longest.
+      first: H of the first rounds, and the longest.
       every: rounds between updates.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The critical path: what K devices would take for a round, computed from parts that are measured on this one."""
+"""The critical path: the time K devices would take for a round, computed from parts measured on one."""
 
 import statistics
 import time
