@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.setup import app, arms, conditions
-from experiments.setup import flags as shared_flags
-from experiments.setup.flags import ARMS
+from experiments.setup import app, arms, shared_flags
+from experiments.setup.conditions import Condition, read_conditions, title
+from experiments.setup.shared_flags import ARMS
 from wavg_jax.base import Stopped
 from wavg_jax.storage.rows import check_writable
 from wavg_jax.training import progress
@@ -34,29 +34,29 @@ def main(argv: Sequence[str]) -> None:
     """Runs every arm for every scenario and seed and writes the report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    seeds, scenarios = shared_flags.read_seeds(), conditions.read_scenarios()
-    names = arms.chosen("arms")
+    seeds, conditions = shared_flags.read_seeds(), read_conditions()
+    names = shared_flags.names("arms", ARMS)
     workdir = arms.choose_workdir("compare")
     check_writable(workdir)
     done = arms.rounds_done(workdir)
-    total = len(names) * len(scenarios) * len(seeds) * F.rounds
+    total = len(names) * len(conditions) * len(seeds) * F.rounds
     with app.reported(workdir), progress.bar(total, done) as advance:
         progress.doing("loading data")
         dataset = arms.load()
         task = arms.make_task(dataset)
-        chosen = arms.make_arms(names, scenarios[0])
+        chosen = arms.make_arms(names, conditions[0])
         arms.check_heldout({arm.name: arm.averager for arm in chosen})
-        first = arms.make_data(dataset, seeds[0], scenarios[0].noisy)
+        first = arms.make_data(dataset, seeds[0], conditions[0].noisy)
         for arm in chosen:  # so that what cannot work is found before the first of them runs
             arms.recipe_of(arm, task, first)
-        app.console().print(_plan(names, scenarios, len(seeds)))
+        app.console().print(_plan(names, conditions, len(seeds)))
         progress.doing("timing the parts of a round")
-        paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all scenarios
+        paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all conditions
         stopped = False
-        for scenario, seed in itertools.product(scenarios, seeds):
-            sharded = arms.make_data(dataset, seed, scenario.noisy)
-            # The first goes by the name that it has alone, so that a folder can be gone on with in more scenarios.
-            suffix = "" if scenario == scenarios[0] else f"-noisy{scenario.noisy}"
+        for condition, seed in itertools.product(conditions, seeds):
+            sharded = arms.make_data(dataset, seed, condition.noisy)
+            # The first goes by the name that it has alone, so that a folder can be gone on with in more conditions.
+            suffix = "" if condition == conditions[0] else f"-noisy{condition.noisy}"
             for arm in chosen:  # the arms alternate, so that a machine that slows down slows them all
                 name = f"{arm.name}{suffix}-seed{seed}"
                 if stopped:
@@ -64,10 +64,10 @@ def main(argv: Sequence[str]) -> None:
                         f"stopped before {name!r}; go on with the same settings, --workdir={workdir} and --resume"
                     )
                 stopped = arms.run_arm(
-                    arms.in_scenario(arm, scenario),
+                    arms.at_rates(arm, condition),
                     task,
                     sharded,
-                    scenario,
+                    condition,
                     seed,
                     advance,
                     workdir=workdir,
@@ -76,10 +76,10 @@ def main(argv: Sequence[str]) -> None:
                 ).stopped
 
 
-def _plan(names: Sequence[str], scenarios: Sequence[conditions.Scenario], seeds: int) -> str:
+def _plan(names: Sequence[str], conditions: Sequence[Condition], seeds: int) -> str:
     """What is about to be done, in a sentence."""
     shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
-    with_what = ", then with ".join(conditions.title(scenario.noisy) for scenario in scenarios)
+    with_what = ", then with ".join(title(condition.noisy) for condition in conditions)
     replicas, over = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((F.replicas, "replica"), (seeds, "seed")))
     return f"{F.dataset}, {replicas}: {shown}, {over}, with {with_what} (set by --noisy)"
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 import wavg_jax as wavg
-from experiments.setup import app, arms, cells, conditions
-from experiments.setup import flags as shared_flags
-from experiments.setup.cells import Cell
-from experiments.setup.flags import numbers
+from experiments.setup import app, arms, record_matrix, shared_flags
+from experiments.setup.conditions import read_condition, settings_of
+from experiments.setup.record_matrix import Cell
+from experiments.setup.shared_flags import numbers
 from wavg_jax.averaging import reduce
 from wavg_jax.base import SettingsError
 from wavg_jax.rounds import policy
@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> None:
     """Trains every cell that is not recorded yet and writes the report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    steps, seeds, scenario = numbers("steps", int), shared_flags.read_seeds(), conditions.read_scenario()
+    steps, seeds, condition = numbers("steps", int), shared_flags.read_seeds(), read_condition()
     for h in steps:
         if F.total_steps % h:
             raise SettingsError(f"--total_steps={F.total_steps} is not a multiple of H={h} (--steps)")
-    rate = scenario.rates["plain"]
+    rate = condition.rates["plain"]
     dataset = arms.load()
     task = arms.make_task(dataset)
     inner = arms.make_inner(F.inner, rate)
@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("reductions")
     check_writable(workdir)
     lengths = {f"H={h}": h for h in steps}
-    settings = conditions.settings(SETTINGS, scenario)
-    header = cells.header(dataset, task, {name: name for name in lengths}, settings, recommend=False)
+    settings = settings_of(SETTINGS, condition)
+    header = record_matrix.header(dataset, task, {name: name for name in lengths}, settings, recommend=False)
 
     def rounds(cell: Cell) -> int:
         return F.total_steps // lengths[cell.scenario]
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         averager, stats = variants[cell.weighting]
         return wavg.fit(
             task,
-            arms.make_data(dataset, cell.seed, scenario.noisy),
+            arms.make_data(dataset, cell.seed, condition.noisy),
             inner=inner,
             local_steps=lengths[cell.scenario],
             rounds=rounds(cell),
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
 
     every = [Cell(h, name, seed, rate) for h in lengths for name in variants for seed in seeds]
     with open_records(workdir) as records:
-        cells.begin(records, header)
-        cells.fill(every, records, rounds, train, lambda scenario: "lr_plain")
+        record_matrix.begin(records, header)
+        record_matrix.fill(every, records, rounds, train, lambda scenario: "lr_plain")
     app.publish(read_rows(workdir), workdir)
 
 

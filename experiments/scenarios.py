@@ -24,12 +24,11 @@ from absl import flags
 from rich.table import Table
 
 import wavg_jax as wavg
-from experiments.setup import app, arms, cells
-from experiments.setup import flags as shared_flags
-from experiments.setup.cells import Cell
-from experiments.setup.flags import numbers
-from experiments.setup.options import SCALES
-from experiments.setup.schemes import SCHEMES
+from experiments.setup import app, arms, record_matrix, shared_flags
+from experiments.setup.choices import SCALES
+from experiments.setup.record_matrix import Cell
+from experiments.setup.shared_flags import numbers
+from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, WavgWarning
 from wavg_jax.data.shards import Shards
@@ -87,7 +86,7 @@ SCENARIOS: dict[str, Callable[[int], Scenario]] = {
 """Name -> function of K, the number of replicas."""
 
 flags.DEFINE_list("scenarios", list(SCENARIOS), f"Which scenarios, of {', '.join(SCENARIOS)}.")
-flags.DEFINE_list("weightings", list(SCHEMES), f"Which weightings, of {', '.join(SCHEMES)}.")
+flags.DEFINE_list("weightings", list(WEIGHTINGS), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
 flags.DEFINE_list("tune_rates", [], "Record nothing, but tune the learning rates: those to try.")
 for _scenario in SCENARIOS:
     flags.DEFINE_float(f"lr_{_scenario}", 0.02, f"Learning rate of every weighting in the scenario {_scenario}.")
@@ -96,7 +95,7 @@ F = flags.FLAGS
 SETTINGS = (
     *(*shared_flags.DATA, *shared_flags.NETWORK),
     *("replicas", "local_steps", "rounds", "batch_size", "inner", "opt_state_at_sync", "stats_at_sync"),
-    *("score_samples", *shared_flags.SCHEME),
+    *("score_samples", *shared_flags.WEIGHTING),
 )
 """Flags that all cells of a matrix share."""
 READS = (*SETTINGS, "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
@@ -133,10 +132,10 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     seeds = shared_flags.read_seeds()
-    names, weightings = _chosen("scenarios", tuple(SCENARIOS)), _chosen("weightings", tuple(SCHEMES))
+    names, weightings = shared_flags.names("scenarios", SCENARIOS), shared_flags.names("weightings", WEIGHTINGS)
     rates = {name: _rate(name) for name in names}
     dataset = arms.load()
-    averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in weightings}
+    averagers = {name: wavg.averager(**WEIGHTINGS[name](F)) for name in weightings}
     arms.check_heldout(averagers)
     study = Study(dataset, arms.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
     _check(study)
@@ -146,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("scenarios")
     check_writable(workdir)
     titles = {name: make(F.replicas).title for name, make in SCENARIOS.items()}
-    header = cells.header(dataset, study.task, titles, {name: F[name].value for name in SETTINGS})
+    header = record_matrix.header(dataset, study.task, titles, {name: F[name].value for name in SETTINGS})
 
     def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
         return _train(study, cell, study.shard(cell.scenario, cell.seed), averagers[cell.weighting], advance)
@@ -154,16 +153,9 @@ def main(argv: Sequence[str]) -> None:
     # The seeds innermost, so that they share compiled programs.
     every = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
     with open_records(workdir) as records:
-        cells.begin(records, header)
-        cells.fill(every, records, lambda cell: F.rounds, train, lambda scenario: f"lr_{scenario}")
+        record_matrix.begin(records, header)
+        record_matrix.fill(every, records, lambda cell: F.rounds, train, lambda scenario: f"lr_{scenario}")
     app.publish(read_rows(workdir), workdir)
-
-
-def _chosen(flag: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(F[flag].value or ())
-    if not names or set(names) - set(known) or len(set(names)) < len(names):
-        raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(known)}, each once")
-    return names
 
 
 def _rate(scenario: str) -> float:

@@ -18,10 +18,10 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.benchmarks.harness import alternate, refuse_unused, round_runner
-from experiments.setup import app, arms, conditions
-from experiments.setup import flags as shared_flags
-from experiments.setup.flags import numbers
-from experiments.setup.schemes import SCHEMES
+from experiments.setup import app, arms, shared_flags
+from experiments.setup.conditions import read_condition, settings_of
+from experiments.setup.shared_flags import numbers
+from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.devices import machine
@@ -33,13 +33,13 @@ MEASURED = (
     *("accuracy", "softmax_loss", "inverse_grad_norm", "fisher", "greedy_soup", "learned", "learned_online"),
     *("best_of", "coordinate_median", "geometric_median", "multi_krum"),
 )
-flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(SCHEMES)}.")
+flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
 flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples scored in a round; 0 means all.")
 flags.DEFINE_bool("bfloat16", False, "Score in bfloat16, with a network that computes in its inputs' dtype.")
 F = flags.FLAGS
 
 SETTINGS = (
-    *(*shared_flags.DATA, *shared_flags.SHARDS, *shared_flags.NETWORK, *shared_flags.SCHEME),
+    *(*shared_flags.DATA, *shared_flags.SHARDS, *shared_flags.NETWORK, *shared_flags.WEIGHTING),
     *("replicas", "batch_size", "inner", "lr_plain", "steps", "subsets", "repeats", "bfloat16"),
 )
 """Flags that all shares were measured with."""
@@ -52,24 +52,22 @@ def main(argv: Sequence[str]) -> None:
     """Times every weighting against plain averaging and writes the table."""
     app.refuse_arguments(argv)
     refuse_unused(READS)
-    names = tuple(F.cost_weightings or ())
-    if not names or set(names) - set(SCHEMES):
-        raise SettingsError(f"--cost_weightings={','.join(names)}: choose from {', '.join(SCHEMES)}")
+    names = shared_flags.names("cost_weightings", WEIGHTINGS)
     steps, subsets = numbers("steps", int), numbers("subsets", int, least=0)
-    scenario = conditions.read_scenario()
+    condition = read_condition()
     dataset = arms.load()
     dtype = jnp.bfloat16 if F.bfloat16 else None
     # A network that computes in float32 whatever it is given would be scored in float32 too.
     task = arms.make_task(dataset, of_inputs=dtype is not None)
-    sharded = arms.make_data(dataset, 0, scenario.noisy)
-    inner = arms.make_inner(F.inner, scenario.rates["plain"])
-    averagers = {name: wavg.averager(**SCHEMES[name](F)) for name in ("plain", *names)}
+    sharded = arms.make_data(dataset, 0, condition.noisy)
+    inner = arms.make_inner(F.inner, condition.rates["plain"])
+    averagers = {name: wavg.averager(**WEIGHTINGS[name](F)) for name in ("plain", *names)}
     arms.check_heldout(averagers)
     workdir = arms.choose_workdir("cost")
     records = Records(workdir)
     if records.rows:
         raise SettingsError("the folder already holds rows; choose another --workdir")
-    settings = conditions.settings(SETTINGS, scenario)
+    settings = settings_of(SETTINGS, condition)
     records.append({"kind": "cost", "run": "cost", "settings": settings, **_where(dataset)})
     base = make_recipe(task, sharded, averagers["plain"], inner, layout=wavg.Layout(F.devices))
     base = automap.settle(base, sharded, batch_size=F.batch_size)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.setup import app, arms, conditions
-from experiments.setup import flags as shared_flags
+from experiments.setup import app, arms, shared_flags
+from experiments.setup.conditions import read_condition
 from wavg_jax.training import progress
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
@@ -27,15 +27,15 @@ def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    scenario = conditions.read_scenario()
+    condition = read_condition()
     workdir = arms.choose_workdir("train")
     with app.reported(workdir), progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
         progress.doing("loading data")
         dataset = arms.load()
         task = arms.make_task(dataset)
-        (arm,) = arms.make_arms((F.arm,), scenario)
-        sharded = arms.make_data(dataset, F.seed, scenario.noisy)
-        arms.run_arm(arm, task, sharded, scenario, F.seed, advance, workdir=workdir)
+        (arm,) = arms.make_arms((F.arm,), condition)
+        sharded = arms.make_data(dataset, F.seed, condition.noisy)
+        arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir)
 
 
 if __name__ == "__main__":

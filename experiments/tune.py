@@ -14,9 +14,9 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from experiments.setup import app, arms, conditions
-from experiments.setup import flags as shared_flags
-from experiments.setup.flags import ARMS, numbers
+from experiments.setup import app, arms, shared_flags
+from experiments.setup.conditions import Condition, read_conditions, title
+from experiments.setup.shared_flags import ARMS, numbers
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, Task
 from wavg_jax.reporting.statistic import Statistic
@@ -47,23 +47,23 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     rates, seeds = numbers("rates", float), numbers("tuning_seeds", int, least=0)
-    scenarios = conditions.read_scenarios()
-    chosen = arms.make_arms(arms.chosen("tune"), scenarios[0])
+    conditions = read_conditions()
+    chosen = arms.make_arms(shared_flags.names("tune", ARMS), conditions[0])
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
-    tried = [scenario._replace(rates=dict.fromkeys(ARMS, rate)) for rate in rates for scenario in scenarios]
+    tried = [condition._replace(rates=dict.fromkeys(ARMS, rate)) for rate in rates for condition in conditions]
     found: dict[str, Found] = {arm.name: {} for arm in chosen}
     with progress.bar(len(chosen) * len(tried) * len(seeds) * F.rounds) as advance:
         progress.doing("loading data")
         dataset = arms.load()
         task = arms.make_task(dataset)
-        everything = {scenario.noisy: spaces(dataset, scenario.noisy, seeds) for scenario in scenarios}
-        for arm, scenario in itertools.product(chosen, tried):
+        everything = {condition.noisy: spaces(dataset, condition.noisy, seeds) for condition in conditions}
+        for arm, condition in itertools.product(chosen, tried):
             accuracies = [
-                _accuracy(arms.in_scenario(arm, scenario), task, sharded, scenario, seed, advance)
-                for seed, sharded in everything[scenario.noisy].items()
+                _accuracy(arms.at_rates(arm, condition), task, sharded, condition, seed, advance)
+                for seed, sharded in everything[condition.noisy].items()
             ]
-            found[arm.name][scenario.noisy, scenario.rates[arm.name]] = _over_seeds(accuracies)
+            found[arm.name][condition.noisy, condition.rates[arm.name]] = _over_seeds(accuracies)
     _show(found, rates, len(seeds))
 
 
@@ -71,13 +71,13 @@ def _accuracy(
     arm: arms.Arm,
     task: Task,
     sharded: data.ShardedData,
-    scenario: conditions.Scenario,
+    condition: Condition,
     seed: int,
     advance: Callable[[str], None],
 ) -> float:
     """Held-out accuracy after the last round; NaN if the run diverges."""
     try:
-        run = arms.run_arm(arm, task, sharded, scenario, seed, advance)
+        run = arms.run_arm(arm, task, sharded, condition, seed, advance)
     except Diverged:
         return math.nan
     return float(run.rows[-1]["test_accuracy"])
@@ -90,15 +90,15 @@ def _over_seeds(accuracies: Sequence[float]) -> Statistic:
 
 def _show(found: dict[str, Found], rates: tuple[float, ...], seeds: int) -> None:
     console = app.console()
-    scenarios = tuple(dict.fromkeys(noisy for own in found.values() for noisy, _ in own))
-    for noisy in scenarios:
-        table = Table("rate", *found, title=f"{conditions.title(noisy)}: held-out accuracy (%) over {seeds} seeds")
+    conditions = tuple(dict.fromkeys(noisy for own in found.values() for noisy, _ in own))
+    for noisy in conditions:
+        table = Table("rate", *found, title=f"{title(noisy)}: held-out accuracy (%) over {seeds} seeds")
         for rate in rates:
             values = [own[noisy, rate] for own in found.values()]
             table.add_row(f"{rate:g}", *map(_percent, values))
         console.print(table)
     for name, own in found.items():
-        means = {noisy: [own[noisy, rate].mean for rate in rates] for noisy in scenarios}
+        means = {noisy: [own[noisy, rate].mean for rate in rates] for noisy in conditions}
         if any(np.isnan(values).all() for values in means.values()):
             raise SettingsError(f"--rates={','.join(F.rates)}: {name} diverges at every rate; try lower ones")
         best = [rates[int(np.nanargmax(values))] for values in means.values()]

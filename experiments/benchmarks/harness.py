@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from rich.table import Table as RichTable
+from rich.table import Table
 
-from experiments.setup import app
-from experiments.setup import flags as shared_flags
+from experiments.setup import app, shared_flags
 from wavg_jax.base import SettingsError
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
@@ -129,7 +128,7 @@ def ratio(above: np.ndarray, below: np.ndarray, scale: float = 1.0) -> Ratio:
     return Ratio(float(median), float(low), float(high))
 
 
-class Table(NamedTuple):
+class BenchmarkTable(NamedTuple):
     """What a report shows.
 
     Attributes:
@@ -161,14 +160,14 @@ class Recording(NamedTuple):
         """The rows of the cases so far."""
         return [row for row in self.records.rows if row["kind"] == "case"]
 
-    def publish(self, *tables: Table) -> None:
+    def publish(self, *tables: BenchmarkTable) -> None:
         """Writes the report, and prints its tables."""
         head = self.records.rows[0]
         path = self.folder / "report.md"
         write_atomically(path, markdown(head, tables).encode())
         console = app.console(log_width=180)
         for table in tables:
-            shown = RichTable(title=table.title, caption=table.text)
+            shown = Table(title=table.title, caption=table.text)
             for column in _columns(table):
                 shown.add_column(column)
             for line in table.lines:
@@ -212,18 +211,6 @@ def refuse_unused(reads: Collection[str]) -> None:
             raise SettingsError(f"--{flag} has no effect here; leave it out, --help lists the flags that have one")
 
 
-def choices(flag: str, allowed: Collection[str]) -> tuple[str, ...]:
-    """Reads a list flag whose entries are among `allowed`.
-
-    Raises:
-      SettingsError: one is not, or there is none.
-    """
-    names = tuple(F[flag].value or ())
-    if not names or set(names) - set(allowed):
-        raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(allowed)}")
-    return names
-
-
 def _given(reads: Collection[str]) -> list[str]:
     """Names of the flags that make a measurement what it is: those that are read, and what `setup.app` sets."""
     return sorted({*reads, "matmul_precision"})
@@ -235,7 +222,7 @@ def _command(name: str, reads: Collection[str]) -> str:
     return " ".join([f"python -m experiments.benchmarks.{name}", *given])
 
 
-def _columns(table: Table) -> tuple[str, ...]:
+def _columns(table: BenchmarkTable) -> tuple[str, ...]:
     return (*table.columns, "CPU", "GPU")
 
 
@@ -245,7 +232,7 @@ def _cells(line: Sequence[str], hardware: Mapping[str, Any]) -> tuple[str, ...]:
     return (*cells, *figures)
 
 
-def markdown(head: Row, tables: Sequence[Table]) -> str:
+def markdown(head: Row, tables: Sequence[BenchmarkTable]) -> str:
     hardware, versions = head["hardware"], head["versions"]
     lines = [
         f"# {tables[0].title}",

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from experiments.benchmarks import networks
-from experiments.benchmarks.harness import Recording, Table, begin
+from experiments.benchmarks.harness import BenchmarkTable, Recording, begin
 from experiments.benchmarks.networks import AUTO, PLAIN, Network
 from experiments.setup import app
 from wavg_jax import tree
@@ -115,7 +115,7 @@ def activations(net: Network, params: PyTree, mutable: PyTree) -> int:
     return tree.nbytes([x for x in saved if x.shape not in own])
 
 
-def _table(recording: Recording) -> Table:
+def _table(recording: Recording) -> BenchmarkTable:
     text = (
         "What the compiled round needs at once beside the data, per replica, as a ratio to the sum of its parts: "
         "parameters, optimizer state, gradients, activations (estimated), and the global parameters. In MB."
@@ -135,7 +135,7 @@ def _table(recording: Recording) -> Table:
         )
         for row in recording.cases()
     ]
-    return Table("Memory of a replica", text, columns, lines)
+    return BenchmarkTable("Memory of a replica", text, columns, lines)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ from absl import flags
 
 from experiments.benchmarks import limits
 from experiments.benchmarks.flops import training_flops
-from experiments.benchmarks.harness import choices
-from experiments.setup.flags import numbers
+from experiments.setup.shared_flags import names, numbers
 from wavg_jax import averager, data, models, uniform
 from wavg_jax.base import Averager, Batch, Replicas, SettingsError, Task
 from wavg_jax.data import Dataset, ShardedData, Split
 from wavg_jax.devices.mapping import MAPS
-from wavg_jax.training import automap
+from wavg_jax.training import automap, phases
 from wavg_jax.training.batches import make_work, put_shared
-from wavg_jax.training.phases import local_phase as phase
 from wavg_jax.training.programs import programs
 from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 
@@ -108,8 +106,8 @@ class Network(NamedTuple):
 
 def chosen(*default: str) -> list[Network]:
     """The networks of --networks."""
-    names = choices("networks", NAMES) if F.networks is not None else default or NAMES
-    return [build(name, F.shrink, F.compute_dtype) for name in names]
+    wanted = names("networks", NAMES) if F.networks is not None else default or NAMES
+    return [build(name, F.shrink, F.compute_dtype) for name in wanted]
 
 
 def replica_counts(*default: int) -> tuple[int, ...]:
@@ -131,7 +129,7 @@ def pairs(nets: Iterable[Network], counts: Iterable[int]) -> list[tuple[Network,
 
 def maps(*default: str) -> tuple[str, ...]:
     """The mappings of --maps."""
-    return default if F.maps is None else choices("maps", (AUTO, *MAPS))
+    return default if F.maps is None else names("maps", (AUTO, *MAPS))
 
 
 def local_phase(
@@ -149,7 +147,7 @@ def local_phase(
     sharded = net.sharded(replicas)
     shared = put_shared(recipe, sharded)
     work = make_work(recipe, sharded, seed=0, first_step=0, longest=steps, batch_size=batch_size or net.batch_size)
-    run = jax.jit(phase(recipe), donate_argnums=0)
+    run = jax.jit(phases.local_phase(recipe), donate_argnums=0)
     held = programs(recipe, replicas).init(jax.random.key(0)).replicas
     return lambda held: run(held, work, shared)[0], held
 

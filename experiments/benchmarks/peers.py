@@ -27,10 +27,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks.harness import NOT_MEASURED, Table, alternate, begin, choices, ratio, shown
+from experiments.benchmarks.harness import NOT_MEASURED, BenchmarkTable, alternate, begin, ratio, shown
 from experiments.benchmarks.peer_workers import cases, environment
-from experiments.benchmarks.peer_workers.lines import Arrays, Case, Worker, WorkerFailed
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, Worker, WorkerFailed
 from experiments.setup import app
+from experiments.setup.shared_flags import names
 from wavg_jax.base import SettingsError
 from wavg_jax.storage.rows import Row
 from wavg_jax.training import progress
@@ -118,7 +119,7 @@ class Found(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Measures every system on every network and writes the table."""
     app.refuse_arguments(argv)
-    networks, chosen = _networks(), choices("systems", SYSTEMS)
+    networks, chosen = _networks(), names("systems", SYSTEMS)
     systems = {name: system for name, system in SYSTEMS.items() if name in (OURS, CEILING, *chosen)}
     jax.config.update("jax_platforms", "cpu")  # this process does no more than name the hardware
     recording = begin("peers", READS)
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
             progress.bar(len(these) * (F.repeats + 2)) as advance,
             tempfile.TemporaryDirectory() as folder,
         ):
-            case = Case("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)
+            case = Job("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)
             for row in rows(case, measure(case, these, F.repeats, advance)):
                 recording.case(**row)
     recording.publish(table(recording.cases()))
@@ -175,7 +176,7 @@ def commands(systems: Mapping[str, System], folder: pathlib.Path) -> Commands:
 
 
 def measure(
-    case: Case, commands: Commands, repeats: int, advance: Callable[[str], None] = lambda text: None
+    case: Job, commands: Commands, repeats: int, advance: Callable[[str], None] = lambda text: None
 ) -> dict[str, Found]:
     """Runs all systems on a network in turn.
 
@@ -204,7 +205,7 @@ def measure(
 class _Runner:
     """A system's worker, until it fails; and what is found out about it."""
 
-    def __init__(self, name: str, case: Case):
+    def __init__(self, name: str, case: Job):
         self.name, self.case = name, case._replace(system=SYSTEMS[name].system)
         self.found = Found(None, None, np.array([]), 0.0, {})
         self.worker: Worker
@@ -250,7 +251,7 @@ class _Runner:
         return answer["seconds"]
 
 
-def rows(case: Case, found: Mapping[str, Found]) -> list[Row]:
+def rows(case: Job, found: Mapping[str, Found]) -> list[Row]:
     """The rows of a network, one for each system: speeds, and the ratios of ours to theirs, turn by turn."""
     ours, samples = found[OURS], case.replicas * case.steps * case.batch
     made = []
@@ -275,7 +276,7 @@ def rows(case: Case, found: Mapping[str, Found]) -> list[Row]:
     return made
 
 
-def table(recorded: Sequence[Row]) -> Table:
+def table(recorded: Sequence[Row]) -> BenchmarkTable:
     """The table of recorded rows."""
     text = (
         "Thousand samples a second in rounds of K replicas, H local steps and plain averaging (or of one model with K "
@@ -294,7 +295,7 @@ def table(recorded: Sequence[Row]) -> Table:
             lines.append((*case, title, f"{row['difference']:.1g}", speed, figure))
         else:
             lines.append((*case, title, "", "", f"{NOT_MEASURED} ({row['reason']})"))
-    return Table("wavg_jax against its peers", text, columns, lines)
+    return BenchmarkTable("wavg_jax against its peers", text, columns, lines)
 
 
 if __name__ == "__main__":

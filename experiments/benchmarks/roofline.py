@@ -28,9 +28,9 @@ from absl import flags
 
 from experiments.benchmarks import limits, networks
 from experiments.benchmarks.harness import (
+    BenchmarkTable,
     Ratio,
     Recording,
-    Table,
     alternate,
     begin,
     in_place,
@@ -149,7 +149,7 @@ def _start(net: Network, rng: jax.Array) -> tuple[PyTree, PyTree, PyTree, jax.Ar
     return params, INNER.init(params), mutable, rng
 
 
-def _table(recording: Recording) -> Table:
+def _table(recording: Recording) -> BenchmarkTable:
     text = (
         "Operations a second of the local steps as a ratio to those of large float32 matrix products "
         f"({F.product} x {F.product}, at the precision the networks run in) on the same devices. Operations are "
@@ -172,7 +172,7 @@ def _table(recording: Recording) -> Table:
         )
         for row in recording.cases()
     ]
-    return Table("Roofline of the local steps", text, columns, lines)
+    return BenchmarkTable("Roofline of the local steps", text, columns, lines)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,22 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.benchmarks import networks
-from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown, timed
+from experiments.benchmarks.harness import (
+    BenchmarkTable,
+    Case,
+    Recording,
+    alternate,
+    begin,
+    in_place,
+    ratio,
+    shown,
+    timed,
+)
 from experiments.benchmarks.networks import HELD_OUT, INNER, PLAIN, Network, local_phase
 from experiments.benchmarks.sync_cost import sync_case
 from experiments.setup import app
-from experiments.setup.flags import SCHEME
-from experiments.setup.schemes import SCHEMES
+from experiments.setup.shared_flags import WEIGHTING
+from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.rounds.round import RoundLog
@@ -58,11 +68,11 @@ from wavg_jax.weighting.signals import FREE
 flags.DEFINE_list(
     "scored",
     "plain:0,learned:0,learned:1000,learned_online:256",
-    f"Weightings, of {', '.join(SCHEMES)}, each with the held-out samples that a round scores, 0 meaning all.",
+    f"Weightings, of {', '.join(WEIGHTINGS)}, each with the held-out samples that a round scores, 0 meaning all.",
 )
 F = flags.FLAGS
 
-READS = (*networks.READS, *SCHEME, "scored", "round_steps", "checkpoint_every", "repeats")
+READS = (*networks.READS, *WEIGHTING, "scored", "round_steps", "checkpoint_every", "repeats")
 for _name in (*READS, "workdir"):
     flags.declare_key_flag(_name)
 
@@ -97,12 +107,12 @@ def _scoring(text: str) -> Scheme:
       SettingsError: it is none.
     """
     name, _, samples = text.partition(":")
-    if name not in SCHEMES or not samples.isdigit() or int(samples) > HELD_OUT:
+    if name not in WEIGHTINGS or not samples.isdigit() or int(samples) > HELD_OUT:
         raise SettingsError(
-            f"--scored={','.join(F.scored)}: give weightings, of {', '.join(SCHEMES)}, and samples up to {HELD_OUT}, "
-            "such as learned:1000"
+            f"--scored={','.join(F.scored)}: give weightings, of {', '.join(WEIGHTINGS)}, and samples up to "
+            f"{HELD_OUT}, such as learned:1000"
         )
-    return Scheme(name, wavg.averager(**SCHEMES[name](F)), int(samples) or None)
+    return Scheme(name, wavg.averager(**WEIGHTINGS[name](F)), int(samples) or None)
 
 
 def _measure(
@@ -240,7 +250,7 @@ def _fit(
     return run
 
 
-def _table(recording: Recording) -> Table:
+def _table(recording: Recording) -> BenchmarkTable:
     text = (
         f"Shares of a round, in %; {HELD_OUT:,} samples are held out, a checkpoint is saved every "
         f"{F.checkpoint_every} rounds. Parts are compiled apart, and timed in turn with rounds of `fit`; `rest` is "
@@ -266,7 +276,7 @@ def _table(recording: Recording) -> Table:
         )
         for row in recording.cases()
     ]
-    return Table("Anatomy of a round", text, columns, lines)
+    return BenchmarkTable("Anatomy of a round", text, columns, lines)
 
 
 if __name__ == "__main__":

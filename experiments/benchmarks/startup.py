@@ -22,8 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks.harness import Recording, Table, begin, choices
+from experiments.benchmarks.harness import BenchmarkTable, Recording, begin
 from experiments.setup import app
+from experiments.setup.shared_flags import names
 from wavg_jax.base import WavgError
 from wavg_jax.storage.rows import FILE
 from wavg_jax.training import progress
@@ -46,7 +47,7 @@ POLL = 0.005
 def main(argv: Sequence[str]) -> None:
     """Starts the processes in turn, and writes the table."""
     app.refuse_arguments(argv)
-    starts = choices("starts", STARTS)
+    starts = names("starts", STARTS)
     recording = begin("startup", READS)
     seconds: dict[tuple[str, str | None], list[float]] = {}
     with progress.bar((2 * len(starts) - ("import" in starts)) * F.repeats) as advance:
@@ -106,7 +107,7 @@ def _has_round(path: pathlib.Path) -> bool:
     return path.exists() and b'"kind": "round"' in path.read_bytes()
 
 
-def _table(recording: Recording) -> Table:
+def _table(recording: Recording) -> BenchmarkTable:
     text = (
         "Seconds from the start of the process to the row of the first round (import: to the end of the process); "
         f"median, least and most of {F.repeats} turns. Digits preset."
@@ -119,7 +120,7 @@ def _table(recording: Recording) -> Table:
         )
         for row in recording.cases()
     ]
-    return Table("Start-up", text, ("what", "compilation cache"), lines)
+    return BenchmarkTable("Start-up", text, ("what", "compilation cache"), lines)
 
 
 if __name__ == "__main__":

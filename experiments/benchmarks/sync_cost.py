@@ -26,10 +26,10 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import limits, networks
-from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, in_place, ratio, shown
+from experiments.benchmarks.harness import BenchmarkTable, Case, Recording, alternate, begin, in_place, ratio, shown
 from experiments.benchmarks.networks import PLAIN, Network, local_phase
 from experiments.setup import app
-from experiments.setup.flags import numbers
+from experiments.setup.shared_flags import numbers
 from wavg_jax import tree
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree
@@ -165,12 +165,12 @@ def _share(recording: Recording, net: Network, replicas: int, advance: Callable[
     )
 
 
-def _tables(recording: Recording) -> tuple[Table, Table]:
+def _tables(recording: Recording) -> tuple[BenchmarkTable, BenchmarkTable]:
     rows = recording.cases()
     trees = [row for row in rows if row["part"] == "tree"]
     shares = [row for row in rows if row["part"] == "share"]
     return (
-        Table(
+        BenchmarkTable(
             "Bandwidth of the blend and of the whole sync",
             "Bytes that have to be read and written, a second, as a ratio to a compiled copy of as many bytes. Median "
             f"and quartiles of {F.repeats} alternating runs; trees of {LEAVES} leaves, float32.",
@@ -188,7 +188,7 @@ def _tables(recording: Recording) -> tuple[Table, Table]:
                 for row in trees
             ],
         ),
-        Table(
+        BenchmarkTable(
             "Share of the sync in a round",
             "In %: sync / (sync + local steps). The local steps are measured as many at a time as take half a second, "
             "if those are fewer, and scaled to H.",

@@ -22,10 +22,10 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import networks
-from experiments.benchmarks.harness import Case, Recording, Table, alternate, begin, ratio, round_runner, shown
+from experiments.benchmarks.harness import BenchmarkTable, Case, Recording, alternate, begin, ratio, round_runner, shown
 from experiments.benchmarks.networks import AUTO, PLAIN, Network
 from experiments.setup import app
-from experiments.setup.flags import numbers
+from experiments.setup.shared_flags import numbers
 from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
@@ -130,7 +130,7 @@ def _replicas(net: Network, replicas: int, mapping: str, devices: int, steps: in
     return Made(case, mapping, recipe.placement.replica_map, devices)
 
 
-def _table(recording: Recording) -> Table:
+def _table(recording: Recording) -> BenchmarkTable:
     text = (
         "Samples a second in rounds of plain averaging, as a ratio to the ceiling: the faster of one model with K "
         "times the batch and one replica alone, without replicas, on one device (of all cores). Median and "
@@ -151,7 +151,7 @@ def _table(recording: Recording) -> Table:
         )
         for row in recording.cases()
     ]
-    return Table("Throughput of K replicas", text, columns, lines)
+    return BenchmarkTable("Throughput of K replicas", text, columns, lines)
 
 
 if __name__ == "__main__":

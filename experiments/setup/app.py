@@ -15,8 +15,7 @@ import jax
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments.setup import flags as shared_flags
-from experiments.setup import meanings, starting, usage
+from experiments.setup import meanings, shared_flags, starting, usage
 from experiments.setup.translate import to_flags
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
 from wavg_jax.devices import machine

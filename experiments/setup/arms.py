@@ -14,16 +14,15 @@ import optax
 from absl import flags
 
 import wavg_jax as wavg
-from experiments.setup.conditions import Scenario, read_scenario, settings
-from experiments.setup.flags import ARMS, RUN, numbers
-from experiments.setup.options import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
-from experiments.setup.schemes import SCHEMES
+from experiments.setup.choices import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.setup.conditions import Condition, read_condition, settings_of
+from experiments.setup.shared_flags import ARMS, RUN, numbers
+from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.rounds import policy
 from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.storage.rows import FILE, Row, read_rows
-from wavg_jax.training import fit as trainer
 from wavg_jax.training import timing
 from wavg_jax.training.recipe import Recipe, make_recipe
 
@@ -61,18 +60,6 @@ class Arm(NamedTuple):
     batch_size: int
 
 
-def chosen(flag: str) -> tuple[str, ...]:
-    """Reads a list flag as names of arms.
-
-    Raises:
-      SettingsError: one is not an arm, or there is none.
-    """
-    names = tuple(F[flag].value or ())
-    if not names or set(names) - set(ARMS):
-        raise SettingsError(f"--{flag}={','.join(names)}: choose from {', '.join(ARMS)}")
-    return names
-
-
 def load() -> data.Dataset:
     """Loads the data set of the flags, and settles the flag that depends on it: --chance, by default 1 / classes."""
     dataset = data.load(F.dataset, F.data_dir)
@@ -90,9 +77,9 @@ def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
         )
 
 
-def make_arms(names: tuple[str, ...] = ARMS, scenario: Scenario | None = None) -> list[Arm]:
+def make_arms(names: tuple[str, ...] = ARMS, condition: Condition | None = None) -> list[Arm]:
     """Builds the arms at an equal budget of K*H*B training samples a round, by default for the one scenario."""
-    rates = (scenario or read_scenario()).rates
+    rates = (condition or read_condition()).rates
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
     options: dict[str, Any] = {
         "outer": make_outer(F),
@@ -100,7 +87,7 @@ def make_arms(names: tuple[str, ...] = ARMS, scenario: Scenario | None = None) -
         "reduce": REDUCES[F.reduce],
     }
     plain = wavg.averager(wavg.uniform(), **options)
-    weighted = wavg.averager(**(options | SCHEMES[F.weighting](F)))
+    weighted = wavg.averager(**(options | WEIGHTINGS[F.weighting](F)))
     alone = wavg.averager(wavg.uniform())
     if F.schedule != "fixed" and not {"sequential", "sync"}.isdisjoint(names):
         raise SettingsError(
@@ -121,9 +108,9 @@ def make_inner(name: str, rate: float) -> optax.GradientTransformation:
     return OPTIMIZERS[name](rate)
 
 
-def in_scenario(arm: Arm, scenario: Scenario) -> Arm:
+def at_rates(arm: Arm, condition: Condition) -> Arm:
     """The same arm at its learning rate in another scenario; where that is the same, it shares its programs."""
-    return arm._replace(inner=make_inner(F.inner, scenario.rates[arm.name]))
+    return arm._replace(inner=make_inner(F.inner, condition.rates[arm.name]))
 
 
 def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
@@ -234,14 +221,14 @@ def run_arm(
     arm: Arm,
     task: wavg.Task,
     sharded: data.ShardedData,
-    scenario: Scenario,
+    condition: Condition,
     seed: int,
     progress: bool | Callable[[str], None],
     *,
     workdir: pathlib.Path | None = None,
     name: str | None = None,
     path: Row | None = None,
-) -> trainer.Result:
+) -> wavg.Result:
     """Runs one arm in one scenario for one seed.
 
     Its rows and checkpoints go to `workdir`, by default under the name ARM-seedSEED. `progress` is as for `fit`.
@@ -267,7 +254,7 @@ def run_arm(
         **_groups(arm),
         workdir=workdir,
         resume=F.resume,
-        store=wavg.Store(name or f"{arm.name}-seed{seed}", F.checkpoint_every, facts, settings(RUN, scenario)),
+        store=wavg.Store(name or f"{arm.name}-seed{seed}", F.checkpoint_every, facts, settings_of(RUN, condition)),
         progress=progress,
     )
 

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments.setup.flags import ARMS, RATES, numbers
+from experiments.setup.shared_flags import ARMS, RATES, numbers
 from wavg_jax.base import SettingsError
 
 F = flags.FLAGS
 
 
-class Scenario(NamedTuple):
+class Condition(NamedTuple):
     """How many of the shards have random labels, and the learning rate of every arm there."""
 
     noisy: int
@@ -23,17 +23,17 @@ def title(noisy: int) -> str:
     return f"{noisy} of {F.replicas} shards with random labels" if noisy else "clean shards"
 
 
-def read_scenarios() -> tuple[Scenario, ...]:
+def read_conditions() -> tuple[Condition, ...]:
     """Reads --noisy, by default none of the shards and half of them, and the learning rates in each scenario.
 
     Raises:
       SettingsError: a number is not one of shards, or is there twice, or the rates are not as many.
     """
     given = F.noisy is not None
-    return _scenarios(numbers("noisy", int, least=0) if given else tuple(sorted({0, F.replicas // 2})))
+    return _conditions(numbers("noisy", int, least=0) if given else tuple(sorted({0, F.replicas // 2})))
 
 
-def read_scenario() -> Scenario:
+def read_condition() -> Condition:
     """Reads --noisy, by default none of the shards, and the learning rates, where there is one scenario.
 
     Raises:
@@ -42,22 +42,22 @@ def read_scenario() -> Scenario:
     noisy = (0,) if F.noisy is None else numbers("noisy", int, least=0)
     if len(noisy) > 1:
         raise SettingsError(f"--noisy={_text(noisy)}: give one number; compare and tune take several, a scenario each")
-    return _scenarios(noisy)[0]
+    return _conditions(noisy)[0]
 
 
-def settings(names: Collection[str], scenario: Scenario) -> dict[str, object]:
+def settings_of(names: Collection[str], condition: Condition) -> dict[str, object]:
     """The values of flags, to be recorded; where a flag has a value for each scenario, the one there."""
-    own = {"noisy": scenario.noisy} | {f"lr_{arm}": rate for arm, rate in scenario.rates.items()}
+    own = {"noisy": condition.noisy} | {f"lr_{arm}": rate for arm, rate in condition.rates.items()}
     return {name: own.get(name, F[name].value) for name in sorted(names)}
 
 
-def _scenarios(noisy: tuple[int, ...]) -> tuple[Scenario, ...]:
+def _conditions(noisy: tuple[int, ...]) -> tuple[Condition, ...]:
     if len(set(noisy)) < len(noisy) or max(noisy) > F.replicas:
         raise SettingsError(
             f"--noisy={_text(noisy)}: give numbers from 0 to {F.replicas}, the shards (--replicas), each once"
         )
     rates = {arm: _rates(arm, noisy) for arm in ARMS}
-    return tuple(Scenario(one, {arm: rates[arm][at] for arm in ARMS}) for at, one in enumerate(noisy))
+    return tuple(Condition(one, {arm: rates[arm][at] for arm in ARMS}) for at, one in enumerate(noisy))
 
 
 def _rates(arm: str, noisy: tuple[int, ...]) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ import re
 
 from absl import flags
 
-from experiments.setup.flags import ARMS
+from experiments.setup.shared_flags import ARMS
 
 FLAGS = {
     "samples": "score_samples",

@@ -48,7 +48,7 @@ def test_a_ratio_is_the_median_of_paired_ratios_and_not_the_ratio_of_medians():
 
 
 def test_a_figure_stands_in_the_column_of_the_device_it_was_measured_on():
-    table = harness.Table("A title", "What it is.", ("network",), [("mlp", "0.9")])
+    table = harness.BenchmarkTable("A title", "What it is.", ("network",), [("mlp", "0.9")])
     head = {"command": "python", "hardware": {"processor": "P", "cores": 2, "count": 1, "kind": "k"}, "versions": {}}
     for device, line in (("cpu", "| mlp | 0.9 | not measured |"), ("gpu", "| mlp | not measured | 0.9 |")):
         text = harness.markdown({**head, "hardware": {**head["hardware"], "device": device}}, [table])

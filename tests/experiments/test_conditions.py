@@ -174,7 +174,7 @@ def test_where_there_is_one_scenario_shards_are_clean_by_default(planned):
 def test_few_replicas_leave_scenarios_that_differ(replicas):
     with flagsaver.flagsaver():
         app.parse(["binary", f"--replicas={replicas}"])
-        assert [scenario.noisy for scenario in conditions.read_scenarios()] == sorted({0, replicas // 2})
+        assert [condition.noisy for condition in conditions.read_conditions()] == sorted({0, replicas // 2})
 
 
 MADE_BY = {
@@ -197,9 +197,9 @@ def test_the_flags_of_a_recorded_result_still_mean_what_was_recorded(folder):
     with flagsaver.flagsaver():
         app.parse(["binary", f"--flagfile={folder / 'run.flags'}"])
         compared = MADE_BY[folder.name.split("_")[0]] is compare
-        meant = conditions.read_scenarios() if compared else (conditions.read_scenario(),)
+        meant = conditions.read_conditions() if compared else (conditions.read_condition(),)
         known = every[0].keys() & set(flags.FLAGS) - GONE
-        now = [conditions.settings(known, scenario) for scenario in meant]
+        now = [conditions.settings_of(known, condition) for condition in meant]
     recorded = [{name: settings[name] for name in now[0]} for settings in every]
     assert all(settings in now for settings in recorded)
     assert all(settings in recorded for settings in now)

@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 import wavg_jax as wavg
-from experiments.setup.flags import RATES
+from experiments.setup.shared_flags import RATES
 from wavg_jax import data, models
 
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "experiments" / "notebooks" / "compare.ipynb"

@@ -8,7 +8,7 @@ from binary import invoke
 
 from experiments.benchmarks import peers
 from experiments.benchmarks.peer_workers import cases, environment, lines
-from experiments.benchmarks.peer_workers.lines import Case, Worker, WorkerFailed
+from experiments.benchmarks.peer_workers.lines import Job, Worker, WorkerFailed
 
 FAKE = """
 import os, sys
@@ -45,7 +45,7 @@ def fake(tmp_path):
 
 
 def tiny(folder, system=""):
-    return Case(system, str(folder), "digits_mlp", 2, 2, 4, 0.01, 0.9)
+    return Job(system, str(folder), "digits_mlp", 2, 2, 4, 0.01, 0.9)
 
 
 def test_workers_that_fail_do_not_stop_the_others(fake, tmp_path):

@@ -9,8 +9,7 @@ from absl.testing import flagsaver
 from rich.console import Console
 from test_commands import BINARIES
 
-from experiments.setup import app, usage
-from experiments.setup import flags as shared_flags
+from experiments.setup import app, shared_flags, usage
 from wavg_jax.training import progress
 
 QUICK = ("--rounds=2", "--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1", "--compilation_cache=")

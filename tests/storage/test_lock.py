@@ -169,7 +169,7 @@ def test_a_matrix_holds_its_folder_while_its_cells_are_trained(tmp_path, monkeyp
             lock.check_free(tmp_path)
         raise wavg.Stopped("seen")
 
-    monkeypatch.setattr("experiments.setup.cells.fill", fill)
+    monkeypatch.setattr("experiments.setup.record_matrix.fill", fill)
     assert invoke(scenarios.main, *QUICK, "--scenarios=iid", "--weightings=plain", f"--workdir={tmp_path}") == 143
     assert [row["kind"] for row in records.read_rows(tmp_path)] == ["matrix"]
 

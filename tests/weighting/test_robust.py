@@ -15,7 +15,7 @@ from wavg_jax.averaging import reduce
 from wavg_jax.devices import placement
 from wavg_jax.weighting import robust
 
-SCHEMES = {
+WEIGHTINGS = {
     "median": robust.coordinate_median(),
     "trimmed": robust.trimmed_mean(1),
     "geometric": robust.geometric_median(),
@@ -23,7 +23,7 @@ SCHEMES = {
     "multi_krum": robust.multi_krum(1, keep=3),
 }
 AVERAGERS = {
-    **{name: wavg.averager(scheme) for name, scheme in SCHEMES.items()},
+    **{name: wavg.averager(scheme) for name, scheme in WEIGHTINGS.items()},
     "clipped": wavg.averager(wavg.uniform(), transform=robust.clip_deltas()),
     "clipped_to_2": wavg.averager(wavg.uniform(), transform=robust.clip_deltas(2.0)),
 }
@@ -40,7 +40,7 @@ def weigher(scheme):
     return jax.jit(weigh)
 
 
-WEIGH = {name: weigher(scheme) for name, scheme in SCHEMES.items()}
+WEIGH = {name: weigher(scheme) for name, scheme in WEIGHTINGS.items()}
 
 
 def column(*values):

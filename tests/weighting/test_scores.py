@@ -15,7 +15,7 @@ from wavg_jax.weighting import scores as weighting
 ALL = jnp.ones(4, bool)
 NAN, INF = float("nan"), float("inf")
 
-SCHEMES = {
+WEIGHTINGS = {
     "uniform": wavg.uniform(),
     "proportional": wavg.proportional("accuracy"),
     "inverse": wavg.inverse("loss"),
@@ -63,10 +63,10 @@ def weights_of(scheme, scores, alive=ALL):
     ],
 )
 def test_numbers_worked_by_hand(scheme, scores, expected):
-    np.testing.assert_allclose(weights_of(SCHEMES[scheme], scores), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(weights_of(WEIGHTINGS[scheme], scores), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize(
     "scores",
     [
@@ -82,44 +82,44 @@ def test_numbers_worked_by_hand(scheme, scores, expected):
 )
 @pytest.mark.parametrize("alive", [[True] * 4, [True, False, True, False], [False, False, False, True]])
 def test_any_scores_give_weights_that_sum_to_one_over_the_living(name, scores, alive):
-    weights = weights_of(SCHEMES[name], scores, jnp.array(alive))
+    weights = weights_of(WEIGHTINGS[name], scores, jnp.array(alive))
     assert np.isfinite(weights).all()
     assert (weights >= 0).all()
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
     assert (weights[~np.array(alive)] == 0).all()
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_no_usable_score_means_equal_weights_over_the_living(name):
-    weights = weights_of(SCHEMES[name], [NAN] * 4, jnp.array([True, True, False, True]))
+    weights = weights_of(WEIGHTINGS[name], [NAN] * 4, jnp.array([True, True, False, True]))
     np.testing.assert_allclose(weights, [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEMES) - {"uniform"}))
+@pytest.mark.parametrize("name", sorted(set(WEIGHTINGS) - {"uniform"}))
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_replica_without_a_usable_score_counts_nothing_beside_others(name, bad):
-    weights = weights_of(SCHEMES[name], [bad, 0.5, 0.5, 0.5])
+    weights = weights_of(WEIGHTINGS[name], [bad, 0.5, 0.5, 0.5])
     np.testing.assert_allclose(weights, [0, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_none_alive_gives_all_zero(name):
-    assert weights_of(SCHEMES[name], [1.0, 2.0, 3.0, 4.0], jnp.zeros(4, bool)).tolist() == [0, 0, 0, 0]
+    assert weights_of(WEIGHTINGS[name], [1.0, 2.0, 3.0, 4.0], jnp.zeros(4, bool)).tolist() == [0, 0, 0, 0]
 
 
 @given(st.lists(st.floats(width=32), min_size=4, max_size=4), st.permutations(range(4)))
 def test_permuting_the_replicas_permutes_the_weights(scores, order):
     order = np.array(order)
-    for scheme in SCHEMES.values():
+    for scheme in WEIGHTINGS.values():
         straight = weights_of(scheme, scores)
         assert np.isclose(straight.sum(), 1, rtol=1e-5)
         np.testing.assert_allclose(weights_of(scheme, np.array(scores, np.float32)[order]), straight[order], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
-    with_dead = weights_of(SCHEMES[name], [0.3, NAN, 0.7, 0.4], jnp.array([True, False, True, True]))
-    survivors = weights_of(SCHEMES[name], [0.3, 0.7, 0.4], jnp.ones(3, bool))
+    with_dead = weights_of(WEIGHTINGS[name], [0.3, NAN, 0.7, 0.4], jnp.array([True, False, True, True]))
+    survivors = weights_of(WEIGHTINGS[name], [0.3, 0.7, 0.4], jnp.ones(3, bool))
     np.testing.assert_array_equal(with_dead[[0, 2, 3]], survivors)
 
 
@@ -229,9 +229,9 @@ def test_weights_per_replica_are_the_mean_over_layers_and_elements():
     np.testing.assert_allclose(weighting.per_replica(weights), [0.75, 0.25])
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_weights_are_float32_and_jit_changes_nothing(name):
-    scheme = SCHEMES[name]
+    scheme = WEIGHTINGS[name]
     scores = jnp.array([0.3, 0.9, 0.7, 0.4], jnp.bfloat16)
 
     plain = update.__wrapped__(scheme, scores, ALL)

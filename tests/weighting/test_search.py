@@ -387,7 +387,7 @@ def by_layer(stacked, state, params, *, alive, **signals):
 
 
 LAYERED = Weighting(lambda params, replicas=None: (), by_layer, ("accuracy", "loss"))
-SCHEMES = {
+WEIGHTINGS = {
     "greedy_soup": search.greedy_soup("loss"),
     "learned": search.learned(),
     "best_of": search.best_of(proportional("accuracy"), search.learned(LAYERED)),
@@ -403,14 +403,14 @@ def schemes(*names):
     return pytest.mark.parametrize("name", marked)
 
 
-every_scheme = schemes(*SCHEMES)
+every_scheme = schemes(*WEIGHTINGS)
 
 
 @functools.cache
 def program(name, place=None):
     """One jitted round of a scheme; what it takes is `inputs(...)`."""
     kwargs = {} if place is None else {"place": place}
-    avg = averager(SCHEMES[name])
+    avg = averager(WEIGHTINGS[name])
 
     def one_round(stacked, state, params, alive, own):
         return avg.update(stacked, state, params, alive=alive, evaluate=problem()[2], **own, **kwargs)
@@ -425,7 +425,7 @@ def inputs(name, keep=slice(None), dtype=jnp.float32):
     params = tree.replica(jax.tree.map(jnp.zeros_like, stacked), 0)
     replicas = tree.count_replicas(stacked)
     own = {signal: values[keep] for signal, values in own.items()}
-    state = averager(SCHEMES[name]).init(params, replicas=replicas)
+    state = averager(WEIGHTINGS[name]).init(params, replicas=replicas)
     return stacked, state, params, jnp.ones(replicas, bool), own
 
 

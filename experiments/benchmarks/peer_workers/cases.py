@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from experiments.benchmarks.peer_workers.lines import Arrays, Case
+from experiments.benchmarks.peer_workers.lines import Arrays, Job
 from wavg_jax import data, models
 from wavg_jax.base import Task
 from wavg_jax.data import Dataset, ShardedData, Split
@@ -42,7 +42,7 @@ def task(name: str) -> Task:
     return models.from_linen(network.module(), shape)
 
 
-def random_data(case: Case) -> ShardedData:
+def random_data(case: Job) -> ShardedData:
     """Random images as bytes, in K shards that a round goes through once."""
     rng = np.random.default_rng(0)
     count, shape = case.replicas * case.steps * case.batch, NETWORKS[case.network].shape
@@ -57,7 +57,7 @@ def random_data(case: Case) -> ShardedData:
     return ShardedData(case.network, train, few, few, shards, CLASSES, data.make_prepare(dataset))
 
 
-def write(case: Case) -> None:
+def write(case: Job) -> None:
     """Writes `data.npz` and `start.npz` for the workers."""
     folder, sharded = pathlib.Path(case.folder), random_data(case)
     indices = data.round_indices(sharded.shards, seed=0, first_step=0, local_steps=case.steps, batch_size=case.batch)

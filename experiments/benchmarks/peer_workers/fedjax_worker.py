@@ -18,10 +18,10 @@ import fedjax  # noqa: E402
 from fedjax.algorithms import fed_avg  # noqa: E402
 
 from experiments.benchmarks.peer_workers import stock_flax  # noqa: E402
-from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve  # noqa: E402
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve  # noqa: E402
 
 
-def build(case: Case) -> System:
+def build(case: Job) -> System:
     """Prepares a case."""
     net, (params, stats) = stock_flax.NETWORKS[case.network], stock_flax.start(case.read("start"))
 

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.peer_workers import stock_flax
-from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
 
 
-def build(case: Case) -> System:
+def build(case: Job) -> System:
     """Prepares a case."""
     inner, net = optax.sgd(case.rate, momentum=case.momentum), stock_flax.NETWORKS[case.network]
     arrays = case.read("data")

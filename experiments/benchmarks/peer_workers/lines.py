@@ -31,7 +31,7 @@ PATIENCE = 1800.0
 """Seconds that an answer may take. Compiling a network takes long, and so does a stock one on a slow machine."""
 
 
-class Case(NamedTuple):
+class Job(NamedTuple):
     """What every system is to do.
 
     Attributes:
@@ -72,7 +72,7 @@ class System(NamedTuple):
     notes: Mapping[str, Any]
 
 
-def serve(build: Callable[[Case], System]) -> None:
+def serve(build: Callable[[Job], System]) -> None:
     """Answers the lines of standard input until they end."""
     # Libraries that print must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -89,16 +89,16 @@ def serve(build: Callable[[Case], System]) -> None:
 class _Answers:
     """The worker's side."""
 
-    def __init__(self, build: Callable[[Case], System]):
+    def __init__(self, build: Callable[[Job], System]):
         self.build = build
-        self.case: Case
+        self.case: Job
         self.system: System
         self.clocks = time.perf_counter(), time.process_time()
 
     def to(self, question: dict[str, Any]) -> dict[str, Any]:
         ask = question.pop("ask")
         if ask == "case":
-            self.case = Case(**question)
+            self.case = Job(**question)
             self.system = self.build(self.case)
             return {"notes": dict(self.system.notes)}
         if ask == "check":

@@ -11,7 +11,7 @@ import optax
 
 import wavg_jax as wavg
 from experiments.benchmarks.peer_workers import cases
-from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
 from wavg_jax import data
 from wavg_jax.base import PyTree, TrainState
 from wavg_jax.data import ShardedData
@@ -24,7 +24,7 @@ from wavg_jax.training.programs import compiled, programs
 from wavg_jax.training.recipe import Recipe, make_recipe
 
 
-def build(case: Case) -> System:
+def build(case: Job) -> System:
     """Prepares a case."""
     sharded, batch = cases.random_data(case), case.batch
     indices = case.read("data")["indices"]
@@ -61,7 +61,7 @@ def build(case: Case) -> System:
     return System(check, run, notes)
 
 
-def _recipe(case: Case, sharded: ShardedData) -> Recipe:
+def _recipe(case: Job, sharded: ShardedData) -> Recipe:
     inner = optax.sgd(case.rate, momentum=case.momentum)
     recipe = make_recipe(cases.task(case.network), sharded, wavg.averager(wavg.uniform()), inner)
     return automap.settle(recipe, sharded, batch_size=case.batch)

@@ -17,12 +17,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.benchmarks.peer_workers import torch_networks
-from experiments.benchmarks.peer_workers.lines import Arrays, Case, System, serve
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-def build(case: Case) -> System:
+def build(case: Job) -> System:
     """Prepares a case."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     data, start = case.read("data"), case.read("start")
@@ -40,7 +40,7 @@ def build(case: Case) -> System:
     return System(check, run, notes)
 
 
-def _in_turn(case: Case, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
+def _in_turn(case: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
     """A model after the other."""
     convolutional = case.network in torch_networks.CONVOLUTIONAL
     memory_format = torch.contiguous_format
@@ -89,7 +89,7 @@ def _average(states: list[dict[str, torch.Tensor]]) -> None:
                 state[name].copy_(mean)
 
 
-def _stacked(case: Case, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
+def _stacked(case: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
     """All models in one call."""
     params, buffers = torch.func.stack_module_state(models)
     skeleton = models[0].to("meta")

@@ -8,8 +8,8 @@ from collections.abc import Collection
 
 from absl import flags
 
-from experiments.setup.options import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
-from experiments.setup.schemes import SCHEMES
+from experiments.setup.choices import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
+from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
 
@@ -77,7 +77,7 @@ flags.DEFINE_enum(
 )
 
 _topic("Averaging")
-flags.DEFINE_enum("weighting", "learned", list(SCHEMES), "How the arm weighted weighs its replicas.")
+flags.DEFINE_enum("weighting", "learned", list(WEIGHTINGS), "How the arm weighted weighs its replicas.")
 flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: the softmax's temperature, in nats.")
 flags.DEFINE_float(
     "chance",
@@ -167,8 +167,8 @@ NAMES = frozenset(_ORDER)
 DATA = ("dataset", "heldout", "augment", "scale")
 SHARDS = ("partition", "alpha", "proportions", "noisy")
 NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
-SCHEME = ("temperature", "chance", "byzantine")
-"""What `experiments.setup.schemes` reads."""
+WEIGHTING = ("temperature", "chance", "byzantine")
+"""What `experiments.setup.weightings` reads."""
 _BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "feed", "data_dir", "rounds", "seeds", "steps")
 """Flags that may differ when a run is resumed."""
 RUN = NAMES.difference(_BOOKKEEPING)
@@ -192,6 +192,18 @@ def read_seeds() -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
         raise SettingsError(f"--seeds={','.join(map(str, seeds))}: give each seed once, and below 2**32")
     return seeds
+
+
+def names(flag: str, allowed: Collection[str]) -> tuple[str, ...]:
+    """Reads a list flag whose entries are among `allowed`.
+
+    Raises:
+      SettingsError: one is not, or is there twice, or there is none.
+    """
+    given = tuple(flags.FLAGS[flag].value or ())
+    if not given or set(given) - set(allowed) or len(set(given)) < len(given):
+        raise SettingsError(f"--{flag}={','.join(given)}: choose from {', '.join(allowed)}, each once")
+    return given
 
 
 def numbers(name: str, kind: type, least: float = 1e-9) -> tuple:

@@ -8,6 +8,7 @@ import numpy as np
 from absl import flags
 
 import wavg_jax as wavg
+from experiments.setup.meanings import REFERENCE
 from wavg_jax import data, tree
 from wavg_jax.base import ResumeError, SettingsError, Stopped
 from wavg_jax.devices import machine
@@ -53,7 +54,7 @@ def header(
         "run": "matrix",
         "scenarios": dict(scenarios),
         "recommend": recommend,
-        "reference": "plain",
+        "reference": REFERENCE,
         "settings": dict(settings),
         "started": machine.now(),
         "dataset": dataset.name,

@@ -1,0 +1,64 @@
+"""The weightings by name: what `--weighting` and the scenario matrix can be asked for."""
+
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from wavg_jax.averaging import reduce
+from wavg_jax.base import Weighting
+from wavg_jax.weighting import robust, scores, search, wrappers
+
+Flags = flags.FlagValues
+
+
+def _softmax(f: Flags) -> Weighting:
+    return scores.softmax("loss", f.temperature)
+
+
+def _candidates(f: Flags) -> tuple[Weighting, ...]:
+    """What `best_of` chooses among, beside equal weights."""
+    softmaxes = (scores.softmax("loss", factor * f.temperature) for factor in (0.25, 1.0, 4.0))
+    return (scores.proportional("accuracy"), *softmaxes, search.learned(scores.uniform()))
+
+
+WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
+    "plain": lambda f: {"weighting": scores.uniform()},
+    # From scores of each replica
+    "accuracy": lambda f: {"weighting": scores.proportional("accuracy")},
+    "accuracy_above_chance": lambda f: {"weighting": scores.proportional("accuracy", chance=f.chance, power=2.0)},
+    "softmax_loss": lambda f: {"weighting": _softmax(f)},
+    "softmax_z": lambda f: {"weighting": scores.softmax("loss", 1.0, standardise=True)},
+    "softmax_floor": lambda f: {"weighting": wrappers.uniform_floor(_softmax(f), 0.5)},
+    "softmax_momentum": lambda f: {"weighting": wrappers.momentum(_softmax(f), 0.5)},
+    "softmax_train_loss": lambda f: {"weighting": scores.softmax("train_loss", f.temperature)},
+    "inverse_loss": lambda f: {"weighting": scores.inverse("loss")},
+    "inverse_grad_norm": lambda f: {"weighting": scores.inverse("grad_norm")},
+    "grawa": lambda f: {"weighting": wrappers.grawa()},
+    "grawa_layers": lambda f: {"weighting": wrappers.grawa(layerwise=True)},
+    "rank_loss": lambda f: {"weighting": scores.rank("loss")},
+    "best_replica": lambda f: {"weighting": scores.best("loss")},
+    "leader_train_loss": lambda f: {"weighting": scores.best("train_loss")},
+    "samples": lambda f: {"weighting": scores.proportional("samples")},
+    "steps": lambda f: {"weighting": scores.proportional("steps")},
+    "fisher": lambda f: {"weighting": scores.fisher_merging()},
+    # From scores of blends
+    "greedy_soup": lambda f: {"weighting": search.greedy_soup("accuracy")},
+    "learned": lambda f: {"weighting": search.learned(scores.uniform())},
+    "learned_carry": lambda f: {"weighting": search.learned(scores.uniform(), carry=True)},
+    "learned_online": lambda f: {"weighting": search.learned(scores.uniform(), carry=True, steps=1)},
+    "best_of": lambda f: {"weighting": search.best_of(*_candidates(f))},
+    # From the parameters alone
+    "coordinate_median": lambda f: {"weighting": robust.coordinate_median()},
+    "trimmed_mean": lambda f: {"weighting": robust.trimmed_mean(f.byzantine)},
+    "geometric_median": lambda f: {"weighting": robust.geometric_median()},
+    "krum": lambda f: {"weighting": robust.krum(f.byzantine)},
+    "multi_krum": lambda f: {"weighting": robust.multi_krum(f.byzantine, keep=max(f.replicas - f.byzantine, 1))},
+    "clip": lambda f: {"weighting": scores.uniform(), "transform": robust.clip_deltas()},
+    "norm_preserving": lambda f: {"weighting": scores.uniform(), "reduce": reduce.norm_preserving},
+}
+"""Name -> function of the flags that returns arguments of `wavg_jax.averager`.
+
+To be called once for each run or matrix: programs are shared by what is given the same objects. And to be called after
+`experiments.setup.arms.load`, which settles --chance.
+"""
