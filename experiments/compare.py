@@ -1,13 +1,13 @@
 """The comparison: one network trained sequentially, synchronously, with plain and with weighted averaging.
 
-All arms start from the same initial parameters and see the same number of training samples, over several seeds, in
-every scenario: by default once with clean shards, once with random labels on half of them.
+All arms start from the same initial parameters and see the same number of training samples. Every arm runs for every
+seed in every scenario; by default there are two: clean shards, and random labels on half of them.
 
   python -m experiments.compare
   python -m experiments.compare --noisy=0,1,2,3 --seeds=0,1,2,3,4
   python -m experiments.compare --flagfile=experiments/presets/fashion_noisy2.flags
 
-Leaves rows.jsonl, report.md, report.html, plots and checkpoints in --workdir.
+Writes rows.jsonl, report.md, report.html, plots and checkpoints to --workdir.
 """
 
 import itertools
@@ -31,7 +31,7 @@ for _name in READS:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs every arm for every scenario and seed and writes the report."""
+    """Runs every arm in every scenario for every seed, and writes the report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     seeds, conditions = shared_flags.read_seeds(), read_conditions()
@@ -47,21 +47,21 @@ def main(argv: Sequence[str]) -> None:
         chosen = arms.make_arms(names, conditions[0])
         arms.check_heldout({arm.name: arm.averager for arm in chosen})
         first = arms.make_data(dataset, seeds[0], conditions[0].noisy)
-        for arm in chosen:  # so that what cannot work is found before the first of them runs
+        for arm in chosen:  # fails before the first run if an arm cannot work
             arms.recipe_of(arm, task, first)
         app.console().print(_plan(names, conditions, len(seeds)))
         progress.doing("timing the parts of a round")
-        paths = arms.critical_path(chosen, task, first)  # of shapes, which are the same in all conditions
+        paths = arms.critical_path(chosen, task, first)  # it depends on shapes alone, equal under all conditions
         stopped = False
         for condition, seed in itertools.product(conditions, seeds):
             sharded = arms.make_data(dataset, seed, condition.noisy)
-            # The first goes by the name that it has alone, so that a folder can be gone on with in more conditions.
+            # The first has the same name as without the others, so that a resumed run can add conditions.
             suffix = "" if condition == conditions[0] else f"-noisy{condition.noisy}"
-            for arm in chosen:  # the arms alternate, so that a machine that slows down slows them all
+            for arm in chosen:  # arms alternate, so that a slow spell of the machine hits all
                 name = f"{arm.name}{suffix}-seed{seed}"
                 if stopped:
                     raise Stopped(
-                        f"stopped before {name!r}; go on with the same settings, --workdir={workdir} and --resume"
+                        f"stopped before {name!r}; continue with the same settings, --workdir={workdir} and --resume"
                     )
                 stopped = arms.run_arm(
                     arms.at_rates(arm, condition),
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _plan(names: Sequence[str], conditions: Sequence[Condition], seeds: int) -> str:
-    """What is about to be done, in a sentence."""
+    """The plan of the runs, in a sentence."""
     shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
     with_what = ", then with ".join(title(condition.noisy) for condition in conditions)
     replicas, over = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((F.replicas, "replica"), (seeds, "seed")))

@@ -3,9 +3,9 @@
   python -m experiments.reductions --flagfile=experiments/presets/fashion_reductions.flags --data_dir=DIR
   python -m experiments.reductions --flagfile=experiments/presets/digits_batchnorm.flags
 
-Every H of --steps gets the same number of local steps in all, --total_steps: fewer rounds, and more divergence, where
-H is larger. Each cell ends with a blend, right after which the test split is evaluated. Leaves rows and report in
---workdir, as experiments.scenarios does; --resume goes on.
+Every H of --steps trains for --total_steps local steps in all: the larger H, the fewer the rounds and the further the
+replicas diverge. Each cell ends with a blend and an evaluation on the test split. Writes rows and report to --workdir,
+as experiments.scenarios does; --resume continues.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from wavg_jax.base import SettingsError
 from wavg_jax.rounds import policy
 from wavg_jax.storage.rows import Row, check_writable, open_records, read_rows
 
-flags.DEFINE_integer("total_steps", 1000, "Local steps of every replica in all, a multiple of every H.", lower_bound=1)
+flags.DEFINE_integer("total_steps", 1000, "Local steps per replica in total, a multiple of every H.", lower_bound=1)
 F = flags.FLAGS
 
 SETTINGS = (
     *(*shared_flags.DATA, *shared_flags.SHARDS, *shared_flags.NETWORK),
     *("replicas", "total_steps", "batch_size", "inner", "opt_state_at_sync"),
 )
-"""Flags that all cells share."""
+"""Flags that must agree among all cells."""
 READS = (*SETTINGS, "lr_plain", "steps", "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
 for _name in READS:
     flags.declare_key_flag(_name)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _variants() -> dict[str, tuple[wavg.Averager, policy.Policy]]:
-    """Name -> averager and policy for the statistics, which can be re-estimated only where there are some."""
+    """Name -> averager and policy for statistics; re-estimation only for networks with BatchNorm."""
     mean = wavg.averager(wavg.uniform())
     preserving = wavg.averager(wavg.uniform(), reduce=reduce.norm_preserving)
     variants: dict[str, tuple[wavg.Averager, policy.Policy]]

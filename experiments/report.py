@@ -1,10 +1,10 @@
-"""Builds the report of recorded runs again, from their rows alone.
+"""Rebuilds the report of recorded runs from their rows.
 
   python -m experiments.report runs/iid
   python -m experiments.report runs/iid runs/noisy --out=runs/both
 
-Each RUN is a folder that holds rows.jsonl. Runs of different settings get a section each. Leaves report.md, report.html
-and plots in --out.
+Each RUN is a folder with a rows.jsonl. Runs of different settings get a section each. Writes report.md, report.html
+and plots to --out.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ F = flags.FLAGS
 def main(argv: Sequence[str]) -> None:
     """Reads the rows of every RUN, shows the tables and writes the report."""
     if not argv:
-        raise SettingsError("no RUN given; name one or more folders that hold rows.jsonl, such as runs/iid")
+        raise SettingsError("no RUN given; name one or more folders with a rows.jsonl, such as runs/iid")
     runs = [pathlib.Path(arg) for arg in argv]
     rows = [row for run in runs for row in read_rows(run)]
     first = runs[0] if runs[0].is_dir() else runs[0].parent

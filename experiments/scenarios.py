@@ -4,13 +4,12 @@
   python -m experiments.scenarios --flagfile=... --data_dir=DIR --workdir=runs/a --resume
   python -m experiments.scenarios --flagfile=... --data_dir=DIR --tune_rates=0.005,0.01,0.02,0.05
 
-Leaves one row per cell in rows.jsonl and the report of all of them in --workdir; an interrupted run goes on with
---resume.
-Several processes may each run a part (--weightings, --scenarios or --seeds), each in a --workdir of its own; then
+Writes one row per cell to rows.jsonl in --workdir, and a report on all of them; --resume continues an interrupted run.
+Several processes may split the work by --weightings, --scenarios or --seeds, each with its own --workdir; then
 `python -m experiments.report runs/a runs/b --out=runs/matrix` reports on them together.
 
-With --tune_rates nothing is recorded: plain averaging is trained at these learning rates, on other seeds (1000 more),
-and judged on the held-out split; the best rate of every scenario is printed as flags.
+With --tune_rates it records nothing: it trains plain averaging at these learning rates, on other seeds (1000 higher),
+judges it on the held-out split, and prints the best rate of every scenario as a flag.
 """
 
 import functools
@@ -44,10 +43,10 @@ class Scenario(NamedTuple):
     """What is wrong with the replicas or their data.
 
     Attributes:
-      title: for a reader.
+      title: its name in reports.
       partition: `(training split, seed) -> shards`.
-      noisy: shards with random labels.
-      faults: of the replicas.
+      noisy: indices of shards with random labels.
+      faults: simulated faults of the replicas.
     """
 
     title: str
@@ -83,11 +82,11 @@ SCENARIOS: dict[str, Callable[[int], Scenario]] = {
         f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=simulate(k, speed=dict.fromkeys(range(k // 2), 0.25))
     ),
 }
-"""Name -> function of K, the number of replicas."""
+"""Name -> `K -> scenario`, with K the number of replicas."""
 
 flags.DEFINE_list("scenarios", list(SCENARIOS), f"Which scenarios, of {', '.join(SCENARIOS)}.")
 flags.DEFINE_list("weightings", list(WEIGHTINGS), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
-flags.DEFINE_list("tune_rates", [], "Record nothing, but tune the learning rates: those to try.")
+flags.DEFINE_list("tune_rates", [], "Learning rates to try; records nothing.")
 for _scenario in SCENARIOS:
     flags.DEFINE_float(f"lr_{_scenario}", 0.02, f"Learning rate of every weighting in the scenario {_scenario}.")
 F = flags.FLAGS
@@ -97,23 +96,23 @@ SETTINGS = (
     *("replicas", "local_steps", "rounds", "batch_size", "inner", "opt_state_at_sync", "stats_at_sync"),
     *("score_samples", *shared_flags.WEIGHTING),
 )
-"""Flags that all cells of a matrix share."""
+"""Flags that must agree among all cells."""
 READS = (*SETTINGS, "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
 for _name in READS:
     flags.declare_key_flag(_name)
 SEEDS_APART = 1000
-"""What is added to the seeds for tuning, so that no rate is chosen on a seed that is reported."""
+"""Added to the seeds when tuning, so that no reported seed chooses a rate."""
 
 
 class Study(NamedTuple):
-    """What all cells are made of; `scenarios` by name."""
+    """What all cells share; `scenarios` maps names to scenarios."""
 
     dataset: data.Dataset
     task: wavg.Task
     scenarios: dict[str, Scenario]
 
     def shard(self, scenario: str, seed: int) -> data.ShardedData:
-        """The data of a scenario and seed, the same for every weighting."""
+        """The data of a scenario and seed, equal for every weighting."""
         one = self.scenarios[scenario]
         augment = data.crop_flip if F.augment else None
         return data.shard(
@@ -166,7 +165,7 @@ def _rate(scenario: str) -> float:
 
 
 def _check(study: Study) -> None:
-    """Finds what cannot work before anything is trained or written."""
+    """Raises if a scenario cannot work, before anything trains or is written."""
     for name in study.scenarios:
         sharded = study.shard(name, 0)
         data.round_indices(sharded.shards, seed=0, first_step=0, local_steps=F.local_steps, batch_size=F.batch_size)
@@ -177,9 +176,9 @@ def _check(study: Study) -> None:
 def _train(
     study: Study, cell: Cell, sharded: data.ShardedData, averager: wavg.Averager, advance: Callable[[str], None]
 ) -> list[Row]:
-    """Trains one cell; returns its rows, of which the last alone has test metrics.
+    """Trains one cell and returns its rows; only the last has test metrics.
 
-    A cell that diverges is warned of, and is judged by its last good parameters: that it does is a result.
+    Divergence is a result too: it raises a warning, and the last finite parameters count.
     """
     run = functools.partial(
         wavg.fit,
@@ -213,7 +212,7 @@ def _tune(study: Study, seeds: tuple[int, ...]) -> None:
     with progress.bar(len(found) * len(rates) * len(seeds) * F.rounds) as advance:
         for scenario in found:
             spaces = {seed + SEEDS_APART: study.shard(scenario, seed + SEEDS_APART) for seed in seeds}
-            # What a run calls its test split is here the held-out one.
+            # The run's test split is the held-out one here.
             spaces = {seed: sharded._replace(test=sharded.heldout) for seed, sharded in spaces.items()}
             for rate in rates:
                 cells = {Cell(scenario, "plain", seed, rate): sharded for seed, sharded in spaces.items()}

@@ -2,9 +2,9 @@
 
   python -m experiments.scoring_cost --flagfile=experiments/presets/fashion_cost.flags --data_dir=DIR
 
-A round of every weighting is timed in turn with a round of plain averaging, in one process, at every H of --steps and
-every size of --subsets: held-out samples that a round scores, another subset in each round; 0 means all of them. The
-share is the median over --repeats turns of `(weighted - plain) / weighted`. Leaves rows.jsonl and report.md in
+Times a round of every weighting in turn with a round of plain averaging, in one process, at every H of --steps and
+every size of --subsets: the held-out samples that a round scores, a fresh subset each round; 0 means all of them. The
+share is the median over --repeats turns of `(weighted - plain) / weighted`. Writes rows.jsonl and report.md to
 --workdir.
 """
 
@@ -34,7 +34,7 @@ MEASURED = (
     *("best_of", "coordinate_median", "geometric_median", "multi_krum"),
 )
 flags.DEFINE_list("cost_weightings", list(MEASURED), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
-flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples scored in a round; 0 means all.")
+flags.DEFINE_list("subsets", "0,1000,256", "Held-out samples to score per round; 0 means all.")
 flags.DEFINE_bool("bfloat16", False, "Score in bfloat16, with a network that computes in its inputs' dtype.")
 F = flags.FLAGS
 
@@ -42,7 +42,7 @@ SETTINGS = (
     *(*shared_flags.DATA, *shared_flags.SHARDS, *shared_flags.NETWORK, *shared_flags.WEIGHTING),
     *("replicas", "batch_size", "inner", "lr_plain", "steps", "subsets", "repeats", "bfloat16"),
 )
-"""Flags that all shares were measured with."""
+"""Flags that the shares depend on."""
 READS = (*SETTINGS, "data_dir", "devices", "workdir")
 for _name in READS:
     flags.declare_key_flag(_name)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     condition = read_condition()
     dataset = arms.load()
     dtype = jnp.bfloat16 if F.bfloat16 else None
-    # A network that computes in float32 whatever it is given would be scored in float32 too.
+    # A network fixed to float32 would score in float32 too.
     task = arms.make_task(dataset, of_inputs=dtype is not None)
     sharded = arms.make_data(dataset, 0, condition.noisy)
     inner = arms.make_inner(F.inner, condition.rates["plain"])
@@ -90,7 +90,7 @@ def _where(dataset: data.Dataset) -> Row:
 
 
 def _publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
-    """Writes the table of shares and shows it."""
+    """Writes the table of shares and prints it."""
     shares = {(r["weighting"], r["local_steps"], r["score_samples"]): r["share"] for r in rows if r["kind"] == "share"}
     names = dict.fromkeys(key[0] for key in shares)
     columns = sorted({key[1:] for key in shares}, key=lambda column: (column[1], column[0]))

@@ -3,7 +3,7 @@
   python -m experiments.train --arm=weighted
   python -m experiments.train --arm=plain --dataset=cifar10 --model=cnn --data_dir=DIR
 
-Leaves rows.jsonl, report.md, report.html, plots and checkpoints in --workdir.
+Writes rows.jsonl, report.md, report.html, plots and checkpoints to --workdir.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from experiments.setup.conditions import read_condition
 from wavg_jax.training import progress
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
-flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and order.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and sample order.", lower_bound=0)
 F = flags.FLAGS
 
 READS = shared_flags.NAMES - {"seeds", "steps"}

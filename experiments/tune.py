@@ -1,9 +1,9 @@
-"""Tunes the learning rate of each arm: a grid, over seeds that are not reported, judged on the held-out split.
+"""Tunes the learning rate of each arm: a grid, on seeds of its own, judged on the held-out split.
 
   python -m experiments.tune --flagfile=experiments/presets/fashion.flags
 
-The test split is not touched. Prints the held-out accuracy of every rate in every scenario (--noisy) and, for a preset,
-the flags of the best there.
+It never touches the test split. Prints the held-out accuracy of every rate in every scenario (--noisy), and the flags
+of the best rates, ready for a preset.
 """
 
 import itertools
@@ -36,14 +36,14 @@ Found = dict[tuple[int, float], Statistic]
 
 
 def spaces(dataset: data.Dataset, noisy: int, seeds: Sequence[int]) -> dict[int, data.ShardedData]:
-    """What every rate is tried on in one scenario, by seed."""
+    """The data to try every rate on under one condition, by seed."""
     made = {seed: arms.make_data(dataset, seed, noisy) for seed in seeds}
-    # What a run calls its test split is here the held-out one.
+    # The run's test split is the held-out one here.
     return {seed: sharded._replace(test=sharded.heldout) for seed, sharded in made.items()}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Tries every rate for every arm in every scenario and prints what came out."""
+    """Tries every rate for every arm in every scenario, and prints the accuracies."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     rates, seeds = numbers("rates", float), numbers("tuning_seeds", int, least=0)
@@ -84,7 +84,7 @@ def _accuracy(
 
 
 def _over_seeds(accuracies: Sequence[float]) -> Statistic:
-    """A rate at which one seed diverges is not a choice, however well the others do."""
+    """A rate at which any seed diverges is out, however well the others do."""
     return Statistic.of([] if any(map(math.isnan, accuracies)) else accuracies)
 
 

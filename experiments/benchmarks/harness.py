@@ -1,10 +1,9 @@
-"""What the benchmarks share: cases that are timed in turn, ratios of paired times, rows, and the table.
+"""The harness of the benchmarks: cases timed in turn, ratios of paired times, rows, and the table.
 
-Every benchmark leaves rows.jsonl and report.md in --workdir. The first row has kind "benchmark": run (the benchmark's
-name), settings, hardware, versions, environment (settings outside that speed depends on). Then there is a row of kind
-"case" for each case; its entries are in the
-benchmark's docstring. Times are in seconds, sizes in bytes. A ratio is a list: the median of the ratios of paired
-times, their first and their third quartile.
+Every benchmark writes rows.jsonl and report.md to --workdir. The first row has kind "benchmark": run (the benchmark's
+name), settings, hardware, versions, environment (variables that speed depends on). A row of kind "case" follows for
+each case; the benchmark's docstring lists its entries. Times are in seconds, sizes in bytes. A ratio is a list: the
+median of the ratios of paired times, and their first and third quartiles.
 """
 
 import datetime
@@ -27,16 +26,16 @@ from wavg_jax.training.batches import make_work, put_shared
 from wavg_jax.training.programs import compiled, programs
 from wavg_jax.training.recipe import Recipe
 
-flags.DEFINE_integer("repeats", 9, "Turns, of which the median counts.", lower_bound=1)
+flags.DEFINE_integer("repeats", 9, "Turns; the median counts.", lower_bound=1)
 F = flags.FLAGS
 
 Case = Callable[[], float]
-"""Does what is measured once, and returns its seconds."""
+"""Does the measured work once and returns its seconds."""
 NOT_MEASURED = "not measured"
 
 
 def timed(function: Callable, *arguments: Any) -> Case:
-    """Makes a case of a function of JAX arrays: its clock stops when all that it returns is there."""
+    """Makes a case of a function of JAX arrays; the clock stops when its results are ready."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -47,11 +46,11 @@ def timed(function: Callable, *arguments: Any) -> Case:
 
 
 def in_place(function: Callable, state: Any, *arguments: Any) -> Case:
-    """Makes a case of a program that is given its own result as its first argument, which it may donate.
+    """Makes a case of a program that takes its last result as first argument, which it may donate.
 
     Args:
       function: `(state, *arguments) -> state`.
-      state: the first, which is not to be used by anyone else.
+      state: the first argument; nobody else may use it.
       arguments: the others, the same in every call.
     """
 
@@ -65,7 +64,7 @@ def in_place(function: Callable, state: Any, *arguments: Any) -> Case:
 
 
 def round_runner(recipe: Recipe, data: ShardedData, local_steps: int, batch_size: int) -> Case:
-    """Makes a case of a recipe's next round, its batches being on the device already. Compiles it."""
+    """Makes a case of a recipe's next round, with its batches on the device, and compiles it."""
     shared = put_shared(recipe, data)
     work = make_work(recipe, data, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
     program = programs(recipe, len(data.shards))
@@ -77,15 +76,15 @@ def round_runner(recipe: Recipe, data: ShardedData, local_steps: int, batch_size
 def alternate(
     cases: Mapping[str, Case], repeats: int, advance: Callable[[str], None] = lambda text: None
 ) -> dict[str, np.ndarray]:
-    """Calls all cases in turn, again and again, so that a machine that slows down slows them all.
+    """Calls all cases in turn, repeatedly, so that a slow spell of the machine hits all of them.
 
     Args:
       cases: name -> case.
-      repeats: calls of each that count; one more, the first, does not.
-      advance: called with the name of a case after each of its calls.
+      repeats: calls of each that count, after a first one that does not.
+      advance: called with a case's name after each of its calls.
 
     Returns:
-      name -> seconds [repeats]; those with one index were measured one after the other.
+      name -> seconds [repeats]; entries of one index were measured in one turn.
 
     >>> calls = []
     >>> cases = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in ("a", "b")}
@@ -101,7 +100,7 @@ def alternate(
 
 
 class Ratio(NamedTuple):
-    """The median of ratios, and their first and third quartile."""
+    """The median of ratios, and their first and third quartiles."""
 
     median: float
     low: float
@@ -113,12 +112,12 @@ class Ratio(NamedTuple):
 
 
 def shown(figure: Sequence[float]) -> str:
-    """A ratio of a row, as in reports."""
+    """A row's ratio, as reports show it."""
     return str(Ratio(*figure))
 
 
 def ratio(above: np.ndarray, below: np.ndarray, scale: float = 1.0) -> Ratio:
-    """The ratios `scale * above / below` of times [repeats] that were measured in turn, pair by pair.
+    """The ratios `scale * above / below` of times [repeats] measured in turn, pair by pair.
 
     >>> import numpy as np
     >>> str(ratio(np.array([2.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0])))
@@ -129,14 +128,14 @@ def ratio(above: np.ndarray, below: np.ndarray, scale: float = 1.0) -> Ratio:
 
 
 class BenchmarkTable(NamedTuple):
-    """What a report shows.
+    """A table of a benchmark's report.
 
     Attributes:
       title: heading of the report.
-      text: what the figures are, in a paragraph.
-      columns: names of the first columns; those of the figures, CPU and GPU, come after them.
-      lines: for each case what is in the first columns, and at last its figure, which goes to the column of the device
-        that it was measured on.
+      text: a paragraph that explains the figures.
+      columns: names of the first columns; the figures' columns, CPU and GPU, follow.
+      lines: per case the entries of the first columns, then its figure, which goes to the column of the device that
+        measured it.
     """
 
     title: str
@@ -146,7 +145,7 @@ class BenchmarkTable(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """The rows of a benchmark on their way to a folder."""
+    """A benchmark's rows and the folder they go to."""
 
     name: str
     records: Records
@@ -161,7 +160,7 @@ class Recording(NamedTuple):
         return [row for row in self.records.rows if row["kind"] == "case"]
 
     def publish(self, *tables: BenchmarkTable) -> None:
-        """Writes the report, and prints its tables."""
+        """Writes the report and prints its tables."""
         head = self.records.rows[0]
         path = self.folder / "report.md"
         write_atomically(path, markdown(head, tables).encode())
@@ -181,11 +180,11 @@ def begin(name: str, reads: Collection[str], **facts: Any) -> Recording:
 
     Args:
       name: of the benchmark.
-      reads: the flags that it reads, --workdir apart.
+      reads: the flags that it reads, except --workdir.
       facts: further entries of the first row.
 
     Raises:
-      SettingsError: a shared flag is given that the benchmark does not read, or the folder already holds rows.
+      SettingsError: the command line gives a shared flag that the benchmark does not read, or the folder holds rows.
       WorkdirError: the folder cannot be written.
     """
     refuse_unused(reads)
@@ -202,7 +201,7 @@ def begin(name: str, reads: Collection[str], **facts: Any) -> Recording:
 
 
 def refuse_unused(reads: Collection[str]) -> None:
-    """Raises SettingsError if a flag that several binaries share is given to one that does not read it."""
+    """Raises SettingsError if the command line gives a shared flag that is not in `reads`."""
     shared_flags.refuse_unused({*reads, "workdir"})
     modules = F.flags_by_module_dict().items()
     own = {flag.name for module, defined in modules if module.startswith(__package__) for flag in defined}
@@ -212,12 +211,12 @@ def refuse_unused(reads: Collection[str]) -> None:
 
 
 def _given(reads: Collection[str]) -> list[str]:
-    """Names of the flags that make a measurement what it is: those that are read, and what `setup.app` sets."""
+    """Names of the flags that a measurement depends on: `reads`, and what `setup.app` sets."""
     return sorted({*reads, "matmul_precision"})
 
 
 def _command(name: str, reads: Collection[str]) -> str:
-    """The command that measures the same again, in another folder."""
+    """The command that repeats the measurement in another folder."""
     given = [F[flag].serialize() for flag in _given(reads) if F[flag].present]
     return " ".join([f"python -m experiments.benchmarks.{name}", *given])
 

@@ -1,4 +1,4 @@
-"""What the machine does at best: large matrix products, and copies of memory."""
+"""The machine's limits: large matrix products, and memory copies."""
 
 import functools
 from typing import NamedTuple
@@ -11,24 +11,24 @@ from wavg_jax.devices.placement import place
 
 
 class Limit(NamedTuple):
-    """A case, and how much of something each of its calls does: operations, or bytes read and written."""
+    """A case, and the operations, or bytes read and written, of each call."""
 
     case: Case
     amount: float
 
 
 def matmul(devices: int, size: int = 2048, products: int | None = None) -> Limit:
-    """Multiplies float32 matrices of size x size on each of so many devices, in the precision that networks get.
+    """Multiplies float32 matrices of size x size on each device, in the precision that networks get.
 
     Args:
-      devices: how many take part, each with its own product.
-      size: of a side.
-      products: how many in a row in a call; by default 2 on a CPU and 50 elsewhere, where a call takes that long.
+      devices: how many, each with its own product.
+      size: rows and columns.
+      products: in a row per call; by default 2 on a CPU and 50 elsewhere.
     """
     count = products or (2 if jax.default_backend() == "cpu" else 50)
     placement = place(devices, devices)
     rng = np.random.default_rng(0)
-    # Of standard deviation 1/sqrt(size): the numbers neither grow nor vanish.
+    # Standard deviation 1/sqrt(size), so that the numbers neither grow nor vanish.
     factor = jax.device_put((rng.standard_normal((size, size)) / size**0.5).astype(np.float32), placement.shared)
     start = jax.device_put(rng.standard_normal((devices, size, size)).astype(np.float32), placement.stacked)
 
@@ -41,24 +41,24 @@ def matmul(devices: int, size: int = 2048, products: int | None = None) -> Limit
 
 @functools.cache
 def rate() -> float:
-    """Operations a second of large products on one device: once, and not in turn with anything, to plan with."""
+    """Operations per second of large products on one device, measured once, for planning."""
     limit = matmul(1)
     limit.case()
     return limit.amount / limit.case()
 
 
 def copy(amount: float, devices: int = 1) -> Limit:
-    """Copies memory on so many devices at once, in a compiled program whose target is donated.
+    """Copies memory on several devices at once, in a compiled program that donates its target.
 
     Args:
-      amount: bytes to read and write in all; half of them are copied.
-      devices: how many take part, each copying its part.
+      amount: bytes read plus bytes written; half of it is copied.
+      devices: how many, each copying its part.
     """
     placement = place(devices, devices)
     each = max(int(amount / 8 / devices), 1)
     source = jax.device_put(np.ones((devices, each), np.float32), placement.stacked)
     target = jax.device_put(np.zeros((devices, each), np.float32), placement.stacked)
-    # A sign is turned on the way: a compiled program hands on what it does not change, without copying it.
+    # Negated, since a compiled program passes on unchanged values without a copy.
     run = jax.jit(lambda target, source: -source, donate_argnums=0, keep_unused=True)
     return Limit(in_place(run, target, source), 8.0 * each * devices)
 

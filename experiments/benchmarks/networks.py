@@ -1,7 +1,7 @@
 """The four networks of the benchmarks, at benchmark size, with random data of the right shapes and dtypes.
 
-Images are stored as bytes and prepared inside the compiled program, as those of a real data set are. Nothing is
-learned from random labels, and nothing needs to be: only times are read.
+Images are stored as bytes and prepared inside the compiled program, as with a real data set. Labels are random, since
+only times count.
 """
 
 import functools
@@ -29,17 +29,17 @@ from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 
 NAMES = ("mlp", "cnn", "resnet20", "transformer")
 AUTO = "auto"
-flags.DEFINE_list("networks", None, f"Which networks, of {', '.join(NAMES)}; by default those of the benchmark.")
-flags.DEFINE_list("replica_counts", None, "Which K, numbers of replicas; by default those of the benchmark.")
-flags.DEFINE_list("maps", None, f"How the replicas of a device are run, of {', '.join((AUTO, *MAPS))}; by default all.")
+flags.DEFINE_list("networks", None, f"Which networks, of {', '.join(NAMES)}; by default the benchmark's.")
+flags.DEFINE_list("replica_counts", None, "Which K, numbers of replicas; by default the benchmark's.")
+flags.DEFINE_list("maps", None, f"How to run the replicas of a device, of {', '.join((AUTO, *MAPS))}; by default all.")
 flags.DEFINE_integer(
     "round_steps",
     None,
-    "H, local steps of a round; by default that of the benchmark, or so many that a call takes about half a second.",
+    "H, local steps of a round; by default the benchmark's, or enough for a call of about half a second.",
     lower_bound=1,
 )
 flags.DEFINE_integer(
-    "shrink", 1, "Divides widths, depths, batch and image sides, to try a benchmark out.", lower_bound=1
+    "shrink", 1, "Divides widths, depths, batch and image sides, for a quick trial of a benchmark.", lower_bound=1
 )
 F = flags.FLAGS
 
@@ -49,19 +49,19 @@ READS = ("networks", "replica_counts", "compute_dtype", "shrink")
 SAMPLES, HELD_OUT, TEST, CLASSES, VOCABULARY = 16384, 5000, 64, 10, 256
 INNER = optax.sgd(0.01, momentum=0.9)
 PLAIN = averager(uniform())
-"""One object each: recipes are equal, and share their compiled programs, only if these are the same."""
+"""One object each: recipes share compiled programs only if these are the same objects."""
 
 
 class Network(NamedTuple):
     """A network at benchmark size.
 
     Attributes:
-      name: of it.
+      name: one of `NAMES`.
       task: what the library trains.
       dataset: random samples.
       prepare: stored inputs -> the network's, inside the compiled program.
       batch_size: B of one replica.
-      flops: operations of one training step per sample; see `flops.training_flops`.
+      flops: operations per sample of a training step; see `flops.training_flops`.
     """
 
     name: str
@@ -91,16 +91,16 @@ class Network(NamedTuple):
         return automap.settle(recipe, sharded, batch_size=self.batch_size) if replica_map == AUTO else recipe
 
     def batch(self) -> Batch:
-        """Shapes and dtypes of a batch of one replica, as the network gets it."""
+        """Shapes and dtypes of one replica's batch, as the network gets it."""
         return _batch(self.dataset, self.prepare, self.batch_size)
 
     def steps(self, replicas: int) -> int:
-        """H: --round_steps, or so many that a call takes about half a second."""
+        """H: --round_steps, or enough for a call of about half a second."""
         return self.calibrated(replicas) if F.round_steps is None else int(F.round_steps)
 
     def calibrated(self, replicas: int) -> int:
-        """So many local steps that a call takes about half a second."""
-        # Small networks reach a third of the rate of large products, give or take, which is near enough here.
+        """Enough local steps for a call of about half a second."""
+        # Small networks reach about a third of the rate of large products.
         return int(np.clip(0.5 * limits.rate() / 3 / (self.flops * self.batch_size * replicas), 2, 1000))
 
 
@@ -119,7 +119,7 @@ def pairs(nets: Iterable[Network], counts: Iterable[int]) -> list[tuple[Network,
     """Every network with every K.
 
     Raises:
-      SettingsError: a K is too large, before anything is written.
+      SettingsError: a K is too large.
     """
     found = list(itertools.product(nets, counts))
     for net, replicas in found:

@@ -1,1 +1,1 @@
-"""From flags to objects: what the binaries have in common."""
+"""From flags to objects, for all binaries."""

@@ -1,4 +1,4 @@
-"""What the binaries share: one clear line and exit code 2 for bad input, and the report at the end."""
+"""Runs a binary: flags in, one clear line and exit code 2 for bad input, a report at the end."""
 
 import contextlib
 import math
@@ -24,14 +24,13 @@ from wavg_jax.storage.rows import Row, read_rows
 flags.DEFINE_string(
     "compilation_cache",
     os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/wavg_jax"),
-    "Folder in which compiled programs, and the chosen --replica_map, are kept for the next start; empty for none. "
-    "It only grows.",
+    "Folder that caches compiled programs and the --replica_map that auto chose; empty for none. It only grows.",
 )
 flags.DEFINE_enum(
     "matmul_precision",
     None,
     ["bfloat16", "tensorfloat32", "float32"],
-    "Precision of matrix products and convolutions where the hardware offers several; by default the backend's own.",
+    "Precision of matrix products and convolutions, where the hardware offers several; by default the backend's.",
 )
 OWN = ["compilation_cache", "matmul_precision"]
 F = flags.FLAGS
@@ -40,10 +39,10 @@ Main = Callable[[Sequence[str]], None]
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parses the flags and returns what else is on the command line.
+    """Parses the flags and returns the other arguments.
 
-    An unknown flag or value ends with exit code 2. --help, -h or -? shows the running binary's help and ends with 0,
-    and so does --helpfull, which shows the flags of all libraries.
+    An unknown flag or value exits with code 2. --help, -h or -? prints the binary's help, --helpfull the flags of all
+    libraries; both exit with 0.
     """
     if {"--helpfull", "-helpfull"}.intersection(argv[1:]):
         app.usage(writeto_stdout=True)  # absl's own would end with 1
@@ -54,7 +53,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         for name, value in flags.FLAGS.flag_values_dict().items():
-            # absl's bounds let NaN pass, of which nothing is below.
+            # absl's bounds let NaN pass: no comparison with it holds.
             if isinstance(value, float) and not math.isfinite(value):
                 raise flags.IllegalFlagValueError(f"--{name}={value}: give a finite number")
     except flags.Error as error:
@@ -64,7 +63,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _refusal(error: flags.Error) -> str:
-    """What absl says in one line, but of a number or a truth value in our words, since it passes Python's on."""
+    """absl's message in one line; for numbers and booleans in our words, where absl only quotes Python."""
     text = " ".join(str(error).split())
     found = re.match(r"flag --(\w+)=(.*?): ", text)
     parser = flags.FLAGS[found[1]].parser if found and found[1] in flags.FLAGS else None
@@ -78,14 +77,14 @@ def _refusal(error: flags.Error) -> str:
 
 
 def call(main: Main, argv: Sequence[str]) -> None:
-    """Calls `main` with what is left of the command line, and turns its errors into one line and an exit code."""
+    """Calls `main` with the arguments that are no flags, and turns its errors into one line and an exit code."""
     try:
         main(argv[1:])
     except WavgError as error:
         print(f"error: {to_flags(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        # The CPU calls it INTERNAL, and says so only in words.
+        # On a CPU the status is INTERNAL; only the text tells.
         if isinstance(error, jax.errors.JaxRuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
         print(f"error: {_out_of_memory(error)}", file=sys.stderr)
@@ -102,11 +101,11 @@ _OUT_OF_MEMORY = re.compile("resource_exhausted|out of memory", re.IGNORECASE)
 
 
 def _out_of_memory(error: BaseException) -> str:
-    """What to do about it, and how much was asked for where that is known."""
+    """How to need less memory, and how much was asked for, where known."""
     asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*)", str(error))
     amount = f" (asked for {asked[1].replace('. ', ' ').strip()})" if asked else ""
     return (
-        f"out of memory{amount}: take fewer --replicas, --local_steps or --heldout samples, a smaller --batch_size or "
+        f"out of memory{amount}: use fewer --replicas, --local_steps or --heldout samples, a smaller --batch_size or "
         "network (--hidden), more --devices, or --feed=stream"
     )
 
@@ -119,15 +118,15 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows the library's own warnings as one line, without the line of code they come from, and fixes the cache."""
+    """Prints the library's warnings as one line, without a line of code, and mends the compilation cache."""
     damaged, cache = _DAMAGED.search(str(message)), jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if issubclass(category, WavgWarning):
         print(f"warning: {to_flags(str(message))}", file=file or sys.stderr)
     elif damaged and cache:
-        # A process that was killed while it wrote leaves half a file, which JAX warns of but does not write again.
+        # A process killed while writing leaves half a file; JAX warns of it but never rewrites it.
         for path in pathlib.Path(cache).glob(f"{damaged[1]}-*-cache"):
             path.unlink(missing_ok=True)
-        print(f"warning: the kept program {damaged[1]} is damaged and is compiled again", file=file or sys.stderr)
+        print(f"warning: the cached program {damaged[1]} is damaged; compiling it again", file=file or sys.stderr)
     else:
         _python_shows(message, category, filename, lineno, file, line)
 
@@ -137,19 +136,19 @@ _DAMAGED = re.compile(r"persistent compilation cache entry for '(\w+)'")
 
 
 _MOST_DEVICES = 64
-"""CPU devices beyond the cores that may be asked for. So many take 10 seconds to meet for the first time, 256 take 50,
-and 1,000 were not seen to."""
+"""Most CPU devices to set up on a machine with fewer cores. 64 take 10 seconds to meet for the first time, 256 take 50;
+1,000 never did while we watched."""
 
 
 def configure() -> None:
-    """Sets JAX up as the flags say; to be called before its backend starts.
+    """Configures JAX from the flags; call it before the backend starts.
 
     Raises:
-      SettingsError: more CPU devices are asked for than can work.
+      SettingsError: --devices asks for more CPU devices than work.
     """
     if F.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(F.compilation_cache).expanduser()))
-        # JAX's thresholds are made for minutes of compiling; here the many short programs are what a start waits for.
+        # JAX's thresholds suit programs that compile for minutes; a start here waits for many short ones.
         for name, value in (("min_compile_time_secs", 0.0), ("min_entry_size_bytes", -1)):
             if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
                 jax.config.update(f"jax_persistent_cache_{name}", value)
@@ -157,12 +156,12 @@ def configure() -> None:
         jax.config.update("jax_default_matmul_precision", F.matmul_precision)
     decided = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if jax.config.jax_num_cpu_devices < 0 and not decided:  # type: ignore[attr-defined]
-        # One device for each core: XLA runs the replicas of one device on few cores, and those of several side by side.
+        # One device per core: XLA uses few cores for the replicas of one device, and runs devices side by side.
         wanted = (F["devices"].value if "devices" in F else None) or 1
         most = max(machine.cores(), _MOST_DEVICES)
         if wanted > most:
             raise SettingsError(
-                f"--devices={wanted}: at most {most} CPU devices are set up, since more take minutes to meet; give a "
+                f"--devices={wanted}: at most {most} CPU devices work, since more take minutes to meet; give a "
                 f"number up to {most} that divides --replicas"
             )
         jax.config.update("jax_num_cpu_devices", max(machine.cores(), wanted))
@@ -174,13 +173,13 @@ def run(main: Main) -> None:
     Exit codes:
       0: done.
       1: a bug, with a traceback.
-      2: one line says why it cannot go on: an unknown flag, a value that cannot work, data or a folder that cannot be
-        used, no memory left, or a run that diverged.
-      130: interrupted by Ctrl-C where nothing could be finished first, or by a second one.
-      143: stopped by SIGTERM or the first Ctrl-C after a whole round, with a checkpoint; also SIGTERM at other times.
+      2: one line says what is wrong: an unknown flag, a bad value, unusable data or folder, too little memory, or a run
+        that diverged.
+      130: interrupted by Ctrl-C before the first round, or by a second Ctrl-C.
+      143: stopped after a whole round by SIGTERM or the first Ctrl-C, with a checkpoint; or ended by SIGTERM elsewhere.
     """
     warnings.showwarning = _show_warning
-    logging.set_verbosity(logging.WARNING)  # TFDS and Orbax tell at INFO what only their developers need
+    logging.set_verbosity(logging.WARNING)  # at INFO, TFDS and Orbax address their developers
 
     def configured(rest: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C unwinds, see `call`
@@ -191,24 +190,24 @@ def run(main: Main) -> None:
         app.run(lambda argv: call(configured, argv), flags_parser=parse)
     except SystemExit as ended:
         if ended.code == starting.INTERRUPTED:
-            os._exit(starting.INTERRUPTED)  # Python would wait for programs that are still being compiled
+            os._exit(starting.INTERRUPTED)  # a normal exit would wait for compilations
         raise
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:
-    """Raises SettingsError if the command line holds anything but flags, such as a flag without its `--`."""
+    """Raises SettingsError if the command line has anything but flags, such as a flag without its `--`."""
     if argv:
-        raise SettingsError(f"{argv[0]!r} is not a flag; every setting is given as --name=value, see --help")
+        raise SettingsError(f"{argv[0]!r} is not a flag; write every setting as --name=value, see --help")
 
 
 def console(log_width: int = 100) -> Console:
-    """The terminal, for text shown as it is; in a log, which rich would fold at 80, `log_width` columns wide."""
+    """The terminal, without markup; a log is `log_width` columns wide, where rich would fold at 80."""
     return Console(width=None if sys.stdout.isatty() else log_width, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
 def reported(folder: pathlib.Path) -> Iterator[None]:
-    """Publishes what a folder holds after the block, and also where a run in it diverged, before that is said."""
+    """Publishes a folder's rows after the block; if a run diverged, before its error prints."""
     try:
         yield
     except Diverged:

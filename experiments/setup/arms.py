@@ -1,4 +1,4 @@
-"""From flags to runs: the data, the network, and the four arms of the comparison."""
+"""From flags to runs: data, network, and the four arms of the comparison."""
 
 import contextlib
 import datetime
@@ -39,17 +39,17 @@ POLICIES = {
     "reset": policy.reset,
     "reestimate": policy.reestimate(),
 }
-"""Made once: two runs of the same arm share their compiled programs only if they are given the same objects."""
+"""One object each: runs share compiled programs only if they get the same objects."""
 
 
 class Arm(NamedTuple):
     """One arm of the comparison, as the arguments of `fit`.
 
     Attributes:
-      name: of the arm.
-      averager, inner: of the run.
-      pooled: train one replica on all shards together.
-      local_steps, batch_size: of the run, such that all arms see the same number of samples in a round.
+      name: one of `ARMS`.
+      averager, inner: as for `fit`.
+      pooled: whether one replica trains on all shards together.
+      local_steps, batch_size: such that all arms see the same number of samples per round.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Arm(NamedTuple):
 
 
 def load() -> data.Dataset:
-    """Loads the data set of the flags, and settles the flag that depends on it: --chance, by default 1 / classes."""
+    """Loads --dataset, and sets the default of --chance, 1 / classes."""
     dataset = data.load(F.dataset, F.data_dir)
     if F.chance is None:
         F["chance"].value = 1 / dataset.classes
@@ -69,7 +69,7 @@ def load() -> data.Dataset:
 
 
 def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
-    """Raises SettingsError if a weighting scores held-out data and none are held out."""
+    """Raises SettingsError if a weighting scores held-out data and --heldout is 0."""
     reading = [name for name, averager in averagers.items() if reads_heldout(averager.needs)]
     if reading and not F.heldout:
         raise SettingsError(
@@ -78,7 +78,7 @@ def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
 
 
 def make_arms(names: tuple[str, ...] = ARMS, condition: Condition | None = None) -> list[Arm]:
-    """Builds the arms at an equal budget of K*H*B training samples a round, by default for the one scenario."""
+    """Builds the arms at an equal budget of K*H*B training samples per round, by default at the rates of the flags."""
     rates = (condition or read_condition()).rates
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size
     options: dict[str, Any] = {
@@ -104,17 +104,17 @@ def make_arms(names: tuple[str, ...] = ARMS, condition: Condition | None = None)
 
 @functools.cache
 def make_inner(name: str, rate: float) -> optax.GradientTransformation:
-    """The inner optimizer of that name; made once for a rate, so that runs share their programs."""
+    """The inner optimizer of that name, one object per rate, so that runs share their programs."""
     return OPTIMIZERS[name](rate)
 
 
 def at_rates(arm: Arm, condition: Condition) -> Arm:
-    """The same arm at its learning rate in another scenario; where that is the same, it shares its programs."""
+    """The same arm at its learning rate under a condition; at equal rates it shares its programs."""
     return arm._replace(inner=make_inner(F.inner, condition.rates[arm.name]))
 
 
 def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
-    """Builds the network for a data set's images, which computes in --compute_dtype, or in that of its inputs."""
+    """Builds the task of --model for a data set; it computes in --compute_dtype or, `of_inputs`, in theirs."""
     dtype: Any = None if of_inputs else jnp.dtype(F.compute_dtype)
     stored = jax.ShapeDtypeStruct(dataset.train.x[:1].shape, dataset.train.x.dtype)
     shape = jax.eval_shape(data.make_prepare(dataset), stored).shape[1:]
@@ -134,7 +134,7 @@ def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
 
 
 def make_data(dataset: data.Dataset, seed: int, noisy: int = 0) -> data.ShardedData:
-    """Holds out, cuts into shards, and spoils the labels of the first `noisy`; the same for every arm of a seed."""
+    """Holds samples out, cuts shards, and randomises the labels of the first `noisy`; equal for every arm of a seed."""
     partitions: dict[str, Callable] = {
         "iid": lambda split, seed: data.iid(len(split.y), F.replicas, seed),
         "sized": lambda split, seed: data.sized(len(split.y), _proportions(), seed),
@@ -179,11 +179,10 @@ def _groups(arm: Arm) -> dict[str, Any]:
 
 
 def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row | None]:
-    """For each arm, what one of K devices would take for a round, from parts measured with one replica alone.
+    """For each arm, the seconds of a round on one of K devices, from parts measured with a single replica.
 
-    sequential stays on one device; sync exchanges gradients, which are as large as the parameters, at every step. The
-    local phase of all but sequential is the same, so one measurement serves them.
-    None where --schedule lets rounds differ.
+    sequential stays on one device; sync exchanges gradients, as large as the parameters, at every step. All arms but
+    sequential share one measurement of the local phase. None where --schedule lets rounds differ.
     """
     by_name = {arm.name: arm for arm in arms}
     if F.schedule != "fixed":
@@ -212,7 +211,7 @@ def _path(parts: timing.Parts) -> Row:
 
 @functools.cache
 def _smoothing(name: str, *numbers: float) -> optax.GradientTransformation | None:
-    """Made once for the flags' numbers, so that runs share their programs."""
+    """One object per setting of the flags, so that runs share their programs."""
     del numbers
     return SMOOTHINGS[name](F)
 
@@ -229,9 +228,9 @@ def run_arm(
     name: str | None = None,
     path: Row | None = None,
 ) -> wavg.Result:
-    """Runs one arm in one scenario for one seed.
+    """Runs one arm under one condition for one seed.
 
-    Its rows and checkpoints go to `workdir`, by default under the name ARM-seedSEED. `progress` is as for `fit`.
+    Its rows and checkpoints go to `workdir`, by default as ARM-seedSEED. `progress` is as for `fit`.
     """
     facts = {
         "arm": arm.name,
@@ -268,15 +267,15 @@ def choose_workdir(binary: str) -> pathlib.Path:
     if F.workdir is not None:
         return pathlib.Path(F.workdir)
     if F.resume:
-        raise SettingsError("--resume needs --workdir, the folder that the first part of the run wrote")
+        raise SettingsError("--resume needs --workdir, the folder of the run's first part")
     name = pathlib.Path(F.dataset).stem
     return pathlib.Path("runs") / f"{binary}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def rounds_done(workdir: pathlib.Path) -> int:
-    """How many rounds an earlier part of the run has recorded in `workdir`."""
+    """The number of rounds that an earlier part of the run recorded in `workdir`."""
     if not F.resume or not (workdir / FILE).exists():
         return 0
-    with contextlib.suppress(DataError):  # no row is whole yet, or what is wrong with them is said later
+    with contextlib.suppress(DataError):  # no whole row yet; other faults raise later
         return sum(row["kind"] == "round" for row in read_rows(workdir))
     return 0

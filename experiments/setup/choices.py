@@ -1,4 +1,4 @@
-"""The averager's and the run's further options by name: what the flags of those names can be asked for."""
+"""What enum flags choose from, by name: outer optimizers, pulls, reductions, smoothing, schedules, scales, feeds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ Flags = flags.FlagValues
 
 
 def _given(f: Flags, **names: str) -> dict[str, Any]:
-    """The arguments whose flags are set; the others keep their own defaults."""
+    """The arguments whose flags are set; the others keep their defaults."""
     return {argument: f[flag].value for argument, flag in names.items() if f[flag].value is not None}
 
 
@@ -30,7 +30,7 @@ OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     "fedadam": lambda f: outer.fedadam(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
 }
 _IGNORED = {"none": ("outer_lr", "outer_momentum"), "lookahead": ("outer_momentum",)}
-"""Flags that an outer optimizer does not read."""
+"""Outer optimizer -> flags that it does not read."""
 PULLS: dict[str, Callable[[float], float | pull.Pull]] = {"new": float, "old": pull.toward_old}
 REDUCES: dict[str, Any] = {"mean": reduce.weighted_mean, "norm_preserving": reduce.norm_preserving}
 SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
@@ -47,10 +47,10 @@ SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
 
 
 def make_outer(f: Flags) -> optax.GradientTransformation | None:
-    """The outer optimizer of the flags, one round late if --delayed.
+    """The outer optimizer of --outer, one round late with --delayed.
 
     Raises:
-      SettingsError: a flag is given that this optimizer does not read.
+      SettingsError: the command line gives a flag that this optimizer does not read.
     """
     for name in _IGNORED.get(f.outer, ()):
         if f[name].value is not None:
@@ -63,4 +63,4 @@ def make_outer(f: Flags) -> optax.GradientTransformation | None:
 
 SCALES = {"channel": data.per_channel, "feature": data.per_feature, "all": data.overall, "none": None}
 FEEDS: dict[str, bool | None] = {"auto": None, "resident": True, "stream": False}
-"""Whether the training split lies on the devices as a whole."""
+"""--feed -> `Layout.resident`."""

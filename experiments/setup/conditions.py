@@ -1,4 +1,4 @@
-"""The scenarios that --noisy asks for, with the learning rates there, and how they are recorded."""
+"""Conditions: a number of noisy shards, and the learning rates there. compare and tune run several."""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -19,34 +19,34 @@ class Condition(NamedTuple):
 
 
 def title(noisy: int) -> str:
-    """What the shards of a scenario are like, for a reader."""
+    """A condition in words."""
     return f"{noisy} of {F.replicas} shards with random labels" if noisy else "clean shards"
 
 
 def read_conditions() -> tuple[Condition, ...]:
-    """Reads --noisy, by default none of the shards and half of them, and the learning rates in each scenario.
+    """Reads --noisy, by default none and half of the shards, and the learning rates for each.
 
     Raises:
-      SettingsError: a number is not one of shards, or is there twice, or the rates are not as many.
+      SettingsError: --noisy has a number above K, or one twice, or there are not as many rates.
     """
     given = F.noisy is not None
     return _conditions(numbers("noisy", int, least=0) if given else tuple(sorted({0, F.replicas // 2})))
 
 
 def read_condition() -> Condition:
-    """Reads --noisy, by default none of the shards, and the learning rates, where there is one scenario.
+    """Reads --noisy, by default none of the shards, and the learning rates, for commands that take one condition.
 
     Raises:
-      SettingsError: there are several, or the number is not one of shards.
+      SettingsError: --noisy has several numbers, or one above K.
     """
     noisy = (0,) if F.noisy is None else numbers("noisy", int, least=0)
     if len(noisy) > 1:
-        raise SettingsError(f"--noisy={_text(noisy)}: give one number; compare and tune take several, a scenario each")
+        raise SettingsError(f"--noisy={_text(noisy)}: give one number; compare and tune take several, one per scenario")
     return _conditions(noisy)[0]
 
 
 def settings_of(names: Collection[str], condition: Condition) -> dict[str, object]:
-    """The values of flags, to be recorded; where a flag has a value for each scenario, the one there."""
+    """The values of flags to record; of those with a value per condition, this condition's."""
     own = {"noisy": condition.noisy} | {f"lr_{arm}": rate for arm, rate in condition.rates.items()}
     return {name: own.get(name, F[name].value) for name in sorted(names)}
 
@@ -61,7 +61,7 @@ def _conditions(noisy: tuple[int, ...]) -> tuple[Condition, ...]:
 
 
 def _rates(arm: str, noisy: tuple[int, ...]) -> tuple[float, ...]:
-    """The learning rate of an arm in each scenario."""
+    """The learning rate of an arm under each condition."""
     name = f"lr_{arm}"
     if F[name].value is None:
         return tuple(RATES[arm][one > 0] for one in noisy)

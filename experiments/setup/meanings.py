@@ -10,4 +10,4 @@ ARMS = {
 }
 REBUILD = "python -m experiments.report DIR..."
 REFERENCE = "plain"
-"""The weighting of a matrix that others are compared with, where its rows, being older, do not name it."""
+"""The weighting that a matrix compares the others with."""

@@ -1,4 +1,4 @@
-"""Recording a matrix: one row per cell, a scenario, weighting and seed; `wavg_jax.reporting.matrix` reads them."""
+"""Records a matrix, one row per cell: a scenario, a weighting and a seed. `wavg_jax.reporting` reads the rows."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ def header(
       dataset: what is trained on.
       task: the network.
       scenarios: name -> title.
-      settings: values of the flags that all cells share, by name.
+      settings: flag name -> value, of the flags that all cells share.
       recommend: whether the report should say which weighting can be recommended.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
@@ -68,14 +68,14 @@ def header(
 
 
 def begin(records: Records, header: Row) -> None:
-    """Records the header, or, going on, compares it with that of what is recorded.
+    """Records the header or, on --resume, compares it with the recorded one.
 
     Raises:
-      SettingsError: something is recorded already, and it is not to be gone on with.
-      ResumeError: it cannot be gone on with.
+      SettingsError: the folder holds rows, and --resume is not set.
+      ResumeError: the rows are of other runs or settings.
     """
     if records.rows and not F.resume:
-        raise SettingsError("the folder already holds rows; go on with --resume, or choose another --workdir")
+        raise SettingsError("the folder already holds rows; continue with --resume, or choose another --workdir")
     before = [row for row in records.rows if row["kind"] == "matrix"]
     if records.rows and not before:
         raise ResumeError("the folder holds rows of other runs, not of a matrix; choose another --workdir")
@@ -83,10 +83,10 @@ def begin(records: Records, header: Row) -> None:
         then = before[0]["settings"].get(name) if before else now
         if then != now:
             raise ResumeError(
-                f"cannot go on with the matrix: it was started with --{name}={then}, now it is {now}; repeat the "
-                "settings it was started with, or choose another --workdir"
+                f"cannot resume the matrix: it started with --{name}={then}, now it is {now}; repeat the "
+                "settings it started with, or choose another --workdir"
             )
-    # Where it is gone on with on another machine, the report should say so.
+    # The report tells where cells ran on another machine.
     if not before or any(before[-1][name] != header[name] for name in ("hardware", "versions")):
         records.append(header)
 
@@ -98,18 +98,18 @@ def fill(
     train: Callable[[Cell, Callable], list[Row]],
     rate_flag: Callable[[str], str],
 ) -> None:
-    """Trains the cells that are not recorded yet, in their order, with a progress bar over their rounds.
+    """Trains the cells that are not recorded yet, in order, with a progress bar over their rounds.
 
     Args:
       cells: all of them.
-      records: where they are recorded.
-      rounds: of a cell.
-      train: `(cell, advance) -> rows` of its run; `advance(text)` is to be called after every round.
-      rate_flag: of a scenario, the name of the flag that is its learning rate.
+      records: the rows so far; each cell adds one.
+      rounds: `cell -> number of rounds`.
+      train: `(cell, advance) -> rows` of its run; it calls `advance(text)` after every round.
+      rate_flag: `scenario -> name` of the flag with its learning rate.
 
     Raises:
-      ResumeError: a cell is recorded at another rate.
-      Stopped: SIGTERM or Ctrl-C came before the last cell; the cell was finished and recorded.
+      ResumeError: a cell was recorded at another rate.
+      Stopped: SIGTERM or Ctrl-C came before the last cell; the current one was finished and recorded.
     """
     cells = list(cells)
     rates = {cell.scenario: cell.rate for cell in cells}
@@ -118,8 +118,8 @@ def fill(
         now = rates.get(row["scenario"], row["rate"])
         if row["rate"] != now:
             raise ResumeError(
-                f"cannot go on with the matrix: it was started with --{rate_flag(row['scenario'])}={row['rate']:g}, "
-                f"now it is {now:g}; give the rate it was started with, or choose another --workdir"
+                f"cannot resume the matrix: it started with --{rate_flag(row['scenario'])}={row['rate']:g}, "
+                f"now it is {now:g}; repeat the rate it started with, or choose another --workdir"
             )
     todo = [cell for cell in cells if cell.name not in done]
     total, ahead = (sum(map(rounds, some)) for some in (cells, todo))
@@ -127,13 +127,13 @@ def fill(
         for cell in todo:
             if stopped():
                 raise Stopped(
-                    f"stopped before {cell.name}; go on with the same settings, the same --workdir and --resume"
+                    f"stopped before {cell.name}; continue with the same settings, the same --workdir and --resume"
                 )
             records.append({"kind": "cell", "run": cell.name} | cell._asdict() | condense(train(cell, advance)))
 
 
 def condense(rows: list[Row]) -> Row:
-    """What a cell keeps of the rows of its run: a matrix has hundreds of cells."""
+    """Condenses the rows of a cell's run into one: a matrix has hundreds of cells."""
     rounds = [row for row in rows if row["kind"] == "round"]
     last = rounds[-1]
     kept = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")

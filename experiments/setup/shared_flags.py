@@ -1,6 +1,6 @@
 """The flags that the binaries share. A preset is a file of them: `--flagfile=experiments/presets/fashion.flags`.
 
-Every binary says which of them it reads, and refuses the others: a setting that is given and has no effect misleads.
+Every binary declares which ones it reads and refuses the rest: a flag without effect misleads.
 """
 
 import math
@@ -19,7 +19,7 @@ _STARTS: dict[str, int] = {}
 
 
 def _topic(title: str) -> None:
-    """Begins a group of flags in `--help`."""
+    """Starts a group of flags in `--help`."""
     _STARTS[title] = len(flags.FLAGS.flags_by_module_dict().get(__name__, ()))
 
 
@@ -27,25 +27,24 @@ _topic("Data")
 flags.DEFINE_string(
     "dataset", "digits", "digits (embedded), mnist, fashion_mnist, cifar10, or a .npz file of your own."
 )
-flags.DEFINE_string(
-    "data_dir", "~/tensorflow_datasets", "Where TFDS sets are prepared, or their publishers' files lie."
-)
-flags.DEFINE_integer(
-    "heldout", 200, "Samples of the training data held out for scoring; never trained on.", lower_bound=0
-)
-flags.DEFINE_enum("partition", "iid", ["iid", "sized", "dirichlet"], "How the training data are cut into shards.")
+flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "Folder of prepared TFDS sets, or of the publishers' files.")
+flags.DEFINE_integer("heldout", 200, "Training samples held out for scoring; never trained on.", lower_bound=0)
+flags.DEFINE_enum("partition", "iid", ["iid", "sized", "dirichlet"], "How to cut the training data into shards.")
 flags.DEFINE_list("proportions", "1,2,3,4", "partition=sized: relative sizes of the shards, repeated as needed.")
 flags.DEFINE_float("alpha", 0.3, "partition=dirichlet: concentration; small means few labels per shard.", lower_bound=0)
 flags.DEFINE_list(
     "noisy",
     None,
-    "The first so many shards get random labels. compare and tune take several numbers, a scenario each, by default 0 "
-    "and half of the shards; the others take one, by default 0.",
+    "How many shards, from the first on, get random labels. compare and tune take several numbers, one per scenario "
+    "(default: 0 and half of the shards); other commands take one (default: 0).",
 )
 flags.DEFINE_enum(
-    "scale", "channel", list(SCALES), "What shares a mean and a deviation; features of vectors are channels."
+    "scale",
+    "channel",
+    list(SCALES),
+    "Which inputs share a mean and a deviation; a vector's features are its channels.",
 )
-flags.DEFINE_bool("augment", False, "Random crops and flips of the images, with a key per replica.")
+flags.DEFINE_bool("augment", False, "Randomly crop and flip the images, with a random key per replica.")
 
 _topic("Network")
 flags.DEFINE_enum("model", "mlp", ["mlp", "cnn", "resnet"], "The network; resnet is ResNet-20.")
@@ -53,14 +52,14 @@ flags.DEFINE_list("hidden", "128", "model=mlp: widths of the hidden layers.")
 flags.DEFINE_bool("batch_norm", False, "model=cnn: use BatchNorm.")
 flags.DEFINE_float("dropout", 0.0, "Dropout rate before the last layer.", lower_bound=0, upper_bound=0.9)
 flags.DEFINE_enum(
-    "compute_dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation; parameters and sums stay float32."
+    "compute_dtype", "float32", ["float32", "bfloat16"], "Dtype to compute in; parameters and sums stay float32."
 )
 
 _topic("Training")
 flags.DEFINE_integer("replicas", 4, "K, the number of replicas and of shards.", lower_bound=1)
-flags.DEFINE_integer("local_steps", 10, "H, the local steps between two blends.", lower_bound=1)
-flags.DEFINE_integer("rounds", 20, "How many blends.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 16, "Samples per replica and step.", lower_bound=1)
+flags.DEFINE_integer("local_steps", 10, "H, local steps between two blends.", lower_bound=1)
+flags.DEFINE_integer("rounds", 20, "Number of rounds: H local steps each, then a blend.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 16, "Samples per replica and local step.", lower_bound=1)
 flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
 RATES = {"sequential": (0.4, 0.025), "sync": (0.4, 0.1), "plain": (0.4, 0.4), "weighted": (0.4, 0.4)}
 """Arm -> default learning rate with clean and with noisy shards; experiments/results/tuning/digits.txt."""
@@ -69,40 +68,45 @@ for _arm, (_clean, _noisy) in RATES.items():
     flags.DEFINE_list(
         f"lr_{_arm}",
         None,
-        f"Learning rate of the arm {_arm}: one, or one for each scenario of --noisy; by default {_default}.",
+        f"Learning rate of the arm {_arm}: one, or one per scenario of --noisy; by default {_default}.",
     )
-flags.DEFINE_enum("opt_state_at_sync", "keep", ["keep", "average", "reset"], "What becomes of the optimizer's state.")
 flags.DEFINE_enum(
-    "stats_at_sync", "average", ["average", "keep", "reset", "reestimate"], "What becomes of BatchNorm statistics."
+    "opt_state_at_sync", "keep", ["keep", "average", "reset"], "How optimizer state carries across a blend."
+)
+flags.DEFINE_enum(
+    "stats_at_sync",
+    "average",
+    ["average", "keep", "reset", "reestimate"],
+    "How BatchNorm statistics carry across a blend.",
 )
 
 _topic("Averaging")
-flags.DEFINE_enum("weighting", "learned", list(WEIGHTINGS), "How the arm weighted weighs its replicas.")
-flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: the softmax's temperature, in nats.")
+flags.DEFINE_enum("weighting", "learned", list(WEIGHTINGS), "Weighting of the arm weighted.")
+flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: temperature of the softmax, in nats.")
 flags.DEFINE_float(
     "chance",
     None,
-    "weighting=accuracy_above_chance: accuracy of a guess; by default 1 / classes.",
+    "weighting=accuracy_above_chance: accuracy of guessing; by default 1 / classes.",
     lower_bound=0,
     upper_bound=1,
 )
 flags.DEFINE_integer(
-    "byzantine", 2, "weighting=trimmed_mean, krum or multi_krum: how many replicas may be broken.", lower_bound=0
+    "byzantine", 2, "weighting=trimmed_mean, krum or multi_krum: how many broken replicas to tolerate.", lower_bound=0
 )
 flags.DEFINE_integer(
     "score_samples",
     None,
-    "Held-out samples scored in a round, another subset each time; by default all.",
+    "Held-out samples to score per round, a fresh subset each round; by default all.",
     lower_bound=1,
 )
 flags.DEFINE_enum("outer", "none", list(OUTERS), "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
 flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alpha); by default its own.", lower_bound=0)
 flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)
-flags.DEFINE_bool("delayed", False, "Apply every blend one round late, so that a whole round hides its exchange.")
+flags.DEFINE_bool("delayed", False, "Apply each blend one round late, so that a whole round hides the exchange.")
 flags.DEFINE_float(
     "pull",
     1.0,
-    "How far the replicas are pulled to the global parameters; 1 replaces them.",
+    "How far to pull the replicas toward the global parameters; 1 replaces them.",
     lower_bound=0,
     upper_bound=1,
 )
@@ -110,17 +114,20 @@ flags.DEFINE_enum(
     "pull_toward",
     "new",
     list(PULLS),
-    "Global parameters after or before the round; old is EASGD's, with "
+    "Pull toward the global parameters after (new) or before (old) the blend; old gives EASGD, with "
     "--outer=fedavgm --outer_momentum=0 --outer_lr=K*PULL.",
 )
-flags.DEFINE_enum("reduce", "mean", list(REDUCES), "How plain and weighted blend.")
-flags.DEFINE_enum(
-    "smoothing", "none", list(SMOOTHINGS), "Average of the global parameters over rounds, for evaluation."
-)
+flags.DEFINE_enum("reduce", "mean", list(REDUCES), "Reduction that plain and weighted blend with.")
+flags.DEFINE_enum("smoothing", "none", list(SMOOTHINGS), "Evaluate an average of the global parameters over rounds.")
 flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round, between 0 and 1.")
 flags.register_validator("ema_decay", lambda decay: 0 < decay < 1, "it must be greater than 0 and less than 1")
 flags.DEFINE_integer("swa_start", 0, "smoothing=swa: rounds before the average begins.", lower_bound=0)
-flags.DEFINE_enum("schedule", "fixed", list(SCHEDULES), "H over time, up to --local_steps; adacomm goes down from it.")
+flags.DEFINE_enum(
+    "schedule",
+    "fixed",
+    list(SCHEDULES),
+    "H over the run, up to --local_steps; adacomm starts there and decreases.",
+)
 flags.DEFINE_integer(
     "schedule_rounds",
     5,
@@ -128,55 +135,55 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_integer(
-    "post_local_steps", 5, "schedule=post_local: local steps with H=1, before those with --local_steps.", lower_bound=0
+    "post_local_steps", 5, "schedule=post_local: local steps with H=1 before H rises to --local_steps.", lower_bound=0
 )
 
 _topic("The run")
 flags.DEFINE_list(
-    "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and order; at least 3 for a comparison."
+    "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and sample order; at least 3 for a comparison."
 )
-flags.DEFINE_list("steps", "10,100,500", "Which H, local steps between two blends.")
+flags.DEFINE_list("steps", "10,100,500", "The values of H, local steps between two blends, to try.")
 flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")
-flags.DEFINE_bool("resume", False, "Go on from the checkpoints in --workdir.")
+flags.DEFINE_bool("resume", False, "Continue from the checkpoints in --workdir.")
 flags.DEFINE_integer("checkpoint_every", 10, "Rounds between checkpoints.", lower_bound=1)
 flags.DEFINE_integer(
-    "devices", None, "How many devices to use; by default as many as divide the replicas.", lower_bound=1
+    "devices", None, "Number of devices; by default the most that divide the replicas evenly.", lower_bound=1
 )
 flags.DEFINE_enum(
     "replica_map",
     "auto",
     ["auto", *MAPS],
-    "How the replicas of one device are run: together, in turn or written out; auto times them once. Equal up to "
-    "rounding.",
+    "How to run the replicas of one device: vmapped, one after another, or unrolled; auto times them once. The results "
+    "agree up to rounding.",
 )
 flags.DEFINE_enum(
     "feed",
     "auto",
     list(FEEDS),
-    "Training data on the devices as a whole, or sent there round by round; auto goes by their size.",
+    "Keep the training data on the devices, or stream it round by round; auto decides by size.",
 )
 flags.DEFINE_float(
-    "target_accuracy", 0.95, "Test accuracy that `time to target` refers to.", lower_bound=0, upper_bound=1
+    "target_accuracy", 0.95, "Test accuracy whose time to reach the report gives.", lower_bound=0, upper_bound=1
 )
 
 _ORDER = [flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__]]
 _ENDS = [*list(_STARTS.values())[1:], None]
 TOPICS = {title: _ORDER[start:end] for (title, start), end in zip(_STARTS.items(), _ENDS, strict=True)}
-"""Title -> names of the flags of that topic."""
+"""Topic -> names of its flags."""
 NAMES = frozenset(_ORDER)
 DATA = ("dataset", "heldout", "augment", "scale")
 SHARDS = ("partition", "alpha", "proportions", "noisy")
 NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
 WEIGHTING = ("temperature", "chance", "byzantine")
-"""What `experiments.setup.weightings` reads."""
+"""Flags that a weighting reads; see `experiments.setup.weightings`."""
 _BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "feed", "data_dir", "rounds", "seeds", "steps")
-"""Flags that may differ when a run is resumed."""
+"""Flags that may differ when a run resumes."""
 RUN = NAMES.difference(_BOOKKEEPING)
-"""Flags that make a run of `fit` what it is."""
+"""Flags that must agree when a run resumes."""
 
 
 def refuse_unused(reads: Collection[str]) -> None:
-    """Raises SettingsError if a shared flag is given that the binary, which `reads` these, does not read."""
+    """Raises SettingsError if the command line gives a shared flag that is not in `reads`."""
     for name in sorted(NAMES.difference(reads)):
         if flags.FLAGS[name].present:
             raise SettingsError(f"--{name} has no effect here; leave it out, --help lists the flags that have one")
@@ -186,7 +193,7 @@ def read_seeds() -> tuple[int, ...]:
     """Reads --seeds.
 
     Raises:
-      SettingsError: one is not a number below 2**32, or is there twice.
+      SettingsError: one is not a number below 2**32, or is given twice.
     """
     seeds = numbers("seeds", int, least=0)
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
@@ -198,7 +205,7 @@ def names(flag: str, allowed: Collection[str]) -> tuple[str, ...]:
     """Reads a list flag whose entries are among `allowed`.
 
     Raises:
-      SettingsError: one is not, or is there twice, or there is none.
+      SettingsError: one is not, or is given twice, or there is none.
     """
     given = tuple(flags.FLAGS[flag].value or ())
     if not given or set(given) - set(allowed) or len(set(given)) < len(given):
@@ -207,7 +214,7 @@ def names(flag: str, allowed: Collection[str]) -> tuple[str, ...]:
 
 
 def numbers(name: str, kind: type, least: float = 1e-9) -> tuple:
-    """Reads a list flag as numbers that are at least `least`.
+    """Reads a list flag as numbers not below `least`.
 
     Raises:
       SettingsError: one is not.

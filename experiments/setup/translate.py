@@ -21,7 +21,7 @@ _FIRST = re.compile(r"^([a-z]\w*)(?= is )")
 
 
 def to_flags(message: str) -> str:
-    """Writes the arguments that a message of the library names as flags of the running binary.
+    """Turns the arguments that a library message names into flags of the running binary.
 
     An argument without such a flag stays as it is. The inner optimizer's learning rate is the flag of the arm whose run
     the message names first.

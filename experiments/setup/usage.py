@@ -1,4 +1,4 @@
-"""What `--help` shows: what the binary does, an example, and its flags by topic with their defaults."""
+"""The text of `--help`: what the binary does, examples, and its flags by topic with their defaults."""
 
 import re
 import shutil
@@ -9,15 +9,15 @@ from types import ModuleType
 from absl import flags
 
 _INDENT = 26
-"""Columns to the left of what a flag is for."""
+"""Columns left of a flag's description."""
 
 
 def text(binary: ModuleType, topics: dict[str, list[str]], always: Collection[str]) -> str:
     """The help of a binary.
 
     Args:
-      binary: its module, whose docstring says what it does and gives an example.
-      topics: title -> names of flags. Those of the binary's key flags that are in none come first.
+      binary: its module; the docstring says what it does and gives examples.
+      topics: title -> names of flags. The binary's key flags outside every topic come first.
       always: names of flags that every binary reads.
     """
     width = min(shutil.get_terminal_size().columns, 100)
@@ -46,7 +46,7 @@ def _wrap(words: str, width: int, indent: str = "", further: str | None = None) 
 
 
 def _documentation(doc: str, width: int) -> str:
-    """Folds a docstring's paragraphs to the width, and its commands, which are indented, at their spaces."""
+    """Folds a docstring's paragraphs to the width, and its indented commands at spaces."""
     blocks = []
     for block in textwrap.dedent(doc).strip().split("\n\n"):
         if block.startswith("  "):
@@ -59,7 +59,7 @@ def _documentation(doc: str, width: int) -> str:
 
 
 def _flag(flag: flags.Flag, width: int) -> str:
-    """One flag: its name and default, and beside or below them what it is for."""
+    """One flag: its name and default, and its description beside or below them."""
     default = flag.default
     if flag.boolean:
         left = f"  --{'no' if default else ''}{flag.name}"
@@ -67,19 +67,19 @@ def _flag(flag: flags.Flag, width: int) -> str:
         left = f"  --{flag.name}={_placeholder(flag)}"
     else:
         left = f"  --{flag.name}={','.join(default) if isinstance(default, list) else default}"
-    words = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))  # absl puts an enum's values there
+    words = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))  # absl prepends an enum's values
     choices = getattr(flag.parser, "enum_values", None)
     if choices and not all(choice in words for choice in choices):
         words += f" One of {', '.join(choices)}."
     below = _wrap(words, width, " " * _INDENT)
     if len(left) + 2 > _INDENT:
-        folded = _wrap(left.strip().replace(",", ", "), width, "  ", "      ")  # only where a list is too long
+        folded = _wrap(left.strip().replace(",", ", "), width, "  ", "      ")  # a long list only
         return f"{folded if len(left) > width else left}\n{below}"
     return left + below[len(left) :]
 
 
 def _placeholder(flag: flags.Flag) -> str:
-    """What stands for the value of a flag without a default."""
+    """The placeholder for the value of a flag without a default."""
     *_, last = parts = flag.name.split("_")
     if "lr" in parts:
         return "RATE"

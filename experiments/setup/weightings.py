@@ -1,4 +1,4 @@
-"""The weightings by name: what `--weighting` and the scenario matrix can be asked for."""
+"""The weightings by name, for --weighting and the scenario matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +59,6 @@ WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
 }
 """Name -> function of the flags that returns arguments of `wavg_jax.averager`.
 
-To be called once for each run or matrix: programs are shared by what is given the same objects. And to be called after
-`experiments.setup.arms.load`, which settles --chance.
+Call it once per run or matrix, since runs share compiled programs only if they get the same objects, and after
+`experiments.setup.arms.load`, which sets --chance.
 """

@@ -383,5 +383,5 @@ def test_a_damaged_program_in_the_cache_is_one_line_and_is_mended(tmp_path):
     kept.write_bytes(whole[: len(whole) // 2])  # as a kill leaves it
     again = run(*command, f"--workdir={tmp_path / 'b'}")
     assert again.returncode == 0
-    assert again.stderr.strip() == "warning: the kept program jit_predict is damaged and is compiled again"
+    assert again.stderr.strip() == "warning: the cached program jit_predict is damaged; compiling it again"
     assert run(*command, f"--workdir={tmp_path / 'c'}").stderr == ""
