@@ -1,19 +1,19 @@
-"""How much memory a replica takes, against the sum of what it consists of.
+"""How much memory a replica takes, against the sum of its parts.
 
   python -m experiments.benchmarks.memory
   python -m experiments.benchmarks.memory --networks=mlp --replica_counts=4 --maps=vmap,map
 
-What the compiled round of K replicas on one device needs at once, as the compiler planned it: arguments, results that
-do not take an argument's place, and temporaries. Less the data, which all replicas share, it is compared with the sum
-of the parts: the global parameters, and for each replica its parameters, optimizer state, mutable collections,
-gradients (as large as the parameters), and activations: an estimate, all arrays that the forward pass keeps for the
-backward pass but those as large as parameters. A mapping that runs replicas one after another need not hold all
-replicas' gradients and activations at once, and may come below 1.
+Measures the peak memory of the compiled round of K replicas on one device, as the compiler plans it: arguments,
+results that reuse no argument's buffer, and temporaries. Without the data, which all replicas share, it is compared with
+the sum of the parts: the global parameters, and per replica its parameters, optimizer state, mutable collections, gradients
+(as large as the parameters) and activations. Activations are an estimate: all arrays that the forward pass keeps for the
+backward pass, except those as large as parameters. A mapping that runs replicas one after another need not hold all
+their gradients and activations at once, and may come below 1.
 
 Rows: network, replicas, mapping, argument, output, alias, temp, peak (argument + output - alias + temp), data, params,
 opt_state, mutable, gradients, activations (of one replica), peak_per_replica (without the data), ratio (of the peak
-without the data to the sum of the parts), device_peak (the most that the device has held in this process since the
-case's start, where it tells, and it grew; else null).
+without the data to the sum of the parts), device_peak (the device's peak in this process, if it reports one and it grew
+in this case; else null).
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _measure(recording: Recording, net: Network, replicas: int, mapping: str) -> None:
-    """Compiles and runs one round, and records what it takes."""
+    """Compiles and runs one round, and records its memory."""
     sharded = net.sharded(replicas)
     recipe = net.recipe(sharded, PLAIN, devices=1, replica_map=mapping)
     before = _device_peak()
@@ -91,20 +91,20 @@ def _measure(recording: Recording, net: Network, replicas: int, mapping: str) ->
 
 
 def _planned(step: Any) -> dict[str, int]:
-    """What the compiler plans for a program, in bytes."""
+    """The compiler's memory plan of a program, in bytes."""
     plan = step.memory_analysis()
     found = {name: getattr(plan, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
     return found | {"peak": found["argument"] + found["output"] - found["alias"] + found["temp"]}
 
 
 def _device_peak() -> int | None:
-    """The most bytes that the first device has held; None where it does not tell, as on a CPU."""
+    """The peak bytes in use on the first device; None if it reports none, as a CPU."""
     (told, *_) = (device.memory_stats() for device in jax.local_devices()[:1])
     return None if told is None else told.get("peak_bytes_in_use")
 
 
 def activations(net: Network, params: PyTree, mutable: PyTree) -> int:
-    """Bytes that the forward pass of a batch keeps for the backward pass, arrays as large as parameters left out."""
+    """Bytes that the forward pass of a batch keeps for the backward pass, except arrays as large as parameters."""
     rng = jax.random.key(0)
 
     def kept(params: PyTree, mutable: PyTree, batch: Batch) -> PyTree:
@@ -117,7 +117,7 @@ def activations(net: Network, params: PyTree, mutable: PyTree) -> int:
 
 def _table(recording: Recording) -> BenchmarkTable:
     text = (
-        "What the compiled round needs at once beside the data, per replica, as a ratio to the sum of its parts: "
+        "Peak memory of the compiled round without the data, per replica, as a ratio to the sum of its parts: "
         "parameters, optimizer state, gradients, activations (estimated), and the global parameters. In MB."
     )
     columns = (

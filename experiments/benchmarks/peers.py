@@ -4,13 +4,13 @@
   python -m experiments.benchmarks.peers --peer_networks=mlp:50 --systems=torch_loop,flax_sync --repeats=3
 
 Every system trains the same network from the same parameters on the same data: K replicas, H steps, batches of B,
-SGD with momentum; or one model with K times the batch, which is as many samples. Each is a process of its own; they
-take turns, so that only one computes at a time, and ratios are of times within one turn. After its first round a
-system's parameters are compared with ours: what does other work is not measured, nor is what cannot be installed or
-fails; the table says why. The peers' virtual environment is made at the first use in --peers_venv.
+SGD with momentum; or one model with K times the batch, for as many samples. Each system is a process; they take turns,
+so that only one computes at a time, and ratios compare times of one turn. After the first round a system's parameters
+must agree with ours. A system that does other work, fails or cannot be installed is not measured, and the table says
+why. The first use makes the peers' virtual environment in --peers_venv.
 
 Each case's row: network, system, replicas, local_steps, batch_size, measured, reason (why not), difference (see
-`cases.difference`), seconds (all that count, in turn), samples_per_second (median), ratio (our speed to its: above 1
+`cases.difference`), seconds (of every turn that counts), samples_per_second (median), ratio (our speed to its: above 1
 we are ahead), idle (largest share of a core that its process used between its turns), notes (versions, devices).
 """
 
@@ -43,10 +43,10 @@ class System(NamedTuple):
     Attributes:
       title: in the table.
       worker: the module of its process.
-      system: what that module calls it.
+      system: its name in that module.
       requires: packages of the peers' environment; None runs it in this one.
-      like: the system of ours that it does the same work as.
-      networks: on which it is measured.
+      like: the system of ours that does the same work.
+      networks: the networks to measure it on.
     """
 
     title: str
@@ -78,11 +78,11 @@ TOLERANCE = 0.05
 """Of `cases.difference`: rounding stays far below it, a wrong gradient far above."""
 
 flags.DEFINE_list("peer_networks", NETWORKS, "Networks, each with its local steps H: network:H.")
-flags.DEFINE_list("systems", list(SYSTEMS), f"Which systems, of {', '.join(SYSTEMS)}; ours are always there.")
+flags.DEFINE_list("systems", list(SYSTEMS), f"Which systems, of {', '.join(SYSTEMS)}; ours are always included.")
 flags.DEFINE_string(
     "peers_venv",
     f"~/.cache/wavg_jax/peers-py{sys.version_info.major}.{sys.version_info.minor}",
-    "Folder of the peers' virtual environment; made if it is not there.",
+    "Folder of the peers' virtual environment, made if missing.",
 )
 F = flags.FLAGS
 
@@ -92,18 +92,18 @@ for _name in (*READS, "workdir"):
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAUSE = 0.05
-"""Seconds between turns, in which the threads of the last one go to sleep."""
+"""Seconds between turns, for the threads of the last one to go to sleep."""
 
 Commands = Mapping[str, Sequence[str] | WorkerFailed]
-"""name of a system -> how its worker is started, or why it cannot be."""
+"""System -> command that starts its worker, or why it cannot start."""
 
 
 class Found(NamedTuple):
-    """What was found out about a system on a network.
+    """The result of a system on a network.
 
     Attributes:
       reason: why it was not measured; None if it was.
-      difference: from ours after the first round; None where that was not reached.
+      difference: from ours after the first round; None if it did not get there.
       seconds: of the turns.
       idle: largest share of a core used between turns.
       notes: of the worker.
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     networks, chosen = _networks(), names("systems", SYSTEMS)
     systems = {name: system for name, system in SYSTEMS.items() if name in (OURS, CEILING, *chosen)}
-    jax.config.update("jax_platforms", "cpu")  # this process does no more than name the hardware
+    jax.config.update("jax_platforms", "cpu")  # this process only names the hardware
     recording = begin("peers", READS)
     started = commands(systems, pathlib.Path(F.peers_venv).expanduser())
     for network, steps in networks.items():
@@ -154,11 +154,11 @@ def _networks() -> dict[str, int]:
 
 
 def commands(systems: Mapping[str, System], folder: pathlib.Path) -> Commands:
-    """How the workers are started.
+    """The commands that start the workers.
 
     Args:
       systems: by name.
-      folder: of the peers' environment, which is made where one of them needs it.
+      folder: of the peers' environment, made if a system needs it.
     """
     pythons: dict[tuple[str, ...] | None, str | WorkerFailed] = {None: sys.executable}
     found: dict[str, Sequence[str] | WorkerFailed] = {}
@@ -181,14 +181,13 @@ def measure(
     """Runs all systems on a network in turn.
 
     Args:
-      case: what they are to do, but for the system; its folder takes the files for the workers.
-      commands: of the systems, ours among them; one that cannot be started, fails, or does other work than ours, is
-        left out from there on.
+      case: the work, except for the system; its folder takes the files for the workers.
+      commands: of the systems, ours included; a system drops out when it cannot start, fails or does other work.
       repeats: turns that count.
       advance: called after every answer.
 
     Returns:
-      What was found, for every system.
+      The result of every system.
     """
     cases.write(case)
     with contextlib.ExitStack() as stack:
@@ -203,7 +202,7 @@ def measure(
 
 
 class _Runner:
-    """A system's worker, until it fails; and what is found out about it."""
+    """A system's worker, until it fails, and its result."""
 
     def __init__(self, name: str, case: Job):
         self.name, self.case = name, case._replace(system=SYSTEMS[name].system)
@@ -231,7 +230,7 @@ class _Runner:
 
     def _compare(self, like: "_Runner | None") -> None:
         if like is None or like.checked is None or self.checked is None:
-            raise WorkerFailed("nothing of ours to compare its first round with")
+            raise WorkerFailed("no first round of ours to compare with")
         difference = cases.difference(self.checked, like.checked, self.case.read("start"))
         self.found = self.found._replace(difference=difference)
         if not difference <= TOLERANCE:

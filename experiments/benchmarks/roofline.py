@@ -1,19 +1,19 @@
-"""How near the local steps come to what the machine can do, and what keeps them from it.
+"""How close the local steps come to the machine's limits, and what bounds them.
 
   python -m experiments.benchmarks.roofline
   python -m experiments.benchmarks.roofline --networks=mlp --replica_counts=1,8 --product=1024
 
-The operations a second of K replicas' local steps, with the automatic mapping on as many devices as divide K, against
-those of large matrix products, timed in turn on as many devices. Operations are counted by hand, products and
-convolutions alone; see `experiments.benchmarks.flops`. What bounds a network is read off three shares of its time:
+Compares the operations per second of K replicas' local steps, with the automatic mapping on the most devices that
+divide K, with those of large matrix products on the same devices, timed in turn. Only matrix products and convolutions
+count; see `experiments.benchmarks.flops`. Three shares of a network's time show what bounds it:
 
-  compute  what its operations would take at the rate of the large products
-  memory   what the bytes that the compiled step reads and writes, as XLA counts them, would take at the speed of a
-           plain copy beyond the caches; more than 1 means that caches serve them
-  fixed    what does not grow with the batch (dispatch, the optimizer, reading the weights): from the times T of a batch
-           and t of half a batch, 2 t - T
+  compute  the time of its operations at the rate of the large products
+  memory   the time of the bytes that the compiled step reads and writes, by XLA's count, at the speed of a plain copy
+           beyond the caches; more than 1 means that caches serve them
+  fixed    the time that does not grow with the batch (dispatch, optimizer, reading the weights): 2 t - T, with T for a
+           batch and t for half a batch
 
-The largest of them is what bounds the network; if none reaches a half, none does alone.
+The largest share bounds the network; if none reaches a half, no single one does.
 
 Rows: network, replicas, mapping, devices, local_steps, batch_size, flops_per_sample, flops_per_second,
 matmul_per_second (on those devices), matmul_one_device, copy_bytes_per_second, step_bytes (of one replica), ratio (to
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _measure(recording: Recording, net: Network, replicas: int, advance: Callable[[str], None]) -> None:
-    """Times one network's local steps in turn with what the machine does at best."""
+    """Times one network's local steps in turn with the machine's limits."""
     recipe = net.recipe(net.sharded(replicas), PLAIN)
     devices = len(recipe.placement.devices)
     best: dict[str, Limit] = {

@@ -3,24 +3,24 @@
   python -m experiments.benchmarks.round_anatomy
   python -m experiments.benchmarks.round_anatomy --networks=mlp --scored=learned:1000 --round_steps=200
 
-Rounds as `fit` runs them, in turn with their parts, which are compiled and timed apart. Evaluation on the test split is
-left out: it is off `fit`'s clock. Last, the same rounds with their batches streamed, as a ratio to those with the
-training data on the devices.
+Times rounds of `fit` in turn with their parts, which are compiled apart. Evaluation on the test split is left out,
+since it is off `fit`'s clock. Last come the same rounds with streamed batches, as a ratio to those with the training
+data on the devices.
 
   local steps  the replicas' training
-  input        drawing the round's indices on the host, and shipping them
+  input        drawing the round's indices on the host and sending them to the devices
   scoring      the held-out passes over the replicas, if the weighting needs them
-  search       finding the weights: the averager's update, less that of plain averaging
+  search       finding the weights: the averager's update minus that of plain averaging
   blend        the update of plain averaging, and the restart of the replicas
-  metrics      fetching what the round reports, and writing its row to disk
-  checkpoint   saving the state and waiting until it is on disk, divided by --checkpoint_every
-  rest         what `fit` takes beside these; negative where it hides them behind each other, which it does since no
-               round but the last is evaluated (by default `fit` evaluates after every round, and waits)
+  metrics      fetching the round's log and writing its row to disk
+  checkpoint   saving the state until it is on disk, divided by --checkpoint_every
+  rest         the remainder of `fit`'s time; negative where parts overlap, which they do since only the last round is
+               evaluated (by default `fit` evaluates every round, and waits for it)
 
 Each case's row: network, weighting, replicas, devices, mapping, local_steps, batch_size, held_out, score_samples (null
-for all of them), rounds (that `fit` was timed for in a turn), parts {name: seconds of a round}, shares {name: of the
-whole}, whole (seconds of a round of `fit`, by the clock on the wall), local_share (a ratio to the whole), sum_to_whole
-(of all parts but the rest, a ratio), streamed (a round with streamed batches, a ratio to the whole).
+for all), rounds (timed rounds of `fit` per turn), parts {name: seconds of a round}, shares {name: share of the whole},
+whole (wall-clock seconds of a round of `fit`), local_share (ratio to the whole), sum_to_whole (ratio of all parts but
+the rest to the whole), streamed (ratio of a round with streamed batches to the whole).
 """
 
 import itertools
@@ -68,7 +68,7 @@ from wavg_jax.weighting.signals import FREE
 flags.DEFINE_list(
     "scored",
     "plain:0,learned:0,learned:1000,learned_online:256",
-    f"Weightings, of {', '.join(WEIGHTINGS)}, each with the held-out samples that a round scores, 0 meaning all.",
+    f"Weightings, of {', '.join(WEIGHTINGS)}, each with the held-out samples to score per round; 0 means all.",
 )
 F = flags.FLAGS
 
@@ -80,7 +80,7 @@ PARTS = ("local steps", "input", "scoring", "search", "blend", "metrics", "check
 
 
 def main(argv: Sequence[str]) -> None:
-    """Takes rounds apart, and writes the table."""
+    """Times rounds and their parts, and writes the table."""
     app.refuse_arguments(argv)
     scorings = [_scoring(text) for text in F.scored]
     pairs = networks.pairs(networks.chosen("mlp", "cnn"), networks.replica_counts(4))
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 class Scheme(NamedTuple):
-    """A weighting, and on how many held-out samples it scores in a round; None for all."""
+    """A weighting, and the held-out samples it scores per round; None for all."""
 
     name: str
     averager: wavg.Averager
@@ -104,7 +104,7 @@ def _scoring(text: str) -> Scheme:
     """Reads an entry of --scored.
 
     Raises:
-      SettingsError: it is none.
+      SettingsError: it is not `weighting:samples`.
     """
     name, _, samples = text.partition(":")
     if name not in WEIGHTINGS or not samples.isdigit() or int(samples) > HELD_OUT:
@@ -118,7 +118,7 @@ def _scoring(text: str) -> Scheme:
 def _measure(
     recording: Recording, net: Network, replicas: int, scoring: Scheme, advance: Callable[[str], None]
 ) -> None:
-    """Takes a round of one network apart, and records it."""
+    """Times a round of one network and its parts, and records them."""
     steps, scored = F.round_steps or 50, scoring.samples
     recipe = net.recipe(net.sharded(replicas), scoring.averager)._replace(scoring=wavg.Scoring(scored))
     with tempfile.TemporaryDirectory(dir=recording.folder) as name:
@@ -157,7 +157,7 @@ def _measure(
 def _cases(
     recipe: Recipe, net: Network, replicas: int, steps: int, store: Checkpoints, folder: pathlib.Path
 ) -> dict[str, Case]:
-    """What the parts of a round are measured by."""
+    """The cases that measure the parts of a round."""
     shared, program = put_shared(recipe, net.sharded(replicas)), programs(recipe, replicas)
     state = program.init(jax.random.key(0))
     alive = jnp.ones(replicas, bool)
@@ -188,10 +188,10 @@ def _work(recipe: Recipe, sharded: ShardedData, steps: int, batch_size: int) -> 
 
 
 def _metrics(log: RoundLog, records: Records) -> Case:
-    """Fetches what a round reports, and writes its row."""
+    """Fetches a round's log and writes its row."""
 
     def fetch() -> float:
-        fresh = jax.block_until_ready(jax.tree.map(jnp.copy, log))  # an array that was fetched remembers its numbers
+        fresh = jax.block_until_ready(jax.tree.map(jnp.copy, log))  # a fetched array caches its value
         start = time.perf_counter()
         records.append({"kind": "round", "run": "anatomy", **jax.device_get(fresh)._asdict()})
         return time.perf_counter() - start
@@ -200,7 +200,7 @@ def _metrics(log: RoundLog, records: Records) -> Case:
 
 
 def _checkpoint(state: TrainState, store: Checkpoints) -> Case:
-    """Saves the state as that of one round after another."""
+    """Saves the state, under another round number each time."""
     number = itertools.count(1)
 
     def save() -> float:
@@ -223,9 +223,9 @@ def _fit(
     resident: bool,
     replica_map: str,
 ) -> Case:
-    """Runs `fit`, and returns the seconds of a round: those from the end of the first to that of the last but one.
+    """Runs `fit` and returns the mean seconds of a round, from the end of the first to the end of the last but one.
 
-    The first round of a run waits for nothing before it, and the last is followed by the test split.
+    No round precedes the first, and evaluation follows the last.
     """
     number, rounds, sharded = itertools.count(), F.checkpoint_every + 2, net.sharded(replicas)
 

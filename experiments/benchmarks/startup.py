@@ -1,12 +1,12 @@
-"""Seconds from the start of a process to the end of its first round, and from there on with a warm cache.
+"""Seconds from the start of a process to the end of its first round, with a cold and a warm cache.
 
   python -m experiments.benchmarks.startup
   python -m experiments.benchmarks.startup --repeats=3 --starts=import,train
 
-Every case is a process of its own: `import` imports the library and ends; `train` and `compare` run a binary with the
-preset of the digits data set and one round, and their clock stops when the row of the first round is in rows.jsonl.
-Cold: the folder of the persistent compilation cache is new. Warm: the process before has filled it. In every turn each
-case runs cold, then warm. Nothing is kept from one turn to the next.
+Every case is a process: `import` imports the library and ends; `train` and `compare` run a binary for one round with
+the digits preset, and the clock stops when rows.jsonl has the row of the first round. Cold: the folder of the
+persistent compilation cache is new. Warm: the process before has filled it. Each turn runs every case cold, then warm, and starts
+with new folders.
 
 Rows: what, cache ("cold", "warm" or null), seconds [repeats], median.
 """
@@ -32,8 +32,8 @@ from wavg_jax.training import progress
 ROOT = pathlib.Path(__file__).parents[2]
 PRESET = ROOT / "experiments" / "presets" / "digits.flags"
 STARTS = ("import", "train", "compare")
-flags.DEFINE_list("starts", list(STARTS), f"What is started, of {', '.join(STARTS)}.")
-flags.DEFINE_float("start_timeout", 300.0, "Seconds after which a process that has not got there fails.", lower_bound=1)
+flags.DEFINE_list("starts", list(STARTS), f"What to start, of {', '.join(STARTS)}.")
+flags.DEFINE_float("start_timeout", 300.0, "Seconds until a process without a first round fails.", lower_bound=1)
 F = flags.FLAGS
 
 READS = ("starts", "start_timeout", "repeats")
@@ -41,7 +41,7 @@ for _name in (*READS, "workdir"):
     flags.declare_key_flag(_name)
 
 POLL = 0.005
-"""Seconds between two looks at the rows."""
+"""Seconds between two polls of the rows."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def _turn(what: str, advance: Callable[[str], None]) -> dict[str | None, float]:
 
 
 def first_round(binary: str, workdir: pathlib.Path, environment: Mapping[str, str]) -> float:
-    """Runs a binary with the digits preset to its end, and returns the seconds to its first round's row.
+    """Runs a binary with the digits preset, and returns the seconds to the row of its first round.
 
     Raises:
       WavgError: the process ends without such a row, or takes too long.
@@ -92,10 +92,10 @@ def first_round(binary: str, workdir: pathlib.Path, environment: Mapping[str, st
         while not _has_round(workdir / FILE):
             ended, late = process.poll() is not None, time.perf_counter() - start > F.start_timeout
             if late or (ended and not _has_round(workdir / FILE)):
-                raise WavgError(f"experiments.{binary} came to no round; what it said is above (--start_timeout)")
+                raise WavgError(f"experiments.{binary} finished no round; its output is above (--start_timeout)")
             time.sleep(POLL)
         seconds = time.perf_counter() - start
-        process.wait()  # so that the cache is whole, and nobody is slowed down by what it still does
+        process.wait()  # completes the cache, and slows no one later
     finally:
         if process.poll() is None:
             process.kill()

@@ -1,14 +1,13 @@
-"""What a sync costs: the blend of K replicas and their restart, against a plain copy of as many bytes.
+"""The cost of a sync, the blend of K replicas and their restart, against a plain copy of as many bytes.
 
   python -m experiments.benchmarks.sync_cost
   python -m experiments.benchmarks.sync_cost --sizes=1 --replica_counts=8 --networks=mlp
 
-`blend` is the reduction alone: it reads K trees and writes one. `sync` is all that a round of plain averaging does
-between the local steps of two rounds: check, weigh, blend, and write the blend to all replicas in place; at the least
-it reads K trees and writes K + 1. Bandwidth counts those bytes, whatever the program moves beside them. The copies,
-one compiled and one by numpy, move as many bytes, up to 512 MiB. Then, for networks, the share of a round of
---round_steps, by default 50, that the sync takes: their local steps are measured with so many as take half a second, if
-those are fewer, and scaled.
+`blend` is the reduction alone: it reads K trees and writes one. `sync` is everything between the local steps of two
+rounds of plain averaging: check, weigh, blend, and write the blend to all replicas in place; it reads at least K trees
+and writes K + 1. Bandwidth counts those bytes only. The copies, one compiled and one by numpy, move as many bytes, up
+to 512 MiB. For networks it also measures the sync's share of a round of --round_steps (default 50) local steps; those
+are timed for about half a second and scaled.
 
 Rows of trees: part="tree", what ("blend" or "sync"), parameters, replicas, devices, seconds, bytes, bytes_per_second,
 copy_bytes_per_second, memcpy_bytes_per_second, ratio (of the bandwidth to that of the compiled copy), memcpy_ratio.
@@ -46,7 +45,7 @@ for _name in (*READS, "workdir"):
 
 LEAVES = 10
 LARGEST_COPY = 2.0**29
-"""Bytes read and written: beyond the caches a larger copy is no faster, and may not fit."""
+"""Bytes read and written; a larger copy is no faster, and may not fit."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,12 +98,12 @@ def _trees(recording: Recording, size: int, replicas: int, devices: int, advance
 
 
 def _stacked(leaf: jax.Array) -> PyTree:
-    """K stacked trees in memory of their own, which can be donated."""
+    """K stacked trees in fresh memory, ready for donation."""
     return {f"layer_{i}": leaf + i for i in range(LEAVES)}
 
 
 def _blend(stacked: PyTree, place: Placement) -> Case:
-    """The weighted mean of K trees, written where the last one was."""
+    """The weighted mean of K trees, written over the last result."""
     replicas = tree.count_replicas(stacked)
     weights = jax.device_put(np.full(replicas, 1 / replicas, np.float32), place.stacked)
     mean = place.reduce(weighted_mean)
@@ -122,11 +121,11 @@ def _global(stacked: PyTree, place: Placement) -> PyTree:
 
 
 def sync_case(stacked: PyTree, place: Placement) -> Case:
-    """All that plain averaging does to the replicas' parameters between two rounds, in place.
+    """Everything plain averaging does to the replicas' parameters between two rounds, in place.
 
     Args:
-      stacked: parameters [K, ...], which are donated.
-      place: where they live.
+      stacked: parameters [K, ...], donated.
+      place: their placement.
     """
     params = _global(stacked, place)
     state = jax.device_put(PLAIN.init(params, tree.count_replicas(stacked)), place.shared)
@@ -172,7 +171,7 @@ def _tables(recording: Recording) -> tuple[BenchmarkTable, BenchmarkTable]:
     return (
         BenchmarkTable(
             "Bandwidth of the blend and of the whole sync",
-            "Bytes that have to be read and written, a second, as a ratio to a compiled copy of as many bytes. Median "
+            "Bytes to read and write per second, as a ratio to a compiled copy of as many bytes. Median "
             f"and quartiles of {F.repeats} alternating runs; trees of {LEAVES} leaves, float32.",
             ("what", "parameters", "K", "devices", "GB/s", "copy, GB/s", "memcpy, GB/s", "to memcpy"),
             [
@@ -190,8 +189,7 @@ def _tables(recording: Recording) -> tuple[BenchmarkTable, BenchmarkTable]:
         ),
         BenchmarkTable(
             "Share of the sync in a round",
-            "In %: sync / (sync + local steps). The local steps are measured as many at a time as take half a second, "
-            "if those are fewer, and scaled to H.",
+            "In %: sync / (sync + local steps). The local steps are timed for about half a second and scaled to H.",
             ("network", "parameters", "K", "devices", "H", "sync, ms", "local steps, ms"),
             [
                 (

@@ -1,13 +1,12 @@
-"""How many samples a second K replicas train on, against as much work without replicas.
+"""Training samples per second of K replicas, against the same work without replicas.
 
   python -m experiments.benchmarks.throughput
   python -m experiments.benchmarks.throughput --networks=mlp --replica_counts=4 --maps=auto,vmap --device_counts=1
 
-For every network and every K, with every mapping of the replicas and every number of devices, a round of plain
-averaging is timed in turn with *one model with K times the batch* and with *one replica alone*, which takes K times as
-many steps. The ceiling is the faster of those two: the same operations, without replicas. Both run on one device, whose
-operations XLA spreads over all cores of a CPU; what replicas on several devices gain beyond it, a model alone could
-gain by splitting its batch over them.
+For every network, K, mapping and number of devices, times a round of plain averaging in turn with *one model with K
+times the batch* and with *one replica alone*, which takes K times as many steps. The ceiling is the faster of those
+two: the same operations without replicas. Both run on one device, which XLA spreads over all cores of a CPU; whatever
+replicas on several devices gain beyond it, one model could gain by splitting its batch over them.
 
 Each case's row: network, replicas, mapping, settled (the mapping that was run), devices, local_steps, batch_size,
 seconds (of a round, median), samples_per_second, ceiling ("large batch" or "alone"), ceiling_samples_per_second, ratio
@@ -31,7 +30,7 @@ from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
 from wavg_jax.training import progress
 
-flags.DEFINE_list("device_counts", None, "Numbers of devices to spread over; by default 1, and as many as divide K.")
+flags.DEFINE_list("device_counts", None, "Numbers of devices; by default 1, and the most that divide K.")
 F = flags.FLAGS
 
 READS = (*networks.READS, "maps", "round_steps", "device_counts", "repeats")
@@ -40,7 +39,7 @@ for _name in (*READS, "workdir"):
 
 LARGE, ALONE = "large batch", "alone"
 LONGEST = 1000
-"""Steps of the replica alone: its batches lie on the device, like all others."""
+"""Most steps of the replica alone, whose batches lie on the device."""
 
 
 class Made(NamedTuple):
@@ -63,16 +62,16 @@ def main(argv: Sequence[str]) -> None:
     calls = sum(2 + len(devices[k]) * (len(names) if k > 1 else 1) for _, k in pairs) * (F.repeats + 1)
     with progress.bar(calls) as advance:
         for net, replicas in pairs:
-            maps = names if replicas > 1 else names[:1]  # one replica is run as it is, whatever the mapping
+            maps = names if replicas > 1 else names[:1]  # one replica needs no mapping
             _measure(recording, net, replicas, maps, devices[replicas], advance)
     recording.publish(_table(recording))
 
 
 def device_counts(replicas: int) -> tuple[int, ...]:
-    """The numbers of devices of --device_counts that K replicas can be spread over.
+    """The numbers of --device_counts that divide K.
 
     Raises:
-      SettingsError: there are not so many devices, or none of the numbers divides K.
+      SettingsError: the machine has fewer devices, or none of the numbers divides K.
     """
     at_hand = jax.device_count()
     wanted = range(1, at_hand + 1) if F.device_counts is None else numbers("device_counts", int, least=1)

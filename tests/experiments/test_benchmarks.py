@@ -189,7 +189,7 @@ def test_a_process_that_comes_to_no_round_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(startup.sys, "executable", "false")
     with flagsaver.flagsaver():
         app.parse(["binary"])
-        with pytest.raises(WavgError, match="came to no round"):
+        with pytest.raises(WavgError, match="finished no round"):
             startup.first_round("train", tmp_path, {})
 
 

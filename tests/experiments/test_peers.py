@@ -62,7 +62,7 @@ def test_workers_that_fail_do_not_stop_the_others(fake, tmp_path):
         "fedjax": "ended: out of luck",
         "flax_loop": "does other work than ours: difference 1 after a round",
         "torch_loader": "pip install torch==2.13.0: no such thing",
-        "flax_sync": "nothing of ours to compare its first round with",
+        "flax_sync": "no first round of ours to compare with",
     }
     assert found["torch_loop"].difference == 0
     assert found["torch_loop"].notes == {"batch": 4}

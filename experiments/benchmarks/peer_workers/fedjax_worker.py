@@ -22,7 +22,7 @@ from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
 
 
 def build(case: Job) -> System:
-    """Prepares a case."""
+    """Builds the system of a job."""
     net, (params, stats) = stock_flax.NETWORKS[case.network], stock_flax.start(case.read("start"))
 
     def gradient(params: Any, batch: Any, rng: jax.Array) -> Any:

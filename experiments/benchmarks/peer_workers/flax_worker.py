@@ -20,7 +20,7 @@ from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
 
 
 def build(case: Job) -> System:
-    """Prepares a case."""
+    """Builds the system of a job."""
     inner, net = optax.sgd(case.rate, momentum=case.momentum), stock_flax.NETWORKS[case.network]
     arrays = case.read("data")
     x, y, indices = jnp.asarray(arrays["x"]), jnp.asarray(arrays["y"]), arrays["indices"]

@@ -1,15 +1,15 @@
-"""What the driver and its workers say to each other: a line of JSON each way.
+"""The protocol between the driver and its workers: a line of JSON each way.
 
   -> {"ask": "case", "system": "loop", "folder": ..., "network": "mlp", "replicas": 4, "steps": 50, ...}
-  <- {"notes": {...}}        built; notes say what else a reader must know, such as versions
+  <- {"notes": {...}}        built; notes hold versions and the like
   -> {"ask": "check", "file": NAME}
-  <- {}                      the first round is done, from the given parameters on the given batches, and the averaged
+  <- {}                      the first round, from the given parameters on the given batches, is done; the averaged
                              parameters are in FOLDER/NAME.npz
   -> {"ask": "go"}
-  <- {"seconds": 0.31, "idle": 0.0}   one more round; share of a core that the worker used since its last answer
-  <- {"error": "..."}        instead of any of them
+  <- {"seconds": 0.31, "idle": 0.0}   one more round; idle: share of a core used since the last answer
+  <- {"error": "..."}        instead of any of these
 
-What a worker prints otherwise goes to its log. It ends when its input does.
+Everything else that a worker prints goes to its log. It ends when its input ends.
 """
 
 import json
@@ -28,17 +28,17 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 PATIENCE = 1800.0
-"""Seconds that an answer may take. Compiling a network takes long, and so does a stock one on a slow machine."""
+"""Seconds an answer may take: compiling a network is slow, and so is a stock one on a slow machine."""
 
 
 class Job(NamedTuple):
-    """What every system is to do.
+    """The work of every system.
 
     Attributes:
-      system: which of the worker's.
+      system: one of the worker's.
       folder: holds `data.npz` (x [N, ...] float32 as the network gets it, y [N], indices [K, H, B]) and `start.npz`
         (parameters `params/...` and collections such as `batch_stats/...`, named as flax names them).
-      network: name of it.
+      network: its name.
       replicas, steps, batch: K, H, B.
       rate, momentum: of SGD.
     """
@@ -53,17 +53,17 @@ class Job(NamedTuple):
     momentum: float
 
     def read(self, name: str) -> Arrays:
-        """The arrays of a file of the folder."""
+        """The arrays of a file in the folder."""
         with np.load(pathlib.Path(self.folder) / f"{name}.npz") as file:
             return dict(file)
 
 
 class System(NamedTuple):
-    """A case that is ready to run.
+    """A job that is ready to run.
 
     Attributes:
       check: does the first round and returns the averaged parameters, named as in `start.npz`.
-      round: does another round; everything is done when it returns.
+      round: does another round, to the end.
       notes: for the row.
     """
 
@@ -74,7 +74,7 @@ class System(NamedTuple):
 
 def serve(build: Callable[[Job], System]) -> None:
     """Answers the lines of standard input until they end."""
-    # Libraries that print must not be taken for an answer.
+    # Keeps the prints of libraries out of the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     answer = _Answers(build)

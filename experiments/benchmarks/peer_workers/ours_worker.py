@@ -25,7 +25,7 @@ from wavg_jax.training.recipe import Recipe, make_recipe
 
 
 def build(case: Job) -> System:
-    """Prepares a case."""
+    """Builds the system of a job."""
     sharded, batch = cases.random_data(case), case.batch
     indices = case.read("data")["indices"]
     if case.system == "rounds":

@@ -23,7 +23,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 def build(case: Job) -> System:
-    """Prepares a case."""
+    """Builds the system of a job."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     data, start = case.read("data"), case.read("start")
     images, labels = torch.from_numpy(data["x"]), torch.from_numpy(data["y"]).long()
