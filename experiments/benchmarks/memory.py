@@ -3,11 +3,11 @@
   python -m experiments.benchmarks.memory
   python -m experiments.benchmarks.memory --networks=mlp --replica_counts=4 --maps=vmap,map
 
-Measures the peak memory of the compiled round of K replicas on one device, as the compiler plans it: arguments,
-results that reuse no argument's buffer, and temporaries. Without the data, which all replicas share, it is compared with
-the sum of the parts: the global parameters, and per replica its parameters, optimizer state, mutable collections, gradients
-(as large as the parameters) and activations. Activations are an estimate: all arrays that the forward pass keeps for the
-backward pass, except those as large as parameters. A mapping that runs replicas one after another need not hold all
+Measures the peak memory of the compiled round of K replicas on one device, as the compiler plans it: arguments, results
+that reuse no argument's buffer, and temporaries. Without the data, which all replicas share, it is compared with the
+sum of the parts: the global parameters, and per replica its parameters, optimizer state, mutable collections, gradients
+(as large as the parameters) and activations. Activations are an estimate: all arrays that the forward pass keeps for
+the backward pass, except those as large as parameters. A mapping that runs replicas one after another need not hold all
 their gradients and activations at once, and may come below 1.
 
 Rows: network, replicas, mapping, argument, output, alias, temp, peak (argument + output - alias + temp), data, params,

@@ -5,8 +5,8 @@
 
 Every case is a process: `import` imports the library and ends; `train` and `compare` run a binary for one round with
 the digits preset, and the clock stops when rows.jsonl has the row of the first round. Cold: the folder of the
-persistent compilation cache is new. Warm: the process before has filled it. Each turn runs every case cold, then warm, and starts
-with new folders.
+persistent compilation cache is new. Warm: the process before has filled it. Each turn runs every case cold, then warm,
+and starts with new folders.
 
 Rows: what, cache ("cold", "warm" or null), seconds [repeats], median.
 """
