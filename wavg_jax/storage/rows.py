@@ -124,7 +124,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise WorkdirError(
-            f"{path} cannot be written: {error.strerror}; free the disk or choose another --workdir"
+            f"{path} cannot be written: {error.strerror}; free the disk or choose another --workdir", path, error
         ) from error
 
 
@@ -138,7 +138,9 @@ def _append_line(path: pathlib.Path, line: bytes) -> None:
     except OSError as error:
         if path.exists():
             os.truncate(path, before)
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}; free the disk and --resume") from error
+        raise WorkdirError(
+            f"{path} cannot be written: {error.strerror}; free the disk and --resume", path, error
+        ) from error
 
 
 def check_writable(workdir: pathlib.Path | None) -> None:
@@ -152,7 +154,7 @@ def check_writable(workdir: pathlib.Path | None) -> None:
             probe.write(b" " * 4096)
     except OSError as error:
         raise WorkdirError(
-            f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir"
+            f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir", workdir, error
         ) from error
 
 
@@ -190,7 +192,9 @@ class Records:
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise WorkdirError(
-                f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another --workdir"
+                f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another --workdir",
+                path,
+                error,
             ) from error
         whole = content[: content.rfind(b"\n") + 1]
         if whole:
