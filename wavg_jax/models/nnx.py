@@ -33,7 +33,8 @@ def from_nnx(
 
     Args:
       make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns what
-        `make` needs: logits [B, classes] for a classifier. Dropout and BatchNorm are switched by `module.train()` and `module.eval()`.
+        `make` needs: logits [B, classes] for a classifier. Dropout and BatchNorm are switched by `module.train()` and
+        `module.eval()`.
       input_shape: shape of one input, without the batch axis. The module is traced on it here, without any
         computation, so that a shape that does not fit shows now.
       dtype: dtype of the inputs; an integer one where they are tokens.
