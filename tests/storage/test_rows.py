@@ -155,7 +155,7 @@ def test_a_failed_append_leaves_whole_lines(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_an_os_error_with_errno_and_filename(tmp_path):
     (tmp_path / "file").write_text("")
     for use in (records.check_writable, Records):
-        with pytest.raises(OSError, match="^the folder .* cannot be .*choose another") as raised:
+        with pytest.raises(OSError, match=r"^the folder .* cannot be .*choose another") as raised:
             use(tmp_path / "file")
         assert isinstance(raised.value, WorkdirError)
         assert raised.value.errno in (errno.ENOTDIR, errno.EEXIST)

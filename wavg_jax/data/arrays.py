@@ -39,7 +39,8 @@ class Dataset(NamedTuple):
       name: what rows and reports call it.
       train: training split.
       test: test split, never used in training or scoring.
-      classes: number of classes, of tokens the size of the vocabulary: targets lie in [0, classes). None for regression.
+      classes: number of classes, of tokens the size of the vocabulary; targets lie in [0, classes). None for
+        regression.
       class_names: what reports call the classes, one name for each; None where only their numbers are known.
     """
 
@@ -86,9 +87,9 @@ def from_arrays(
       floats [N, ...]    regression: `classes` is None
       integers [N, T]    tokens, one at each position: `classes` is the size of the vocabulary
 
-    Beside integer targets [N, T], integer inputs [N, T] are tokens too, uint8 included. They are neither standardised nor
-    converted to floating point. Integer inputs beside one class per sample are features; where they are tokens, pass
-    `shard(scale=None)` and cast them in the network.
+    Beside integer targets [N, T], integer inputs [N, T] are tokens too, uint8 included. They are neither standardised
+    nor converted to floating point. Integer inputs beside one class per sample are features; where they are tokens,
+    pass `shard(scale=None)` and cast them in the network.
 
     Args:
       x_train: inputs [N, ...]: feature vectors [N, F], images [N, H, W] or [N, H, W, C], or tokens [N, T]. uint8 is
@@ -104,8 +105,8 @@ def from_arrays(
       The data set. A `WavgWarning` is given if all training labels are the same.
 
     Raises:
-      DataError: lengths, shapes or types do not fit, an array is empty, a number is NaN or infinite, a label or token is
-        not in [0, classes), or the number of classes cannot be right.
+      DataError: lengths, shapes or types do not fit, an array is empty, a number is NaN or infinite, a label or token
+        is not in [0, classes), or the number of classes cannot be right.
 
     >>> import numpy as np
     >>> data = from_arrays(np.zeros((3, 2)), [0, 1, 1], np.zeros((1, 2)), [0])
