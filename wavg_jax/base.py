@@ -4,6 +4,7 @@ Every noun is a NamedTuple of pure functions or of arrays, as in optax. *Stacked
 of length K, one entry per replica.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +25,22 @@ class DataError(WavgError):
     """A data set is missing, corrupt, or holds values that cannot be trained on."""
 
 
-class WorkdirError(WavgError):
-    """The folder for rows and checkpoints cannot be written, or ran full."""
+class WorkdirError(WavgError, OSError):
+    """The folder for rows and checkpoints cannot be written, is full, or is in use.
+
+    Attributes:
+      errno, strerror: those of the `OSError` that caused it; None where there was none.
+      filename: path of the file or folder.
+    """
+
+    def __init__(self, message: str, path: os.PathLike[str] | str | None = None, cause: BaseException | None = None):
+        super().__init__(message)
+        if isinstance(cause, OSError):
+            self.errno, self.strerror = cause.errno, cause.strerror
+        self.filename = None if path is None else os.fspath(path)
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # OSError would write its errno and filename instead
 
 
 class ResumeError(WavgError):

@@ -10,7 +10,9 @@ import functools
 import gc
 import hashlib
 import logging
+import os
 import pathlib
+import re
 import shutil
 import sys
 import textwrap
@@ -118,7 +120,7 @@ class Checkpoints:
                 self._checkpointer.wait()
             try:
                 _seal(self._folder / str(step))
-            except (OSError, WorkdirError):
+            except OSError:
                 shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 raise
 
@@ -245,8 +247,18 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise WorkdirError(
             f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and go on with "
-            "resume=True (--resume), or choose another workdir (--workdir)"
+            "resume=True (--resume), or choose another workdir (--workdir)",
+            folder,
+            _as_os_error(error),
         ) from error
+
+
+def _as_os_error(error: OSError | ValueError) -> OSError | None:
+    """The OSError behind a failed write; orbax's own writer names its number in the text of a ValueError."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
 
 
 @contextlib.contextmanager

@@ -31,11 +31,12 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     except filelock.Timeout:
         raise WorkdirError(
             f"the folder {folder} is in use by {_holder(path)}; wait for it to end, or choose another workdir "
-            "(--workdir)"
+            "(--workdir)",
+            folder,
         ) from None
     except OSError as error:
         raise WorkdirError(
-            f"the folder {folder} cannot be used: {error.strerror}; choose another workdir (--workdir)"
+            f"the folder {folder} cannot be used: {error.strerror}; choose another workdir (--workdir)", folder, error
         ) from error
     # Where the system has no such locks, filelock has made a file of its own kind, which is not ours to touch.
     ours = isinstance(lock, filelock.UnixFileLock)

@@ -295,6 +295,7 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
     logits, metrics = jax.eval_shape(trace, jax.random.key(0), one)
     if data.classes is not None and logits.shape[-1:] != (data.classes,):
         raise SettingsError(
-            f"the network outputs {logits.shape[1:]} for a sample, the data have {data.classes} classes"
+            f"the network outputs {logits.shape[1:]} for a sample, the data have {data.classes} classes; make "
+            "them equal (the data set takes classes=)"
         )
     return tuple(metrics)
