@@ -13,7 +13,7 @@ PACKAGE = ROOT / "wavg_jax"
 # From the ground up; a room imports from floors below its own alone.
 FLOORS = [
     {"base"},
-    {"arguments", "checks"},
+    {"arguments", "checks", "extras"},
     {"tree"},
     {"devices", "storage", "data", "models"},
     {"averaging"},
