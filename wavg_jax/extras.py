@@ -10,7 +10,7 @@ def need(name: str, *, extra: str, why: str) -> Any:
     """Imports and returns a module of an optional package.
 
     Args:
-      name: the module, such as "filelock" or "orbax.checkpoint.v1".
+      name: the module, such as "filelock" or "orbax.checkpoint".
       extra: the extra of wavg-jax that installs it.
       why: what needs it, as the user knows it, such as "workdir=".
 

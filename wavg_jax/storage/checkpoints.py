@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.extras import need
 from wavg_jax.storage.rows import FILE, write_atomically
 from wavg_jax.tree import is_key
@@ -162,7 +162,7 @@ class Checkpoints:
 
 def _orbax() -> Any:
     """Imported late: it takes half a second, which a run without a folder need not wait for."""
-    return need("orbax.checkpoint.v1", extra="run", why="workdir=")
+    return need("orbax.checkpoint", extra="run", why="workdir=").v1
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
@@ -244,7 +244,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
     """Turns a failure to write into one clear line."""
     try:
         yield
-    except WorkdirError:
+    except (MissingExtra, WorkdirError):
         raise
     except (OSError, ValueError) as error:
         raise WorkdirError(
