@@ -1,7 +1,6 @@
-"""A progress bar with the time left, in a terminal or a notebook; none in a pipe or a log, where it could not move, and
-none without rich.
+"""A progress bar with the time left, in a terminal or a notebook; none in a pipe or a log, or without rich.
 
-What is being done before the first round, such as compiling, is said on the line of the bar that is open: see `doing`.
+`doing` shows on the open bar what happens before the first round, such as compiling.
 """
 
 import contextlib
@@ -14,18 +13,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Say = Callable[[str, int], None]
-"""`(text, advance)`: shows what was done last, and moves the bar on."""
+"""`(text, advance)`: shows a text, and moves the bar by `advance`."""
 
 _open: list[Say] = []
 
 
 @contextlib.contextmanager
 def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Shows a bar while the block runs; yields `advance(text)`, to be called after each round or measurement.
+    """Shows a bar while the block runs; yields `advance(text)`, to call after each round or measurement.
 
     Args:
       total: rounds in all.
-      done: rounds that an earlier part of the run has done.
+      done: rounds done by an earlier part of the run.
     """
     with _shown(total, min(done, total)) as say:
         _open.append(say)
@@ -36,7 +35,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
 
 
 def doing(text: str) -> None:
-    """Says on the line of the innermost open bar what is being done; without one, nothing."""
+    """Shows on the innermost open bar what the program is doing; without a bar it does nothing."""
     if _open:
         _open[-1](f"{text} ...", 0)
 
@@ -46,7 +45,7 @@ def _shown(total: int, done: int) -> contextlib.AbstractContextManager[Say]:
         from rich.console import Console
     except ImportError:  # a bar is only decoration
         return _nowhere()
-    console = Console(stderr=True)  # what a binary outputs can be piped on
+    console = Console(stderr=True)  # stdout may be piped
     if console.is_jupyter:
         return _cell(total, done)
     return _line(console, total, done) if console.is_terminal else _nowhere()
@@ -65,7 +64,7 @@ def _line(console: "Console", total: int, done: int) -> Iterator[Say]:
 
     elastic = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns = (
-        # The text gives way where the line is too narrow; it is shown as it is, since it may hold brackets.
+        # On a narrow line the text is cut; no markup, since it may hold brackets.
         rich.TextColumn("{task.description}", markup=False, table_column=elastic),
         rich.BarColumn(bar_width=10),
         rich.MofNCompleteColumn(),
@@ -87,12 +86,12 @@ def _line(console: "Console", total: int, done: int) -> Iterator[Say]:
 
 
 _PAUSE = 0.2
-"""Seconds between two changes of a notebook's line: each is a message, which the notebook's server passes on."""
+"""Seconds between two updates of a notebook's line, each of which is a message to its server."""
 
 
 @contextlib.contextmanager
 def _cell(total: int, done: int) -> Iterator[Say]:
-    """One line of text in a notebook's output, replaced as it changes, which needs no widgets."""
+    """One line of text in a notebook's output, replaced as it changes; needs no widgets."""
     from IPython.display import display
 
     begun, last = time.monotonic(), -_PAUSE
