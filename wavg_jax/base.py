@@ -47,6 +47,10 @@ class ResumeError(WavgError):
     """A run cannot be resumed: its settings differ, or what it left does not fit together."""
 
 
+class MissingExtra(WavgError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
+
+
 class Diverged(WavgError):
     """Two rounds in a row, or the last one, were lost: no replica was finite, or the outer step was not.
 
