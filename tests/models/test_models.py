@@ -80,9 +80,6 @@ ROWS = {
 every_row = pytest.mark.parametrize("name", ROWS)
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @cache
 def _initial(name: str):
     return jax.jit(ROWS[name].task.init)(jax.random.key(0))
