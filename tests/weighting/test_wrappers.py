@@ -123,7 +123,7 @@ def test_a_weighting_is_told_that_those_off_the_shortlist_are_dead():
         seen.update(stacked=stacked, alive=alive)
         return weighting.normalise(jnp.ones(3), alive), state
 
-    scheme = wrappers.shortlist(wavg.Weighting(lambda params, replicas=None: (), look), 1)
+    scheme = wrappers.shortlist(wavg.Weighting(lambda params, replicas: (), look), 1)
     stacked = {"w": jnp.array([1.0, 2.0, 3.0])}
     losses = jnp.array([2.0, 1.0, 3.0])
     scheme.update(
@@ -212,7 +212,7 @@ def test_momentum_knows_the_weights_of_a_search_before_any_is_made():
         scores = evaluate(blend(jnp.ones(2) / 2), jnp.ones(2) / 2)["loss"] * loss
         return jax.tree.map(lambda p: weighting.normalise(scores, alive), params), state
 
-    search = wavg.Weighting(lambda params, replicas=None: (), update, ("evaluate", "loss"))
+    search = wavg.Weighting(lambda params, replicas: (), update, ("evaluate", "loss"))
     state = wrappers.momentum(search, 0.9).init(PARAMS, 2)
     assert jax.tree.map(jnp.shape, state.weights) == {"w": (2,), "b": (2,)}
     assert wrappers.smooth_signals(search).init(PARAMS, 2).sums.keys() == {"loss"}
@@ -227,8 +227,8 @@ def test_momentum_knows_the_weights_of_a_search_before_any_is_made():
         (lambda: wrappers.smooth_signals(ACCURACY, -0.1), "less than 1"),
         (lambda: wrappers.shortlist(ACCURACY, 0), "1 or more"),
         (lambda: wrappers.shortlist(ACCURACY, 2, "cosine"), "higher_is_better"),
-        (lambda: wrappers.momentum(ACCURACY, 0.5).init(PARAMS), "replicas=K"),
-        (lambda: wrappers.grawa().init(PARAMS), "replicas=K"),
+        (lambda: wrappers.momentum(ACCURACY, 0.5).init(PARAMS, 0), "replicas is 0"),
+        (lambda: wrappers.grawa().init(PARAMS, 2.5), "replicas is 2.5"),
         (
             lambda: rounds(
                 wrappers.shortlist(ACCURACY, 2, "layer_grad_norm"),

@@ -20,6 +20,7 @@ import optax
 from wavg_jax import checks, tree
 from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
+from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER
 
 Scores = Callable[[jax.Array, jax.Array], jax.Array]
@@ -139,7 +140,7 @@ def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] 
         values = whole(values_of(signal, signals, alive))
         return jax.tree.map(lambda v: normalise(scores(v, usable(v, alive)), alive), values), state
 
-    return Weighting(lambda params, replicas=None: (), update, (signal,))
+    return make_weighting(update, needs=(signal,))
 
 
 def _check_direction(signal: str, higher_is_better: bool | None, needed: bool, instead: str) -> None:
@@ -158,7 +159,7 @@ def uniform() -> Weighting:
         del stacked, params, signals
         return normalise(jnp.ones(alive.shape, jnp.float32), alive), state
 
-    return Weighting(lambda params, replicas=None: (), update)
+    return make_weighting(update)
 
 
 def proportional(
