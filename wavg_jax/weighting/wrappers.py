@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from wavg_jax import tree
 from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
-from wavg_jax.weighting import signals as signals_
 from wavg_jax.weighting.make import make_weighting
-from wavg_jax.weighting.scores import direction, inverse, normalise, usable, values_of
+from wavg_jax.weighting.scores import inverse, normalise, usable
+from wavg_jax.weighting.signals import direction, values_of, zeros
 
 _HUGE = float(jnp.finfo(jnp.float32).max) / 4
 
@@ -48,7 +48,7 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
         stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
     ) -> tuple[PyTree, PyTree]:
         weights, state = weighting.update(stacked, state, params, alive=alive, **signals)
-        equal = normalise(jnp.ones(alive.shape, jnp.float32), alive)
+        equal = tree.equal_weights(alive)
         return jax.tree.map(lambda w: w + floor * (_columns(equal, w) - w), weights), state
 
     return make_weighting(update, needs=weighting.needs, init=weighting.init)
@@ -66,7 +66,7 @@ def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas:
     """What `weighting` returns for K replicas, as shapes; nothing is computed."""
 
     def run(state: PyTree, params: PyTree) -> PyTree:
-        signals = {name: signals_.zeros(name, params, replicas) for name in weighting.needs}
+        signals = {name: zeros(name, params, replicas) for name in weighting.needs}
         if "evaluate" in signals:
             signals["evaluate"] = lambda params, weights: {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
         return weighting.update(
@@ -142,7 +142,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
     names = tuple(name for name in weighting.needs if name != "evaluate")
 
     def init(params: PyTree, replicas: int) -> SmoothState:
-        sums = {name: signals_.zeros(name, params, replicas) for name in names}
+        sums = {name: zeros(name, params, replicas) for name in names}
         mass = jax.tree.map(lambda x: jnp.zeros(replicas, jnp.float32), sums)
         return SmoothState(weighting.init(params, replicas), sums, mass)
 
