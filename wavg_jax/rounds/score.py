@@ -236,7 +236,7 @@ def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch],
     """
     needs = set(needs) - {*_NO_DATA, "evaluate"}
     forward = forward._replace(over_samples=_here)  # a replica is scored where it lives
-    passes = [
+    passes: list[Callable[..., dict[str, Any]]] = [
         pass_
         for pass_, provides in ((_gradient_norms, GRADIENTS), (_diagonal_fisher, ("fisher",)))
         if needs.intersection(provides)
