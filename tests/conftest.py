@@ -1,4 +1,12 @@
-"""Strict JAX for every test: 8 emulated CPU devices, no silent promotion of dtypes or ranks."""
+"""Strict JAX for every test: 8 emulated CPU devices, no silent promotion of dtypes or ranks; and compilation, where
+nearly all the time of the tests goes, that is quick and done once.
+
+Programs are compiled with few optimizations, except in the files that `EXACT` names, and kept in pytest's cache for the
+other processes and the next run. `--optimize` compiles everything as a user would; `--cache-clear` starts afresh.
+"""
+
+import pathlib
+import shutil
 
 import jax
 
@@ -10,8 +18,81 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import pytest  # noqa: E402 - jax must be configured before anything else
 from hypothesis import settings  # noqa: E402
 
+from wavg_jax.training.programs import programs  # noqa: E402
+
 settings.register_profile("wavg", deadline=None, max_examples=25)  # the first example compiles
 settings.load_profile("wavg")
+
+HERE = pathlib.Path(__file__).parent
+
+EXACT = [HERE / name for name in ("averaging", "weighting", "training/test_fit_options.py", "storage/test_resume.py")]
+"""Tests that compare different programs bit for bit, which says something only about programs that users run."""
+
+LONGEST = [HERE / name for name in ("weighting", "training", "rounds")]
+"""Tests that start first, so that no process works alone at the end."""
+
+MOST_BYTES = 2**28
+"""Of kept programs, beyond which all are deleted: those of changed code are never asked for again."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--optimize", action="store_true", help="compile all tests as users' programs, not EXACT alone")
+
+
+def pytest_configure(config):
+    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimize"))
+    if hasattr(config, "cache"):  # there is none under `-p no:cacheprovider`
+        kept = config.cache.mkdir("programs")
+        if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in kept.iterdir()) > MOST_BYTES:
+            shutil.rmtree(kept)
+        if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+            keep_programs(kept)
+
+
+def keep_programs(folder):
+    """Lets JAX keep compiled programs, and hides from the library that it does.
+
+    The library stores how it maps replicas beside them, and the tests of that start with nothing stored.
+    """
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.jit(lambda: 0)()  # the first compilation opens the cache for the whole process
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not within(item.path, LONGEST))
+
+
+def within(path, places):
+    return any(path.is_relative_to(place) for place in places)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimization(request):
+    """Compiles the files of `EXACT` as a user's programs, also what other files compiled before with less care."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    if before and within(request.path, EXACT):
+        jax.clear_caches()
+        programs.cache_clear()
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# XLA's emitters of fused loops take half the time that is left; jaxlib 0.12 has no other ones.
+if jax.__version_info__ < (0, 11):
+    from jax._src import compiler
+
+    compile_options = compiler.get_compile_options
+
+    def with_plain_loops(*args, env_options_overrides=None, **kwargs):
+        if jax.config.values["jax_disable_most_optimizations"]:
+            env_options_overrides = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
+        return compile_options(*args, env_options_overrides=env_options_overrides, **kwargs)
+
+    compiler.get_compile_options = with_plain_loops
 
 
 @pytest.fixture
@@ -23,7 +104,7 @@ def standard_promotion():
 
 @pytest.fixture
 def compilations():
-    """Grows by one entry with everything that XLA compiles from now on."""
+    """Grows by one entry with everything that XLA compiles, or reads from the kept programs, from now on."""
     compiled = []
 
     def listen(event, seconds, **_):
@@ -32,11 +113,3 @@ def compilations():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return compiled
-
-
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """For tests that compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,12 +17,12 @@ AVG = wavg.averager(wavg.uniform())
 
 
 def update(stacked=STACKED, params=PARAMS, avg=AVG, state=None, **more):
-    return avg.update(stacked, avg.init(params) if state is None else state, params, **more)
+    return avg.update(stacked, avg.init(params, K) if state is None else state, params, **more)
 
 
 def weighted_by(weights):
     """An averager whose weighting returns these weights."""
-    return wavg.averager(wavg.Weighting(lambda params, replicas=None: (), lambda *args, **more: (weights, ())))
+    return wavg.averager(wavg.Weighting(lambda params, replicas: (), lambda *args, **more: (weights, ())))
 
 
 MOMENTUM = wavg.averager(wavg.momentum(wavg.uniform(), 0.5))
@@ -50,24 +50,27 @@ REFUSED = {
         lambda: update(STACKED | {"scale": jnp.ones(4, jnp.bfloat16)}),
         r"stacked\['scale'\] is bfloat16, params\['scale'\] float32",
     ),
-    "no array": (lambda: AVG.init({"w": 1.0}), r"params\['w'\] is a float; it must be an array"),
+    "no array": (lambda: AVG.init({"w": 1.0}, K), r"params\['w'\] is a float; it must be an array"),
     "parameters that are whole numbers": (
-        lambda: AVG.init({"w": jnp.ones(2), "n": jnp.int32(20_000_001)}),
+        lambda: AVG.init({"w": jnp.ones(2), "n": jnp.int32(20_000_001)}, K),
         r"params\['n'\] is int32; only floating-point numbers are trained and averaged",
     ),
     "whole numbers in an update": (
-        lambda: AVG.update({"n": jnp.ones(4, int)}, NESTEROV.init(SQUARE), {"n": jnp.int32(1)}),
+        lambda: AVG.update({"n": jnp.ones(4, int)}, NESTEROV.init(SQUARE, K), {"n": jnp.int32(1)}),
         r"params\['n'\] is int32",
     ),
-    "parameters that are random keys": (lambda: AVG.init({"key": jax.random.key(0)}), r"params\['key'\] is key<fry>"),
-    "no parameters": (lambda: AVG.init({}), "holds no arrays"),
+    "parameters that are random keys": (
+        lambda: AVG.init({"key": jax.random.key(0)}, K),
+        r"params\['key'\] is key<fry>",
+    ),
+    "no parameters": (lambda: AVG.init({}, K), "holds no arrays"),
     "init without replicas": (lambda: AVG.init(PARAMS, 0), "replicas is 0; it must be a whole number, 1 or more"),
     "one mask for all": (lambda: update(alive=jnp.ones(1, bool)), r"alive is bool of shape \(1,\).*\[4\]"),
     "a mask that is a scalar": (lambda: update(alive=True), r"alive is bool of shape \(\)"),
     "the living by number": (lambda: update(alive=jnp.array([0, 1, 2, 3])), "alive is int32"),
-    "state of another averager": (lambda: update(state=NESTEROV.init(PARAMS)), r"state.*init\(params, replicas=4\)"),
+    "state of another averager": (lambda: update(state=NESTEROV.init(PARAMS, K)), r"state.*init\(params, replicas=4\)"),
     "state of other parameters": (
-        lambda: update(avg=NESTEROV, state=NESTEROV.init(SQUARE)),
+        lambda: update(avg=NESTEROV, state=NESTEROV.init(SQUARE, K)),
         "state is not a tree like this averager's state",
     ),
     "state of other replicas": (
@@ -122,14 +125,14 @@ def test_refused_in_one_line(case):
 
 def test_it_is_refused_under_jit_too_while_it_is_traced():
     with pytest.raises(wavg.SettingsError, match=r"stacked\['kernel'\]"):
-        jax.jit(AVG.update).lower(SQUARE, AVG.init(SQUARE), SQUARE)
+        jax.jit(AVG.update).lower(SQUARE, AVG.init(SQUARE, K), SQUARE)
 
 
 def test_what_fits_is_taken_whatever_library_its_arrays_are_of():
     new, _, _ = update(jax.tree.map(np.asarray, STACKED), jax.tree.map(np.asarray, PARAMS), alive=[True] * K)
     jax.tree.map(np.testing.assert_array_equal, new, PARAMS)
     float64 = jax.tree.map(lambda x: np.asarray(x, np.float64), STACKED)  # float32 to JAX
-    new, _, _ = jax.jit(AVG.update)(float64, AVG.init(PARAMS), PARAMS)
+    new, _, _ = jax.jit(AVG.update)(float64, AVG.init(PARAMS, K), PARAMS)
     jax.tree.map(np.testing.assert_array_equal, new, PARAMS)
     for k in (2, np.int64(2), jnp.int32(2)):
         jax.tree.map(np.testing.assert_array_equal, wavg.replica(STACKED, k), PARAMS)
@@ -143,6 +146,6 @@ def test_each_device_may_reduce_its_own_share():
 
 
 def test_a_state_with_numbers_of_python_is_one():
-    counted = wavg.Weighting(lambda params, replicas=None: 0, lambda s, n, p, alive, **_: (jnp.full(K, 0.25), n + 1))
+    counted = wavg.Weighting(lambda params, replicas: 0, lambda s, n, p, alive, **_: (jnp.full(K, 0.25), n + 1))
     avg = wavg.averager(counted, outer=optax.sgd(1.0))
     assert int(update(avg=avg)[1].weighting) == 1

@@ -16,7 +16,6 @@ PAGES = {
 }
 TEXTS = {name: path.read_text() for name, path in PAGES.items()}
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 AVERAGING, ROUND, RUN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

@@ -4,6 +4,7 @@ Every noun is a NamedTuple of pure functions or of arrays, as in optax. *Stacked
 of length K, one entry per replica.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -24,12 +25,30 @@ class DataError(WavgError):
     """A data set is missing, corrupt, or holds values that cannot be trained on."""
 
 
-class WorkdirError(WavgError):
-    """The folder for rows and checkpoints cannot be written, or ran full."""
+class WorkdirError(WavgError, OSError):
+    """The folder for rows and checkpoints cannot be written, is full, or is in use.
+
+    Attributes:
+      errno, strerror: those of the `OSError` that caused it; None where there was none.
+      filename: path of the file or folder.
+    """
+
+    def __init__(self, message: str, path: os.PathLike[str] | str | None = None, cause: BaseException | None = None):
+        super().__init__(message)
+        if isinstance(cause, OSError):
+            self.errno, self.strerror = cause.errno, cause.strerror
+        self.filename = None if path is None else os.fspath(path)
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # OSError would write its errno and filename instead
 
 
 class ResumeError(WavgError):
     """A run cannot be resumed: its settings differ, or what it left does not fit together."""
+
+
+class MissingExtra(WavgError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class Diverged(WavgError):
@@ -108,9 +127,9 @@ class Task(NamedTuple):
 
 
 class Init(Protocol):
-    """`init(params, replicas=None) -> state`; `replicas` is K, for schemes that remember something of each replica."""
+    """`init(params, replicas) -> state`; `replicas` is K, the number of replicas."""
 
-    def __call__(self, params: PyTree, replicas: int | None = None) -> PyTree: ...
+    def __call__(self, params: PyTree, replicas: int) -> PyTree: ...
 
 
 class WeightingUpdate(Protocol):
@@ -132,7 +151,7 @@ class Weighting(NamedTuple):
     """How much each replica counts in the blend.
 
     Attributes:
-      init: `(params, replicas=None) -> state`; `replicas` is K, which only weightings with a memory need.
+      init: `(params, replicas) -> state`; `replicas` is K. Every weighting takes it, with a memory or without.
       update: `(stacked, state, params, *, alive, blend, **signals) -> (weights, state)`. `stacked` are the replicas'
         parameters [K, ...], those of a dead replica replaced by `params`, the last global ones; `alive` is a bool mask
         [K]; `blend` is `weights -> tree`, the reduction in use, for weightings that try weights out. A signal is an
@@ -149,7 +168,7 @@ class Weighting(NamedTuple):
 
 
 class AveragerUpdate(Protocol):
-    """`update(stacked, state, params, *, alive=None, place=..., **signals) -> (params, state, weights)`."""
+    """`update(stacked, state, params, *, alive=None, check_finite=True, place=..., **signals)`; see `Averager`."""
 
     def __call__(
         self,
@@ -158,27 +177,33 @@ class AveragerUpdate(Protocol):
         params: PyTree,
         *,
         alive: jax.Array | None = None,
+        check_finite: bool = True,
         place: Callable[[Callable], Callable] = ...,
         **signals: Any,
     ) -> tuple[PyTree, PyTree, PyTree]: ...
 
 
 class Restart(Protocol):
-    """`restart(stacked, old, new, *, alive=None) -> stacked`; see `Averager`."""
+    """`restart(stacked, old, new, *, alive=None, check_finite=True) -> stacked`; see `Averager`."""
 
-    def __call__(self, stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None) -> PyTree: ...
+    def __call__(
+        self, stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
+    ) -> PyTree: ...
 
 
 class Averager(NamedTuple):
     """A weighting, then one reduction, then an optional outer optimizer; see `wavg_jax.averaging.averager.averager`.
 
     Attributes:
-      init: `(params, replicas=None) -> state`.
-      update: `(stacked, state, params, *, alive=None, place=identity, **signals) -> (params, state, weights)`; `place`
-        lays the reduction out over devices.
+      init: `(params, replicas) -> state`; `replicas` is K.
+      update: `(stacked, state, params, *, alive=None, check_finite=True, place=identity, **signals) -> (params, state,
+        weights)`. Replicas that are not `alive` [K] or hold non-finite parameters get weight 0; `check_finite=False`
+        skips that test for a caller that has done it: `alive` is then required, and trusted. `place` lays the reduction
+        out over devices.
       needs: names of the signals `update` reads.
-      restart: `(stacked, old, new, *, alive=None) -> stacked`: the parameters with which the replicas start the next
-        round, from theirs and the global ones before and after the update; copies of `new` when replicas are replaced.
+      restart: `(stacked, old, new, *, alive=None, check_finite=True) -> stacked`: the parameters the replicas start the
+        next round from, given their own and the global ones before and after the update; copies of `new` when replicas
+        are replaced. `check_finite` is as in `update`.
     """
 
     init: Init

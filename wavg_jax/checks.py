@@ -1,6 +1,7 @@
 """What is handed in is checked, by its structure, shapes and dtypes alone: while a function is traced, so that the
 compiled program pays nothing for it."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -116,14 +117,28 @@ def replicas(tree: PyTree) -> int:
     return int(x.shape[0])
 
 
-def mask(alive: Any, replicas: int) -> jax.Array:
-    """Returns `alive` as an array; SettingsError if it is not a bool [K]."""
+def mask(alive: Any, replicas: int | None = None) -> jax.Array:
+    """Returns `alive` as an array; SettingsError if it is not a bool [K], for this K if one is given."""
+    if alive is None:
+        raise SettingsError("alive= is missing; it must be a bool for each replica, [K]")
     alive = jnp.asarray(alive)
-    if alive.shape != (replicas,) or alive.dtype != bool:
+    fits = alive.ndim == 1 if replicas is None else alive.shape == (replicas,)
+    if not fits or alive.dtype != bool:
+        wanted = "K" if replicas is None else replicas
         raise SettingsError(
-            f"alive is {alive.dtype} of shape {alive.shape}; it must be a bool for each replica, [{replicas}]"
+            f"alive is {alive.dtype} of shape {alive.shape}; it must be a bool for each replica, [{wanted}]"
         )
     return alive
+
+
+def signals(needs: Iterable[str], given: Mapping[str, Any]) -> None:
+    """Raises SettingsError unless every signal that a weighting needs is given."""
+    missing = sorted(set(needs) - set(given))
+    if missing:
+        raise SettingsError(
+            f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=... to update; wavg_jax.signals "
+            "says what it is and measures it"
+        )
 
 
 def weights(given: PyTree, stacked: PyTree) -> None:

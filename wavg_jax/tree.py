@@ -89,6 +89,22 @@ def ordered_sum(values: jax.Array) -> jax.Array:
     return functools.reduce(operator.add, [values[k] for k in range(values.shape[0])])
 
 
+def equal_weights(alive: jax.Array) -> jax.Array:
+    """Weights of 1 / n for the n living replicas and 0 for the dead; all 0 if none lives.
+
+    Args:
+      alive: bool [K].
+
+    Returns:
+      float32 [K].
+
+    >>> equal_weights(jnp.array([True, False, True])).tolist()
+    [0.5, 0.0, 0.5]
+    """
+    living = alive.astype(jnp.float32)
+    return living / jnp.maximum(living.sum(), 1)
+
+
 def select_replicas(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     """Takes replica k from stacked tree `yes` where `mask[k]`, else from stacked tree `no`; `mask` is bool [K]."""
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b), yes, no)
@@ -148,8 +164,3 @@ def count(tree: PyTree) -> int:
 def nbytes(tree: PyTree) -> int:
     """Returns how many bytes a tree holds."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def equal_weights(alive: jax.Array) -> jax.Array:
-    alive = alive.astype(jnp.float32)
-    return alive / jnp.maximum(alive.sum(), 1)

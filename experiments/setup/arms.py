@@ -64,8 +64,18 @@ def load() -> data.Dataset:
     """Loads --dataset, and sets the default of --chance, 1 / classes."""
     dataset = data.load(F.dataset, F.data_dir)
     if F.chance is None:
-        F["chance"].value = 1 / dataset.classes
+        F["chance"].value = 1 / classes_of(dataset)
     return dataset
+
+
+def classes_of(dataset: data.Dataset) -> int:
+    """The number of classes; DataError if the data set is not for classification, which all commands are."""
+    if dataset.classes is None or dataset.train.y.ndim != 1:
+        raise DataError(
+            f"the targets of {dataset.name} are {dataset.train.y.dtype} of shape {dataset.train.y.shape}; the commands "
+            "train classifiers, give integer labels [N], or call wavg_jax.fit"
+        )
+    return dataset.classes
 
 
 def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
@@ -125,10 +135,11 @@ def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
     for name in ("hidden", "batch_norm", "dropout"):
         if F.model == "resnet" and F[name].present:
             raise SettingsError(f"--{name} has no effect with --model=resnet; leave it out")
+    classes = classes_of(dataset)
     networks: dict[str, Callable] = {
-        "mlp": lambda: models.MLP(numbers("hidden", int), dataset.classes, F.dropout, dtype),
-        "cnn": lambda: models.CNN(dataset.classes, F.batch_norm, F.dropout, dtype),
-        "resnet": lambda: models.ResNet(dataset.classes, dtype=dtype),
+        "mlp": lambda: models.MLP(numbers("hidden", int), classes, F.dropout, dtype),
+        "cnn": lambda: models.CNN(classes, F.batch_norm, F.dropout, dtype),
+        "resnet": lambda: models.ResNet(classes, dtype=dtype),
     }
     return models.from_linen(networks[F.model](), shape)
 

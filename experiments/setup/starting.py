@@ -1,10 +1,12 @@
-"""What a binary does before its imports, which take seconds: it says that it starts, and takes over Ctrl-C.
+"""What a binary does before its imports, which take seconds: it checks that the extra `experiments` is installed, says
+that it starts, and takes over Ctrl-C.
 
 Until `experiments.setup.app` runs, Ctrl-C ends the process with one line. After that the first Ctrl-C is Python's own,
 or a request to finish the round, and the main thread acts on it when it can, which is not while it waits for XLA. So a
 second Ctrl-C ends the process from a thread that waits for nothing else.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -16,6 +18,33 @@ INTERRUPTED = 130
 
 _GRACE = 1.0
 """Seconds that the main thread is given to end in order after a second Ctrl-C."""
+
+
+_NEEDED = {
+    "absl": "absl-py",
+    "filelock": "filelock",
+    "markdown_it": "markdown-it-py",
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+    "scipy": "scipy",
+}
+"""The packages of the extra that every binary needs, by the modules they install."""
+
+
+def is_worker() -> bool:
+    """Whether this process is a peer of `experiments.benchmarks.peers`, which runs in an environment of its own."""
+    return any(".peer_workers." in argument for argument in sys.orig_argv)
+
+
+def check_installed() -> None:
+    """Ends the process with one line and exit code 2 if a package that every binary needs is missing."""
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(
+            f'error: the binaries need {", ".join(missing)}, not installed: python -m pip install -e ".[experiments]"',
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 def interrupted() -> None:

@@ -26,7 +26,7 @@ def through_the_averager(outer):
     avg = wavg.averager(wavg.uniform(), outer=outer)
     update = jax.jit(avg.update)
     params = {"w": jnp.asarray(START, jnp.float32)}
-    state, seen = avg.init(params), []
+    state, seen = avg.init(params, 2), []
     for blend in blends():
         apart = np.array([[0.25, -0.5, 1.0]])
         stacked = {"w": jnp.asarray(np.concatenate([blend + apart, blend - apart]), jnp.float32)}
@@ -128,7 +128,7 @@ def test_the_first_delayed_round_leaves_the_parameters_and_the_second_applies_it
     # params 10, blends 4 and 1: nothing; then 10 - 0.5 * (10 - 4) = 7, and 7 - 0.5 * (10 - 1) = 2.5.
     avg = wavg.averager(wavg.uniform(), outer=wavg.outer.delayed(optax.sgd(0.5)))
     params = {"w": jnp.array([10.0], jnp.bfloat16)}
-    state, seen = avg.init(params), []
+    state, seen = avg.init(params, 1), []
     for blend in (4.0, 1.0, 0.0):
         params, state, _ = avg.update({"w": jnp.array([[blend]], jnp.bfloat16)}, state, params)
         seen.append(params["w"].item())
@@ -140,7 +140,7 @@ def test_the_first_delayed_round_leaves_the_parameters_and_the_second_applies_it
 def test_a_round_with_nobody_alive_neither_applies_nor_forgets_what_is_held():
     avg = wavg.averager(wavg.uniform(), outer=wavg.outer.delayed(optax.sgd(1.0)))
     params = {"w": jnp.array([10.0])}
-    _, state, _ = avg.update({"w": jnp.array([[4.0]])}, avg.init(params), params)
+    _, state, _ = avg.update({"w": jnp.array([[4.0]])}, avg.init(params, 1), params)
     lost, same, _ = avg.update({"w": jnp.array([[99.0]])}, state, params, alive=jnp.zeros(1, bool))
     assert lost["w"].tolist() == [10]
     assert same.outer.held["w"].tolist() == state.outer.held["w"].tolist() == [6]
@@ -154,7 +154,7 @@ def toward(target, outer, dtype, rounds=200):
     avg = wavg.averager(wavg.uniform(), outer=outer)
     params = {"narrow": jnp.ones(3, dtype), "wide": jnp.ones(2)}
     stacked = wavg.replicate(jax.tree.map(lambda x: jnp.full_like(x, target), params), 2)
-    state = avg.init(params)
+    state = avg.init(params, 2)
     update = jax.jit(avg.update, donate_argnums=(1, 2))
     for _ in range(rounds):
         params, state, _ = update(stacked, state, params)
@@ -177,9 +177,9 @@ def test_small_steps_add_up_in_parameters_that_are_stored_in_few_bits(dtype):
 def test_masters_are_kept_only_where_they_are_needed():
     params = {"narrow": jnp.ones(3, jnp.bfloat16), "wide": jnp.ones(2)}
     outer = wavg.outer.lookahead()
-    assert jax.tree.leaves(wavg.averager(wavg.uniform()).init(params)) == []
-    assert jax.tree.leaves(wavg.averager(wavg.uniform(), outer=outer).init({"wide": params["wide"]})) == []
-    (master,) = jax.tree.leaves(wavg.averager(wavg.uniform(), outer=outer).init(params))
+    assert jax.tree.leaves(wavg.averager(wavg.uniform()).init(params, 2)) == []
+    assert jax.tree.leaves(wavg.averager(wavg.uniform(), outer=outer).init({"wide": params["wide"]}, 2)) == []
+    (master,) = jax.tree.leaves(wavg.averager(wavg.uniform(), outer=outer).init(params, 2))
     assert (master.shape, master.dtype) == ((3,), jnp.float32)
 
 
@@ -215,7 +215,7 @@ def test_masters_are_the_same_with_the_replicas_on_several_devices():
     rounds = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=(4, *x.shape)), x.dtype), params) for _ in range(3)]
     there, ends = placement.on(tuple(jax.devices()[:4])), []
     for place in (placement.single(), there):
-        new, state = jax.device_put((params, avg.init(params)), place.shared)
+        new, state = jax.device_put((params, avg.init(params, 4)), place.shared)
         where = (place.shared, place.shared, place.shared)
         update = jax.jit(functools.partial(avg.update, place=place.reduce), out_shardings=where)
         for stacked in rounds:
@@ -241,5 +241,5 @@ def test_masters_are_in_the_checkpoint(tmp_path):
 def test_hyperparameters_of_a_named_outer_optimizer_may_be_injected():
     outer = optax.inject_hyperparams(wavg.outer.lookahead)(alpha=0.25)
     avg, params = wavg.averager(wavg.uniform(), outer=outer), {"w": jnp.zeros(2)}
-    new, _, _ = jax.jit(avg.update)({"w": jnp.full((3, 2), 4.0)}, avg.init(params), params)
+    new, _, _ = jax.jit(avg.update)({"w": jnp.full((3, 2), 4.0)}, avg.init(params, 3), params)
     np.testing.assert_allclose(new["w"], [1, 1], rtol=1e-6)

@@ -26,7 +26,7 @@ def rounds(avg, local, exchange_first=False, **signals):
     update, restart = jax.jit(avg.update), jax.jit(avg.restart)
     replicas, centre = start()
     stacked, params = {"w": jnp.asarray(replicas, jnp.float32)}, {"w": jnp.asarray(centre, jnp.float32)}
-    state = avg.init(params)
+    state = avg.init(params, K)
     for number in range(ROUNDS):
         before = stacked
         if not exchange_first:

@@ -116,8 +116,8 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(weighting):
         stacked = {n: rng.normal(size=(8, *shape)).astype(np.float32) for n, shape in shapes.items()}
         params = wavg.replica({n: x + 1 for n, x in stacked.items()}, 0)
         stacked["small"][1, 2, 3] = NAN
-        new, _, _ = update(stacked, avg.init(params), params, alive=alive)
-        alone, _, _ = update(jax.tree.map(lambda x: x[alive], stacked), avg.init(params), params, alive=alive[alive])
+        new, _, _ = update(stacked, avg.init(params, 8), params, alive=alive)
+        alone, _, _ = update(jax.tree.map(lambda x: x[alive], stacked), avg.init(params, 3), params, alive=alive[alive])
         jax.tree.map(np.testing.assert_array_equal, new, alone)
 
 

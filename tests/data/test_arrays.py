@@ -22,8 +22,8 @@ def test_input_types(given, kept):
     np.testing.assert_array_equal(data.train.x, X.astype(given).astype(kept))
 
 
-@pytest.mark.parametrize("labels", [Y, Y.astype(np.uint8), Y.astype(float), Y.tolist()])
-def test_labels_that_are_whole_numbers_become_int32(labels):
+@pytest.mark.parametrize("labels", [Y, Y.astype(np.uint8), Y.astype(np.uint64), Y.tolist()])
+def test_integer_labels_become_int32(labels):
     data = from_arrays(X, labels, X[:1], [0], name="mine")
     assert data.train.y.dtype == np.int32
     assert data.train.y.tolist() == Y.tolist()
@@ -38,8 +38,8 @@ def spoilt(x, index, value):
 
 NAN = spoilt(spoilt(X, (2, 1), np.nan), (5, 3), np.inf)
 REFUSED = {
-    "lengths": ({"y_train": Y[:5]}, "6 train inputs but 5 labels"),
-    "test lengths": ({"y_test": Y[:2]}, "1 test inputs but 2 labels"),
+    "lengths": ({"y_train": Y[:5]}, "6 train inputs but 5 targets"),
+    "test lengths": ({"y_test": Y[:2]}, "1 test inputs but 2 targets"),
     "empty": ({"x_train": X[:0], "y_train": Y[:0]}, r"train inputs have shape \(0, 4\).*at least one"),
     "empty test": ({"x_test": X[:0], "y_test": Y[:0]}, r"test inputs have shape \(0, 4\)"),
     "no feature axis": ({"x_train": X[:, 0]}, r"shape \(6,\)"),
@@ -47,11 +47,14 @@ REFUSED = {
     "overflow": ({"x_train": X.astype(float) * 1e38}, "infinite in float32"),
     "test nan": ({"x_test": NAN[2:3]}, r"test inputs hold 1 values.*\[0, 1\]"),
     "text": ({"x_train": X.astype(str)}, "inputs are of type <U"),
-    "one-hot": ({"y_train": np.eye(6)}, r"labels have shape \(6, 6\): give one class number"),
-    "half a label": ({"y_train": Y + 0.5}, "6 values that are not class numbers, the first at index 0 is 0.5"),
-    "nan label": ({"y_train": [0, 1, np.nan, 0, 1, 2]}, "1 values that are not class numbers.*index 2 is nan"),
-    "huge label": ({"y_train": Y + 2**40}, "6 values that are not class numbers"),
-    "text label": ({"y_train": list("abcdef")}, "labels are of type <U1"),
+    "one-hot": ({"y_train": np.eye(6)}, r"a test target is int32\(\), a training target float32\(6,\)"),
+    "half a label": ({"y_train": Y + 0.5}, "a test target is int32.*a training target float32"),
+    "nan target": ({"y_train": [0, 1, np.nan, 0, 1, 2]}, r"1 values that are NaN.*first at index \[2\]"),
+    "floats of classes": ({"y_train": Y + 0.5, "y_test": [0.5], "classes": 3}, "are floats.*give integers, or no cl"),
+    "one target": ({"y_train": 3}, r"train targets have shape \(\): give one per sample"),
+    "no targets": ({"y_train": np.zeros((6, 0))}, r"train targets have shape \(6, 0\)"),
+    "huge label": ({"y_train": Y + 2**40}, "6 numbers beyond int32, the first at index .0.: number them from 0"),
+    "text label": ({"y_train": list("abcdef")}, "targets are of type <U1"),
     "negative label": ({"y_train": Y - 1}, r"2 train labels are not in \[0, 2\), the first at index 0 is -1"),
     "label too large": ({"classes": 2}, r"2 train labels are not in \[0, 2\), the first at index 2 is 2"),
     "test label too large": ({"y_test": [3], "classes": 3}, r"1 test labels are not in \[0, 3\)"),
@@ -67,7 +70,7 @@ REFUSED = {
     "infinite classes": ({"classes": np.inf}, "give a whole number"),
     "classes by name": ({"classes": ["a", "b", "c"]}, "give a whole number"),
     "ragged inputs": ({"x_train": [[1.0], [1.0, 2.0]]}, "train inputs do not form an array .*samples of one shape"),
-    "ragged labels": ({"y_train": [[1], [1, 2]]}, "train labels do not form an array"),
+    "ragged labels": ({"y_train": [[1], [1, 2]]}, "train targets do not form an array"),
     "sample type": ({"x_test": X[:1].astype(np.uint8)}, "give both in one shape and type"),
 }
 
@@ -86,6 +89,58 @@ def test_more_classes_than_are_seen_may_be_said_and_one_alone_is_warned_of():
     with pytest.warns(WavgWarning, match="mine: every training sample has label 2, so there is nothing") as caught:
         assert from_arrays(X, Y * 0 + 2, X[:1], [0], classes=3, name="mine").classes == 3
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 2, 3)])
+def test_floating_targets_of_any_shape_are_regression(shape, tmp_path):
+    y = np.linspace(-1, 1, np.prod(shape)).reshape(shape)
+    np.savez(tmp_path / "mine.npz", x_train=X, y_train=y, x_test=X[:1], y_test=y[:1])
+    for data in (from_arrays(X, y, X[:1], y[:1], name="mine"), from_npz(tmp_path / "mine.npz")):
+        assert (data.name, data.classes, data.train.y.dtype) == ("mine", None, np.float32)
+        np.testing.assert_array_equal(data.train.y, y.astype(np.float32))
+    left, held = hold_out(data.train, 2, seed=0)
+    assert (left.y.shape, held.y.shape) == ((4, *shape[1:]), (2, *shape[1:]))
+
+
+TEXT = np.array([[0, 3, 1, 2], [4, 3, 0, 1]])
+
+
+def text(dtype=np.int64, **options):
+    x, y = TEXT[:, :-1].astype(dtype), TEXT[:, 1:].astype(dtype)
+    return from_arrays(x, y, x[:1], y[:1], **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("uint8", "uint8"), ("uint16", "uint16"), ("int64", "int32"), ("uint32", "int32")]
+)
+def test_tokens_stay_integers_and_the_largest_of_inputs_and_targets_sizes_the_vocabulary(given, kept):
+    data = text(given)
+    assert (data.train.x.dtype, data.test.x.dtype, data.train.y.dtype) == (kept, kept, np.int32)
+    assert data.classes == 5  # no target is 4
+    np.testing.assert_array_equal(data.train.x, TEXT[:, :-1])
+    np.testing.assert_array_equal(data.train.y, TEXT[:, 1:])
+    assert text(given, classes=9).classes == 9
+
+
+def test_tokens_in_an_npz_file_may_say_their_vocabulary(tmp_path):
+    np.savez(tmp_path / "mine.npz", x_train=TEXT, y_train=TEXT, x_test=TEXT[:1], y_test=TEXT[:1], classes=7)
+    data = from_npz(tmp_path / "mine.npz")
+    assert (data.classes, data.train.x.dtype) == (7, np.int32)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_and_their_place_is_named():
+    with pytest.raises(
+        DataError, match=r"arrays: 1 train input tokens are not in \[0, 4\), the first at index 1, 0 is 4"
+    ):
+        text(classes=4)
+    with pytest.raises(DataError, match=r"2 train labels are not in \[0, 3\), the first at index 0, 0 is 3"):
+        text(classes=3)
+
+
+def test_images_beside_a_label_for_every_pixel_stay_images():
+    x = np.zeros((3, 2, 2), np.uint8)
+    data = from_arrays(x, x + 1, x, x)
+    assert (data.train.x.dtype, data.classes, data.train.y.shape) == (np.uint8, 2, (3, 2, 2))
 
 
 def test_npz_round_trip(tmp_path):
@@ -134,7 +189,7 @@ NOT_NPZ = {
     "a billion classes": (archive(**WHOLE, classes=10**9), "1000000000 classes for 6"),
     "half a class": (archive(**WHOLE, classes=3.5), "number of classes is .*3.5"),
     "two numbers of classes": (archive(**WHOLE, classes=[3, 4]), "number of classes"),
-    "refused": (archive(x_train=X, y_train=Y[1:], x_test=X, y_test=Y), "mine: 6 train inputs but 5 labels"),
+    "refused": (archive(x_train=X, y_train=Y[1:], x_test=X, y_test=Y), "mine: 6 train inputs but 5 targets"),
 }
 
 

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from wavg_jax.base import DataError, SettingsError
-from wavg_jax.data import crop_flip, digits, dirichlet, iid, load, pool, shard
+from wavg_jax.data import crop_flip, digits, dirichlet, from_arrays, iid, load, per_channel, pool, shard, sized
 
 
 def split_iid(split, seed):
@@ -72,6 +72,50 @@ def test_pool_is_one_shard_of_all_with_the_same_labels():
     np.testing.assert_array_equal(pooled.shards[0], np.arange(1200))
     assert pooled.train.y is data.train.y
     assert pooled.noisy == data.noisy == (2,)
+
+
+def numbers(shape=()):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, *shape))
+    return from_arrays(x, y, x[:2], y[:2])
+
+
+def tokens(dtype=np.uint8):
+    text = np.random.default_rng(0).integers(0, 9, (20, 5)).astype(dtype)
+    return from_arrays(text[:, :-1], text[:, 1:], text[:2, :-1], text[:2, 1:], classes=9)
+
+
+@pytest.mark.parametrize(
+    "partition", [lambda split, seed: iid(len(split.y), 3, seed), lambda split, seed: sized(len(split.y), (1, 2), seed)]
+)
+@pytest.mark.parametrize(
+    ("dataset", "y"), [(numbers(), ()), (numbers((2, 3)), (2, 3)), (tokens(), (4,)), (tokens(np.int64), (4,))]
+)
+def test_targets_of_any_shape_are_held_out_sharded_and_pooled(dataset, y, partition):
+    data = shard(dataset, partition, heldout=4, seed=0)
+    assert data.classes == dataset.classes
+    assert (data.train.y.shape, data.heldout.y.shape) == ((16, *y), (4, *y))
+    assert data.train.y.dtype == data.heldout.y.dtype == dataset.train.y.dtype
+    together = np.concatenate([data.train.y, data.heldout.y])
+    np.testing.assert_array_equal(np.sort(together, axis=0), np.sort(dataset.train.y, axis=0))
+    assert len(pool(data).shards[0]) == 16
+
+
+@pytest.mark.parametrize("scale", [per_channel, None])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+def test_tokens_reach_the_network_as_they_are_in_int32(dtype, scale):
+    data = shard(tokens(dtype), lambda split, seed: iid(len(split.y), 2, seed), heldout=4, seed=0, scale=scale)
+    x = data.prepare(data.test.x)
+    assert x.dtype == np.int32
+    np.testing.assert_array_equal(x, data.test.x)
+
+
+@pytest.mark.parametrize("dataset", [numbers(), numbers((2,)), tokens()])
+def test_label_noise_and_skew_need_class_labels(dataset):
+    with pytest.raises(SettingsError, match=r"noisy=.* needs one class per sample, integer labels \[N\]"):
+        shard(dataset, lambda split, seed: iid(len(split.y), 2, seed), heldout=4, seed=0, noisy=(1,))
+    with pytest.raises(SettingsError, match=r"dirichlet partition needs one class per sample, integer labels \[N\]"):
+        shard(dataset, lambda split, seed: dirichlet(split.y, 2, 1.0, seed), heldout=4, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,11 @@ def test_label_noise_touches_noisy_shards_alone():
     assert (noisy != label_noise(LABELS, shards, (1, 3), 10, seed=6)).any()
 
 
+@pytest.mark.parametrize("targets", [np.linspace(0, 1, 10), np.zeros((10, 3)), np.zeros((10, 4), np.int32)])
+def test_without_noisy_shards_targets_of_any_shape_stay(targets):
+    assert label_noise(targets, iid(10, 2, 0), (), None, 0) is targets
+
+
 def test_a_shard_has_the_same_noise_whichever_others_have_some():
     shards = iid(1000, 4, 0)
     one, two = (label_noise(LABELS, shards, noisy, 10, seed=5) for noisy in ((1,), (0, 1)))
@@ -119,7 +124,10 @@ REFUSED = {
     "the samples for their number": (lambda: iid(LABELS, 4, 0), "number of training samples, is array.*whole"),
     "proportions in words": (lambda: sized(9, "half", 0), "one positive number per replica"),
     "one proportion": (lambda: sized(9, 2.0, 0), "one positive number per replica"),
-    "labels of one-hot": (lambda: dirichlet(np.eye(9), 4, 1.0, 0), r"labels have shape \(9, 9\)"),
+    "labels of one-hot": (lambda: dirichlet(np.eye(9), 4, 1.0, 0), r"one class per sample.*shape \(9, 9\)"),
+    "dirichlet of floats": (lambda: dirichlet(LABELS + 0.5, 4, 1.0, 0), "dirichlet .*integer labels .*are float64"),
+    "noise in floats": (lambda: label_noise(LABELS / 2, iid(1000, 4, 0), (1,), None, 0), "noisy=. needs one class per"),
+    "noise in tokens": (lambda: label_noise(LABELS[None], iid(1, 1, 0), (0,), 10, 0), r"int64 of shape \(1, 1000\)"),
     "alpha in words": (lambda: dirichlet(LABELS, 4, "strong", 0), "--alpha. is 'strong'; it must be"),
     "dirichlet half a replica": (lambda: dirichlet(LABELS, 4.0, 1.0, 0), "replicas is 4.0"),
     "shards too small by half": (lambda: dirichlet(LABELS, 4, 1.0, 0, min_size=1.5), "min_size is 1.5"),

@@ -58,7 +58,7 @@ def at_80(monkeypatch):
     """Makes the terminal one of 80 columns, and returns what is written to it."""
     written = io.StringIO()
     screen = Console(file=written, width=80, force_terminal=True, force_jupyter=False, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda stderr: screen)
+    monkeypatch.setattr("rich.console.Console", lambda stderr: screen)
     return written
 
 

@@ -40,9 +40,6 @@ FALLBACKS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 def _random(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from wavg_jax.base import Batch, DataError, SettingsError, Task
-from wavg_jax.models import CNN, MLP, classifier, from_linen, from_nnx
+from wavg_jax.models import CNN, MLP, classifier, from_linen, from_nnx, language_model, regressor
 from wavg_jax.models.conv import fast_conv, max_pool
 
 K = 3
@@ -78,9 +78,6 @@ ROWS = {
     "nnx": Row(from_nnx(lambda rngs: NnxNet(rngs), SHAPE), True, True),
 }
 every_row = pytest.mark.parametrize("name", ROWS)
-
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @cache
@@ -252,6 +249,18 @@ def test_batch_norm_statistics_move_by_a_tenth_towards_the_batch():
     np.testing.assert_allclose(new["mean"], [0.2, 0.0, 0.6], rtol=1e-6)
     np.testing.assert_allclose(new["var"], [0.9 + 0.1, 0.9, 0.9 + 0.4], rtol=1e-6)
     np.testing.assert_array_equal(mutable["mean"], np.zeros(3))
+
+
+def test_an_nnx_module_becomes_a_regressor_or_a_language_model():
+    task = from_nnx(lambda rngs: nnx.Linear(2, 1, rngs=rngs), (2,), make=regressor)
+    batch = Batch(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([[1.0], [1.0]]))
+    params = {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}
+    loss, _ = task.loss(params, {}, batch, jax.random.key(0))
+    assert float(loss) == 2.0  # errors 2 and 0
+    assert set(task.measure(task.predict(params, {}, batch.x), batch)) == {"loss", "absolute_error"}
+    task = from_nnx(lambda rngs: nnx.Embed(5, 5, rngs=rngs), (3,), dtype=jnp.int32, make=language_model)
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    assert jax.eval_shape(lambda: task.predict(*task.init(jax.random.key(0)), tokens)).shape == (2, 3, 5)
 
 
 def _nnx_weights(params: dict) -> dict:

@@ -15,9 +15,6 @@ SHAPE = (8, 8, 1)
 TASK = from_linen(ResNet(classes=3, blocks=1, width=4), SHAPE)
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @cache
 def _initial():
     return filled(TASK)

@@ -23,9 +23,6 @@ def _task(length: int = T, tokens=jnp.uint8, **attributes):
 TASK = _task()
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @cache
 def _initial():
     return filled(TASK)

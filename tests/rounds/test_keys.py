@@ -18,8 +18,6 @@ from wavg_jax import models
 from wavg_jax.averaging import smoothing
 from wavg_jax.rounds import keys, policy
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 K, H, ROUNDS, BATCHES = 2, 3, 2, 2
 RERUN = BATCHES + H
 """Batches on which statistics are re-estimated: by the policy, and all H of the round for smoothed parameters."""

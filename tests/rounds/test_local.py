@@ -92,7 +92,7 @@ def test_one_local_step_of_sgd_then_plain_averaging_is_synchronous_data_parallel
     train = jax.vmap(wavg.local_steps(task, inner), in_axes=(0, 0, None))
     avg = wavg.averager(wavg.uniform())
     params, _ = task.init(jax.random.key(0))
-    together, state = params, avg.init(params)
+    together, state = params, avg.init(params, K)
     for number in range(6):
         items = batches(steps=1, seed=number)
         replicas = replicas_of(task, inner)._replace(params=wavg.replicate(params, K))

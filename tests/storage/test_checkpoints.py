@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import pathlib
@@ -209,10 +210,11 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_let_go", pytest.fail)  # there are no writes to wait for
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(wavg.WorkdirError, match="no checkpoint can be written"),
+        pytest.raises(wavg.WorkdirError, match="no checkpoint can be written") as raised,
         open_checkpoints(tmp_path / "file" / "x"),
     ):
         pass
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOTDIR, str(tmp_path / "file" / "x"))
 
 
 @pytest.mark.parametrize("damage", ["flipped bytes", "sums gone", "nothing left"])
@@ -352,6 +354,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_is_gone_on_with_when_freed(
     with pytest.raises(wavg.WorkdirError, match="free the disk") as raised:
         run(sharded(), AVERAGER, workdir=disk / "run", **OPTIONS)
     assert "\n" not in str(raised.value)
+    assert raised.value.errno == errno.ENOSPC
     assert not list(disk.rglob("*tmp*"))
     assert {path.name for path in (disk / "run" / FOLDER).iterdir()} <= {"3"}
     ballast.unlink()

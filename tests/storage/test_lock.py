@@ -180,3 +180,5 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
         with pytest.raises(wavg.WorkdirError, match="cannot be used") as raised, lock.hold(folder):
             pass
         assert "\n" not in str(raised.value)
+        assert raised.value.errno
+        assert raised.value.filename == str(folder)

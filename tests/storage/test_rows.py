@@ -1,5 +1,6 @@
 """Rows: whole lines or none, strict JSON, and what is kept when a run goes on."""
 
+import errno
 import json
 import os
 import stat
@@ -114,8 +115,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(WorkdirError, match="No space left"):
+    with pytest.raises(WorkdirError, match="No space left") as raised:
         records.write_atomically(target, b"new and longer")
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(target))
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
@@ -140,10 +142,24 @@ def test_a_failed_append_leaves_whole_lines(tmp_path, monkeypatch):
     written.append(header())
     before = (tmp_path / "rows.jsonl").read_bytes()
     monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(WorkdirError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as raised:
         written.append(row(1))
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "rows.jsonl"))
+    assert str(raised.value) == (
+        f"{tmp_path / 'rows.jsonl'} cannot be written: No space left on device; free the disk and --resume"
+    )
     assert (tmp_path / "rows.jsonl").read_bytes() == before
     assert len(written.rows) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_an_os_error_with_errno_and_filename(tmp_path):
+    (tmp_path / "file").write_text("")
+    for use in (records.check_writable, Records):
+        with pytest.raises(OSError, match=r"^the folder .* cannot be .*choose another") as raised:
+            use(tmp_path / "file")
+        assert isinstance(raised.value, WorkdirError)
+        assert raised.value.errno in (errno.ENOTDIR, errno.EEXIST)
+        assert raised.value.filename.startswith(str(tmp_path / "file"))
 
 
 def test_without_a_folder_rows_stay_in_memory(tmp_path):

@@ -121,7 +121,7 @@ def test_an_outer_step_that_is_not_finite_is_not_taken_and_ends_the_run(outer):
 def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_outer_step_overflows():
     averager = wavg.averager(wavg.uniform(), outer=wavg.outer.nesterov(3e38))
     params = {"w": np.float32([1, 2])}
-    state = averager.init(params)
+    state = averager.init(params, 2)
     new, after, weights = averager.update({"w": np.float32([[5, 6], [7, 8]])}, state, params)
     assert new["w"].tolist() == [1, 2]
     assert weights.tolist() == [0, 0]
@@ -136,7 +136,7 @@ def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_oute
 def test_a_step_that_would_leave_the_outer_state_infinite_is_not_taken(outer, start, far, standard_promotion):
     averager = wavg.averager(wavg.uniform(), outer=outer)
     params = {"w": np.float32([start, 2])}
-    state = averager.init(params)
+    state = averager.init(params, 2)
     new, after, weights = averager.update({"w": np.float32([[far, 5], [far, 7]])}, state, params)
     jax.tree.map(np.testing.assert_array_equal, (new, after), (params, state))
     assert weights.tolist() == [0, 0]
@@ -148,7 +148,7 @@ def test_what_was_infinite_in_the_outer_state_before_is_not_held_against_a_step(
     )
     averager = wavg.averager(wavg.uniform(), outer=optax.chain(bound, optax.sgd(1.0)))
     params = {"w": np.float32([1, 2])}
-    new, _, weights = averager.update({"w": np.float32([[5, 6], [7, 8]])}, averager.init(params), params)
+    new, _, weights = averager.update({"w": np.float32([[5, 6], [7, 8]])}, averager.init(params, 2), params)
     np.testing.assert_allclose(new["w"], [6, 7], rtol=1e-6)
     np.testing.assert_allclose(weights, [0.5, 0.5])
 

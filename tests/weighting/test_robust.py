@@ -15,7 +15,7 @@ from wavg_jax.averaging import reduce
 from wavg_jax.devices import placement
 from wavg_jax.weighting import robust
 
-WEIGHTINGS = {
+SCHEMES = {
     "median": robust.coordinate_median(),
     "trimmed": robust.trimmed_mean(1),
     "geometric": robust.geometric_median(),
@@ -23,7 +23,7 @@ WEIGHTINGS = {
     "multi_krum": robust.multi_krum(1, keep=3),
 }
 AVERAGERS = {
-    **{name: wavg.averager(scheme) for name, scheme in WEIGHTINGS.items()},
+    **{name: wavg.averager(scheme) for name, scheme in SCHEMES.items()},
     "clipped": wavg.averager(wavg.uniform(), transform=robust.clip_deltas()),
     "clipped_to_2": wavg.averager(wavg.uniform(), transform=robust.clip_deltas(2.0)),
 }
@@ -40,7 +40,7 @@ def weigher(scheme):
     return jax.jit(weigh)
 
 
-WEIGH = {name: weigher(scheme) for name, scheme in WEIGHTINGS.items()}
+WEIGH = {name: weigher(scheme) for name, scheme in SCHEMES.items()}
 
 
 def column(*values):
@@ -62,7 +62,7 @@ def flat(stacked):
 def run(name, stacked, params, alive=None):
     """One round. Always with a mask, so that every shape compiles once."""
     alive = jnp.ones(len(jax.tree.leaves(stacked)[0]), bool) if alive is None else alive
-    return UPDATES[name](stacked, AVERAGERS[name].init(params), params, alive=alive)
+    return UPDATES[name](stacked, AVERAGERS[name].init(params, alive.shape[0]), params, alive=alive)
 
 
 def by_hand(name, values, alive=None):
@@ -142,7 +142,7 @@ def test_the_geometric_median_of_a_quadrangle_is_where_its_diagonals_cross():
     avg = wavg.averager(robust.geometric_median(iterations=200))
     params = {"w": jnp.zeros(2)}
     corners = {"w": jnp.array([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 4.0]])}
-    new, _, _ = jax.jit(avg.update)(corners, avg.init(params), params)
+    new, _, _ = jax.jit(avg.update)(corners, avg.init(params, 4), params)
     np.testing.assert_allclose(new["w"], [4 / 3, 4 / 3], rtol=1e-4)
 
 

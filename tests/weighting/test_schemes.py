@@ -18,14 +18,13 @@ from wavg_jax.averaging import outer
 from wavg_jax.averaging.averager import averager
 from wavg_jax.base import Weighting
 from wavg_jax.devices import placement
-from wavg_jax.weighting import robust, search, wrappers
-from wavg_jax.weighting import scores as weighting
+from wavg_jax.weighting import robust, scores, search, wrappers
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER
 
 NAN, INF = float("nan"), float("inf")
 K = 5
 ALL = (True,) * K
-MODULES = (weighting, wrappers, search, robust)
+MODULES = (scores, wrappers, search, robust)
 
 
 def public_weightings():
@@ -57,32 +56,30 @@ class Row(NamedTuple):
 
 
 TABLE = {
-    "uniform": Row(weighting.uniform),
-    "proportional": Row(lambda: weighting.proportional("accuracy")),
-    "proportional/power": Row(lambda: weighting.proportional("accuracy", chance=0.2, power=3.0)),
-    "inverse": Row(lambda: weighting.inverse("loss")),
-    "inverse/layers": Row(lambda: weighting.inverse("layer_grad_norm")),
-    "softmax": Row(lambda: weighting.softmax("loss", 0.2)),
-    "softmax/standardise": Row(lambda: weighting.softmax("accuracy", 0.5, standardise=True)),
-    "rank": Row(lambda: weighting.rank("macro_f1")),
-    "best": Row(lambda: weighting.best("train_loss")),
-    "fisher_merging": Row(weighting.fisher_merging),
-    "fisher_merging/normalise": Row(lambda: weighting.fisher_merging(normalise=True)),
-    "uniform_floor": Row(lambda: wrappers.uniform_floor(weighting.fisher_merging(), 0.1), floors=True),
-    "momentum": Row(lambda: wrappers.momentum(weighting.softmax("loss", 0.2), 0.9)),
-    "momentum/layers": Row(lambda: wrappers.momentum(weighting.inverse("layer_grad_norm"), 0.5)),
-    "smooth_signals": Row(lambda: wrappers.smooth_signals(weighting.fisher_merging())),
-    "shortlist": Row(lambda: wrappers.shortlist(weighting.softmax("loss", 0.2), 3)),
+    "uniform": Row(scores.uniform),
+    "proportional": Row(lambda: scores.proportional("accuracy")),
+    "proportional/power": Row(lambda: scores.proportional("accuracy", chance=0.2, power=3.0)),
+    "inverse": Row(lambda: scores.inverse("loss")),
+    "inverse/layers": Row(lambda: scores.inverse("layer_grad_norm")),
+    "softmax": Row(lambda: scores.softmax("loss", 0.2)),
+    "softmax/standardise": Row(lambda: scores.softmax("accuracy", 0.5, standardise=True)),
+    "rank": Row(lambda: scores.rank("macro_f1")),
+    "best": Row(lambda: scores.best("train_loss")),
+    "fisher_merging": Row(scores.fisher_merging),
+    "fisher_merging/normalise": Row(lambda: scores.fisher_merging(normalise=True)),
+    "uniform_floor": Row(lambda: wrappers.uniform_floor(scores.fisher_merging(), 0.1), floors=True),
+    "momentum": Row(lambda: wrappers.momentum(scores.softmax("loss", 0.2), 0.9)),
+    "momentum/layers": Row(lambda: wrappers.momentum(scores.inverse("layer_grad_norm"), 0.5)),
+    "smooth_signals": Row(lambda: wrappers.smooth_signals(scores.fisher_merging())),
+    "shortlist": Row(lambda: wrappers.shortlist(scores.softmax("loss", 0.2), 3)),
     "shortlist/robust": Row(lambda: wrappers.shortlist(robust.coordinate_median(), 3), falls_back=True),
     "grawa": Row(wrappers.grawa),
     "grawa/layers": Row(lambda: wrappers.grawa(layerwise=True)),
     "greedy_soup": Row(lambda: search.greedy_soup("accuracy"), ordered=True),
-    "learned": Row(lambda: search.learned(weighting.softmax("loss", 0.2), steps=3)),
+    "learned": Row(lambda: search.learned(scores.softmax("loss", 0.2), steps=3)),
     "learned/carry": Row(lambda: search.learned(steps=3, carry=True), floors=True),
-    "best_of": Row(
-        lambda: search.best_of(weighting.best("ece"), wrappers.momentum(weighting.softmax("loss", 0.2), 0.9))
-    ),
-    "best_of/mixed": Row(lambda: search.best_of(weighting.fisher_merging(), robust.krum(1), signal="accuracy")),
+    "best_of": Row(lambda: search.best_of(scores.best("ece"), wrappers.momentum(scores.softmax("loss", 0.2), 0.9))),
+    "best_of/mixed": Row(lambda: search.best_of(scores.fisher_merging(), robust.krum(1), signal="accuracy")),
     "coordinate_median": Row(robust.coordinate_median),
     "trimmed_mean": Row(lambda: robust.trimmed_mean(1)),
     "geometric_median": Row(robust.geometric_median),

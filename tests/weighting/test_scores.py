@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wavg_jax as wavg
-from wavg_jax.weighting import scores as weighting
+from wavg_jax import tree
+from wavg_jax.weighting.scores import best, fisher_merging, per_replica, rank
 
 ALL = jnp.ones(4, bool)
 NAN, INF = float("nan"), float("inf")
 
-WEIGHTINGS = {
+SCHEMES = {
     "uniform": wavg.uniform(),
     "proportional": wavg.proportional("accuracy"),
     "inverse": wavg.inverse("loss"),
@@ -24,8 +25,8 @@ WEIGHTINGS = {
     "softmax_accuracy": wavg.softmax("accuracy", 0.1),
     "softmax_standardised": wavg.softmax("loss", 0.5, standardise=True),
     "above_chance": wavg.proportional("accuracy", chance=0.1, power=2.0),
-    "rank": weighting.rank("loss"),
-    "best": weighting.best("loss"),
+    "rank": rank("loss"),
+    "best": best("loss"),
 }
 
 
@@ -63,10 +64,10 @@ def weights_of(scheme, scores, alive=ALL):
     ],
 )
 def test_numbers_worked_by_hand(scheme, scores, expected):
-    np.testing.assert_allclose(weights_of(WEIGHTINGS[scheme], scores), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(weights_of(SCHEMES[scheme], scores), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize(
     "scores",
     [
@@ -82,44 +83,44 @@ def test_numbers_worked_by_hand(scheme, scores, expected):
 )
 @pytest.mark.parametrize("alive", [[True] * 4, [True, False, True, False], [False, False, False, True]])
 def test_any_scores_give_weights_that_sum_to_one_over_the_living(name, scores, alive):
-    weights = weights_of(WEIGHTINGS[name], scores, jnp.array(alive))
+    weights = weights_of(SCHEMES[name], scores, jnp.array(alive))
     assert np.isfinite(weights).all()
     assert (weights >= 0).all()
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
     assert (weights[~np.array(alive)] == 0).all()
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_no_usable_score_means_equal_weights_over_the_living(name):
-    weights = weights_of(WEIGHTINGS[name], [NAN] * 4, jnp.array([True, True, False, True]))
+    weights = weights_of(SCHEMES[name], [NAN] * 4, jnp.array([True, True, False, True]))
     np.testing.assert_allclose(weights, [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(WEIGHTINGS) - {"uniform"}))
+@pytest.mark.parametrize("name", sorted(set(SCHEMES) - {"uniform"}))
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_replica_without_a_usable_score_counts_nothing_beside_others(name, bad):
-    weights = weights_of(WEIGHTINGS[name], [bad, 0.5, 0.5, 0.5])
+    weights = weights_of(SCHEMES[name], [bad, 0.5, 0.5, 0.5])
     np.testing.assert_allclose(weights, [0, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_none_alive_gives_all_zero(name):
-    assert weights_of(WEIGHTINGS[name], [1.0, 2.0, 3.0, 4.0], jnp.zeros(4, bool)).tolist() == [0, 0, 0, 0]
+    assert weights_of(SCHEMES[name], [1.0, 2.0, 3.0, 4.0], jnp.zeros(4, bool)).tolist() == [0, 0, 0, 0]
 
 
 @given(st.lists(st.floats(width=32), min_size=4, max_size=4), st.permutations(range(4)))
 def test_permuting_the_replicas_permutes_the_weights(scores, order):
     order = np.array(order)
-    for scheme in WEIGHTINGS.values():
+    for scheme in SCHEMES.values():
         straight = weights_of(scheme, scores)
         assert np.isclose(straight.sum(), 1, rtol=1e-5)
         np.testing.assert_allclose(weights_of(scheme, np.array(scores, np.float32)[order]), straight[order], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
-    with_dead = weights_of(WEIGHTINGS[name], [0.3, NAN, 0.7, 0.4], jnp.array([True, False, True, True]))
-    survivors = weights_of(WEIGHTINGS[name], [0.3, 0.7, 0.4], jnp.ones(3, bool))
+    with_dead = weights_of(SCHEMES[name], [0.3, NAN, 0.7, 0.4], jnp.array([True, False, True, True]))
+    survivors = weights_of(SCHEMES[name], [0.3, 0.7, 0.4], jnp.ones(3, bool))
     np.testing.assert_array_equal(with_dead[[0, 2, 3]], survivors)
 
 
@@ -129,8 +130,8 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
         (wavg.proportional, "val_accuracy", True),
         (wavg.inverse, "val_loss", False),
         (wavg.softmax, "val_loss", False),
-        (weighting.rank, "val_accuracy", True),
-        (weighting.best, "val_loss", False),
+        (rank, "val_accuracy", True),
+        (best, "val_loss", False),
     ],
 )
 def test_every_rule_takes_a_signal_of_ones_own_with_its_direction_and_trusts_the_best_most(rule, signal, higher):
@@ -155,9 +156,9 @@ TREES = {
     "inverse": (wavg.inverse("layer_grad_norm"), False),
     "softmax": (wavg.softmax("layer_grad_norm", 0.3, standardise=True), False),
     "proportional": (wavg.proportional("fisher", power=0.5), True),
-    "rank": (weighting.rank("fisher"), True),
-    "fisher_merging": (weighting.fisher_merging(), True),
-    "fisher_merging_normalised": (weighting.fisher_merging(normalise=True), True),
+    "rank": (rank("fisher"), True),
+    "fisher_merging": (fisher_merging(), True),
+    "fisher_merging_normalised": (fisher_merging(normalise=True), True),
 }
 
 
@@ -182,7 +183,7 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_in_every_layer_and_element
         assert not np.asarray(leaf)[[0, 3]].any()
     last = run_tree(scheme, signal, jnp.arange(5) == 2)
     jax.tree.map(lambda w: np.testing.assert_array_equal(w[2], np.ones_like(w[2])), last)
-    np.testing.assert_array_equal(np.asarray(weighting.per_replica(with_dead))[survivors], weighting.per_replica(alone))
+    np.testing.assert_array_equal(np.asarray(per_replica(with_dead))[survivors], per_replica(alone))
 
 
 @pytest.mark.parametrize("name", sorted(set(TREES) - {"fisher_merging_normalised"}))
@@ -200,16 +201,14 @@ def test_each_layer_and_element_gets_the_weights_of_its_own_scores(name):
 def test_fisher_merging_by_hand():
     # Two replicas, elements (3, 0) and (1, 0): 3/4 and 1/4; both at the floor: equal.
     fisher = {"w": jnp.array([[3.0, 0.0], [1.0, 0.0]])}
-    np.testing.assert_allclose(
-        run_tree(weighting.fisher_merging(), fisher, jnp.ones(2, bool))["w"], [[0.75, 0.5], [0.25, 0.5]]
-    )
+    np.testing.assert_allclose(run_tree(fisher_merging(), fisher, jnp.ones(2, bool))["w"], [[0.75, 0.5], [0.25, 0.5]])
     # Floor 2: (3, 2) and (2, 2).
     np.testing.assert_allclose(
-        run_tree(weighting.fisher_merging(floor=2.0), fisher, jnp.ones(2, bool))["w"], [[0.6, 0.5], [0.4, 0.5]]
+        run_tree(fisher_merging(floor=2.0), fisher, jnp.ones(2, bool))["w"], [[0.6, 0.5], [0.4, 0.5]]
     )
     # Norms 5 and 10 over the whole tree: (3, 4) / 5 = 0.6, 0.8 and (8, 6) / 10 = 0.8, 0.6.
     fisher = {"w": jnp.array([3.0, 8.0])[:, None], "b": jnp.array([4.0, 6.0])[:, None]}
-    weights = run_tree(weighting.fisher_merging(normalise=True), fisher, jnp.ones(2, bool))
+    weights = run_tree(fisher_merging(normalise=True), fisher, jnp.ones(2, bool))
     np.testing.assert_allclose(weights["w"][:, 0], [3 / 7, 4 / 7], rtol=1e-6)
     np.testing.assert_allclose(weights["b"][:, 0], [4 / 7, 3 / 7], rtol=1e-6)
 
@@ -226,12 +225,12 @@ def test_fisher_merging_survives_any_fisher(name):
 def test_weights_per_replica_are_the_mean_over_layers_and_elements():
     # Layer "b" 1 and 0; the elements of "w" 0, 0.5, 1 and 1, 0.5, 0, on average 0.5 each: (1 + 0.5) / 2.
     weights = {"b": jnp.array([1.0, 0.0]), "w": jnp.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])}
-    np.testing.assert_allclose(weighting.per_replica(weights), [0.75, 0.25])
+    np.testing.assert_allclose(per_replica(weights), [0.75, 0.25])
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_weights_are_float32_and_jit_changes_nothing(name):
-    scheme = WEIGHTINGS[name]
+    scheme = SCHEMES[name]
     scores = jnp.array([0.3, 0.9, 0.7, 0.4], jnp.bfloat16)
 
     plain = update.__wrapped__(scheme, scores, ALL)
@@ -260,9 +259,9 @@ def test_effective_replicas():
         (lambda: wavg.softmax("val_loss", higher_is_better="no"), "higher_is_better is 'no'; say True or False"),
         (lambda: wavg.proportional("accuracy", power=0.0), "greater than 0"),
         (lambda: wavg.proportional("accuracy", chance=NAN), "finite"),
-        (lambda: weighting.rank("cosine"), "higher_is_better"),
-        (lambda: weighting.best("cosine"), "higher_is_better"),
-        (lambda: weighting.fisher_merging(floor=-1.0), "0 or more"),
+        (lambda: rank("cosine"), "higher_is_better"),
+        (lambda: best("cosine"), "higher_is_better"),
+        (lambda: fisher_merging(floor=-1.0), "0 or more"),
     ],
 )
 def test_bad_arguments_are_refused(make, says):
@@ -274,3 +273,13 @@ def test_bad_arguments_are_refused(make, says):
 def test_a_signal_of_another_shape_is_refused(scores):
     with pytest.raises(wavg.SettingsError, match=r"'loss'.*one entry per replica"):
         wavg.softmax("loss").update(None, (), None, alive=ALL, loss=jnp.array(scores))
+
+
+@pytest.mark.parametrize("alive", [[True], [True, False, True, True], [True] * 7, [False, False]])
+def test_equal_weights_are_the_same_bits_wherever_they_come_from(alive):
+    alive = jnp.array(alive)
+    equal = tree.equal_weights(alive)
+    assert equal.dtype == jnp.float32
+    np.testing.assert_array_equal(equal, wavg.uniform().update(None, (), None, alive=alive)[0])
+    np.testing.assert_array_equal(equal, wavg.normalise(jnp.zeros(alive.shape), alive))
+    np.testing.assert_array_equal(equal, wavg.normalise(jnp.ones(alive.shape), alive))

@@ -51,7 +51,7 @@ def constant(*weights):
     def update(stacked, state, params, *, alive, **signals):
         return normalise(jnp.float32(weights), alive), state
 
-    return Weighting(lambda params, replicas=None: (), update)
+    return Weighting(lambda params, replicas: (), update)
 
 
 # Greedy soup.
@@ -291,7 +291,7 @@ def test_the_states_of_all_candidates_move_on():
         def update(stacked, state, params, **signals):
             return scheme.update(stacked, (), params, **signals)[0], state + 1
 
-        return Weighting(lambda params, replicas=None: jnp.int32(0), update)
+        return Weighting(lambda params, replicas: jnp.int32(0), update)
 
     scheme = search.best_of(counting(1.0, 0.0), counting(0.0, 1.0), search.learned(carry=True, steps=1))
     _, _, state = blended(scheme, [0.0, 3.0])
@@ -332,10 +332,10 @@ def test_candidates_of_several_granularities(finer, shapes):
         return {"loss": optax.tree.sum(apart)}
 
     def run(scheme, evaluate=evaluate):
-        state = averager(scheme).init(params)
+        state = averager(scheme).init(params, 2)
         return one_round(scheme, evaluate, stacked, state, params, jnp.ones(2, bool), {"loss": jnp.array([1.0, 2.0])})
 
-    scheme = Weighting(lambda params, replicas=None: (), fine)
+    scheme = Weighting(lambda params, replicas: (), fine)
     blend, _, weights = run(search.best_of(inverse("loss"), scheme))
     assert jax.tree.map(jnp.shape, weights) == shapes
     assert float(evaluate(blend, None)["loss"]) < 1e-10
@@ -386,8 +386,8 @@ def by_layer(stacked, state, params, *, alive, **signals):
     return {"w": normalise(signals["accuracy"], alive), "b": normalise(1 / signals["loss"], alive)}, state
 
 
-LAYERED = Weighting(lambda params, replicas=None: (), by_layer, ("accuracy", "loss"))
-WEIGHTINGS = {
+LAYERED = Weighting(lambda params, replicas: (), by_layer, ("accuracy", "loss"))
+SCHEMES = {
     "greedy_soup": search.greedy_soup("loss"),
     "learned": search.learned(),
     "best_of": search.best_of(proportional("accuracy"), search.learned(LAYERED)),
@@ -403,14 +403,14 @@ def schemes(*names):
     return pytest.mark.parametrize("name", marked)
 
 
-every_scheme = schemes(*WEIGHTINGS)
+every_scheme = schemes(*SCHEMES)
 
 
 @functools.cache
 def program(name, place=None):
     """One jitted round of a scheme; what it takes is `inputs(...)`."""
     kwargs = {} if place is None else {"place": place}
-    avg = averager(WEIGHTINGS[name])
+    avg = averager(SCHEMES[name])
 
     def one_round(stacked, state, params, alive, own):
         return avg.update(stacked, state, params, alive=alive, evaluate=problem()[2], **own, **kwargs)
@@ -425,7 +425,7 @@ def inputs(name, keep=slice(None), dtype=jnp.float32):
     params = tree.replica(jax.tree.map(jnp.zeros_like, stacked), 0)
     replicas = tree.count_replicas(stacked)
     own = {signal: values[keep] for signal, values in own.items()}
-    state = averager(WEIGHTINGS[name]).init(params, replicas=replicas)
+    state = averager(SCHEMES[name]).init(params, replicas=replicas)
     return stacked, state, params, jnp.ones(replicas, bool), own
 
 
@@ -541,7 +541,7 @@ def test_needs_are_united():
         (search.best_of, "at least one weighting"),
         (lambda: search.learned(steps=0), "1 or more"),
         (lambda: search.learned(learning_rate=0.1, optimizer=optax.sgd(0.1)), "give one of the two"),
-        (lambda: search.learned(carry=True).init({"x": jnp.zeros(2)}), "replicas=K"),
+        (lambda: search.learned(carry=True).init({"x": jnp.zeros(2)}, None), "replicas is None"),
         (lambda: blended(search.learned(by_part, carry=True), [0.0, 4.0]), "one logit per replica"),
     ],
 )
@@ -551,6 +551,6 @@ def test_bad_arguments_are_refused(make, says):
 
 
 by_part = Weighting(
-    lambda params, replicas=None: (),
+    lambda params, replicas: (),
     lambda stacked, state, params, *, alive, **signals: ({"x": jnp.full(2, 0.5)}, state),
 )

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import wavg_jax as wavg
-from wavg_jax.weighting import scores as weighting
 from wavg_jax.weighting import signals, wrappers
 
 NAN, INF = float("nan"), float("inf")
@@ -121,9 +120,9 @@ def test_a_weighting_is_told_that_those_off_the_shortlist_are_dead():
 
     def look(stacked, state, params, *, alive, blend, **signals):
         seen.update(stacked=stacked, alive=alive)
-        return weighting.normalise(jnp.ones(3), alive), state
+        return wavg.normalise(jnp.ones(3), alive), state
 
-    scheme = wrappers.shortlist(wavg.Weighting(lambda params, replicas=None: (), look), 1)
+    scheme = wrappers.shortlist(wavg.Weighting(lambda params, replicas: (), look), 1)
     stacked = {"w": jnp.array([1.0, 2.0, 3.0])}
     losses = jnp.array([2.0, 1.0, 3.0])
     scheme.update(
@@ -161,7 +160,7 @@ NESTED = {
 INNER = {
     "model": wavg.softmax("loss", standardise=True),
     "layer": wavg.inverse("layer_grad_norm"),
-    "element": weighting.fisher_merging(),
+    "element": wavg.fisher_merging(),
 }
 
 
@@ -210,9 +209,9 @@ def test_the_state_keeps_its_shapes_and_dtypes_so_that_nothing_recompiles(name):
 def test_momentum_knows_the_weights_of_a_search_before_any_is_made():
     def update(stacked, state, params, *, alive, blend, evaluate, loss):
         scores = evaluate(blend(jnp.ones(2) / 2), jnp.ones(2) / 2)["loss"] * loss
-        return jax.tree.map(lambda p: weighting.normalise(scores, alive), params), state
+        return jax.tree.map(lambda p: wavg.normalise(scores, alive), params), state
 
-    search = wavg.Weighting(lambda params, replicas=None: (), update, ("evaluate", "loss"))
+    search = wavg.Weighting(lambda params, replicas: (), update, ("evaluate", "loss"))
     state = wrappers.momentum(search, 0.9).init(PARAMS, 2)
     assert jax.tree.map(jnp.shape, state.weights) == {"w": (2,), "b": (2,)}
     assert wrappers.smooth_signals(search).init(PARAMS, 2).sums.keys() == {"loss"}
@@ -227,8 +226,8 @@ def test_momentum_knows_the_weights_of_a_search_before_any_is_made():
         (lambda: wrappers.smooth_signals(ACCURACY, -0.1), "less than 1"),
         (lambda: wrappers.shortlist(ACCURACY, 0), "1 or more"),
         (lambda: wrappers.shortlist(ACCURACY, 2, "cosine"), "higher_is_better"),
-        (lambda: wrappers.momentum(ACCURACY, 0.5).init(PARAMS), "replicas=K"),
-        (lambda: wrappers.grawa().init(PARAMS), "replicas=K"),
+        (lambda: wrappers.momentum(ACCURACY, 0.5).init(PARAMS, 0), "replicas is 0"),
+        (lambda: wrappers.grawa().init(PARAMS, 2.5), "replicas is 2.5"),
         (
             lambda: rounds(
                 wrappers.shortlist(ACCURACY, 2, "layer_grad_norm"),

@@ -65,8 +65,12 @@ def _as_is(function: Callable) -> Callable:
     return function
 
 
-def _living(stacked: PyTree, alive: jax.Array | None) -> jax.Array:
-    """The replicas that are alive and whose parameters are all finite: bool [K]."""
+def _living(stacked: PyTree, alive: jax.Array | None, check_finite: bool) -> jax.Array:
+    """The replicas that count: those `alive` and, if that is tested here, with finite parameters; bool [K]."""
+    if not check_finite:
+        if alive is None:
+            raise SettingsError("check_finite=False trusts alive=, which is missing; give a bool for each replica, [K]")
+        return checks.mask(alive, tree.count_replicas(stacked))
     finite = tree.all_finite(stacked)
     return finite if alive is None else finite & checks.mask(alive, finite.shape[0])
 
@@ -81,8 +85,8 @@ def _replace(
 ) -> PyTree:
     """`Averager.restart` where every replica is replaced."""
     replicas = _check_restart(stacked, old, new)
-    if alive is not None:
-        checks.mask(alive, replicas)
+    if alive is not None or not check_finite:
+        _living(stacked, alive, check_finite=False)
     return tree.replicate(new, replicas)
 
 
@@ -97,7 +101,7 @@ def _restart(pull: Pull) -> Callable:
         stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
     ) -> PyTree:
         replaced = tree.replicate(new, _check_restart(stacked, old, new))
-        living = _living(stacked, alive) if check_finite else alive
+        living = _living(stacked, alive, check_finite)
         pulled = jax.tree.map(lambda x, o, n: jnp.broadcast_to(one(x, o, n), x.shape), stacked, old, new)
         return tree.select_replicas(living, pulled, replaced)
 
@@ -108,12 +112,7 @@ def _check_update(
     weighting: Weighting, init: Init, stacked: PyTree, state: PyTree, params: PyTree, signals: dict[str, Any]
 ) -> int:
     """Refuses what does not fit together, and returns K."""
-    missing = sorted(set(weighting.needs) - set(signals))
-    if missing:
-        raise SettingsError(
-            f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=... to update; wavg_jax.signals "
-            "says what it is and measures it"
-        )
+    checks.signals(weighting.needs, signals)
     replicas = checks.stacked(stacked, params)
     made = jax.eval_shape(functools.partial(init, replicas=replicas), params)
     fix = f"make it with this averager's init(params, replicas={replicas})"
@@ -217,17 +216,16 @@ def averager(
     >>> params = {"w": jnp.zeros(2)}
     >>> avg = averager(wavg.proportional("accuracy"))
     >>> stacked = {"w": jnp.array([[1.0, 1.0], [5.0, 5.0]])}
-    >>> blend, state, weights = avg.update(stacked, avg.init(params), params, accuracy=jnp.array([0.9, 0.3]))
+    >>> blend, state, weights = avg.update(stacked, avg.init(params, 2), params, accuracy=jnp.array([0.9, 0.3]))
     >>> [round(float(w), 4) for w in weights], blend["w"].round(4).tolist()
     ([0.75, 0.25], [2.0, 2.0])
     """
 
     check_all(_ARGUMENTS, locals())
 
-    def init(params: PyTree, replicas: int | None = None) -> AveragerState:
+    def init(params: PyTree, replicas: int) -> AveragerState:
         checks.parameters("params", params)
-        k = None if replicas is None else as_whole("replicas", replicas, 1)
-        state = weighting.init(params, k)
+        state = weighting.init(params, as_whole("replicas", replicas, 1))
         if outer is None:
             return AveragerState(state, None, None)
         return AveragerState(state, outer.init(tree.as_accumulators(params)), _masters(params))
@@ -243,23 +241,23 @@ def averager(
         **signals: Any,
     ) -> tuple[PyTree, AveragerState, PyTree]:
         replicas = _check_update(weighting, init, stacked, state, params, signals)
-        alive = _living(stacked, alive) if check_finite else alive
+        living = _living(stacked, alive, check_finite)
 
         def send() -> PyTree:
             # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
-            sent = tree.select_replicas(alive, stacked, tree.replicate(params, replicas))
-            return sent if transform is None else transform(sent, params, alive)
+            sent = tree.select_replicas(living, stacked, tree.replicate(params, replicas))
+            return sent if transform is None else transform(sent, params, living)
 
         reduction, sent = place(reduce), send()
         checks.alike("transform(...)", sent, "stacked", stacked, "a transform returns what it was given, changed")
         weights, weighting_state = weighting.update(
-            sent, state.weighting, params, alive=alive, blend=lambda w: reduction(sent, w), **signals
+            sent, state.weighting, params, alive=living, blend=lambda w: reduction(sent, w), **signals
         )
         checks.weights(weights, sent)
-        blend = _apart(alive, lambda: reduction(sent if transform else send(), weights), params)
+        blend = _apart(living, lambda: reduction(sent if transform else send(), weights), params)
         new_params, outer_state, masters = _step(outer, blend, state, params)
         new = (new_params, AveragerState(weighting_state, outer_state, masters))
-        taken = alive.any() & _sound(new_params, outer_state, state.outer)
+        taken = living.any() & _sound(new_params, outer_state, state.outer)
         new_params, new_state = tree.select(taken, new, (params, state))
         return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
 

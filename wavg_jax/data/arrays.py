@@ -24,8 +24,8 @@ class Split(NamedTuple):
     """One part of a data set.
 
     Attributes:
-      x: inputs [N, ...], uint8 or float32, as stored: not yet standardised.
-      y: labels [N], int32.
+      x: inputs [N, ...] as stored, not yet standardised: uint8 or float32, or tokens [N, T] of an integer type.
+      y: targets [N, ...]: classes [N] or tokens [N, T], int32, or float32 numbers of any shape.
     """
 
     x: np.ndarray
@@ -33,20 +33,21 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set for classification.
+    """A data set for classification, regression or language modelling.
 
     Attributes:
       name: what rows and reports call it.
       train: training split.
       test: test split, never used in training or scoring.
-      classes: number of classes; labels lie in [0, classes).
+      classes: number of classes, of tokens the size of the vocabulary; targets lie in [0, classes). None for
+        regression.
       class_names: what reports call the classes, one name for each; None where only their numbers are known.
     """
 
     name: str
     train: Split
     test: Split
-    classes: int
+    classes: int | None
     class_names: tuple[str, ...] | None = None
 
 
@@ -80,46 +81,93 @@ def from_arrays(
 ) -> Dataset:
     """Builds a data set from arrays and checks all of it.
 
+    The type and shape of the targets decide what the data are for:
+
+      integers [N]       classification: one class per sample
+      floats [N, ...]    regression: `classes` is None
+      integers [N, T]    tokens, one at each position: `classes` is the size of the vocabulary
+
+    Beside integer targets [N, T], integer inputs [N, T] are tokens too, uint8 included. They are neither standardised
+    nor converted to floating point. Integer inputs beside one class per sample are features; where they are tokens,
+    pass `shard(scale=None)` and cast them in the network.
+
     Args:
-      x_train: inputs [N, ...]: feature vectors [N, F], images [N, H, W] or [N, H, W, C]. uint8 is kept, which takes a
-        quarter of the memory; every other number type becomes float32.
-      y_train: labels [N], whole numbers in [0, classes).
+      x_train: inputs [N, ...]: feature vectors [N, F], images [N, H, W] or [N, H, W, C], or tokens [N, T]. uint8 is
+        kept, which takes a quarter of the memory, and so are tokens; every other number type becomes float32.
+      y_train: targets [N, ...]; integers lie in [0, classes).
       x_test: inputs [M, ...] with the sample shape and type of `x_train`.
-      y_test: labels [M].
+      y_test: targets [M, ...] with the sample shape and type of `y_train`.
       name: what rows and reports call the data set.
-      classes: number of classes, 2 or more; by default the largest label plus one, all of which must occur in training.
+      classes: number of classes, or size of the vocabulary, 2 or more. By default the largest label plus one, where
+        every smaller label must occur in training, or the largest token of inputs and targets plus one.
 
     Returns:
       The data set. A `WavgWarning` is given if all training labels are the same.
 
     Raises:
-      DataError: lengths, shapes or types do not fit, an array is empty, an input is NaN or infinite, a label is
-        not a whole number in [0, classes), or the number of classes cannot be right.
+      DataError: lengths, shapes or types do not fit, an array is empty, a number is NaN or infinite, a label or token
+        is not in [0, classes), or the number of classes cannot be right.
 
     >>> import numpy as np
     >>> data = from_arrays(np.zeros((3, 2)), [0, 1, 1], np.zeros((1, 2)), [0])
     >>> data.classes, data.train.x.dtype.name, data.train.y.dtype.name
     (2, 'float32', 'int32')
+    >>> from_arrays(np.zeros((3, 2)), [0.5, 1.0, 1.5], np.zeros((1, 2)), [0.0]).classes is None
+    True
+    >>> text = np.frombuffer(b"wavgwavg", np.uint8).reshape(2, 4)
+    >>> data = from_arrays(text[:, :-1], text[:, 1:], text[:1, :-1], text[:1, 1:], classes=128)
+    >>> data.train.x.tolist()[0], data.train.y.tolist()[0]
+    ([119, 97, 118], [97, 118, 103])
     """
-    splits = {"train": (x_train, y_train), "test": (x_test, y_test)}
-    train, test = (Split(_inputs(part, x), _labels(part, y)) for part, (x, y) in splits.items())
+    train, test = _split("train", x_train, y_train), _split("test", x_test, y_test)
     for part, split in (("train", train), ("test", test)):
         if len(split.x) != len(split.y):
-            raise DataError(f"{name}: {len(split.x)} {part} inputs but {len(split.y)} labels: give one label per input")
-    if test.x.shape[1:] != train.x.shape[1:] or test.x.dtype != train.x.dtype:
-        raise DataError(
-            f"{name}: a test sample is {test.x.dtype}{test.x.shape[1:]}, a training sample "
-            f"{train.x.dtype}{train.x.shape[1:]}: give both in one shape and type"
-        )
-    classes = _classes(name, train.y, test.y, classes)
-    for part, split in (("train", train), ("test", test)):
-        wrong = np.flatnonzero((split.y < 0) | (split.y >= classes))
-        if len(wrong):
+            raise DataError(f"{name}: {len(split.x)} {part} inputs but {len(split.y)} targets: give one per input")
+    for what, a, b in (("sample", test.x, train.x), ("target", test.y, train.y)):
+        if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             raise DataError(
-                f"{name}: {len(wrong)} {part} labels are not in [0, {classes}), the first at index {wrong[0]} is "
-                f"{split.y[wrong[0]]}: number the classes from 0"
+                f"{name}: a test {what} is {a.dtype}{a.shape[1:]}, a training {what} {b.dtype}{b.shape[1:]}: "
+                "give both in one shape and type"
             )
+    if train.y.dtype.kind == "f":
+        if classes is not None:
+            raise DataError(f"{name}: the targets are floats, which have no classes: give integers, or no classes=")
+        return Dataset(name, train, test, None)
+    classes = _vocabulary(name, train, test, classes) if train.y.ndim > 1 else _classes(name, train.y, test.y, classes)
+    for part, split in (("train", train), ("test", test)):
+        _check_range(f"{name}: {{}} {part} labels", split.y, classes)
+        if holds_tokens(split):
+            _check_range(f"{name}: {{}} {part} input tokens", split.x, classes)
     return Dataset(name, train, test, classes)
+
+
+def holds_tokens(split: Split) -> bool:
+    """Whether the inputs are tokens: integers [N, T] beside integer targets [N, T].
+
+    >>> text = np.zeros((2, 3), np.uint8)
+    >>> holds_tokens(Split(text, text)), holds_tokens(Split(text, text[:, 0])), holds_tokens(Split(text, text / 2))
+    (True, False, False)
+    """
+    return all(part.ndim == 2 and part.dtype.kind in "ui" for part in split)
+
+
+def _check_range(what: str, values: np.ndarray, classes: int) -> None:
+    """Raises DataError if a label or token is not in [0, classes); `{}` in `what` is for how many."""
+    wrong = np.argwhere((values < 0) | (values >= classes))
+    if len(wrong):
+        first = wrong[0]
+        raise DataError(
+            f"{what.format(len(wrong))} are not in [0, {classes}), the first at index "
+            f"{', '.join(map(str, first))} is {values[tuple(first)]}: number them from 0, or give more classes="
+        )
+
+
+def _vocabulary(name: str, train: Split, test: Split, classes: Any) -> int:
+    """The size of the vocabulary, from the largest token if it is not given."""
+    if classes is None:
+        tokens = [train.y, test.y, *(split.x for split in (train, test) if holds_tokens(split))]
+        classes = max(int(part.max()) for part in tokens) + 1
+    return _as_number(name, classes, len(train.y))
 
 
 def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> int:
@@ -134,18 +182,24 @@ def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> in
                 f"{name}: the largest label is {classes - 1}, but no training sample has label {gap}: fix the labels, "
                 "or say how many classes there are (classes)"
             )
-    number = np.asarray(classes)
-    if number.size != 1 or number.dtype.kind not in "uif" or not float(number.item()).is_integer():
-        raise DataError(f"{name}: the number of classes is {classes!r}: give a whole number (classes)")
-    classes, most = int(number.item()), len(train) + _UNSEEN
-    if not 2 <= classes <= most:
-        raise DataError(
-            f"{name}: {classes} classes for {len(train)} training samples: give labels of at least 2 classes, and of "
-            f"{most} at most (classes)"
-        )
+    classes = _as_number(name, classes, len(train))
     if len(seen) == 1:
         said = f"{name}: every training sample has label {seen[0]}, so there is nothing to tell apart"
         warnings.warn(said, WavgWarning, stacklevel=3)
+    return classes
+
+
+def _as_number(name: str, classes: Any, samples: int) -> int:
+    """The number of classes as an int; DataError if it cannot be right."""
+    number = np.asarray(classes)
+    if number.size != 1 or number.dtype.kind not in "uif" or not float(number.item()).is_integer():
+        raise DataError(f"{name}: the number of classes is {classes!r}: give a whole number (classes)")
+    classes, most = int(number.item()), samples + _UNSEEN
+    if not 2 <= classes <= most:
+        raise DataError(
+            f"{name}: {classes} classes for {samples} training samples: give labels of at least 2 classes, and of "
+            f"{most} at most (classes)"
+        )
     return classes
 
 
@@ -157,46 +211,58 @@ def as_array(what: str, values: ArrayLike) -> np.ndarray:
         raise DataError(f"{what} do not form an array ({_one_line(error)}): give samples of one shape") from None
 
 
-def _inputs(part: str, x: ArrayLike) -> np.ndarray:
-    x = as_array(f"{part} inputs", x)
-    if x.dtype.kind not in "buif":
-        raise DataError(f"{part} inputs are of type {x.dtype}: give uint8 or floating-point numbers")
-    if x.ndim < 2 or not x.size:
-        raise DataError(f"{part} inputs have shape {x.shape}: give [N, ...] with at least one sample and one feature")
-    if x.dtype == np.uint8:
-        return x
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32)
-    finite = np.isfinite(x)
-    if not finite.all():
-        first = ", ".join(str(i) for i in np.unravel_index(int(np.argmin(finite)), x.shape))
+def _split(part: str, x: ArrayLike, y: ArrayLike) -> Split:
+    targets = _targets(part, y)
+    inputs = as_array(f"{part} inputs", x)
+    if inputs.dtype.kind not in "buif":
+        raise DataError(f"{part} inputs are of type {inputs.dtype}: give uint8 or floating-point numbers")
+    if inputs.ndim < 2 or not inputs.size:
         raise DataError(
-            f"{part} inputs hold {x.size - np.count_nonzero(finite)} values that are NaN or infinite in float32, "
+            f"{part} inputs have shape {inputs.shape}: give [N, ...] with at least one sample and one feature"
+        )
+    if holds_tokens(Split(inputs, targets)):
+        inputs = inputs if inputs.dtype.itemsize < 4 else _as_int32(f"{part} input tokens", inputs)
+    elif inputs.dtype != np.uint8:
+        inputs = _as_float32(f"{part} inputs", inputs)
+    return Split(inputs, targets)
+
+
+def _targets(part: str, y: ArrayLike) -> np.ndarray:
+    y = as_array(f"{part} targets", y)
+    if y.dtype.kind not in "buif":
+        raise DataError(f"{part} targets are of type {y.dtype}: give integers from 0, or floating-point numbers")
+    if not y.ndim or (len(y) and not y.size):
+        raise DataError(f"{part} targets have shape {y.shape}: give one per sample, [N] or [N, ...]")
+    return _as_float32(f"{part} targets", y) if y.dtype.kind == "f" else _as_int32(f"{part} targets", y)
+
+
+def _as_float32(what: str, values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    finite = np.isfinite(values)
+    if not finite.all():
+        first = ", ".join(str(i) for i in np.unravel_index(int(np.argmin(finite)), values.shape))
+        raise DataError(
+            f"{what} hold {values.size - np.count_nonzero(finite)} values that are NaN or infinite in float32, "
             f"the first at index [{first}]: fix or drop those samples"
         )
-    return x
+    return values
 
 
-def _labels(part: str, y: ArrayLike) -> np.ndarray:
-    y = as_array(f"{part} labels", y)
-    if y.ndim != 1:
-        raise DataError(f"{part} labels have shape {y.shape}: give one class number per sample, [N]")
-    if y.dtype.kind not in "buif":
-        raise DataError(f"{part} labels are of type {y.dtype}: give whole numbers from 0")
-    with np.errstate(invalid="ignore", over="ignore"):
-        whole = y.astype(np.int32)
-    wrong = np.flatnonzero(whole != y)
+def _as_int32(what: str, values: np.ndarray) -> np.ndarray:
+    whole = values.astype(np.int32)
+    wrong = np.argwhere(whole != values)
     if len(wrong):
+        first = ", ".join(map(str, wrong[0]))
         raise DataError(
-            f"{part} labels hold {len(wrong)} values that are not class numbers, the first at index {wrong[0]} is "
-            f"{y[wrong[0]]}: give whole numbers from 0"
+            f"{what} hold {len(wrong)} numbers beyond int32, the first at index [{first}]: number them from 0"
         )
     return whole
 
 
 def from_npz(path: str | PathLike[str]) -> Dataset:
     """Reads a data set of your own from a `.npz` file with the arrays x_train, y_train, x_test and y_test,
-    and, if not all classes occur in training, the number `classes`.
+    and, if not all classes or tokens occur in training, the number `classes`.
 
     `numpy.savez("mine.npz", x_train=..., y_train=..., x_test=..., y_test=...)` writes one; see `from_arrays` for what
     the arrays may be.

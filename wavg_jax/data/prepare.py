@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import Dataset
+from wavg_jax.data.arrays import Dataset, holds_tokens
 
 Scale = Callable[[tuple[int, ...]], int]
 """`shape of a stored sample -> how many means there are`; number i of a sample has mean i modulo that many."""
@@ -67,28 +67,38 @@ class Prepare:
         return (x.astype(jnp.float32) * scale - mean) / std
 
 
-def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Prepare:
+def as_tokens(x: jax.Array) -> jax.Array:
+    """Casts stored tokens to int32, as embeddings take them."""
+    return jnp.asarray(x, jnp.int32)
+
+
+def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Callable[[jax.Array], jax.Array]:
     """Measures the training split and returns the function that standardises inputs with it, on the device.
 
     Args:
       dataset: whose training split is measured, in float64.
       scale: which numbers have a mean and a deviation in common: `per_channel`, that is per feature for vectors [N, F]
         and per channel for images [N, H, W] and [N, H, W, C], `per_feature`, `overall`, or None, which leaves floats as
-        they are stored and divides uint8 by 255. What is constant in the training split keeps the deviation 1.
+        they are stored and divides uint8 by 255. What is constant in the training split keeps the deviation 1. Tokens
+        have no scale: whatever it is, they are cast to int32 and left alone.
 
     Returns:
-      `x [B, ...] -> float32 [B, ...]`, to be called inside jit.
+      `x [B, ...] -> float32 [B, ...]`, or `as_tokens`, `x [B, T] -> int32 [B, T]`, to be called inside jit.
 
     Raises:
       SettingsError: the scale is none of these.
 
     >>> from wavg_jax.data import from_arrays
     >>> data = from_arrays(np.array([[0.0, 20.0], [4.0, 60.0]]), [0, 1], np.zeros((1, 2)), [0])
-    >>> make_prepare(data).mean, make_prepare(data).std, make_prepare(data, overall).mean
-    ((2.0, 40.0), (2.0, 20.0), (21.0,))
+    >>> make_prepare(data)
+    Prepare(mean=(2.0, 40.0), std=(2.0, 20.0), add_channel=False)
+    >>> make_prepare(data, overall).mean
+    (21.0,)
     """
     if scale not in (None, per_channel, per_feature, overall):
         raise SettingsError(f"scale is {scale!r}; give data.per_channel, data.per_feature, data.overall or None")
+    if holds_tokens(dataset.train):
+        return as_tokens
     x = dataset.train.x
     if scale is None:
         return Prepare((0.0,), (1.0,), add_channel=x.ndim == 3)

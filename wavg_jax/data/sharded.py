@@ -22,8 +22,8 @@ class ShardedData(NamedTuple):
       heldout: samples with true labels on which replicas and blends are scored.
       test: the test split, for the final numbers alone.
       shards: K index arrays into `train`, none of them empty, no sample in two.
-      classes: number of classes.
-      prepare: stored inputs [B, ...] -> the network's inputs [B, ...] float32, inside jit.
+      classes: number of classes, of tokens the size of the vocabulary; None for regression.
+      prepare: stored inputs [B, ...] -> the network's inputs [B, ...], inside jit: float32, or int32 tokens.
       augment: `(rng, prepared x) -> x`, applied in training; or None.
       noisy: numbers of the shards that were given random labels.
       class_names: what reports call the classes; None where only their numbers are known.
@@ -34,7 +34,7 @@ class ShardedData(NamedTuple):
     heldout: Split
     test: Split
     shards: Shards
-    classes: int
+    classes: int | None
     prepare: Callable[[jax.Array], jax.Array]
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     noisy: tuple[int, ...] = ()
@@ -63,14 +63,15 @@ def shard(
       seed: decides the held-out samples, the shards and the noise.
       noisy: numbers of the shards that get random labels.
       augment: `(rng, prepared x) -> x` for training, such as `crop_flip`; or None.
-      scale: which numbers of a sample are standardised together; see `make_prepare`.
+      scale: which numbers of a sample are standardised together; see `make_prepare`. Tokens never are.
 
     Returns:
       The sharded data.
 
     Raises:
       SettingsError: an argument of another type, too many samples held out, more replicas than samples, a noisy shard
-        that there is not, or a partition with an empty shard or with a sample in two.
+        that there is not, `noisy` for targets that are not class labels, or a partition with an empty shard or with a
+        sample in two.
 
     >>> from wavg_jax.data import digits, iid
     >>> data = shard(digits(), lambda split, seed: iid(len(split.y), 4, seed), heldout=237, seed=0)

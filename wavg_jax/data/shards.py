@@ -85,7 +85,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
       K index arrays, int32, ascending.
 
     Raises:
-      SettingsError: the labels are not [N], alpha is not positive, or N // K is less than `min_size`.
+      SettingsError: the labels are not integers [N], alpha is not positive, or N // K is less than `min_size`.
 
     Reference: Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019 (arXiv:1909.06335).
@@ -95,9 +95,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     >>> [len(shard) for shard in shards], sorted(np.concatenate(shards)) == list(range(100))
     ([25, 25, 25, 25], True)
     """
-    labels = as_array("the labels", labels)
-    if labels.ndim != 1:
-        raise SettingsError(f"the labels have shape {labels.shape}: give one class number per sample, [N]")
+    labels = _class_labels("a dirichlet partition", labels)
     _, replicas = _counts(len(labels), replicas)
     min_size = as_whole("min_size", min_size)
     check("the Dirichlet concentration (--alpha)", alpha, number(above=0))
@@ -133,28 +131,41 @@ def _draw_counts(rng: np.random.Generator, mix: np.ndarray, left: np.ndarray, si
     return counts
 
 
-def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classes: int, seed: int) -> np.ndarray:
+def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classes: int | None, seed: int) -> np.ndarray:
     """Replaces every label on the noisy shards by a class drawn uniformly at random, the true one included.
 
     A shard's noise depends on the seed and its number alone, whichever others are noisy too.
 
     Args:
-      labels: labels [N]; they are left as they are.
+      labels: integer labels [N], left unchanged; targets of any shape if no shard is noisy.
       shards: index arrays into `labels`.
       noisy: numbers of the shards to spoil.
-      classes: number of classes.
+      classes: number of classes; None for regression.
       seed: decides the labels.
 
     Returns:
-      New labels [N], int32.
+      New labels [N], int32; the targets themselves if no shard is noisy.
 
     Raises:
-      SettingsError: a number in `noisy` is not that of a shard.
+      SettingsError: a number in `noisy` is not that of a shard, or the targets are not classes.
     """
     noisy = noisy_shards(noisy, len(shards))
-    labels = np.array(labels, np.int32)
+    if not noisy:
+        return labels
+    labels = np.array(_class_labels("label noise (noisy=)", labels), np.int32)
+    classes = as_whole("classes", classes, 1)
     for k in noisy:
         labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
+    return labels
+
+
+def _class_labels(what: str, labels: Any) -> np.ndarray:
+    labels = as_array("the labels", labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "bui":
+        raise SettingsError(
+            f"{what} needs one class per sample, integer labels [N]; the labels are {labels.dtype} of shape "
+            f"{labels.shape}"
+        )
     return labels
 
 

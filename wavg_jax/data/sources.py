@@ -6,6 +6,7 @@ from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Dataset, as_path, from_npz
 from wavg_jax.data.digits import digits
 from wavg_jax.data.published import PUBLISHED
+from wavg_jax.extras import need
 
 
 def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/tensorflow_datasets") -> Dataset:
@@ -22,6 +23,7 @@ def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/t
     Raises:
       SettingsError: there is no such set.
       DataError: it is missing or damaged, and what to do about it.
+      MissingExtra: it comes from TensorFlow Datasets, which is not installed.
 
     >>> load("digits").classes
     10
@@ -32,6 +34,7 @@ def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/t
     if name == "digits":
         return digits()
     if name in PUBLISHED:
+        need("tensorflow_datasets", extra="tfds", why=f"the data set {name!r}")
         # Importing TFDS takes most of a second.
         from wavg_jax.data.tfds_sets import load_tfds
 

@@ -31,7 +31,7 @@ def from_linen(
         needs: [B, classes] for a classifier.
       input_shape: shape of one input, without the batch axis.
       dtype: dtype of the inputs; an integer one where they are tokens.
-      make: `classifier`, `language_model`, or another function that makes a task of `init` and `apply`.
+      make: `classifier`, `language_model`, `regressor`, or another function that makes a task of `init` and `apply`.
 
     Returns:
       A `Task` over plain dicts.

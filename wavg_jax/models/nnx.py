@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from wavg_jax.arguments import SHAPE, Rule, check
+from wavg_jax.arguments import FUNCTION, SHAPE, Rule, check
 from wavg_jax.base import PyTree, SettingsError, Task
-from wavg_jax.models.task import classifier
+from wavg_jax.models.task import Apply, Init, classifier
 
 if TYPE_CHECKING:
     from flax import nnx
 
 
-def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequence[int]) -> Task:
+def from_nnx(
+    make_module: Callable[[nnx.Rngs], nnx.Module],
+    input_shape: Sequence[int],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    make: Callable[[Init, Apply], Task] = classifier,
+) -> Task:
     """Makes a task of an NNX module.
 
     `nnx.Param` variables are the parameters; every other one (BatchNorm's statistics, say) is `mutable`, but for the
@@ -25,16 +32,19 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequenc
     them inside each call, so nothing is shared between replicas or traces.
 
     Args:
-      make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns logits
-        [B, classes]. Dropout and BatchNorm are switched by `module.train()` and `module.eval()`.
+      make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns what
+        `make` needs: logits [B, classes] for a classifier. Dropout and BatchNorm are switched by `module.train()` and
+        `module.eval()`.
       input_shape: shape of one input, without the batch axis. The module is traced on it here, without any
         computation, so that a shape that does not fit shows now.
+      dtype: dtype of the inputs; an integer one where they are tokens.
+      make: `classifier`, `language_model`, `regressor`, or another function that makes a task of `init` and `apply`.
 
     Returns:
       A `Task` over plain dicts.
 
     Raises:
-      SettingsError: if `make_module` returns no NNX module, or the module no logits [B, classes].
+      SettingsError: if `make_module` returns no NNX module, or the module no outputs that `make` can use.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,6 +55,10 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequenc
       ({'bias': (3,), 'kernel': (4, 3)}, {})
       >>> task.predict(params, mutable, jnp.ones((5, 4))).shape
       (5, 3)
+      >>> from wavg_jax.models import regressor
+      >>> task = from_nnx(lambda rngs: nnx.Linear(4, 1, rngs=rngs), input_shape=(4,), make=regressor)
+      >>> task.predict(*task.init(jax.random.key(0)), jnp.ones((5, 4))).shape
+      (5, 1)
     """
     # Importing it takes longer than flax.linen (0.6 s to 0.4), and only those who use NNX should wait for it.
     from flax import nnx
@@ -52,6 +66,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequenc
     makes = Rule(lambda f: callable(f) and not isinstance(f, nnx.Module), "a function, nnx.Rngs -> flax.nnx.Module")
     check("make_module", make_module, makes)
     check("input_shape", input_shape, SHAPE)
+    check("make", make, FUNCTION)
     mutable_filter = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
     abstract = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     if not isinstance(abstract, nnx.Module):
@@ -78,8 +93,8 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequenc
             return logits, mutable
         return logits, nnx.to_pure_dict(nnx.state(module, mutable_filter))
 
-    task = classifier(init, apply)
-    jax.eval_shape(lambda: task.predict(*task.init(jax.random.key(0)), jnp.zeros((1, *input_shape))))
+    task = make(init, apply)
+    jax.eval_shape(lambda: task.predict(*task.init(jax.random.key(0)), jnp.zeros((1, *input_shape), dtype)))
     return task
 
 

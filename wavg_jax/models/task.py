@@ -238,7 +238,7 @@ def _error_sums(outputs: jax.Array, y: jax.Array) -> Sums:
 
 _CLASSIFIER = _Kind(
     _logits("a classifier", ("B", "classes")),
-    _labels("class numbers", "take the argmax of one-hot labels"),
+    _labels("class numbers", "cast whole floats with y.astype(int), take the argmax of one-hot labels"),
     _cross_entropy,
     quality.sums,
     quality.metrics,

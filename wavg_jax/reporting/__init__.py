@@ -12,6 +12,8 @@ Matplotlib, scipy, rich and markdown-it are imported at first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from wavg_jax.base import MissingExtra
+
 if TYPE_CHECKING:
     from wavg_jax.reporting.document import Caller
     from wavg_jax.reporting.publish import summarise, write_report
@@ -29,7 +31,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("wavg_jax"):
             raise
-        raise ImportError(f"reports need {error.name}: pip install 'wavg-jax[report]'") from error
+        raise MissingExtra(f"reports need {error.name}: pip install 'wavg-jax[report]'") from error
 
 
 def __dir__() -> list[str]:

@@ -50,8 +50,8 @@ class Sync(NamedTuple):
 
 
 Policy = Callable[[PyTree, Sync], tuple[PyTree, Callable[[], PyTree]]]
-"""`(stacked, sync) -> (stacked, evaluated)`: the replicas' trees for the next round, and a function `() -> tree`: what the
-global parameters are evaluated with."""
+"""`(stacked, sync) -> (stacked, evaluated)`: the replicas' trees for the next round, and a function `() -> tree`: the
+global tree, for evaluation."""
 
 
 def keep(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:

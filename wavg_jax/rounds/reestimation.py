@@ -12,23 +12,23 @@ _PROBE = 2.0**64
 """So large that rounding removes what a batch adds; a power of two, so that its product with a momentum is exact."""
 
 _PROBES_AGAIN = _PROBE / 4, -_PROBE
-"""Probes of another size and sign, to confirm the momentum. A negative one gives NaN behind a layer that divides by the
-root of its running variance in training."""
+"""Probes of another size and sign, to confirm the momentum. A negative one gives NaN behind a layer that divides by
+the root of its running variance in training."""
 
 _AGREEMENT = 1e-6
 """How far the momenta found by two probes may differ through rounding alone."""
 
 _LEAST, _MOST = 1e-3, 1 - 1e-5
-"""Momenta of an average. A momentum of 1 means a count or a constant, one near 0 something that forgets the probe, such
-as a normalised vector; float32 cannot tell momenta between 1 - 1e-5 and 1 from 1."""
+"""Momenta of an average. A momentum of 1 means a count or a constant, one near 0 something that forgets the probe,
+such as a normalised vector; float32 cannot tell momenta between 1 - 1e-5 and 1 from 1."""
 
 
 def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
     """Builds the re-estimation of one network's mutable collections on batches, with fixed parameters (Izmailov et al.
     2018, arXiv:1803.05407, section 3.2; torch's `update_bn`).
 
-    A BatchNorm statistic is an exponential average, s <- f_i(s) = m s + (1 - m) b_i, of batch statistics b_i that do not
-    depend on s in training mode. Wanted is their mean over the batches, independent of the old s:
+    A BatchNorm statistic is an exponential average, s <- f_i(s) = m s + (1 - m) b_i, of batch statistics b_i that do
+    not depend on s in training mode. Wanted is their mean over the batches, independent of the old s:
 
         mean_i b_i,    b_i = (f_i(s) - m s) / (1 - m) whatever s
 

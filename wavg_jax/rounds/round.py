@@ -143,23 +143,16 @@ def make_rounds(
         sent = after._replace(params=distort(faults, after.params, state.replicas.params))
         alive = survivors(state.replicas, sent, train_loss)
         # Score.
-        window = None if held_out is None else score.window(held_out, state.round, scoring.samples)
-        scores = score.of_replicas(measured, where.map, sent, window)
-        if "distance" in averager.needs:
-            scores["distance"] = score.distances(where.map, where.reduce, sent.params, alive)
-        free = {
-            "train_loss": train_loss,
-            "samples": jnp.ones_like(train_loss) if sizes is None else sizes,
-            "steps": taken.astype(jnp.float32),
-        }
+        window = score.window(held_out, state.round, scoring.samples)
+        scores = score.of_replicas(measured, averager.needs, where.map, where.reduce, sent, alive, window)
+        signals = scores | score.free(train_loss, sizes, taken)
         # Blend.
-        params, averager_state, weights = blend(
-            averager, forward, where.reduce, state, sent, alive, window, free | scores
-        )
+        params, averager_state, weights = blend(averager, forward, where.reduce, state, sent, alive, window, signals)
         share = per_replica(weights)
         # Carry over.
-        blended = share.sum() > 0  # else every replica restarts from the old parameters
-        trained = Trained(batches, shared, taken, alive & blended)
+        trained = Trained(
+            batches, shared, taken, alive & (share.sum() > 0)
+        )  # without a blend all restart as they began
         replicas, mutable, smoothed = carry_over(
             task, inner, averager, at_sync, where, rerun, state, after, params, share, trained
         )

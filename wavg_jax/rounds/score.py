@@ -104,11 +104,11 @@ def check_measurable(needs: Iterable[str], metrics: Sequence[str]) -> None:
         )
 
 
-def window(held_out: Batch, round: jax.Array, samples: int | None) -> Batch:
+def window(held_out: Batch | None, round: jax.Array, samples: int | None) -> Batch | None:
     """Takes the samples that a round scores: as many as asked for, from where the last round stopped, wrapping around.
 
     Args:
-      held_out: [N, ...].
+      held_out: [N, ...], or None.
       round: rounds done, an int32 scalar, which may be traced.
       samples: how many; None or N and more takes all of them.
 
@@ -116,9 +116,9 @@ def window(held_out: Batch, round: jax.Array, samples: int | None) -> Batch:
     >>> [window(split, jnp.int32(r), 2).y.tolist() for r in range(4)]
     [[0, 1], [2, 3], [4, 0], [0, 1]]
     """
-    n = len(held_out.y)
-    if samples is None or samples >= n:
+    if held_out is None or samples is None or samples >= len(held_out.y):
         return held_out
+    n = len(held_out.y)
     start = jnp.asarray(round, jnp.int32) % -(-n // samples) * samples  # the remainder first, lest int32 overflow
     taken = (start + jnp.arange(samples, dtype=jnp.int32)) % n
     return Batch(*(jnp.asarray(a)[taken] for a in held_out))
@@ -236,7 +236,7 @@ def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch],
     """
     needs = set(needs) - {*_NO_DATA, "evaluate"}
     forward = forward._replace(over_samples=_here)  # a replica is scored where it lives
-    passes = [
+    passes: list[Callable[..., dict[str, Any]]] = [
         pass_
         for pass_, provides in ((_gradient_norms, GRADIENTS), (_diagonal_fisher, ("fisher",)))
         if needs.intersection(provides)
@@ -263,21 +263,35 @@ def distance(params: PyTree, centre: PyTree) -> jax.Array:
 
 
 def of_replicas(
-    measured: Callable, over_replicas: Callable[[Callable], Callable], replicas: Replicas, held_out: Batch | None
-) -> dict[str, PyTree]:
-    """Scores K replicas on the same held-out samples; {signal: [K] or tree}, empty without samples.
-
-    `measured` comes from `measure`, `over_replicas` maps it over the replicas.
-    """
-    return {} if held_out is None else over_replicas(measured)((replicas.params, replicas.mutable), held_out)
-
-
-def distances(
+    measured: Callable,
+    needs: Iterable[str],
     over_replicas: Callable[[Callable], Callable],
     reduce: Callable[[Callable], Callable],
-    stacked: PyTree,
+    replicas: Replicas,
     alive: jax.Array,
-) -> jax.Array:
-    """The signal `distance`: L2 distance of each replica from the equal mean of the living, [K]."""
-    centre = reduce(weighted_mean)(stacked, tree.equal_weights(alive))
-    return over_replicas(distance)(stacked, centre)
+    held_out: Batch | None,
+) -> dict[str, PyTree]:
+    """Scores K replicas on the same held-out samples.
+
+    Args:
+      measured: of `measure`, for the same `needs`.
+      needs: names of signals.
+      over_replicas, reduce: of the placement.
+      replicas: [K, ...].
+      alive: bool [K].
+      held_out: [N, ...]; None if no signal reads it.
+
+    Returns:
+      {signal: [K] or tree with leaves [K, ...]}.
+    """
+    scores = {} if held_out is None else over_replicas(measured)((replicas.params, replicas.mutable), held_out)
+    if "distance" in needs:
+        centre = reduce(weighted_mean)(replicas.params, tree.equal_weights(alive))
+        scores["distance"] = over_replicas(distance)(replicas.params, centre)
+    return scores
+
+
+def free(train_loss: jax.Array, sizes: jax.Array | None, steps: jax.Array) -> dict[str, jax.Array]:
+    """The signals that cost nothing, [K] each: mean training loss, samples in the shard (else equal), local steps."""
+    samples = jnp.ones_like(train_loss) if sizes is None else sizes
+    return {"train_loss": train_loss, "samples": samples, "steps": steps.astype(jnp.float32)}

@@ -10,7 +10,9 @@ import functools
 import gc
 import hashlib
 import logging
+import os
 import pathlib
+import re
 import shutil
 import sys
 import textwrap
@@ -22,7 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from wavg_jax.base import PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.extras import need
 from wavg_jax.storage.rows import FILE, write_atomically
 from wavg_jax.tree import is_key
 
@@ -67,8 +70,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _checkpointer(self) -> "ocp.training.Checkpointer":
-        from orbax.checkpoint import v1 as ocp  # half a second, which a run without a folder need not wait for
-
+        ocp = _orbax()
         # Opened at the first save, when what is damaged is out of its way.
         return ocp.training.Checkpointer(
             self._folder.absolute(),
@@ -118,7 +120,7 @@ class Checkpoints:
                 self._checkpointer.wait()
             try:
                 _seal(self._folder / str(step))
-            except (OSError, WorkdirError):
+            except OSError:
                 shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 raise
 
@@ -137,8 +139,7 @@ class Checkpoints:
         Raises:
           ResumeError: it belongs to another network, optimizer or averager, or cannot be read.
         """
-        from orbax.checkpoint import v1 as ocp
-
+        ocp = _orbax()
         path, tree = self._folder.absolute() / str(step), _without_keys(like)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
         try:
@@ -159,6 +160,11 @@ class Checkpoints:
         if int(restored.round) != step:
             raise ResumeError(f"the checkpoint {path} is that of round {int(restored.round)}, whatever its name says")
         return restored
+
+
+def _orbax() -> Any:
+    """Imported late: it takes half a second, which a run without a folder need not wait for."""
+    return need("orbax.checkpoint", extra="run", why="workdir=").v1
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
@@ -240,13 +246,23 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
     """Turns a failure to write into one clear line."""
     try:
         yield
-    except WorkdirError:
+    except (MissingExtra, WorkdirError):
         raise
     except (OSError, ValueError) as error:
         raise WorkdirError(
             f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and go on with "
-            "resume=True (--resume), or choose another workdir (--workdir)"
+            "resume=True (--resume), or choose another workdir (--workdir)",
+            folder,
+            _as_os_error(error),
         ) from error
+
+
+def _as_os_error(error: OSError | ValueError) -> OSError | None:
+    """The OSError behind a failed write; orbax's own writer names its number in the text of a ValueError."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
 
 
 @contextlib.contextmanager

@@ -5,10 +5,10 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
-
-import filelock
+from typing import Any
 
 from wavg_jax.base import WorkdirError
+from wavg_jax.extras import need
 
 FILE = ".lock"
 
@@ -22,7 +22,9 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
 
     Raises:
       WorkdirError: another process, or another run in this one, holds it; or it cannot be made or written.
+      MissingExtra: filelock is not installed.
     """
+    filelock = _filelock()
     path = folder / FILE
     lock = filelock.FileLock(path)
     try:
@@ -31,11 +33,12 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     except filelock.Timeout:
         raise WorkdirError(
             f"the folder {folder} is in use by {_holder(path)}; wait for it to end, or choose another workdir "
-            "(--workdir)"
+            "(--workdir)",
+            folder,
         ) from None
     except OSError as error:
         raise WorkdirError(
-            f"the folder {folder} cannot be used: {error.strerror}; choose another workdir (--workdir)"
+            f"the folder {folder} cannot be used: {error.strerror}; choose another workdir (--workdir)", folder, error
         ) from error
     # Where the system has no such locks, filelock has made a file of its own kind, which is not ours to touch.
     ours = isinstance(lock, filelock.UnixFileLock)
@@ -51,10 +54,16 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
 
 
 def check_free(folder: pathlib.Path) -> None:
-    """Raises WorkdirError if a folder is held, and leaves no trace if it is not."""
+    """Raises WorkdirError if a folder is held, and leaves no trace if it is not; MissingExtra without filelock."""
+    _filelock()
     if (folder / FILE).exists():
         with hold(folder):
             pass
+
+
+def _filelock() -> Any:
+    """The package of the locks, which only runs with a folder need."""
+    return need("filelock", extra="run", why="workdir=")
 
 
 def _holder(path: pathlib.Path) -> str:

@@ -7,6 +7,7 @@ is null.
   run, arm, seed        the run's name, unique in the file; the arm it is a run of; its seed
   started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"
   dataset, classes, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+                        classes: of tokens the size of the vocabulary; null for regression
   class_names           [classes]; null where they are not known; it and started are missing in older rows
   data_crc              CRC-32 of the labels, the shards and the inputs as stored (all of them), to tell data apart; in
                         older rows of labels and shards alone
@@ -124,7 +125,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise WorkdirError(
-            f"{path} cannot be written: {error.strerror}; free the disk or choose another --workdir"
+            f"{path} cannot be written: {error.strerror}; free the disk or choose another --workdir", path, error
         ) from error
 
 
@@ -138,7 +139,8 @@ def _append_line(path: pathlib.Path, line: bytes) -> None:
     except OSError as error:
         if path.exists():
             os.truncate(path, before)
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}; free the disk and --resume") from error
+        message = f"{path} cannot be written: {error.strerror}; free the disk and --resume"
+        raise WorkdirError(message, path, error) from error
 
 
 def check_writable(workdir: pathlib.Path | None) -> None:
@@ -152,7 +154,7 @@ def check_writable(workdir: pathlib.Path | None) -> None:
             probe.write(b" " * 4096)
     except OSError as error:
         raise WorkdirError(
-            f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir"
+            f"the folder {workdir} cannot be written: {error.strerror}; choose another --workdir", workdir, error
         ) from error
 
 
@@ -189,9 +191,8 @@ class Records:
             workdir.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            raise WorkdirError(
-                f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another --workdir"
-            ) from error
+            message = f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another --workdir"
+            raise WorkdirError(message, path, error) from error
         whole = content[: content.rfind(b"\n") + 1]
         if whole:
             self.rows = read_rows(path)

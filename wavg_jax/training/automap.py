@@ -112,8 +112,8 @@ def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.sta
 
 
 def _where() -> list[dict]:
-    """What else the speed of a program depends on. The release of this library, not its commit, which seldom changes what
-    is fastest."""
+    """What else the speed of a program depends on: the release of this library, say, but not its commit, which seldom
+    changes what is fastest."""
     return [machine.hardware(), machine.versions() | {"wavg-jax": machine.release()}, machine.environment()]
 
 

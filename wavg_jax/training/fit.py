@@ -159,14 +159,16 @@ def fit(
       at_sync: how optimizer state and BatchNorm statistics carry across a blend, and smoothing over rounds.
       layout: where replicas and data live.
       faults: simulated faults of the replicas; see `wavg_jax.faults.simulate`.
-      workdir: folder for `rows.jsonl` and `checkpoints/`; None keeps the rows in memory and saves nothing.
+      workdir: folder for `rows.jsonl` and `checkpoints/`, which needs the extra `run`; None keeps the rows in memory
+        and saves nothing.
       resume: continue from the newest whole checkpoint in `workdir`, bit for bit on the same machine; start if the
         folder has no such run. Data and sizes must be those of the first part; learning rates and schemes cannot be
         compared, so put them in `Store(settings=...)`.
       store: the run's name, and what it writes.
       on_round: one callback or several, called after every round: `f(row)`, or one made by `wavg_jax.with_state`. If
         one returns True, the run ends after that round, as a whole run does.
-      progress: True shows a progress bar, False none; a function is called with one line of text after every round.
+      progress: True shows a progress bar if rich is installed, False none; a function is called with one line of text
+        after every round.
 
     Returns:
       A `Result`.
@@ -174,6 +176,7 @@ def fit(
     Raises:
       SettingsError, DataError, WorkdirError, ResumeError: bad input, before anything is trained or written where
         possible.
+      MissingExtra: `workdir` is given, and the extra `run` is not installed.
       Diverged: two rounds in a row, or the last one, left no replica finite, or the outer step was not finite. Its
         `result` has the last finite parameters, and a checkpoint of them is saved.
       Stopped: SIGTERM or Ctrl-C came before the last round; the round was finished and a checkpoint saved. Its `result`
@@ -295,6 +298,7 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
     logits, metrics = jax.eval_shape(trace, jax.random.key(0), one)
     if data.classes is not None and logits.shape[-1:] != (data.classes,):
         raise SettingsError(
-            f"the network outputs {logits.shape[1:]} for a sample, the data have {data.classes} classes"
+            f"the network outputs {logits.shape[1:]} for a sample, the data have {data.classes} classes; make "
+            "them equal (the data set takes classes=)"
         )
     return tuple(metrics)

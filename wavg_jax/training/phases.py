@@ -26,7 +26,7 @@ def local_phase(recipe: Recipe) -> Callable[[Replicas, Work, Shared], tuple[Repl
 def window_phase(recipe: Recipe) -> Callable[[jax.Array, Batch | None], Batch | None]:
     """Builds `(round, held_out) -> held_out`: the samples that the round scores."""
     samples = recipe.scoring.samples
-    return lambda round, held_out: None if held_out is None else score.window(held_out, round, samples)
+    return lambda round, held_out: score.window(held_out, round, samples)
 
 
 def score_phase(recipe: Recipe) -> Callable[[Replicas, Batch | None, jax.Array], dict[str, PyTree]]:
@@ -35,10 +35,7 @@ def score_phase(recipe: Recipe) -> Callable[[Replicas, Batch | None, jax.Array],
     measured = score.measure(_forward(recipe), needs)
 
     def run(replicas: Replicas, held_out: Batch | None, alive: jax.Array) -> dict[str, PyTree]:
-        scores = score.of_replicas(measured, where.map, replicas, held_out)
-        if "distance" in needs:
-            scores["distance"] = score.distances(where.map, where.reduce, replicas.params, alive)
-        return scores
+        return score.of_replicas(measured, needs, where.map, where.reduce, replicas, alive, held_out)
 
     return run
 

@@ -1,4 +1,4 @@
-"""A progress bar with the time left, in a terminal or a notebook; none in a pipe or a log.
+"""A progress bar with the time left, in a terminal or a notebook; none in a pipe or a log, or without rich.
 
 `doing` shows on the open bar what happens before the first round, such as compiling.
 """
@@ -7,10 +7,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Say = Callable[[str, int], None]
 """`(text, advance)`: shows a text, and moves the bar by `advance`."""
@@ -26,9 +26,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
       total: rounds in all.
       done: rounds done by an earlier part of the run.
     """
-    console = Console(stderr=True)  # stdout may be piped
-    shown = _nowhere() if not (console.is_terminal or console.is_jupyter) else None
-    with shown or (_cell if console.is_jupyter else _line)(console, total, min(done, total)) as say:
+    with _shown(total, min(done, total)) as say:
         _open.append(say)
         try:
             yield lambda text: say(text, 1)
@@ -42,24 +40,39 @@ def doing(text: str) -> None:
         _open[-1](f"{text} ...", 0)
 
 
+def _shown(total: int, done: int) -> contextlib.AbstractContextManager[Say]:
+    try:
+        from rich.console import Console
+    except ImportError:  # a bar is only decoration
+        return _nowhere()
+    console = Console(stderr=True)  # stdout may be piped
+    if console.is_jupyter:
+        return _cell(total, done)
+    return _line(console, total, done) if console.is_terminal else _nowhere()
+
+
 @contextlib.contextmanager
 def _nowhere() -> Iterator[Say]:
     yield lambda text, advance: None
 
 
 @contextlib.contextmanager
-def _line(console: Console, total: int, done: int) -> Iterator[Say]:
+def _line(console: "Console", total: int, done: int) -> Iterator[Say]:
     """The last line of a terminal; warnings go above it."""
+    from rich import progress as rich
+    from rich.table import Column
+
+    elastic = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns = (
         # On a narrow line the text is cut; no markup, since it may hold brackets.
-        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
+        rich.TextColumn("{task.description}", markup=False, table_column=elastic),
+        rich.BarColumn(bar_width=10),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(compact=True),
+        rich.TextColumn("left"),
     )
-    with Progress(*columns, console=console, expand=True, redirect_stdout=sys.stdout.isatty()) as progress:
+    with rich.Progress(*columns, console=console, expand=True, redirect_stdout=sys.stdout.isatty()) as progress:
         task = progress.add_task("starting ...", total=total, completed=done)
 
         def say(text: str, advance: int) -> None:
@@ -77,7 +90,7 @@ _PAUSE = 0.2
 
 
 @contextlib.contextmanager
-def _cell(console: Console, total: int, done: int) -> Iterator[Say]:
+def _cell(total: int, done: int) -> Iterator[Say]:
     """One line of text in a notebook's output, replaced as it changes; needs no widgets."""
     from IPython.display import display
 

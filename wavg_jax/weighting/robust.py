@@ -15,6 +15,7 @@ import numpy as np
 from wavg_jax import tree
 from wavg_jax.arguments import NONE, as_whole, check, either, number
 from wavg_jax.base import PyTree, Weighting
+from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.scores import normalise
 
 
@@ -33,7 +34,7 @@ def _from_stacked(weigh: Callable[..., PyTree]) -> Weighting:
         del signals
         return weigh(stacked, params, alive, blend), state
 
-    return Weighting(lambda params, replicas=None: (), update)
+    return make_weighting(update)
 
 
 def _squares(difference: PyTree) -> jax.Array:
@@ -92,7 +93,7 @@ def coordinate_median() -> Weighting:
     >>> import wavg_jax as wavg
     >>> avg = wavg.averager(coordinate_median())
     >>> stacked = {"w": jnp.array([[1.0, 9.0], [2.0, 1.0], [99.0, 3.0]])}
-    >>> new, _, _ = avg.update(stacked, avg.init({"w": jnp.zeros(2)}), {"w": jnp.zeros(2)})
+    >>> new, _, _ = avg.update(stacked, avg.init({"w": jnp.zeros(2)}, 3), {"w": jnp.zeros(2)})
     >>> new["w"].tolist()
     [2.0, 3.0]
     """
@@ -221,7 +222,7 @@ def krum(byzantine: int) -> Weighting:
     >>> import wavg_jax as wavg
     >>> avg = wavg.averager(krum(1))
     >>> stacked = {"w": jnp.array([[0.0], [1.0], [3.0], [4.5], [99.0]])}
-    >>> new, _, weights = avg.update(stacked, avg.init({"w": jnp.zeros(1)}), {"w": jnp.zeros(1)})
+    >>> new, _, weights = avg.update(stacked, avg.init({"w": jnp.zeros(1)}, 5), {"w": jnp.zeros(1)})
     >>> weights.tolist()  # scores, with 2 neighbours: 1 + 9, 1 + 4, 2.25 + 4, 2.25 + 12.25, ...
     [0.0, 1.0, 0.0, 0.0, 0.0]
     """

@@ -20,7 +20,8 @@ import optax
 from wavg_jax import checks, tree
 from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
-from wavg_jax.weighting.signals import HIGHER_IS_BETTER
+from wavg_jax.weighting.make import make_weighting
+from wavg_jax.weighting.signals import direction, values_of
 
 Scores = Callable[[jax.Array, jax.Array], jax.Array]
 """`(values [K, ...] float32, usable bool [K, ...]) -> scores [K, ...]`, larger meaning more weight."""
@@ -75,7 +76,7 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
     # The minimum, like others below, keeps the product apart from sums it may enter: see `_power_of_two`. And a
     # replica that has it all has exactly 1, which x * (1 / x) need not be.
     weights = jnp.where(kept < total, jnp.minimum(kept / jnp.where(total > 0, total, 1), 1), 1)
-    equal = alive.astype(jnp.float32) / jnp.maximum(alive.sum(dtype=jnp.float32), 1)
+    equal = tree.equal_weights(alive)
     return jnp.where(total > 0, weights, equal.reshape(equal.shape + (1,) * (scores.ndim - 1)))
 
 
@@ -97,38 +98,6 @@ def effective_replicas(weights: jax.Array) -> jax.Array:
     return jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
 
 
-def direction(signal: str, higher_is_better: bool | None = None) -> float:
-    """1 where more of a signal is better, -1 where less is; what is not said is looked up in `HIGHER_IS_BETTER`.
-
-    Raises:
-      SettingsError: neither said nor known, or not said by True or False.
-
-    >>> direction("loss"), direction("accuracy"), direction("profit", higher_is_better=True)
-    (-1.0, 1.0, 1.0)
-    """
-    known = HIGHER_IS_BETTER.get(signal) if higher_is_better is None else higher_is_better
-    if known is None:
-        raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
-    if not isinstance(known, bool):
-        raise SettingsError(f"higher_is_better is {known!r}; say True or False")
-    return 1.0 if known else -1.0
-
-
-def values_of(signal: str, signals: dict[str, Any], alive: jax.Array) -> PyTree:
-    """One of the signals that `update` was given, in float32, with its shape checked."""
-
-    def leaf(values: jax.Array) -> jax.Array:
-        values = jnp.asarray(values, jnp.float32)
-        if values.shape[:1] != alive.shape:
-            raise SettingsError(
-                f"the signal {signal!r} has an entry of shape {values.shape}; it must be an array with one entry per "
-                f"replica, [{alive.shape[0]}, ...], or a tree of them like the parameters"
-            )
-        return values
-
-    return jax.tree.map(leaf, signals[signal])
-
-
 def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] = lambda values: values) -> Weighting:
     """The weighting without state whose weights are the scores of each leaf of `whole(signal)`, normalised."""
 
@@ -139,7 +108,7 @@ def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] 
         values = whole(values_of(signal, signals, alive))
         return jax.tree.map(lambda v: normalise(scores(v, usable(v, alive)), alive), values), state
 
-    return Weighting(lambda params, replicas=None: (), update, (signal,))
+    return make_weighting(update, needs=(signal,))
 
 
 def _check_direction(signal: str, higher_is_better: bool | None, needed: bool, instead: str) -> None:
@@ -156,9 +125,9 @@ def uniform() -> Weighting:
         stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
     ) -> tuple[jax.Array, PyTree]:
         del stacked, params, signals
-        return normalise(jnp.ones(alive.shape, jnp.float32), alive), state
+        return tree.equal_weights(alive), state
 
-    return Weighting(lambda params, replicas=None: (), update)
+    return make_weighting(update)
 
 
 def proportional(
@@ -187,9 +156,8 @@ def proportional(
 
     def scores(values: jax.Array, usable: jax.Array) -> jax.Array:
         excess = _scaled(jnp.where(usable, jnp.maximum(values - chance, 0), 0))
-        best = jnp.maximum(excess.max(axis=0), _TINY)[
-            None
-        ]  # relative to the best, so that no power over- or underflows
+        # Relative to the best, so that no power over- or underflows.
+        best = jnp.maximum(excess.max(axis=0), _TINY)[None]
         return jnp.power(excess / best, jnp.float32(power))
 
     return _from_signal(signal, scores)

@@ -18,6 +18,7 @@ from wavg_jax import tree
 from wavg_jax.arguments import NONE, OPTIMIZER, RATE, Rule, as_whole, check, either, takes
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Weighting
+from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.scores import normalise, per_replica, uniform
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER
 
@@ -94,7 +95,7 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
     >>> def evaluate(params, weights):
     ...     return {"loss": abs(params["w"] - 3), "accuracy": jnp.float32(0)}
     >>> blend, _, weights = avg.update(
-    ...     stacked, avg.init(params), params, loss=abs(stacked["w"] - 3), evaluate=evaluate
+    ...     stacked, avg.init(params, 3), params, loss=abs(stacked["w"] - 3), evaluate=evaluate
     ... )  # 2 alone: 1 off; with 5: 0.5 off; with 9 too: 2.33 off
     >>> weights.tolist(), float(blend["w"])
     ([0.5, 0.5, 0.0], 3.5)
@@ -127,7 +128,7 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
         members = jnp.where(members.any(), members, usable)
         return normalise(members.astype(jnp.float32), alive), state
 
-    return Weighting(lambda params, replicas=None: (), update, (signal, "evaluate"))
+    return make_weighting(update, needs=(signal, "evaluate"))
 
 
 def _lean(weights: PyTree, logits: PyTree, alive: jax.Array) -> PyTree:
@@ -252,7 +253,7 @@ def learned(
     >>> stacked, params = {"w": jnp.array([0.0, 4.0])}, {"w": jnp.float32(0)}
     >>> def evaluate(params, weights):
     ...     return {"loss": (params["w"] - 3) ** 2, "accuracy": jnp.float32(0)}
-    >>> blend, _, weights = avg.update(stacked, avg.init(params), params, evaluate=evaluate)
+    >>> blend, _, weights = avg.update(stacked, avg.init(params, 2), params, evaluate=evaluate)
     >>> [round(float(w), 1) for w in weights]
     [0.2, 0.8]
     """
@@ -264,11 +265,9 @@ def learned(
         raise SettingsError("learned: an optimizer brings its own learning rate; give one of the two")
     descent = optimizer or _default_descent(carry, learning_rate)
 
-    def init(params: PyTree, replicas: int | None = None) -> LearnedState:
+    def init(params: PyTree, replicas: int) -> LearnedState:
         if not carry:
             return LearnedState(start.init(params, replicas), (), ())
-        if replicas is None:
-            raise SettingsError("learned(carry=True) keeps a logit for every replica: call init(params, replicas=K)")
         logits = jnp.zeros(replicas, jnp.float32)
         return LearnedState(start.init(params, replicas), logits, descent.init(logits))
 
@@ -296,7 +295,7 @@ def learned(
         logits = _carried(walk[0], loss < best[0], equal, alive)
         return weights, LearnedState(start_state, *tree.select(sound, (logits, walk[1]), fresh))
 
-    return Weighting(init, update, tuple(dict.fromkeys((*start.needs, "evaluate"))))
+    return make_weighting(update, needs=tuple(dict.fromkeys((*start.needs, "evaluate"))), init=init)
 
 
 def _aligned(weights: PyTree, like: PyTree) -> PyTree:
@@ -353,7 +352,7 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
     >>> def evaluate(params, weights):
     ...     return {"loss": (params["w"] - 3) ** 2, "accuracy": jnp.float32(0)}
     >>> own = {"accuracy": jnp.array([0.5, 0.5]), "loss": jnp.array([9.0, 1.0])}
-    >>> _, _, weights = avg.update(stacked, avg.init(params), params, evaluate=evaluate, **own)
+    >>> _, _, weights = avg.update(stacked, avg.init(params, 2), params, evaluate=evaluate, **own)
     >>> [round(float(w), 4) for w in weights]
     [0.1, 0.9]
     """
@@ -362,7 +361,7 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
         raise SettingsError("best_of() needs at least one weighting to choose from, beside uniform")
     candidates = (uniform(), *weightings)
 
-    def init(params: PyTree, replicas: int | None = None) -> tuple:
+    def init(params: PyTree, replicas: int) -> tuple:
         return tuple(candidate.init(params, replicas) for candidate in candidates)
 
     def update(
@@ -395,4 +394,5 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
         ((_, weights), state), _ = jax.lax.scan(attempt, (nothing, state), jnp.arange(len(candidates)))
         return weights, state
 
-    return Weighting(init, update, tuple(dict.fromkeys((*(n for c in weightings for n in c.needs), "evaluate"))))
+    needs = tuple(dict.fromkeys((*(name for one in weightings for name in one.needs), "evaluate")))
+    return make_weighting(update, needs=needs, init=init)

@@ -4,13 +4,14 @@ A signal is one number per replica [K], or a tree like the parameters with one n
 element (leaves [K, *shape]). `wavg_jax.rounds.score` measures them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from wavg_jax import tree
-from wavg_jax.base import PyTree
+from wavg_jax.base import PyTree, SettingsError
 
 HIGHER_IS_BETTER = {
     "accuracy": True,
@@ -50,3 +51,35 @@ def zeros(name: str, params: PyTree, replicas: int) -> PyTree:
     if name not in _PER_TENSOR:
         return jnp.zeros(replicas, jnp.float32)
     return tree.replicate(jax.tree.map(lambda x: jnp.zeros(_PER_TENSOR[name](x), jnp.float32), params), replicas)
+
+
+def direction(signal: str, higher_is_better: bool | None = None) -> float:
+    """1 where more of a signal is better, -1 where less is; what is not said is looked up in `HIGHER_IS_BETTER`.
+
+    Raises:
+      SettingsError: neither said nor known, or not said by True or False.
+
+    >>> direction("loss"), direction("accuracy"), direction("profit", higher_is_better=True)
+    (-1.0, 1.0, 1.0)
+    """
+    known = HIGHER_IS_BETTER.get(signal) if higher_is_better is None else higher_is_better
+    if known is None:
+        raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
+    if not isinstance(known, bool):
+        raise SettingsError(f"higher_is_better is {known!r}; say True or False")
+    return 1.0 if known else -1.0
+
+
+def values_of(signal: str, signals: Mapping[str, Any], alive: jax.Array) -> PyTree:
+    """One of the signals that `update` was given, in float32, with its shape checked."""
+
+    def leaf(values: jax.Array) -> jax.Array:
+        values = jnp.asarray(values, jnp.float32)
+        if values.shape[:1] != alive.shape:
+            raise SettingsError(
+                f"the signal {signal!r} has an entry of shape {values.shape}; it must be an array with one entry per "
+                f"replica, [{alive.shape[0]}, ...], or a tree of them like the parameters"
+            )
+        return values
+
+    return jax.tree.map(leaf, signals[signal])

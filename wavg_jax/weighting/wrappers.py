@@ -1,6 +1,6 @@
 """Wrappers: each takes any weighting and returns one that behaves better over rounds or trusts it less.
 
-They nest, and keep the weighting's granularity. Those with a memory per replica need K: `init(params, replicas=K)`.
+They nest, and keep the weighting's granularity.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from wavg_jax import tree
 from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
-from wavg_jax.weighting import signals as signals_
-from wavg_jax.weighting.scores import direction, inverse, normalise, usable, values_of
+from wavg_jax.weighting.make import make_weighting
+from wavg_jax.weighting.scores import inverse, normalise, usable
+from wavg_jax.weighting.signals import direction, values_of, zeros
 
 _HUGE = float(jnp.finfo(jnp.float32).max) / 4
 
@@ -20,12 +21,6 @@ _HUGE = float(jnp.finfo(jnp.float32).max) / 4
 def _columns(mask: jax.Array, like: jax.Array) -> jax.Array:
     """A mask or number per replica [K] in the shape in which it broadcasts against [K, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - 1))
-
-
-def _count(name: str, replicas: int | None) -> int:
-    if replicas is None:
-        raise SettingsError(f"{name} remembers something of each replica; call init(params, replicas=K)")
-    return replicas
 
 
 def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
@@ -42,7 +37,7 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
 
     >>> from wavg_jax.weighting.scores import proportional
     >>> mixed = uniform_floor(proportional("accuracy"), 0.5)
-    >>> weights, _ = mixed.update(None, (), None, alive=jnp.ones(2, bool), blend=None, accuracy=jnp.array([1.0, 0.0]))
+    >>> weights, _ = mixed.update(None, (), None, alive=jnp.ones(2, bool), accuracy=jnp.array([1.0, 0.0]))
     >>> weights.tolist()
     [0.75, 0.25]
     """
@@ -53,10 +48,10 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
         stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
     ) -> tuple[PyTree, PyTree]:
         weights, state = weighting.update(stacked, state, params, alive=alive, **signals)
-        equal = normalise(jnp.ones(alive.shape, jnp.float32), alive)
+        equal = tree.equal_weights(alive)
         return jax.tree.map(lambda w: w + floor * (_columns(equal, w) - w), weights), state
 
-    return Weighting(weighting.init, update, weighting.needs)
+    return make_weighting(update, needs=weighting.needs, init=weighting.init)
 
 
 class MomentumState(NamedTuple):
@@ -71,7 +66,7 @@ def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas:
     """What `weighting` returns for K replicas, as shapes; nothing is computed."""
 
     def run(state: PyTree, params: PyTree) -> PyTree:
-        signals = {name: signals_.zeros(name, params, replicas) for name in weighting.needs}
+        signals = {name: zeros(name, params, replicas) for name in weighting.needs}
         if "evaluate" in signals:
             signals["evaluate"] = lambda params, weights: {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
         return weighting.update(
@@ -96,16 +91,16 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
       decay: share of the memory, at least 0 (no memory) and less than 1.
 
     Raises:
-      SettingsError: the decay is not; or, from `init`, `replicas` is missing.
+      SettingsError: the decay is not.
     """
     check("momentum: decay", decay, number(0, below=1))
     decay = float(decay)
 
-    def init(params: PyTree, replicas: int | None = None) -> MomentumState:
-        k = _count("momentum", replicas)
-        state = weighting.init(params, k)
-        like = _weights_like(weighting, state, params, k)
-        return MomentumState(state, jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), like), jnp.zeros(k, bool))
+    def init(params: PyTree, replicas: int) -> MomentumState:
+        state = weighting.init(params, replicas)
+        like = _weights_like(weighting, state, params, replicas)
+        weights = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), like)
+        return MomentumState(state, weights, jnp.zeros(replicas, bool))
 
     def update(
         stacked: PyTree, state: MomentumState, params: PyTree, *, alive: jax.Array, **signals: Any
@@ -116,7 +111,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
         memory = tree.select_replicas(alive, entered, state.weights)
         return jax.tree.map(lambda m: normalise(m, alive), memory), MomentumState(inner, memory, state.seen | alive)
 
-    return Weighting(init, update, weighting.needs)
+    return make_weighting(update, needs=weighting.needs, init=init)
 
 
 class SmoothState(NamedTuple):
@@ -140,17 +135,16 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
       decay: share of the memory, at least 0 and less than 1; the default is that of GRAWA's code.
 
     Raises:
-      SettingsError: the decay is not; or, from `init`, `replicas` is missing.
+      SettingsError: the decay is not.
     """
     check("smooth_signals: decay", decay, number(0, below=1))
     decay = float(decay)
     names = tuple(name for name in weighting.needs if name != "evaluate")
 
-    def init(params: PyTree, replicas: int | None = None) -> SmoothState:
-        k = _count("smooth_signals", replicas)
-        sums = {name: signals_.zeros(name, params, k) for name in names}
-        mass = jax.tree.map(lambda x: jnp.zeros(k, jnp.float32), sums)
-        return SmoothState(weighting.init(params, k), sums, mass)
+    def init(params: PyTree, replicas: int) -> SmoothState:
+        sums = {name: zeros(name, params, replicas) for name in names}
+        mass = jax.tree.map(lambda x: jnp.zeros(replicas, jnp.float32), sums)
+        return SmoothState(weighting.init(params, replicas), sums, mass)
 
     def update(
         stacked: PyTree, state: SmoothState, params: PyTree, *, alive: jax.Array, **signals: Any
@@ -174,7 +168,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
         weights, inner = weighting.update(stacked, state.weighting, params, alive=alive, **(signals | smooth))
         return weights, SmoothState(inner, sums, mass)
 
-    return Weighting(init, update, weighting.needs)
+    return make_weighting(update, needs=weighting.needs, init=init)
 
 
 def shortlist(
@@ -212,7 +206,8 @@ def shortlist(
         sent = tree.select_replicas(listed, stacked, tree.replicate(params, alive.shape[0]))
         return weighting.update(sent, state, params, alive=listed, **signals)
 
-    return Weighting(weighting.init, update, tuple(dict.fromkeys((*weighting.needs, signal))))
+    needs = tuple(dict.fromkeys((*weighting.needs, signal)))
+    return make_weighting(update, needs=needs, init=weighting.init)
 
 
 def grawa(layerwise: bool = False) -> Weighting:
@@ -223,7 +218,7 @@ def grawa(layerwise: bool = False) -> Weighting:
     A small gradient stands for a flat valley. `g_k` is the sum over tensors of each tensor's gradient norm (MGRAWA), or
     that norm itself, with weights per tensor (LGRAWA), smoothed by `smooth_signals` with the decay 0.9^8, as in the
     authors' code (Dimlioglu and Choromanska 2024, arXiv:2403.04206, github.com/tolgadimli/GRAWA). Theirs pulls the
-    replicas toward this blend: `averager(grawa(), pull=...)`. Needs `init(params, replicas=K)`.
+    replicas toward this blend: `averager(grawa(), pull=...)`.
 
     Args:
       layerwise: weights per tensor.

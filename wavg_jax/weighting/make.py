@@ -1,0 +1,50 @@
+"""The constructor behind every weighting of the library: it checks what `init` and `update` are given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from wavg_jax import checks
+from wavg_jax.arguments import as_whole
+from wavg_jax.base import Init, PyTree, SettingsError, Weighting, WeightingUpdate
+
+
+def stateless(params: PyTree, replicas: int) -> tuple:
+    """The `init` of a weighting without a memory."""
+    del params, replicas
+    return ()
+
+
+def _no_blend(weights: PyTree) -> PyTree:
+    raise SettingsError(
+        "this weighting tries blends: pass blend=, a function weights -> tree, such as "
+        "functools.partial(wavg.weighted_mean, stacked); averager(weighting).update does"
+    )
+
+
+def make_weighting(update: WeightingUpdate, *, needs: tuple[str, ...] = (), init: Init = stateless) -> Weighting:
+    """Builds a `Weighting` that refuses, in one line, a bad K, a bad mask and a missing signal or blend.
+
+    Args:
+      update: as in `Weighting`; it is given all of `alive`, `blend` and the signals in `needs`.
+      needs: names of the signals that `update` reads.
+      init: `(params, replicas) -> state`; it is given an `int` of at least 1.
+    """
+
+    def checked_init(params: PyTree, replicas: int) -> PyTree:
+        return init(params, as_whole("replicas", replicas, 1))
+
+    def checked_update(
+        stacked: PyTree,
+        state: PyTree,
+        params: PyTree,
+        *,
+        alive: jax.Array | None = None,
+        blend: Callable[[PyTree], PyTree] = _no_blend,
+        **signals: Any,
+    ) -> tuple[PyTree, PyTree]:
+        checks.signals(needs, signals)
+        return update(stacked, state, params, alive=checks.mask(alive), blend=blend, **signals)
+
+    return Weighting(checked_init, checked_update, needs)
