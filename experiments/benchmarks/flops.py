@@ -1,7 +1,7 @@
-"""Counts the floating-point operations of a training step by hand: those of its matrix products and convolutions.
+"""Counts the floating-point operations of a training step: those of its matrix products and convolutions.
 
-XLA's own count depends on how an operation was written and rewritten (patches, padding, fused element-wise work); this
-one is the same on every backend, and says what the network needs.
+XLA's own count depends on how operations are written and rewritten (patches, padding, fused element-wise work); this
+count is the same on every backend.
 """
 
 import math
@@ -14,11 +14,11 @@ from wavg_jax.base import Batch, Task
 
 
 def training_flops(task: Task, batch: Batch) -> int:
-    """Operations of one training step on a batch: forward and backward, the optimizer and element-wise work left out.
+    """Operations of one training step on a batch, forward and backward, without optimizer and element-wise work.
 
-    A product of m x k and k x n numbers takes 2 m k n operations in the forward pass, and as many in the backward pass
-    for the gradient by each operand that has one: 2 in three products for a layer within the network, 1 in two for the
-    first, whose input is data. A convolution is the product that it equals.
+    A product of m x k and k x n numbers takes 2 m k n operations in the forward pass, and as many again in the backward
+    pass for each operand with a gradient: three products in all for an inner layer, two for the first, whose input is
+    data. A convolution counts as the product that it equals.
 
     >>> import jax.numpy as jnp
     >>> from wavg_jax import models
@@ -45,7 +45,7 @@ def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[int, list[bool]]:
     known = dict(zip(jaxpr.invars, trained, strict=True))
 
     def depends(variable: Any) -> bool:
-        return not hasattr(variable, "val") and known.get(variable, False)  # a literal has a val, and no hash
+        return not hasattr(variable, "val") and known.get(variable, False)  # a literal has a val and is not hashable
 
     total = 0
     for equation in jaxpr.eqns:
@@ -56,7 +56,7 @@ def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[int, list[bool]]:
             total += (1 + sum(operands[:2])) * rule(equation)
         elif inner := _inner(equation):
             counted = [_products(part, _aligned(operands, len(part.invars))) for part in inner]
-            # Of the branches of a condition only one is taken.
+            # A conditional takes one branch.
             total += int(equation.params.get("length", 1)) * max(count for count, _ in counted)
             outs = [any(operands)] * len(outs)
         known.update(zip(equation.outvars, outs, strict=True))
@@ -64,7 +64,7 @@ def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[int, list[bool]]:
 
 
 def _aligned(operands: Sequence[bool], wanted: int) -> list[bool]:
-    """Flags for the inputs of an inner program; where it does not take all operands in order, all get the same."""
+    """Flags for the inputs of an inner program; all equal if it does not take the operands one to one."""
     return list(operands) if len(operands) == wanted else [any(operands)] * wanted
 
 

@@ -1,9 +1,9 @@
 """What a binary does before its imports, which take seconds: it checks that the extra `experiments` is installed, says
 that it starts, and takes over Ctrl-C.
 
-Until `experiments.setup.app` runs, Ctrl-C ends the process with one line. After that the first Ctrl-C is Python's own,
-or a request to finish the round, and the main thread acts on it when it can, which is not while it waits for XLA. So a
-second Ctrl-C ends the process from a thread that waits for nothing else.
+Until `experiments.setup.app` runs, Ctrl-C ends the process with one line. From then on the first Ctrl-C raises
+KeyboardInterrupt or asks to finish the round; the main thread acts on it once it no longer waits for XLA. A second
+Ctrl-C ends the process from a thread that never waits for XLA.
 """
 
 import importlib.util
@@ -14,10 +14,10 @@ import threading
 import time
 
 INTERRUPTED = 130
-"""The exit code of a process that Ctrl-C ended, as in shells."""
+"""Exit code after Ctrl-C, as in shells."""
 
 _GRACE = 1.0
-"""Seconds that the main thread is given to end in order after a second Ctrl-C."""
+"""Seconds that the main thread has to end in order after a second Ctrl-C."""
 
 
 _NEEDED = {
@@ -48,15 +48,15 @@ def check_installed() -> None:
 
 
 def interrupted() -> None:
-    """Says so in a line of its own, once, and gives back the cursor that a progress bar hides."""
+    """Prints "interrupted" once, on a line of its own, and shows the cursor that a progress bar hides."""
     if not _told.is_set():
         _told.set()
-        # Not through sys.stderr, whose lock the interrupted code may hold.
+        # The interrupted code may hold the lock of sys.stderr.
         os.write(2, (b"\x1b[?25h\r\x1b[K" if os.isatty(2) else b"") + b"interrupted\n")
 
 
 def leave(*_: object) -> None:
-    """Ends the process at once; what is on disk is good after a kill too."""
+    """Ends the process at once; files survive a kill."""
     interrupted()
     os._exit(INTERRUPTED)
 
@@ -65,7 +65,7 @@ _told = threading.Event()
 
 
 def _watch(signals: int) -> None:
-    """Ends the process after a second Ctrl-C; reads the numbers of signals as they come in."""
+    """Reads the numbers of signals as they arrive, and ends the process after a second Ctrl-C."""
     asked = 0
     while numbers := os.read(signals, 64):
         asked += numbers.count(signal.SIGINT)
@@ -75,7 +75,7 @@ def _watch(signals: int) -> None:
 
 
 def take_over() -> None:
-    """Handles Ctrl-C from now on, and says that the binary starts; a longer line will overwrite it."""
+    """Handles Ctrl-C from now on, and prints "starting", which a longer line overwrites."""
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)

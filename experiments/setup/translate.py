@@ -4,37 +4,37 @@ import re
 
 from absl import flags
 
-from experiments.setup.shared_flags import ARMS
-
 FLAGS = {
     "samples": "score_samples",
     "resident": "feed",
     "outer": "outer_lr",
-    "scale": "scale",
-    "noisy": "noisy",
+    "opt_state": "opt_state_at_sync",
+    "stats": "stats_at_sync",
+    "name_or_path": "dataset",
 }
 """Argument -> flag, where their names differ; every other argument goes by its own name."""
 _VALUES = {"resident=True": "feed=resident", "resident=False": "feed=stream", "resume=True": "resume"}
 _ARGUMENT = re.compile(r"(?<![\w.=-])([a-z]\w*)=(True\b|False\b|'[^']*'|[\w./-]*\w)?")
-_RUN = re.compile(rf"^'({'|'.join(ARMS)})\b")
+_RUN = re.compile(r"^'?([a-z]\w*)(?=[-/'])")
 _FIRST = re.compile(r"^([a-z]\w*)(?= is )")
 
 
 def to_flags(message: str) -> str:
     """Turns the arguments that a library message names into flags of the running binary.
 
-    An argument without such a flag stays as it is. The inner optimizer's learning rate is the flag of the arm whose run
-    the message names first.
+    An argument without such a flag stays as it is. The learning rate of `inner=` is the flag of the arm or the scenario
+    whose run the message names first: `'sync-seed0'` or `iid/plain/0`.
 
     >>> to_flags("resume=True needs workdir=, the folder of the run")
     '--resume needs --workdir, the folder of the run'
     """
-    arm = _RUN.match(message)
+    run = _RUN.match(message)
 
     def flag(found: re.Match) -> str:
         name, value = found[1], found[2]
-        if name == "inner" and arm and f"lr_{arm[1]}" in flags.FLAGS:
-            return f"--lr_{arm[1]}"
+        if name == "inner":
+            rate = f"lr_{run[1]}" if run else ""
+            return f"--{rate}" if rate in flags.FLAGS else found[0]
         if found[0] in _VALUES:
             return f"--{_VALUES[found[0]]}"
         name = FLAGS.get(name, name)

@@ -1,4 +1,4 @@
-"""The networks that systems are compared on, and the files that give every worker the same weights and batches."""
+"""The networks of the comparison, and the files that give every worker the same weights and batches."""
 
 import pathlib
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Network(NamedTuple):
     steps: int
 
 
-# H is such that a round takes a second or a few on two cores; it changes no ratio but those that dispatch dominates.
+# At these H a round takes a few seconds on two cores; H changes only ratios that dispatch dominates.
 NETWORKS = {
     "mlp": Network(lambda: models.MLP((512, 512), CLASSES), (28, 28), 64, 50),
     "digits_mlp": Network(lambda: models.MLP((128,), CLASSES), (8, 8), 32, 50),
@@ -46,8 +46,8 @@ def random_data(case: Job) -> ShardedData:
     """Random images as bytes, in K shards that a round goes through once."""
     rng = np.random.default_rng(0)
     count, shape = case.replicas * case.steps * case.batch, NETWORKS[case.network].shape
-    # Classes differ in brightness, so that there is something to learn: with the gradient of pure noise, rounding
-    # alone would lead two systems apart.
+    # Classes differ in brightness, so that there is something to learn: on pure noise, rounding alone would drive two
+    # systems apart.
     labels = rng.integers(0, CLASSES, count, np.int32)
     noise = rng.integers(0, 156, (count, *shape), np.uint8)
     train = Split(noise + (11 * labels.astype(np.uint8)).reshape(-1, *[1] * len(shape)), labels)

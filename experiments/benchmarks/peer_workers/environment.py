@@ -1,4 +1,4 @@
-"""The virtual environment of the peers, made at its first use; it holds nothing of this library."""
+"""The peers' virtual environment, made on first use, without this library."""
 
 import pathlib
 import subprocess
@@ -7,28 +7,28 @@ from importlib import metadata
 
 from experiments.benchmarks.peer_workers.lines import WorkerFailed, first_line
 
-# Exactly these: they are what the recorded numbers are of.
+# Pinned to the versions of the recorded numbers.
 TORCH = ("torch==2.13.0", "numpy=={numpy}")
-# The JAX of FedJAX and its networks is the one that runs here, so that only the algorithm's code differs.
+# FedJAX gets the JAX that runs here, so that only the algorithm's code differs.
 FEDJAX = ("fedjax==0.0.17", "jax=={jax}", "jaxlib=={jaxlib}", "flax=={flax}", "optax=={optax}", "numpy=={numpy}")
 
 
 def python(folder: pathlib.Path, requirements: tuple[str, ...]) -> str:
-    """Makes sure that the environment in a folder has what is required, and returns its interpreter.
+    """Installs the requirements into the environment, and returns its interpreter.
 
     Args:
-      folder: of the environment; made if it is not there.
+      folder: of the environment, made if missing.
       requirements: as pip takes them; `{jax}` stands for the version of JAX that runs here.
 
     Raises:
-      WorkerFailed: that cannot be had; the message says why.
+      WorkerFailed: they cannot be installed; the message says why.
     """
     interpreter = folder / "bin" / "python"
     if not interpreter.exists():
         _run("venv", sys.executable, "-m", "venv", str(folder))
     running = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     wanted = [requirement.format(**running) for requirement in requirements]
-    # Quick, and without a network, where all of it is there already.
+    # Fast, and needs no network, if everything is installed.
     quiet = ("--quiet", "--disable-pip-version-check", "--no-input")
     _run(f"pip install {wanted[0]}", str(interpreter), "-m", "pip", "install", *quiet, *wanted)
     return str(interpreter)
