@@ -106,7 +106,7 @@ def test_fisher_is_the_mean_square_of_the_gradients_of_samples_with_drawn_labels
     np.testing.assert_allclose(found["w"], np.square(x[:, :, None] * residual[:, None]).mean(axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(set(signals.HIGHER_IS_BETTER) - {"distance", *signals.FREE}))
+@pytest.mark.parametrize("name", sorted(set(signals.HIGHER_IS_BETTER) - {"distance", "absolute_error", *signals.FREE}))
 def test_signals_mapped_over_replicas_have_the_shape_of_their_zeros(name):
     stacked = wavg.replicate(network(), 4)
     take = jax.vmap(score.measure(forward(), (name,)), in_axes=(0, None))
@@ -208,7 +208,7 @@ def test_what_reads_the_held_out_split():
 
 
 def test_unknown_signals_are_named():
-    score.check_measurable((*signals.HIGHER_IS_BETTER, "evaluate"), HELD_OUT)
+    score.check_measurable((*signals.HIGHER_IS_BETTER, "evaluate"), (*HELD_OUT, "absolute_error"))
     with pytest.raises(wavg.SettingsError, match="'cosine'"):
         score.check_measurable(("loss", "cosine"), HELD_OUT)
     with pytest.raises(wavg.SettingsError, match=r"'accuracy'.*measures loss, "):

@@ -16,6 +16,7 @@ from wavg_jax.base import PyTree, SettingsError
 HIGHER_IS_BETTER = {
     "accuracy": True,
     "loss": False,
+    "absolute_error": False,
     "macro_f1": True,
     "ece": False,
     "grad_norm": False,
