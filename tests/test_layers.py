@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -94,6 +95,19 @@ print(sorted(name for name in sys.modules.keys() - before if name.split(".")[0] 
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
+
+
+# Two dashes that are no flags of ours: variables of style sheets, options of git and TFDS.
+FOREIGN = re.compile(r"--(?:ink|paper|rule|soft|link|shade)\b|--(?:always|exclude|abbrev|dirty)\b|`tfds [^`]*`")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_library_names_arguments_and_knows_no_command(path):
+    text = FOREIGN.sub("", path.read_text())
+    assert not re.findall(r"(?<!\w)--[a-z]\w*", text), (
+        "a flag: name the argument, such as devices=3; the binaries translate"
+    )
+    assert "experiments" not in text, "the library knows nothing of its callers"
 
 
 @pytest.mark.parametrize(
