@@ -378,10 +378,10 @@ def test_ctrl_c_while_jax_is_set_up_is_one_line_and_exit_code_130():
 def test_a_damaged_program_in_the_cache_is_one_line_and_is_mended(tmp_path):
     command = ("experiments.train", *QUICK, f"--compilation_cache={tmp_path / 'cache'}")
     assert run(*command, f"--workdir={tmp_path / 'a'}").returncode == 0
-    (kept,) = (tmp_path / "cache").glob("jit_predict-*-cache")
+    (kept,) = (tmp_path / "cache").glob("jit_evaluate-*-cache")
     whole = kept.read_bytes()
     kept.write_bytes(whole[: len(whole) // 2])  # as a kill leaves it
     again = run(*command, f"--workdir={tmp_path / 'b'}")
     assert again.returncode == 0
-    assert again.stderr.strip() == "warning: the cached program jit_predict is damaged; compiling it again"
+    assert again.stderr.strip() == "warning: the cached program jit_evaluate is damaged; compiling it again"
     assert run(*command, f"--workdir={tmp_path / 'c'}").stderr == ""
