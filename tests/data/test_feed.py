@@ -87,12 +87,12 @@ def test_a_late_round_draws_no_more_permutations_than_it_reads(monkeypatch):
 REFUSED = {
     "batch larger than a shard": (
         {"batch_size": 8},
-        "batches of 8 do not fit shard 1, which has 7.*--batch_size to 7",
+        "batches of 8 do not fit shard 1, which has 7.*set batch_size= to 7",
     ),
-    "no batch": ({"batch_size": 0}, "--batch_size is 0; it must be a whole number, 1 or more"),
-    "no steps": ({"local_steps": 0}, "--local_steps is 0; it must be a whole number, 1 or more"),
+    "no batch": ({"batch_size": 0}, "^batch_size is 0; it must be a whole number, 1 or more"),
+    "no steps": ({"local_steps": 0}, "^local_steps is 0; it must be a whole number, 1 or more"),
     "negative step": ({"first_step": -1}, "first_step is -1; it must be a whole number, 0 or more"),
-    "negative seed": ({"seed": -1}, "--seed is -1; it must be a whole number, 0 or more"),
+    "negative seed": ({"seed": -1}, "^seed is -1; it must be a whole number, 0 or more"),
     "half a step": ({"local_steps": 1.5}, "local_steps is 1.5; it must be a whole number"),
     "batch size in words": ({"batch_size": "all"}, "batch_size is 'all'"),
     "step that is not a number": ({"first_step": None}, "first_step is None"),

@@ -155,19 +155,19 @@ def test_a_folder_that_cannot_be_written(mnist_dir, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tfds_sets._Builder, "download_and_prepare", full)
-    with pytest.raises(DataError, match=r"mnist cannot be prepared in .*No space left.*--data_dir"):
+    with pytest.raises(DataError, match=r"mnist cannot be prepared in .*No space left.*set data_dir="):
         load("mnist", mnist_dir)
 
 
 def test_a_data_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file is not a folder: name one with --data_dir"):
+    with pytest.raises(DataError, match="file is not a folder: set data_dir= to one"):
         load("mnist", tmp_path / "file")
 
 
 def test_a_version_folder_without_a_set(mnist_dir):
     (mnist_dir / "mnist/0.1.0").mkdir()
-    with pytest.raises(DataError, match=r"0.1.0 is there but holds no prepared set: delete that folder"):
+    with pytest.raises(DataError, match=r"0.1.0 exists but holds no prepared set: delete it"):
         load("mnist", mnist_dir)
 
 
@@ -186,7 +186,7 @@ def test_another_process_prepared_it_first(mnist_dir, monkeypatch):
 
 
 def test_no_such_set(tmp_path):
-    with pytest.raises(SettingsError, match="no set 'imagenet': choose one of mnist, fashion_mnist, cifar10"):
+    with pytest.raises(SettingsError, match="no data set 'imagenet': set dataset= to one of mnist, f"):
         tfds_sets.load_tfds("imagenet", tmp_path)
 
 
