@@ -41,7 +41,7 @@ def test_every_way_gives_the_same_run(devices):
 
 @pytest.mark.parametrize("name", ["pmap", None])
 def test_other_ways_are_refused(name):
-    with pytest.raises(SettingsError, match="^replica_map=.*: set replica_map= to one of auto, vmap, map, unroll"):
+    with pytest.raises(SettingsError, match=r"^replica_map=.*: set replica_map= to one of auto, vmap, map, unroll"):
         train(TASK, sharded(), PLAIN, replica_map=name, **OPTIONS)
     with pytest.raises(SettingsError, match="to one of vmap, map, unroll"):
         placement.place(4, 1, name)

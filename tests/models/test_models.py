@@ -358,7 +358,11 @@ BAD = {
         SettingsError,
         "from_nnx",
     ),
-    "no nnx module": (lambda: from_nnx(lambda rngs: rngs.params(), (4,)), SettingsError, "must return a flax.nnx"),
+    "no nnx module": (
+        lambda: from_nnx(lambda rngs: rngs.params(), (4,)),
+        SettingsError,
+        "make_module= must return a flax.nnx",
+    ),
     "no logits": (
         lambda: from_nnx(lambda rngs: nnx.Linear(8, 3, rngs=rngs), (4, 8)),
         SettingsError,
