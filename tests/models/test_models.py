@@ -361,7 +361,7 @@ BAD = {
     "no nnx module": (
         lambda: from_nnx(lambda rngs: rngs.params(), (4,)),
         SettingsError,
-        "make_module= must return a flax.nnx",
+        "make_module= must return a",
     ),
     "no logits": (
         lambda: from_nnx(lambda rngs: nnx.Linear(8, 3, rngs=rngs), (4, 8)),

@@ -150,8 +150,8 @@ def _conv(strides: tuple[int, ...], pads: tuple[tuple[int, int], ...], precision
 
 
 _CACHED = 2**18
-"""Most bytes of patches at a time, unless one image has more. With 0.1 to 0.6 MB, the gradient of a 3x3 kernel took half
-as long as with the patches of all images, on a CPU with 0.5 MB of second-level cache per core."""
+"""Most bytes of patches at a time, unless one image has more. With 0.1 to 0.6 MB, the gradient of a 3x3 kernel took
+half as long as with the patches of all images, on a CPU with 0.5 MB of second-level cache per core."""
 
 _WIDE = 96
 """Patches this long grow no further: beyond it, copying them costs more than products with short ones."""
@@ -227,7 +227,8 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     """
     if not 1 <= window <= min(x.shape[1:3]):
         raise SettingsError(
-            f"max_pool over blocks of {window} x {window} needs inputs of that size or more, got {x.shape}"
+            f"max_pool over blocks of {window} x {window} does not fit inputs of shape {x.shape}: set window= between 1 "
+            f"and {min(x.shape[1:3])}"
         )
     for axis in (1, 2):
         end = x.shape[axis] // window * window

@@ -33,10 +33,10 @@ def from_nnx(
 
     Args:
       make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns what
-        `make` needs: logits [B, classes] for a classifier. `module.train()` and `module.eval()`
-        switch dropout and BatchNorm.
-      input_shape: shape of one input, without the batch axis. The module is traced on it here, without
-        computing anything, so that a wrong shape fails now.
+        `make` needs: logits [B, classes] for a classifier. `module.train()` and `module.eval()` switch dropout and
+        BatchNorm.
+      input_shape: shape of one input, without the batch axis. The module is traced on it here, without computing
+        anything, so that a wrong shape fails now.
       dtype: dtype of the inputs; an integer dtype for tokens.
       make: `classifier`, `language_model`, `regressor`, or your own function from `init` and `apply` to a task.
 

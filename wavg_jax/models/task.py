@@ -73,7 +73,7 @@ def language_model(init: Init, apply: Apply) -> Task:
         `classifier`.
 
     Returns:
-      A `Task` over batches with y [B, T] and the metrics `loss` and `accuracy`, the share of correctly predicted tokens.
+      A `Task` over batches with y [B, T] and the metrics `loss` and `accuracy`, the share of correct tokens.
 
     Raises:
       SettingsError: while tracing, if the logits are not [B, T, vocabulary].
