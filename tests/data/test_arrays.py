@@ -96,7 +96,7 @@ def test_refused(case):
     assert "\n" not in str(caught.value)
 
 
-def test_more_classes_than_are_seen_may_be_said_and_one_alone_is_warned_of():
+def test_classes_may_exceed_those_that_occur_and_a_single_label_warns():
     assert from_arrays(X, Y, X[:1], [0], classes=1000).classes == 1000
     with pytest.warns(WavgWarning, match="mine: every training sample has label 2, so there is nothing") as caught:
         assert from_arrays(X, Y * 0 + 2, X[:1], [0], classes=3, name="mine").classes == 3
@@ -134,7 +134,7 @@ def test_tokens_stay_integers_and_the_largest_of_inputs_and_targets_sizes_the_vo
     assert text(given, classes=9).classes == 9
 
 
-def test_tokens_in_an_npz_file_may_say_their_vocabulary(tmp_path):
+def test_an_npz_file_of_tokens_may_give_the_vocabulary(tmp_path):
     np.savez(tmp_path / "mine.npz", x_train=TEXT, y_train=TEXT, x_test=TEXT[:1], y_test=TEXT[:1], classes=7)
     data = from_npz(tmp_path / "mine.npz")
     assert (data.classes, data.train.x.dtype) == (7, np.int32)
@@ -177,14 +177,14 @@ def one_array():
 WHOLE = {"x_train": X, "y_train": Y, "x_test": X[:1], "y_test": Y[:1]}
 
 
-def test_npz_may_say_how_many_classes_there_are(tmp_path):
+def test_an_npz_file_may_give_the_number_of_classes(tmp_path):
     for number in (np.array(7), np.array([7.0])):
         np.savez(tmp_path / "mine.npz", **WHOLE, classes=number)
         assert from_npz(tmp_path / "mine.npz").classes == 7
 
 
 @pytest.mark.parametrize("path", [None, 7, b"mine.npz"])
-def test_what_is_no_path_is_refused(path):
+def test_anything_but_a_path_is_refused(path):
     for read in (from_npz, load):
         with pytest.raises(SettingsError, match="give a name or path"):
             read(path)
@@ -214,7 +214,7 @@ def test_npz_refused(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_npz_that_is_no_file(tmp_path):
+def test_an_npz_path_without_a_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"there is no file .*none.npz: set dataset= to the path"):
         from_npz(tmp_path / "none.npz")
     with pytest.raises(DataError, match="cannot be read as an npz file"):

@@ -12,7 +12,7 @@ SHARDS = (np.arange(0, 10), np.arange(10, 17), np.arange(17, 40))
 
 
 def streams(shards, rounds, **kwargs):
-    """What each replica reads over the rounds, [K, rounds * H * B]."""
+    """The samples that each replica reads over the rounds, [K, rounds * H * B]."""
     taken = [
         round_indices(shards, first_step=r * kwargs["local_steps"], **kwargs).reshape(len(shards), -1) for r in rounds
     ]
@@ -51,7 +51,7 @@ def test_shape_type_and_repeatability():
     np.testing.assert_array_equal(late, round_indices(SHARDS, first_step=21, **kwargs))
 
 
-def test_a_stream_is_made_of_the_permutations_that_are_documented():
+def test_a_stream_consists_of_the_documented_permutations():
     epochs = [np.random.default_rng(np.random.SeedSequence([4, 1, e])).permutation(SHARDS[1]) for e in (0, 1, 2)]
     # Rounds of 2 x 4 = 8 out of 7 samples: round 1 reads positions 8 to 16.
     indices = round_indices(SHARDS, seed=4, first_step=2, local_steps=2, batch_size=4)

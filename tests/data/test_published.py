@@ -162,14 +162,14 @@ def test_an_unpacked_folder_that_lacks_a_file(tmp_path):
 
 
 def publish(monkeypatch, folder, files):
-    """Makes the files in `folder` the published ones, to be fetched from there."""
+    """Publishes the files in `folder`, to be downloaded from there."""
     parts = {name: Part(len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in files.items()}
     name = "mnist" if "test_batch.bin" not in files else "cifar10"
     published = PUBLISHED[name]._replace(url=f"{folder.as_uri()}/", parts=parts)
     monkeypatch.setitem(PUBLISHED, name, published)
 
 
-def test_files_that_are_not_there_are_fetched(tmp_path, monkeypatch):
+def test_missing_files_are_downloaded(tmp_path, monkeypatch):
     files, server, home = mnist_files(), tmp_path / "server", tmp_path / "home"
     publish(monkeypatch, server, files)
     write(server, files)
@@ -181,14 +181,14 @@ def test_files_that_are_not_there_are_fetched(tmp_path, monkeypatch):
     assert len(load("mnist", home).train.y) == 50
 
 
-def test_the_archive_is_fetched(tmp_path, monkeypatch):
+def test_a_missing_archive_is_downloaded(tmp_path, monkeypatch):
     publish(monkeypatch, tmp_path / "server", cifar_files())
     tar(tmp_path / "server", cifar_files())
     assert len(load("cifar10", tmp_path / "home").train.y) == 50
 
 
 @pytest.mark.parametrize("sent", ["cut", "other"])
-def test_what_is_fetched_must_be_the_published_file(tmp_path, monkeypatch, sent):
+def test_a_download_must_be_the_published_file(tmp_path, monkeypatch, sent):
     files, server, home = mnist_files(), tmp_path / "server", tmp_path / "home"
     publish(monkeypatch, server, files)
     write(server, mnist_files(seed=1) if sent == "other" else files)

@@ -108,7 +108,7 @@ def test_targets_of_any_shape_are_held_out_sharded_and_pooled(dataset, y, partit
 
 @pytest.mark.parametrize("scale", [per_channel, None])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
-def test_tokens_reach_the_network_as_they_are_in_int32(dtype, scale):
+def test_tokens_reach_the_network_unchanged_as_int32(dtype, scale):
     data = shard(tokens(dtype), lambda split, seed: iid(len(split.y), 2, seed), heldout=4, seed=0, scale=scale)
     x = data.prepare(data.test.x)
     assert x.dtype == np.int32
@@ -174,7 +174,7 @@ def test_a_partition_may_return_lists(kind):
         ({"scale": "feature"}, r"data\.per_feature"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(changed, message):
+def test_nonsense_is_refused_in_one_line(changed, message):
     good = {"dataset": digits(), "partition": split_iid, "heldout": 100, "seed": 0}
     with pytest.raises(SettingsError, match=message) as raised:
         shard(**(good | changed))

@@ -69,14 +69,14 @@ def test_cifar10_from_the_publishers_files(tmp_path, form):
     np.testing.assert_array_equal(data.train.y, np.concatenate([y for _, y in batches[:5]])[order])
 
 
-def test_order_is_that_of_the_official_builders(mnist_dir):
+def test_the_order_matches_the_official_builders(mnist_dir):
     # They too number the samples from 0, and TFDS sorts by MD5 of the split's name and the number.
     order = sorted(range(50), key=lambda i: hashlib.md5(f"train{i}".encode()).hexdigest())
     np.testing.assert_array_equal(load("mnist", mnist_dir).train.y, samples(50, (28, 28))[1][order])
 
 
 def official(root, file_format):
-    """A set as the official builder leaves it: PNG images, under an official version."""
+    """Writes a set like the official builder's: PNG images, under an official version."""
 
     class Official(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("3.0.1")
@@ -116,7 +116,7 @@ def store_as(folder, file_format):
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_an_official_set_is_read_as_it_is_and_goes_before_ours(mnist_dir, file_format):
+def test_an_official_set_is_read_unchanged_and_preferred_to_ours(mnist_dir, file_format):
     ours = load("mnist", mnist_dir)
     official(mnist_dir, file_format)
     data = load("mnist", mnist_dir)

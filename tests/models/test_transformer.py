@@ -55,7 +55,7 @@ def _batch(text: np.ndarray) -> Batch:
     return Batch(jnp.asarray(text[..., :-1]), jnp.asarray(text[..., 1:]))
 
 
-def test_logits_depend_on_the_tokens_so_far_alone():
+def test_logits_depend_only_on_the_tokens_so_far():
     params, mutable = _initial()
     tokens = _text(1)[:, :T]
     # Row t is the sentence with its token t changed.

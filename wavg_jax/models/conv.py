@@ -227,8 +227,8 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     """
     if not 1 <= window <= min(x.shape[1:3]):
         raise SettingsError(
-            f"max_pool over blocks of {window} x {window} does not fit inputs of shape {x.shape}: set window= between 1 "
-            f"and {min(x.shape[1:3])}"
+            f"max_pool over blocks of {window} x {window} does not fit inputs of shape {x.shape}: set window= between "
+            f"1 and {min(x.shape[1:3])}"
         )
     for axis in (1, 2):
         end = x.shape[axis] // window * window
