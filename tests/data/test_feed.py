@@ -12,7 +12,7 @@ SHARDS = (np.arange(0, 10), np.arange(10, 17), np.arange(17, 40))
 
 
 def streams(shards, rounds, **kwargs):
-    """What each replica reads over the rounds, [K, rounds * H * B]."""
+    """The samples that each replica reads over the rounds, [K, rounds * H * B]."""
     taken = [
         round_indices(shards, first_step=r * kwargs["local_steps"], **kwargs).reshape(len(shards), -1) for r in rounds
     ]
@@ -51,7 +51,7 @@ def test_shape_type_and_repeatability():
     np.testing.assert_array_equal(late, round_indices(SHARDS, first_step=21, **kwargs))
 
 
-def test_a_stream_is_made_of_the_permutations_that_are_documented():
+def test_a_stream_consists_of_the_documented_permutations():
     epochs = [np.random.default_rng(np.random.SeedSequence([4, 1, e])).permutation(SHARDS[1]) for e in (0, 1, 2)]
     # Rounds of 2 x 4 = 8 out of 7 samples: round 1 reads positions 8 to 16.
     indices = round_indices(SHARDS, seed=4, first_step=2, local_steps=2, batch_size=4)
@@ -87,12 +87,12 @@ def test_a_late_round_draws_no_more_permutations_than_it_reads(monkeypatch):
 REFUSED = {
     "batch larger than a shard": (
         {"batch_size": 8},
-        "batches of 8 do not fit shard 1, which has 7.*--batch_size to 7",
+        "batches of 8 do not fit shard 1, which has 7.*set batch_size= to 7",
     ),
-    "no batch": ({"batch_size": 0}, "--batch_size is 0; it must be a whole number, 1 or more"),
-    "no steps": ({"local_steps": 0}, "--local_steps is 0; it must be a whole number, 1 or more"),
+    "no batch": ({"batch_size": 0}, "^batch_size is 0; it must be a whole number, 1 or more"),
+    "no steps": ({"local_steps": 0}, "^local_steps is 0; it must be a whole number, 1 or more"),
     "negative step": ({"first_step": -1}, "first_step is -1; it must be a whole number, 0 or more"),
-    "negative seed": ({"seed": -1}, "--seed is -1; it must be a whole number, 0 or more"),
+    "negative seed": ({"seed": -1}, "^seed is -1; it must be a whole number, 0 or more"),
     "half a step": ({"local_steps": 1.5}, "local_steps is 1.5; it must be a whole number"),
     "batch size in words": ({"batch_size": "all"}, "batch_size is 'all'"),
     "step that is not a number": ({"first_step": None}, "first_step is None"),

@@ -47,7 +47,7 @@ def test_prepared_training_data_has_mean_0_and_std_1_over_what_is_scaled_togethe
     np.testing.assert_allclose(np.std(prepared, axes), 1, atol=1e-5)
 
 
-def test_features_of_different_units_are_scaled_each_for_itself_by_default():
+def test_by_default_every_feature_is_scaled_on_its_own():
     rng = np.random.default_rng(0)
     units = np.array([1e-3, 1.0, 1e5], np.float32)
     dataset = of((rng.normal(size=(200, 3)) * units + 7 * units).astype(np.float32))
@@ -61,7 +61,7 @@ def halves(split, seed):
     return data.iid(len(split.y), 2, seed)
 
 
-def test_shard_hands_the_scale_on():
+def test_shard_passes_the_scale_on():
     dataset = of(images(40, 3))
     assert len(data.shard(dataset, halves, heldout=10, seed=0, scale=overall).prepare.mean) == 1
 
@@ -78,7 +78,7 @@ def test_the_flag_of_the_binaries_chooses_the_scale(said, means):
 
 
 @pytest.mark.parametrize(("dtype", "divided"), [(np.float32, 1), (np.uint8, 255)])
-def test_without_a_scale_floats_stay_as_they_are_and_bytes_are_between_0_and_1(dtype, divided):
+def test_without_a_scale_floats_stay_unchanged_and_bytes_lie_between_0_and_1(dtype, divided):
     dataset = of(images(6, 4, dtype=dtype))
     prepared = make_prepare(dataset, scale=None)(dataset.train.x)
     np.testing.assert_allclose(prepared, dataset.train.x.astype(np.float32) / divided, rtol=1e-6)
@@ -101,7 +101,7 @@ def test_prepare_in_numbers():
 @pytest.mark.parametrize("value", [np.uint8(7), np.float32(0.1), np.float32(1e-40)])
 @pytest.mark.parametrize("shape", [(30, 4, 4), (30, 4)])
 @pytest.mark.parametrize("scale", [per_channel, per_feature, overall])
-def test_what_is_constant_in_training_becomes_0_and_is_not_blown_up_elsewhere(value, shape, scale):
+def test_a_constant_of_the_training_split_becomes_0_and_is_not_scaled_up_elsewhere(value, shape, scale):
     x = np.full(shape, value)
     prepare = make_prepare(of(x), scale)
     np.testing.assert_allclose(prepare(jnp.asarray(x)), 0, atol=1e-6)

@@ -88,19 +88,23 @@ X, Y = samples(50, (28, 28))
 DAMAGE = {
     "gzip cut": ("train-images-idx3-ubyte", lambda raw: cut(gzip.compress(raw)), "cannot be unpacked"),
     "gzip bytes": ("train-images-idx3-ubyte", lambda raw: b"\x1f\x8b" + bytes(100), "cannot be unpacked"),
-    "not idx": ("train-images-idx3-ubyte", lambda raw: b"<html>" + raw, "does not start as an idx file"),
-    "nothing": ("t10k-images-idx3-ubyte", lambda raw: b"", "does not start as an idx file"),
-    "header cut": ("t10k-images-idx3-ubyte", lambda raw: raw[:7], "does not start as an idx file"),
-    "labels for images": ("train-images-idx3-ubyte", lambda raw: idx(Y), "does not start as an idx file"),
-    "cut": ("train-images-idx3-ubyte", lambda raw: raw[:-1], "promises 39216 bytes and it has 39215"),
-    "too long": ("train-labels-idx1-ubyte", lambda raw: raw + b"x", "promises 58 bytes and it has 59"),
-    "other images": ("train-images-idx3-ubyte", lambda raw: idx(X[:, :9]), r"images of \(9, 28\) where \(28, 28\)"),
-    "fewer labels": ("train-labels-idx1-ubyte", lambda raw: idx(Y[:40]), "50 images and .* 40 labels"),
-    "label 10": ("train-labels-idx1-ubyte", lambda raw: raw[:-1] + b"\x0a", "sample 49 has label 10 of 10 classes"),
+    "not idx": ("train-images-idx3-ubyte", lambda raw: b"<html>" + raw, "does not start like an idx file"),
+    "nothing": ("t10k-images-idx3-ubyte", lambda raw: b"", "does not start like an idx file"),
+    "header cut": ("t10k-images-idx3-ubyte", lambda raw: raw[:7], "does not start like an idx file"),
+    "labels for images": ("train-images-idx3-ubyte", lambda raw: idx(Y), "does not start like an idx file"),
+    "cut": ("train-images-idx3-ubyte", lambda raw: raw[:-1], "promises 39216 bytes, but it has 39215"),
+    "too long": ("train-labels-idx1-ubyte", lambda raw: raw + b"x", "promises 58 bytes, but it has 59"),
+    "other images": ("train-images-idx3-ubyte", lambda raw: idx(X[:, :9]), r"images are \(9, 28\), not \(28, 28\)"),
+    "fewer labels": ("train-labels-idx1-ubyte", lambda raw: idx(Y[:40]), "50 images, but .* 40 labels"),
+    "label 10": (
+        "train-labels-idx1-ubyte",
+        lambda raw: raw[:-1] + b"\x0a",
+        "sample 49 has label 10, beyond 10",
+    ),
     "another set's": (
         "t10k-labels-idx1-ubyte",
         lambda raw: idx(np.zeros(10_000, np.uint8)),
-        "content is not that of mnist's t10k-labels",
+        "content differs from mnist's t10k-labels",
     ),
 }
 
@@ -113,7 +117,7 @@ def test_a_damaged_file_is_named_and_nothing_prepared(mnist_dir, case):
     with pytest.raises(DataError, match=message) as caught:
         load("mnist", mnist_dir)
     assert f"{name}.gz is damaged" in str(caught.value) or case == "fewer labels"
-    assert str(caught.value).endswith("put the published file there or delete it")
+    assert str(caught.value).endswith("replace it with the published file, or delete it")
     assert_nothing_prepared(mnist_dir)
     # Once fixed, it loads.
     write(mnist_dir / "mnist", mnist_files())
@@ -132,7 +136,10 @@ CIFAR_DAMAGE = {
         "data_batch_2.bin has 3074 bytes, which is not a multiple of 3073",
     ),
     "empty": (lambda path: tar(path.parent, cifar_files() | {"test_batch.bin": b""}), "is empty"),
-    "label": (lambda path: tar(path.parent, cifar_files() | {"test_batch.bin": b"\xff" * 3073}), "label 255 of 10"),
+    "label": (
+        lambda path: tar(path.parent, cifar_files() | {"test_batch.bin": b"\xff" * 3073}),
+        "label 255, beyond",
+    ),
 }
 
 
@@ -155,14 +162,14 @@ def test_an_unpacked_folder_that_lacks_a_file(tmp_path):
 
 
 def publish(monkeypatch, folder, files):
-    """Makes the files in `folder` the published ones, to be fetched from there."""
+    """Publishes the files in `folder`, to be downloaded from there."""
     parts = {name: Part(len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in files.items()}
     name = "mnist" if "test_batch.bin" not in files else "cifar10"
     published = PUBLISHED[name]._replace(url=f"{folder.as_uri()}/", parts=parts)
     monkeypatch.setitem(PUBLISHED, name, published)
 
 
-def test_files_that_are_not_there_are_fetched(tmp_path, monkeypatch):
+def test_missing_files_are_downloaded(tmp_path, monkeypatch):
     files, server, home = mnist_files(), tmp_path / "server", tmp_path / "home"
     publish(monkeypatch, server, files)
     write(server, files)
@@ -174,21 +181,21 @@ def test_files_that_are_not_there_are_fetched(tmp_path, monkeypatch):
     assert len(load("mnist", home).train.y) == 50
 
 
-def test_the_archive_is_fetched(tmp_path, monkeypatch):
+def test_a_missing_archive_is_downloaded(tmp_path, monkeypatch):
     publish(monkeypatch, tmp_path / "server", cifar_files())
     tar(tmp_path / "server", cifar_files())
     assert len(load("cifar10", tmp_path / "home").train.y) == 50
 
 
 @pytest.mark.parametrize("sent", ["cut", "other"])
-def test_what_is_fetched_must_be_the_published_file(tmp_path, monkeypatch, sent):
+def test_a_download_must_be_the_published_file(tmp_path, monkeypatch, sent):
     files, server, home = mnist_files(), tmp_path / "server", tmp_path / "home"
     publish(monkeypatch, server, files)
     write(server, mnist_files(seed=1) if sent == "other" else files)
     if sent == "cut":
         path = server / "train-images-idx3-ubyte.gz"
         path.write_bytes(cut(path.read_bytes()))
-    with pytest.raises(DataError, match=r"what file://.*train-images-idx3-ubyte.gz sent is not the published file"):
+    with pytest.raises(DataError, match=r"file://.*train-images-idx3-ubyte.gz did not send the published file"):
         load("mnist", home)
     assert not [p for p in home.rglob("*") if p.is_file()]
 
@@ -202,7 +209,7 @@ def test_without_network_it_says_which_files_go_where(tmp_path, monkeypatch, nam
         raise error
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    message = rf"cannot download .*put {wanted}.* into .*/{name} by hand.*--data_dir"
+    message = rf"cannot download .*put {wanted}.* into .*/{name} by hand, or set data_dir="
     with pytest.raises(DataError, match=message) as caught:
         load(name, tmp_path / "home")
     assert "\n" not in str(caught.value)

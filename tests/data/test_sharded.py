@@ -1,10 +1,15 @@
 """The bundle for training, the small data set, and loading by name."""
 
+import importlib
+import pkgutil
+import sys
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import wavg_jax
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.data import crop_flip, digits, dirichlet, from_arrays, iid, load, per_channel, pool, shard, sized
 
@@ -34,7 +39,7 @@ def test_load_by_name_or_path(tmp_path):
     assert load(tmp_path / "own.npz").classes == 2
     with pytest.raises(DataError, match=r"there is no file .*none.npz"):
         load(str(tmp_path / "none.npz"))
-    with pytest.raises(SettingsError, match="'imagenet': set --dataset to digits, mnist, fashion_mnist, cifar10, or"):
+    with pytest.raises(SettingsError, match="'imagenet': set dataset= to digits, mnist, fashion_mnist, cifar10, or"):
         load("imagenet")
 
 
@@ -103,7 +108,7 @@ def test_targets_of_any_shape_are_held_out_sharded_and_pooled(dataset, y, partit
 
 @pytest.mark.parametrize("scale", [per_channel, None])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
-def test_tokens_reach_the_network_as_they_are_in_int32(dtype, scale):
+def test_tokens_reach_the_network_unchanged_as_int32(dtype, scale):
     data = shard(tokens(dtype), lambda split, seed: iid(len(split.y), 2, seed), heldout=4, seed=0, scale=scale)
     x = data.prepare(data.test.x)
     assert x.dtype == np.int32
@@ -124,15 +129,15 @@ def test_label_noise_and_skew_need_class_labels(dataset):
         (lambda split, seed: (), "no shards, or a sample in two"),
         (lambda split, seed: (np.arange(5), np.arange(4, 9)), "a sample in two"),
         (lambda split, seed: (np.arange(5), np.arange(0)), "shard 1 is empty"),
-        (lambda split, seed: (np.arange(5000),), "shard 0 is empty or not within 0 to 1336"),
+        (lambda split, seed: (np.arange(5000),), "shard 0 is empty or has indices outside 0 to 1336"),
         (lambda split, seed: [[0, 1], []], "shard 1 is empty"),
-        (lambda split, seed: None, "what the partition returned is None: return an array of indices for each replica"),
-        (lambda split, seed: np.arange(5), r"shard 0 is int64 of shape \(\): .*for each replica"),
-        (lambda split, seed: [[0.5, 1.5]], "shard 0 is float64 of shape .2,.: give the whole numbers"),
+        (lambda split, seed: None, "the partition returned None: return one array of indices per replica"),
+        (lambda split, seed: np.arange(5), r"shard 0 is int64 of shape \(\): .*per replica"),
+        (lambda split, seed: [[0.5, 1.5]], "shard 0 is float64 of shape .2,.: give its sample indices"),
         (lambda split, seed: [split.y < 5], r"shard 0 is bool .*np\.flatnonzero\(mask\)"),
         (lambda split, seed: ["ab"], "shard 0 is <U2"),
         (lambda split, seed: [[[0, 1], [2]]], "shard 0 is object"),
-        (lambda split, seed: iid(len(split.y), 2000, seed), "2000 replicas for 1337 .*--replicas"),
+        (lambda split, seed: iid(len(split.y), 2000, seed), "2000 replicas for 1337 .*set replicas="),
     ],
 )
 def test_partition_refused(partition, message):
@@ -141,7 +146,7 @@ def test_partition_refused(partition, message):
 
 
 def test_too_many_held_out():
-    with pytest.raises(SettingsError, match="--heldout between 0 and 1436"):
+    with pytest.raises(SettingsError, match="heldout= between 0 and 1436"):
         shard(digits(), split_iid, heldout=1437, seed=0)
 
 
@@ -162,15 +167,22 @@ def test_a_partition_may_return_lists(kind):
         ({"partition": iid(1337, 4, 0)}, r"the partition is a tuple: give a function \(split, seed\) -> shards"),
         ({"heldout": 0.1}, "heldout is 0.1; it must be a whole number"),
         ({"seed": 1.5}, "seed is 1.5"),
-        ({"noisy": 2}, "noisy is 2: give the numbers"),
-        ({"noisy": (4,)}, r"noisy shards \[4\]: there are 4"),
-        ({"noisy": [False, True]}, "noisy shard is False"),
+        ({"noisy": 2}, "noisy is 2; it must be the numbers"),
+        ({"noisy": (4,)}, r"noisy shards \[4\] do not exist: set noisy= to numbers from 0 to 3"),
+        ({"noisy": [False, True]}, "a shard in noisy= is False"),
         ({"augment": True}, "augment is a bool: give a function"),
         ({"scale": "feature"}, r"data\.per_feature"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(changed, message):
+def test_nonsense_is_refused_in_one_line(changed, message):
     good = {"dataset": digits(), "partition": split_iid, "heldout": 100, "seed": 0}
     with pytest.raises(SettingsError, match=message) as raised:
         shard(**(good | changed))
     assert "\n" not in str(raised.value)
+
+
+def test_no_function_hides_the_module_of_its_name():
+    for module in pkgutil.walk_packages(wavg_jax.__path__, "wavg_jax."):
+        room, _, name = module.name.rpartition(".")
+        imported = getattr(importlib.import_module(room), name, importlib.import_module(module.name))
+        assert imported is sys.modules[module.name], f"{room} names a function {name}, which hides {module.name}"

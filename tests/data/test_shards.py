@@ -109,16 +109,16 @@ def test_a_shard_has_the_same_noise_whichever_others_have_some():
 
 
 REFUSED = {
-    "more replicas than samples": (lambda: iid(3, 4, 0), "4 replicas for 3 .*--replicas between 1 and 3"),
-    "no replica": (lambda: iid(3, 0, 0), "--replicas"),
-    "more proportions than samples": (lambda: sized(2, (1, 1, 1), 0), "--replicas"),
-    "no proportion": (lambda: sized(2, (), 0), "--replicas"),
+    "more replicas than samples": (lambda: iid(3, 4, 0), "4 replicas for 3 .*set replicas= between 1 and 3"),
+    "no replica": (lambda: iid(3, 0, 0), "replicas"),
+    "more proportions than samples": (lambda: sized(2, (1, 1, 1), 0), "replicas"),
+    "no proportion": (lambda: sized(2, (), 0), "replicas"),
     "proportion 0": (lambda: sized(9, (1, 0), 0), "one positive number per replica"),
     "proportion NaN": (lambda: sized(9, (1, np.nan), 0), "one positive number per replica"),
-    "alpha 0": (lambda: dirichlet(LABELS, 4, 0.0, 0), "--alpha. is 0.0; it must be .* greater than 0"),
+    "alpha 0": (lambda: dirichlet(LABELS, 4, 0.0, 0), "^alpha is 0.0; it must be .* greater than 0"),
     "alpha NaN": (lambda: dirichlet(LABELS, 4, np.nan, 0), "alpha"),
-    "dirichlet replicas": (lambda: dirichlet(LABELS, 1001, 1.0, 0), "--replicas"),
-    "shards too small": (lambda: dirichlet(LABELS, 8, 1.0, 0, min_size=300), "--replicas to 3 or less"),
+    "dirichlet replicas": (lambda: dirichlet(LABELS, 1001, 1.0, 0), "replicas"),
+    "shards too small": (lambda: dirichlet(LABELS, 8, 1.0, 0, min_size=300), "set replicas= to 3 or less"),
     "no such shard": (lambda: label_noise(LABELS, iid(1000, 4, 0), (4,), 10, 0), r"noisy shards \[4\].*0 to 3"),
     "half a replica": (lambda: iid(9, 2.5, 0), "replicas is 2.5; it must be a whole number"),
     "the samples for their number": (lambda: iid(LABELS, 4, 0), "number of training samples, is array.*whole"),
@@ -128,16 +128,16 @@ REFUSED = {
     "dirichlet of floats": (lambda: dirichlet(LABELS + 0.5, 4, 1.0, 0), "dirichlet .*integer labels .*are float64"),
     "noise in floats": (lambda: label_noise(LABELS / 2, iid(1000, 4, 0), (1,), None, 0), "noisy=. needs one class per"),
     "noise in tokens": (lambda: label_noise(LABELS[None], iid(1, 1, 0), (0,), 10, 0), r"int64 of shape \(1, 1000\)"),
-    "alpha in words": (lambda: dirichlet(LABELS, 4, "strong", 0), "--alpha. is 'strong'; it must be"),
+    "alpha in words": (lambda: dirichlet(LABELS, 4, "strong", 0), "^alpha is 'strong'; it must be"),
     "dirichlet half a replica": (lambda: dirichlet(LABELS, 4.0, 1.0, 0), "replicas is 4.0"),
     "shards too small by half": (lambda: dirichlet(LABELS, 4, 1.0, 0, min_size=1.5), "min_size is 1.5"),
     "a noisy shard that is not a list": (
         lambda: label_noise(LABELS, iid(1000, 4, 0), 2, 10, 0),
-        r"noisy is 2: .*\(0, 1\)",
+        r"noisy is 2; .*\(0, 1\)",
     ),
-    "half a noisy shard": (lambda: label_noise(LABELS, iid(1000, 4, 0), (0.5,), 10, 0), "noisy shard is 0.5"),
+    "half a noisy shard": (lambda: label_noise(LABELS, iid(1000, 4, 0), (0.5,), 10, 0), "a shard in noisy= is 0.5"),
     "seed in words": (lambda: iid(3, 2, "one"), "seed is 'one'"),
-    "negative seed": (lambda: iid(3, 2, -1), "--seed"),
+    "negative seed": (lambda: iid(3, 2, -1), "^seed is -1"),
 }
 
 

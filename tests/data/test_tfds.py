@@ -69,14 +69,14 @@ def test_cifar10_from_the_publishers_files(tmp_path, form):
     np.testing.assert_array_equal(data.train.y, np.concatenate([y for _, y in batches[:5]])[order])
 
 
-def test_order_is_that_of_the_official_builders(mnist_dir):
+def test_the_order_matches_the_official_builders(mnist_dir):
     # They too number the samples from 0, and TFDS sorts by MD5 of the split's name and the number.
     order = sorted(range(50), key=lambda i: hashlib.md5(f"train{i}".encode()).hexdigest())
     np.testing.assert_array_equal(load("mnist", mnist_dir).train.y, samples(50, (28, 28))[1][order])
 
 
 def official(root, file_format):
-    """A set as the official builder leaves it: PNG images, under an official version."""
+    """Writes a set like the official builder's: PNG images, under an official version."""
 
     class Official(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("3.0.1")
@@ -116,7 +116,7 @@ def store_as(folder, file_format):
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_an_official_set_is_read_as_it_is_and_goes_before_ours(mnist_dir, file_format):
+def test_an_official_set_is_read_unchanged_and_preferred_to_ours(mnist_dir, file_format):
     ours = load("mnist", mnist_dir)
     official(mnist_dir, file_format)
     data = load("mnist", mnist_dir)
@@ -155,19 +155,19 @@ def test_a_folder_that_cannot_be_written(mnist_dir, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tfds_sets._Builder, "download_and_prepare", full)
-    with pytest.raises(DataError, match=r"mnist cannot be prepared in .*No space left.*--data_dir"):
+    with pytest.raises(DataError, match=r"mnist cannot be prepared in .*No space left.*set data_dir="):
         load("mnist", mnist_dir)
 
 
 def test_a_data_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file is not a folder: name one with --data_dir"):
+    with pytest.raises(DataError, match="file is not a folder: set data_dir= to one"):
         load("mnist", tmp_path / "file")
 
 
 def test_a_version_folder_without_a_set(mnist_dir):
     (mnist_dir / "mnist/0.1.0").mkdir()
-    with pytest.raises(DataError, match=r"0.1.0 is there but holds no prepared set: delete that folder"):
+    with pytest.raises(DataError, match=r"0.1.0 exists but holds no prepared set: delete it"):
         load("mnist", mnist_dir)
 
 
@@ -186,7 +186,7 @@ def test_another_process_prepared_it_first(mnist_dir, monkeypatch):
 
 
 def test_no_such_set(tmp_path):
-    with pytest.raises(SettingsError, match="no set 'imagenet': choose one of mnist, fashion_mnist, cifar10"):
+    with pytest.raises(SettingsError, match="no data set 'imagenet': set dataset= to one of mnist, f"):
         tfds_sets.load_tfds("imagenet", tmp_path)
 
 

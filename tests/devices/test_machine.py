@@ -38,7 +38,7 @@ def test_the_package_says_its_version():
     assert set(machine.versions()) == {"python", "jax", "jaxlib", "flax", "optax", "numpy", "wavg-jax"}
 
 
-def test_a_checkout_is_told_by_its_commit_and_by_whether_files_have_changed(checkout, monkeypatch):
+def test_a_checkout_says_its_commit_and_whether_files_have_changed(checkout, monkeypatch):
     commit = git(checkout, "rev-parse", "--short=7", "HEAD")
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as in a hook of another repository
     assert machine._checked_out(checkout) == commit
@@ -46,7 +46,7 @@ def test_a_checkout_is_told_by_its_commit_and_by_whether_files_have_changed(chec
     assert machine._checked_out(checkout) == f"{commit}.dirty"
 
 
-def test_another_repository_is_not_taken_for_ours_and_no_git_is_no_error(checkout, monkeypatch):
+def test_another_repository_does_not_pass_for_ours_and_a_missing_git_is_no_error(checkout, monkeypatch):
     inside = checkout.parent / "environment" / "wavg_jax"  # such as an environment's site-packages inside a checkout
     inside.mkdir(parents=True)
     assert machine._checked_out(inside) is None
@@ -57,7 +57,7 @@ def test_another_repository_is_not_taken_for_ours_and_no_git_is_no_error(checkou
     assert machine._checked_out(checkout) is None
 
 
-def test_what_pip_installed_from_a_repository_is_told_by_its_commit(tmp_path, monkeypatch):
+def test_a_package_that_pip_installed_from_a_repository_says_its_commit(tmp_path, monkeypatch):
     class Installed:
         def read_text(self, name):
             return json.dumps({"url": "https://host/wavg", "vcs_info": {"vcs": "git", "commit_id": "0123456789"}})
@@ -72,7 +72,7 @@ def test_what_pip_installed_from_a_repository_is_told_by_its_commit(tmp_path, mo
     assert machine._installed_from(tmp_path / "wavg_jax") is None
 
 
-def test_a_commit_does_not_make_the_ways_to_run_replicas_be_timed_again(monkeypatch):
+def test_a_new_commit_does_not_time_the_replica_maps_again(monkeypatch):
     before = automap._where()
     monkeypatch.setattr(machine, "build", lambda: "0.1.0+gfffffff")
     assert automap._where() == before

@@ -31,7 +31,7 @@ def forget(monkeypatch):
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_every_way_gives_the_same_run(devices):
+def test_every_replica_map_gives_the_same_run(devices):
     runs = {name: train(TASK, sharded(), PLAIN, devices=devices, replica_map=name, **OPTIONS) for name in mapping.MAPS}
     assert [run.rows[0]["replica_map"] for run in runs.values()] == list(mapping.MAPS)
     for run in runs.values():
@@ -40,15 +40,15 @@ def test_every_way_gives_the_same_run(devices):
 
 
 @pytest.mark.parametrize("name", ["pmap", None])
-def test_other_ways_are_refused(name):
-    with pytest.raises(SettingsError, match=r"--replica_map=.*: choose from auto, vmap, map, unroll"):
+def test_an_unknown_replica_map_is_refused(name):
+    with pytest.raises(SettingsError, match=r"^replica_map=.*: set replica_map= to one of auto, vmap, map, unroll"):
         train(TASK, sharded(), PLAIN, replica_map=name, **OPTIONS)
-    with pytest.raises(SettingsError, match="choose from vmap, map, unroll"):
+    with pytest.raises(SettingsError, match="to one of vmap, map, unroll"):
         placement.place(4, 1, name)
 
 
 def fake_trials(monkeypatch, seconds):
-    """Trials that take what they are told; returns the names that were tried."""
+    """Fakes trials of the given seconds; returns the names of the maps tried."""
     tried = []
 
     def trials(recipes, data, batch_size):
@@ -60,7 +60,7 @@ def fake_trials(monkeypatch, seconds):
     return tried
 
 
-def test_the_fastest_way_is_chosen_once(monkeypatch, recipe):
+def test_the_fastest_map_is_chosen_once(monkeypatch, recipe):
     tried = fake_trials(monkeypatch, {"vmap": 3.0, "map": 1.0, "unroll": 2.0})
     settled = automap.settle(recipe, sharded(), batch_size=8)
     assert settled.placement == placement.place(4, 1, "map")
@@ -73,7 +73,7 @@ def test_the_fastest_way_is_chosen_once(monkeypatch, recipe):
     assert tried[1:] == [["vmap", "map"], ["vmap", "map", "unroll"]]
 
 
-def test_there_is_no_trial_where_nothing_can_be_gained(monkeypatch, recipe):
+def test_nothing_is_timed_if_nothing_can_be_gained(monkeypatch, recipe):
     tried = fake_trials(monkeypatch, {})
     assert automap.settle(recipe, sharded(), batch_size=8, steps=100).placement.replica_map == "vmap"
     assert automap.settle(recipe, sharded(), batch_size=8, decided="unroll").placement.replica_map == "unroll"
@@ -82,7 +82,7 @@ def test_there_is_no_trial_where_nothing_can_be_gained(monkeypatch, recipe):
     assert tried == []
 
 
-def test_the_choice_is_kept_beside_the_compiled_programs(monkeypatch, recipe, tmp_path):
+def test_the_choice_is_stored_beside_the_compiled_programs(monkeypatch, recipe, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
@@ -101,7 +101,7 @@ def test_the_choice_is_kept_beside_the_compiled_programs(monkeypatch, recipe, tm
 
 
 @pytest.mark.parametrize("kept", ['{"%s": "pmap"}', '["vmap"]'])
-def test_a_kept_choice_that_means_nothing_is_made_again(kept, monkeypatch, recipe, tmp_path):
+def test_a_meaningless_stored_choice_is_made_again(kept, monkeypatch, recipe, tmp_path):
     tried = fake_trials(monkeypatch, {"vmap": 1.0, "map": 3.0})
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
@@ -114,7 +114,7 @@ def test_a_kept_choice_that_means_nothing_is_made_again(kept, monkeypatch, recip
     assert len(tried) == 1
 
 
-def test_what_does_not_compile_is_tried_again(monkeypatch):
+def test_a_map_that_does_not_compile_is_tried_again(monkeypatch):
     failing = [True]
 
     def once(self, *args, **options):
@@ -136,7 +136,7 @@ def test_the_real_trials_run(recipe, monkeypatch):
     assert settled.placement.replica_map in mapping.MAPS
 
 
-def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
+def test_a_resumed_run_keeps_its_replica_map(monkeypatch, tmp_path):
     monkeypatch.setattr(automap, "_FLOPS", 0)
     options = OPTIONS | {"devices": 1, "workdir": tmp_path}
     fake_trials(monkeypatch, {"vmap": 3.0, "map": 1.0})
@@ -149,8 +149,8 @@ def test_a_resumed_run_goes_on_in_the_way_it_began(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("heldout", [20, pytest.param(21, marks=pytest.mark.slow)])
-def test_blends_are_scored_by_all_devices_together_with_the_same_result(heldout):
-    """20 samples are dealt out over 4 devices, 21 are not."""
+def test_all_devices_together_score_a_blend_with_the_same_result(heldout):
+    """4 devices share 20 samples, but not 21."""
     averager, source = wavg.averager(wavg.learned()), sharded(noisy=(0,), heldout=heldout)
     runs = [train(TASK, source, averager, devices=devices, **OPTIONS) for devices in (1, 4)]
     for one, four in zip(runs[0].rows[1:], runs[1].rows[1:], strict=True):

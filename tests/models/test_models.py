@@ -23,7 +23,7 @@ SHAPE = (8, 8, 1)
 
 
 class NnxNet(nnx.Module):
-    """What a user writes: a convolution, BatchNorm and Dropout, some of it in a list."""
+    """A user's module: a convolution, BatchNorm and Dropout, some of it in a list."""
 
     def __init__(self, rngs: nnx.Rngs, batch_norm: bool = True, dropout: float = 0.5):
         self.conv = nnx.Conv(1, 4, (3, 3), conv_general_dilated=fast_conv(), rngs=rngs)
@@ -138,7 +138,7 @@ def test_predict_is_in_evaluation_mode(name):
 
 
 @every_row
-def test_the_key_of_each_call_drives_dropout(name):
+def test_each_calls_key_drives_dropout(name):
     first, again, other = (float(_step(name)(*_initial(name), _batch(), jax.random.key(s))[0][0]) for s in (1, 1, 2))
     assert first == again
     assert (first != other) == ROWS[name].random
@@ -355,7 +355,11 @@ BAD = {
         SettingsError,
         "from_nnx",
     ),
-    "no nnx module": (lambda: from_nnx(lambda rngs: rngs.params(), (4,)), SettingsError, "must return a flax.nnx"),
+    "no nnx module": (
+        lambda: from_nnx(lambda rngs: rngs.params(), (4,)),
+        SettingsError,
+        "make_module= must return a",
+    ),
     "no logits": (
         lambda: from_nnx(lambda rngs: nnx.Linear(8, 3, rngs=rngs), (4, 8)),
         SettingsError,

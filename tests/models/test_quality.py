@@ -28,14 +28,14 @@ def test_metrics_worked_by_hand():
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_of_logits_that_are_not_finite_loss_and_calibration_are_nan(broken):
+def test_loss_and_calibration_of_logits_that_are_not_finite_are_nan(broken):
     found = measured([[1.0, 0.0], [broken, broken]], [0, 1])
     assert np.isnan([found["loss"], found["ece"]]).all()
     assert found["confusion"].sum() == 2
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
-def test_metrics_are_those_of_scikit_learn(scale):
+def test_metrics_match_scikit_learn(scale):
     rng = np.random.default_rng(0)
     logits = (scale * rng.normal(size=(500, 7))).astype(np.float32)
     logits[:, 5:] -= 1e3  # two classes that are never predicted, one of which never occurs either
@@ -58,7 +58,7 @@ def test_a_perfectly_calibrated_classifier_has_no_calibration_error():
     np.testing.assert_allclose(found["ece"], 0, atol=1e-6)
 
 
-def test_sums_of_two_halves_add_up_to_those_of_the_whole():
+def test_the_sums_of_two_halves_add_up():
     rng = np.random.default_rng(1)
     logits, labels = jnp.asarray(rng.normal(size=(64, 3)), jnp.float32), jnp.asarray(rng.integers(0, 3, 64), jnp.int32)
     whole = quality.sums(logits, labels)

@@ -93,7 +93,7 @@ def test_vmap_over_replicas_keeps_them_apart():
 BAD = {
     "flat images": (ResNet(), (64,), r"images \[B, H, W, C\] of at least 4x4 pixels, got \(1, 64\)"),
     "tiny images": (ResNet(), (3, 8, 1), "at least 4x4"),
-    "no blocks": (ResNet(blocks=0), SHAPE, "at least 1, got 0 and 16"),
+    "no blocks": (ResNet(blocks=0), SHAPE, "blocks is 0; it must be a whole number, 1 or more"),
 }
 
 

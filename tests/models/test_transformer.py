@@ -52,7 +52,7 @@ def _batch(text: np.ndarray) -> Batch:
     return Batch(jnp.asarray(text[..., :-1]), jnp.asarray(text[..., 1:]))
 
 
-def test_logits_depend_on_the_tokens_so_far_alone():
+def test_logits_depend_only_on_the_tokens_so_far():
     params, mutable = _initial()
     tokens = _text(1)[:, :T]
     # Row t is the sentence with its token t changed.
@@ -144,10 +144,10 @@ def _loss(logits_shape: tuple[int, ...], labels_shape: tuple[int, ...]):
 
 BAD = {
     "float tokens": (lambda: _init(tokens=jnp.float32), SettingsError, r"integer tokens \[B, T\], got float32"),
-    "too long": (lambda: _init(length=T + 1), SettingsError, "have 7 tokens; the Transformer's length allows 1 to 6"),
-    "heads": (lambda: _init(heads=3), SettingsError, "a multiple of heads, got 16 and 3"),
-    "no layers": (lambda: _init(layers=0), SettingsError, "must be at least 1"),
-    "dropout of 1": (lambda: _init(dropout=1.0), SettingsError, r"in \[0, 1\), got 1.0"),
+    "too long": (lambda: _init(length=T + 1), SettingsError, "have 7 tokens, but length=6 allows 1 to 6"),
+    "heads": (lambda: _init(heads=3), SettingsError, "width=16 is not a multiple of heads=3"),
+    "no layers": (lambda: _init(layers=0), SettingsError, "layers is 0; it must be a whole number, 1 or more"),
+    "dropout of 1": (lambda: _init(dropout=1.0), SettingsError, "dropout is 1.0; it must be a finite number"),
     "logits of a classifier": (
         lambda: _loss((2, 5), (2, 3)),
         SettingsError,

@@ -2,7 +2,7 @@
 
 from wavg_jax.data.arrays import Dataset, Split, from_arrays, from_npz, hold_out
 from wavg_jax.data.augment import crop_flip
-from wavg_jax.data.digits import digits
+from wavg_jax.data.embedded import digits
 from wavg_jax.data.feed import round_indices
 from wavg_jax.data.prepare import make_prepare, overall, per_channel, per_feature
 from wavg_jax.data.sharded import ShardedData, pool, shard

@@ -1,4 +1,4 @@
-"""Data sets as numpy arrays, checked once when they come in."""
+"""Data sets as NumPy arrays, checked once, on the way in."""
 
 import warnings
 import zipfile
@@ -16,15 +16,15 @@ from wavg_jax.base import DataError, SettingsError, WavgWarning
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 _UNSEEN = 1_000_000
-"""How many more classes than training samples there may be: more than any data set has, and less than takes an hour to
-find out that no machine can hold the last layer."""
+"""The most classes allowed beyond one per training sample: more than any data set has, yet few enough that a wrong
+number fails here and not after an hour, when no machine can hold the last layer."""
 
 
 class Split(NamedTuple):
-    """One part of a data set.
+    """The inputs and targets of one part of a data set.
 
     Attributes:
-      x: inputs [N, ...] as stored, not yet standardised: uint8 or float32, or tokens [N, T] of an integer type.
+      x: inputs [N, ...] as stored, before standardisation: uint8 or float32, or tokens [N, T] of an integer type.
       y: targets [N, ...]: classes [N] or tokens [N, T], int32, or float32 numbers of any shape.
     """
 
@@ -36,12 +36,11 @@ class Dataset(NamedTuple):
     """A data set for classification, regression or language modelling.
 
     Attributes:
-      name: what rows and reports call it.
+      name: its name in rows and reports.
       train: training split.
-      test: test split, never used in training or scoring.
-      classes: number of classes, of tokens the size of the vocabulary; targets lie in [0, classes). None for
-        regression.
-      class_names: what reports call the classes, one name for each; None where only their numbers are known.
+      test: test split, never used for training or scoring.
+      classes: number of classes, or size of the vocabulary; targets lie in [0, classes). None for regression.
+      class_names: one name per class, for reports; None if the classes have numbers alone.
     """
 
     name: str
@@ -52,21 +51,21 @@ class Dataset(NamedTuple):
 
 
 def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
-    """A numpy generator (PCG64) of its own for each purpose, so that no two uses of one seed share random numbers.
+    """Makes a NumPy generator (PCG64) for one purpose; no two purposes share random numbers under the same seed.
 
     Args:
-      seed: not negative.
-      purpose: name of the use.
-      which: further numbers that tell streams of one purpose apart, such as the shard.
+      seed: a whole number, 0 or more.
+      purpose: what the numbers are for.
+      which: numbers that tell the streams of one purpose apart, such as the shard's.
 
     Returns:
       The generator; the same arguments always give the same one.
 
     Raises:
-      SettingsError: the seed is not a whole number, 0 or more.
+      SettingsError: `seed` is not a whole number, 0 or more.
     """
-    seed = as_whole("--seed", seed, 0)
-    # A spawn key is padded apart from the seed; plain [seed, 0] would be the same stream as [seed].
+    seed = as_whole("seed", seed, 0)
+    # A spawn key stays apart from the seed; plain [seed, 0] would give the same stream as [seed].
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *which)))
 
 
@@ -79,34 +78,34 @@ def from_arrays(
     name: str = "arrays",
     classes: int | None = None,
 ) -> Dataset:
-    """Builds a data set from arrays and checks all of it.
+    """Builds a data set from arrays, all of them checked.
 
-    The type and shape of the targets decide what the data are for:
+    The type and shape of the targets decide the kind of task:
 
       integers [N]       classification: one class per sample
       floats [N, ...]    regression: `classes` is None
-      integers [N, T]    tokens, one at each position: `classes` is the size of the vocabulary
+      integers [N, T]    tokens, one per position: `classes` is the size of the vocabulary
 
-    Beside integer targets [N, T], integer inputs [N, T] are tokens too, uint8 included. They are neither standardised
-    nor converted to floating point. Integer inputs beside one class per sample are features; where they are tokens,
-    pass `shard(scale=None)` and cast them in the network.
+    With integer targets [N, T], integer inputs [N, T] are tokens too, uint8 included: they are neither standardised nor
+    converted to floating point. With one class per sample, integer inputs are features; if yours are tokens, pass
+    `shard(scale=None)` and cast them in the network.
 
     Args:
-      x_train: inputs [N, ...]: feature vectors [N, F], images [N, H, W] or [N, H, W, C], or tokens [N, T]. uint8 is
-        kept, which takes a quarter of the memory, and so are tokens; every other number type becomes float32.
+      x_train: inputs [N, ...]: feature vectors [N, F], images [N, H, W] or [N, H, W, C], or tokens [N, T]. uint8
+        stays uint8, at a quarter of the memory of float32; tokens stay integers; every other type becomes float32.
       y_train: targets [N, ...]; integers lie in [0, classes).
       x_test: inputs [M, ...] with the sample shape and type of `x_train`.
       y_test: targets [M, ...] with the sample shape and type of `y_train`.
-      name: what rows and reports call the data set.
-      classes: number of classes, or size of the vocabulary, 2 or more. By default the largest label plus one, where
-        every smaller label must occur in training, or the largest token of inputs and targets plus one.
+      name: the data set's name in rows and reports.
+      classes: number of classes, or size of the vocabulary, 2 or more. By default one more than the largest label, if
+        every smaller label occurs in training, or than the largest token in inputs and targets.
 
     Returns:
-      The data set. A `WavgWarning` is given if all training labels are the same.
+      The data set. A `WavgWarning` warns if all training labels are equal.
 
     Raises:
-      DataError: lengths, shapes or types do not fit, an array is empty, a number is NaN or infinite, a label or token
-        is not in [0, classes), or the number of classes cannot be right.
+      DataError: lengths, shapes or types do not match, an array is empty, a number is NaN or infinite, a label or token
+        lies outside [0, classes), or the number of classes cannot be right.
 
     >>> import numpy as np
     >>> data = from_arrays(np.zeros((3, 2)), [0, 1, 1], np.zeros((1, 2)), [0])
@@ -122,16 +121,16 @@ def from_arrays(
     train, test = _split("train", x_train, y_train), _split("test", x_test, y_test)
     for part, split in (("train", train), ("test", test)):
         if len(split.x) != len(split.y):
-            raise DataError(f"{name}: {len(split.x)} {part} inputs but {len(split.y)} targets: give one per input")
+            raise DataError(f"{name}: {len(split.x)} {part} inputs but {len(split.y)} targets: give one each")
     for what, a, b in (("sample", test.x, train.x), ("target", test.y, train.y)):
         if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             raise DataError(
                 f"{name}: a test {what} is {a.dtype}{a.shape[1:]}, a training {what} {b.dtype}{b.shape[1:]}: "
-                "give both in one shape and type"
+                "give both the same shape and type"
             )
     if train.y.dtype.kind == "f":
         if classes is not None:
-            raise DataError(f"{name}: the targets are floats, which have no classes: give integers, or no classes=")
+            raise DataError(f"{name}: float targets have no classes: give integers, or leave out classes=")
         return Dataset(name, train, test, None)
     classes = _vocabulary(name, train, test, classes) if train.y.ndim > 1 else _classes(name, train.y, test.y, classes)
     for part, split in (("train", train), ("test", test)):
@@ -152,18 +151,18 @@ def holds_tokens(split: Split) -> bool:
 
 
 def _check_range(what: str, values: np.ndarray, classes: int) -> None:
-    """Raises DataError if a label or token is not in [0, classes); `{}` in `what` is for how many."""
+    """Raises DataError if a label or token is not in [0, classes); `{}` in `what` stands for their number."""
     wrong = np.argwhere((values < 0) | (values >= classes))
     if len(wrong):
         first = wrong[0]
         raise DataError(
             f"{what.format(len(wrong))} are not in [0, {classes}), the first at index "
-            f"{', '.join(map(str, first))} is {values[tuple(first)]}: number them from 0, or give more classes="
+            f"{', '.join(map(str, first))} is {values[tuple(first)]}: number them from 0, or raise classes="
         )
 
 
 def _vocabulary(name: str, train: Split, test: Split, classes: Any) -> int:
-    """The size of the vocabulary, from the largest token if it is not given."""
+    """The size of the vocabulary; by default, one more than the largest token."""
     if classes is None:
         tokens = [train.y, test.y, *(split.x for split in (train, test) if holds_tokens(split))]
         classes = max(int(part.max()) for part in tokens) + 1
@@ -171,20 +170,20 @@ def _vocabulary(name: str, train: Split, test: Split, classes: Any) -> int:
 
 
 def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> int:
-    """The number of classes, from the labels if it is not given."""
+    """The number of classes; by default, counted from the labels."""
     seen = np.unique(train)
     if classes is None:
         classes = int(max(seen[-1], test.max())) + 1
-        # Compared with what occurs: a label of 1e9 must not make an array of as many numbers.
+        # Only labels that occur are compared, so that a label of 1e9 allocates no array of that length.
         gap = np.flatnonzero(np.append(seen, -1) != np.arange(len(seen) + 1))[0]
         if gap < classes and min(seen[0], test.min()) >= 0:
             raise DataError(
                 f"{name}: the largest label is {classes - 1}, but no training sample has label {gap}: fix the labels, "
-                "or say how many classes there are (classes)"
+                "or set classes= to their number"
             )
     classes = _as_number(name, classes, len(train))
     if len(seen) == 1:
-        said = f"{name}: every training sample has label {seen[0]}, so there is nothing to tell apart"
+        said = f"{name}: every training sample has label {seen[0]}, so there is nothing to learn"
         warnings.warn(said, WavgWarning, stacklevel=3)
     return classes
 
@@ -193,22 +192,22 @@ def _as_number(name: str, classes: Any, samples: int) -> int:
     """The number of classes as an int; DataError if it cannot be right."""
     number = np.asarray(classes)
     if number.size != 1 or number.dtype.kind not in "uif" or not float(number.item()).is_integer():
-        raise DataError(f"{name}: the number of classes is {classes!r}: give a whole number (classes)")
+        raise DataError(f"{name}: classes={classes!r} is no number of classes: set classes= to a whole number")
     classes, most = int(number.item()), samples + _UNSEEN
     if not 2 <= classes <= most:
         raise DataError(
-            f"{name}: {classes} classes for {samples} training samples: give labels of at least 2 classes, and of "
-            f"{most} at most (classes)"
+            f"{name}: {classes} classes for {samples} training samples: give labels of at least 2 classes, and set "
+            f"classes= to {most} or less"
         )
     return classes
 
 
 def as_array(what: str, values: ArrayLike) -> np.ndarray:
-    """An array of what was given; DataError if its parts differ in shape."""
+    """Converts to an array; DataError if the parts differ in shape."""
     try:
         return np.asarray(values)
     except ValueError as error:
-        raise DataError(f"{what} do not form an array ({_one_line(error)}): give samples of one shape") from None
+        raise DataError(f"{what} do not form an array ({_one_line(error)}): give every sample the same shape") from None
 
 
 def _split(part: str, x: ArrayLike, y: ArrayLike) -> Split:
@@ -261,27 +260,27 @@ def _as_int32(what: str, values: np.ndarray) -> np.ndarray:
 
 
 def from_npz(path: str | PathLike[str]) -> Dataset:
-    """Reads a data set of your own from a `.npz` file with the arrays x_train, y_train, x_test and y_test,
-    and, if not all classes or tokens occur in training, the number `classes`.
+    """Reads your own data set from an `.npz` file with the arrays x_train, y_train, x_test and y_test and,
+    if not all classes or tokens occur in training, the number `classes`.
 
-    `numpy.savez("mine.npz", x_train=..., y_train=..., x_test=..., y_test=...)` writes one; see `from_arrays` for what
-    the arrays may be.
+    `numpy.savez("mine.npz", x_train=..., y_train=..., x_test=..., y_test=...)` writes one; `from_arrays`
+    says what the arrays may hold.
 
     Args:
-      path: the file; the data set gets its name without the ending.
+      path: the file; its name without the suffix names the data set.
 
     Returns:
       The data set.
 
     Raises:
-      DataError: the file is missing, is not an npz file, lacks an array, or `from_arrays` refuses what it holds.
+      DataError: the file is missing, is not an npz file, lacks an array, or holds what `from_arrays` refuses.
     """
     path = as_path("the path of an npz file", path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
             stored = {key: loaded[key] for key in (*NPZ_KEYS, "classes") if key in loaded}
     except FileNotFoundError:
-        raise DataError(f"there is no file {path}: check the path (--dataset)") from None
+        raise DataError(f"there is no file {path}: set dataset= to the path of an .npz file") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # TypeError: a lone .npy array is not a context manager.
         raise DataError(
@@ -293,7 +292,7 @@ def from_npz(path: str | PathLike[str]) -> Dataset:
 
 
 def as_path(name: str, path: str | PathLike[str]) -> Path:
-    """A path, with "~" for the home folder; SettingsError if it is something else."""
+    """Converts to a path and expands "~"; SettingsError if that fails."""
     try:
         return Path(path).expanduser()
     except (TypeError, RuntimeError) as error:
@@ -307,27 +306,27 @@ def _one_line(error: Exception) -> str:
 
 
 def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
-    """Splits n random samples off the training data, on which replicas and blends are scored.
+    """Holds out n random training samples, on which replicas and blends are scored.
 
     Args:
       split: training split of N samples.
       n: number of samples to hold out, 0 <= n < N.
-      seed: decides which.
+      seed: decides which samples.
 
     Returns:
       The N - n samples left to train on, in their old order, and the n held-out ones in random order, so that the
-      first of them are a fair sample too.
+      first few are a fair sample too.
 
     Raises:
-      SettingsError: n is not a whole number, 0 or more, or leaves nothing to train on.
+      SettingsError: `n` is not a whole number, 0 or more, or leaves nothing to train on.
     """
     if not isinstance(split, Split):
         raise SettingsError(f"the samples are a {type(split).__name__}: give a data.Split, such as dataset.train")
-    n = as_whole("--heldout", n, 0)
+    n = as_whole("heldout", n, 0)
     if n >= len(split.y):
         raise SettingsError(
-            f"{n} held-out samples asked for, out of {len(split.y)} training samples: "
-            f"set --heldout between 0 and {len(split.y) - 1}"
+            f"heldout={n} leaves nothing of {len(split.y)} training samples to train on: set heldout= between 0 and "
+            f"{len(split.y) - 1}"
         )
     held = generator(seed, "hold_out").permutation(len(split.y))[:n]
     left = np.ones(len(split.y), bool)

@@ -1,4 +1,4 @@
-"""Random changes to training images, inside the compiled training step."""
+"""Random augmentation of training images, inside the compiled training step."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from wavg_jax.base import DataError
 
 
 def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
-    """Shifts every image by a random offset and mirrors half of them, as is usual for CIFAR-10.
+    """Shifts every image by a random offset and mirrors half of them, the usual augmentation for CIFAR-10.
 
-    Each image is padded with zeros on all sides and cropped back to its size at a random place, then flipped left to
-    right with probability 1/2. After `prepare` zero is the mean of the training data.
+    Pads each image with zeros on all sides, crops it back to its size at a random place, then flips it left to right
+    with probability 1/2. After `prepare`, zero is the mean of the training data.
 
     Args:
       rng: a key; one per replica and step.
-      x: images [B, H, W, C], float, already prepared.
+      x: prepared images [B, H, W, C], float.
       padding: rows and columns added on each side; offsets lie in [-padding, padding].
 
     Returns:
@@ -23,12 +23,12 @@ def crop_flip(rng: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
 
     Raises:
       DataError: `x` is not images [B, H, W, C].
-      SettingsError: the padding is not a whole number, 0 or more.
+      SettingsError: `padding` is not a whole number, 0 or more.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385), section 4.2.
     """
     if x.ndim != 4:
-        raise DataError(f"crop_flip got inputs of shape {x.shape}: it takes images [B, H, W, C], train without it")
+        raise DataError(f"crop_flip got inputs of shape {x.shape}: it takes images [B, H, W, C]; leave out augment=")
     padding = as_whole("crop_flip: padding", padding, 0)
     batch, *image = x.shape
     crop_rng, flip_rng = jax.random.split(rng)

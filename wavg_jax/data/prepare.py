@@ -1,4 +1,4 @@
-"""From stored inputs to the network's: standardised on the device, by means and deviations of the training split."""
+"""Turns stored inputs into the network's: standardised on the device, by the training split's means and deviations."""
 
 import dataclasses
 import math
@@ -12,35 +12,34 @@ from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Dataset, holds_tokens
 
 Scale = Callable[[tuple[int, ...]], int]
-"""`shape of a stored sample -> how many means there are`; number i of a sample has mean i modulo that many."""
+"""`shape of a stored sample -> number of means`; number i of a sample uses mean i modulo their number."""
 
 
 def per_channel(shape: tuple[int, ...]) -> int:
-    """A mean and a deviation for each entry of the last axis: each feature of vectors [F], each channel of images
-    [H, W, C]. Images [H, W] have one channel."""
+    """One mean and deviation per entry of the last axis: per feature of vectors [F], per channel of images [H, W, C].
+    Images [H, W] have one channel."""
     return 1 if len(shape) == 2 else shape[-1]
 
 
 def per_feature(shape: tuple[int, ...]) -> int:
-    """A mean and a deviation for each number of a sample; of images, for each pixel and channel."""
+    """One mean and deviation per number of a sample; in images, per pixel and channel."""
     return math.prod(shape)
 
 
 def overall(shape: tuple[int, ...]) -> int:
-    """One mean and one deviation for all numbers, whose units must be comparable then."""
+    """One mean and deviation for all numbers; their units must be comparable."""
     del shape
     return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """A function from stored inputs to the network's; equal by value, so that equal data share compiled programs.
+    """Maps stored inputs to the network's; compares by value, so that equal data share compiled programs.
 
     Attributes:
-      mean: one for all numbers of a sample, one for each entry of its last axis, or one for each number; of uint8
-        values divided by 255.
+      mean: one for the whole sample, one per entry of its last axis, or one per number; for uint8, in units of 255.
       std: likewise; 1 where the values are constant.
-      add_channel: whether samples are images [H, W] that need a channel axis.
+      add_channel: whether samples are images [H, W] that lack a channel axis.
     """
 
     mean: tuple[float, ...]
@@ -68,25 +67,25 @@ class Prepare:
 
 
 def as_tokens(x: jax.Array) -> jax.Array:
-    """Casts stored tokens to int32, as embeddings take them."""
+    """Casts stored tokens to int32, the type that embeddings take."""
     return jnp.asarray(x, jnp.int32)
 
 
 def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Callable[[jax.Array], jax.Array]:
-    """Measures the training split and returns the function that standardises inputs with it, on the device.
+    """Measures the training split and makes the function that standardises inputs by it, on the device.
 
     Args:
-      dataset: whose training split is measured, in float64.
-      scale: which numbers have a mean and a deviation in common: `per_channel`, that is per feature for vectors [N, F]
-        and per channel for images [N, H, W] and [N, H, W, C], `per_feature`, `overall`, or None, which leaves floats as
-        they are stored and divides uint8 by 255. What is constant in the training split keeps the deviation 1. Tokens
-        have no scale: whatever it is, they are cast to int32 and left alone.
+      dataset: the data set; its training split is measured in float64.
+      scale: which numbers share a mean and a deviation: `per_channel`, per feature for vectors [N, F] and per channel
+        for images [N, H, W] and [N, H, W, C]; `per_feature`; `overall`; or None, which leaves floats unchanged and
+        divides uint8 by 255. Numbers that are constant in the training split get the deviation 1. Tokens ignore it:
+        they are only cast to int32.
 
     Returns:
-      `x [B, ...] -> float32 [B, ...]`, or `as_tokens`, `x [B, T] -> int32 [B, T]`, to be called inside jit.
+      `x [B, ...] -> float32 [B, ...]`, or `as_tokens`, `x [B, T] -> int32 [B, T]`; call either inside jit.
 
     Raises:
-      SettingsError: the scale is none of these.
+      SettingsError: `scale` is none of these.
 
     >>> from wavg_jax.data import from_arrays
     >>> data = from_arrays(np.array([[0.0, 20.0], [4.0, 60.0]]), [0, 1], np.zeros((1, 2)), [0])
@@ -96,7 +95,7 @@ def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Callabl
     (21.0,)
     """
     if scale not in (None, per_channel, per_feature, overall):
-        raise SettingsError(f"scale is {scale!r}; give data.per_channel, data.per_feature, data.overall or None")
+        raise SettingsError(f"scale is {scale!r}: give data.per_channel, data.per_feature, data.overall or None")
     if holds_tokens(dataset.train):
         return as_tokens
     x = dataset.train.x
@@ -104,14 +103,14 @@ def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Callabl
         return Prepare((0.0,), (1.0,), add_channel=x.ndim == 3)
     means = scale(x.shape[1:])
     rows = x.reshape(len(x), -1)
-    # In pieces, so that the float64 copies stay small, and per position first, which numpy adds up fastest.
+    # In pieces, to keep the float64 copies small, and per position first, which NumPy sums fastest.
     pieces = [rows[i : i + 1000] for i in range(0, len(rows), 1000)]
     per_position = sum(p.sum(0, dtype=np.float64) for p in pieces) / len(rows)
     mean = per_position.reshape(-1, means).mean(0)
     centre = np.tile(mean, rows.shape[1] // means)
     square = sum(np.square(p - centre).sum(0) for p in pieces) / len(rows)
     std = np.sqrt(square.reshape(-1, means).mean(0))
-    # What rounding leaves of a constant channel must not be blown up to noise.
+    # The rounding error of a constant channel must not be scaled up to noise.
     constant = std <= np.maximum(np.finfo(np.float32).eps * np.abs(mean), np.finfo(np.float32).tiny)
     std = np.where(constant, 255.0 if x.dtype == np.uint8 else 1.0, std)
     if x.dtype == np.uint8:

@@ -1,4 +1,4 @@
-"""The files that the publishers of MNIST, Fashion-MNIST and CIFAR-10 offer: found, fetched, checked and read."""
+"""The publishers' files of MNIST, Fashion-MNIST and CIFAR-10: finds, downloads, checks and reads them."""
 
 import contextlib
 import functools
@@ -26,14 +26,14 @@ _TIMEOUT_S = 30
 
 
 class Part(NamedTuple):
-    """One file as published, unpacked: its size in bytes and the SHA-256 of its content."""
+    """One published file, unpacked: its size in bytes and the SHA-256 of its content."""
 
     size: int
     sha256: str
 
 
 class Found(NamedTuple):
-    """The content of a part and the file it was read from."""
+    """The content of a part, and the file that held it."""
 
     path: Path
     raw: bytes
@@ -43,11 +43,11 @@ class Published(NamedTuple):
     """A data set as its publisher offers it.
 
     Attributes:
-      class_names: in the order of their numbers.
-      url: address of the folder with the files to download.
-      archive: the one file to download that holds all parts; "" where each part is a gzip file of its own.
-      folder: the folder inside the archive; "" without one.
-      parts: the unpacked files by name.
+      class_names: in the order of the class numbers.
+      url: address of the folder to download from.
+      archive: the one file that holds all parts; "" if each part is a gzip file of its own.
+      folder: the folder inside the archive; "" without an archive.
+      parts: the unpacked files, by name.
       decode: `{name of a part: Found} -> {"train": Split, "test": Split}`, with images [N, H, W, C].
     """
 
@@ -64,38 +64,40 @@ class Published(NamedTuple):
 
 
 def read_published(name: str, published: Published, data_dir: Path) -> dict[str, Split]:
-    """Reads a set from its publisher's files, which are downloaded where they are not there yet.
+    """Reads a set from its publisher's files and downloads those that are missing.
 
-    They are looked for in `data_dir/<name>`, `data_dir/downloads/<name>`, `data_dir` and `data_dir/downloads`, packed
-    or unpacked. Files of another size than the published ones are taken for a set of the same format and may hold any
-    number of samples; a file of the published size must be the published one, to the byte.
+    It looks in `data_dir/<name>`, `data_dir/downloads/<name>`, `data_dir` and `data_dir/downloads`, for packed and for
+    unpacked files. A file of the published size must match the published one to the byte; a file of another size
+    counts as another set in the same format, with any number of samples.
 
     Args:
-      name: of the set.
-      published: what it is made of.
+      name: name of the set.
+      published: its files.
       data_dir: folder to look in; downloads go to `data_dir/downloads/<name>`.
 
     Returns:
       The train and test splits, in the publisher's order.
 
     Raises:
-      DataError: a file is damaged or of another set, or cannot be downloaded or stored.
+      DataError: a file is damaged or belongs to another set, or cannot be downloaded or stored.
     """
     folders = [data_dir / name, data_dir / "downloads" / name, data_dir, data_dir / "downloads"]
     read = _read_archive if published.archive else _read_gzips
     try:
         found = read(name, published, folders)
     except OSError as error:
-        raise DataError(f"{name}: cannot read what is in {data_dir} ({error}): check --data_dir") from None
+        raise DataError(f"{name}: cannot read {data_dir} ({error}): check data_dir=") from None
     for part, (path, raw) in found.items():
         if len(raw) == published.parts[part].size and not _is_published(published.parts[part], raw):
-            raise damaged(path, f"its content is not that of {name}'s {part}")
+            raise damaged(path, f"its content differs from {name}'s {part}")
     return published.decode(found)
 
 
 def damaged(path: Path, why: str) -> DataError:
-    """The error for a publisher's file that is there but is not what was published."""
-    return DataError(f"{path} is damaged or of another data set, {why}: put the published file there or delete it")
+    """The error for a file that differs from the published one."""
+    return DataError(
+        f"{path} is damaged or of another data set ({why}): replace it with the published file, or delete it"
+    )
 
 
 def _is_published(part: Part, raw: bytes) -> bool:
@@ -114,7 +116,7 @@ def _read_gzips(name: str, published: Published, folders: list[Path]) -> dict[st
 
 def _unzip(path: Path) -> bytes:
     raw = path.read_bytes()
-    # By content, not by name: some browsers unpack what they download and leave its name as it was.
+    # By content, not by name: some browsers unpack a download and keep its name.
     if not raw.startswith(b"\x1f\x8b"):
         return raw
     try:
@@ -146,15 +148,15 @@ def _untar(published: Published, path: Path) -> dict[str, Found]:
         raise damaged(path, "it cannot be unpacked") from None
     if missing := published.parts.keys() - found.keys():
         raise damaged(path, f"it lacks {', '.join(sorted(missing))}")
-    # The archive holds them in another order, and the samples are numbered through.
+    # The archive stores the parts in another order, and sample numbers run through all of them.
     return {part: found[part] for part in published.parts}
 
 
 def _download(name: str, published: Published, file: str, folders: list[Path]) -> Path:
-    """Stores one published file in `data_dir/downloads/<name>`, under its name only once it is whole."""
+    """Stores one published file in `data_dir/downloads/<name>`; only a complete file gets its name."""
     url, folder = published.url + file, folders[1]
     wanted = [published.archive] if published.archive else [f"{part}.gz" for part in published.parts]
-    by_hand = f"put {', '.join(wanted)} into {folders[0]} by hand, or name a folder that has them with --data_dir"
+    by_hand = f"put {', '.join(wanted)} into {folders[0]} by hand, or set data_dir= to a folder that has them"
     partial = folder / f"{file}.{os.getpid()}.part"
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
@@ -162,7 +164,7 @@ def _download(name: str, published: Published, file: str, folders: list[Path]) -
             with partial.open("wb") as target:
                 shutil.copyfileobj(response, target)
         if not _is_whole(published, file, partial):
-            raise DataError(f"what {url} sent is not the published file of {name}: {by_hand}")
+            raise DataError(f"{url} did not send the published file of {name}: {by_hand}")
         partial.replace(folder / file)
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
@@ -190,9 +192,9 @@ def _decode_idx(shape: tuple[int, int], classes: int, found: Mapping[str, Found]
         images, labels = found[f"{prefix}-images-idx3-ubyte"], found[f"{prefix}-labels-idx1-ubyte"]
         x, y = _idx(images, 3), _idx(labels, 1)
         if x.shape[1:] != shape:
-            raise damaged(images.path, f"it holds images of {x.shape[1:]} where {shape} are expected")
+            raise damaged(images.path, f"its images are {x.shape[1:]}, not {shape}")
         if len(x) != len(y):
-            raise damaged(images.path, f"it holds {len(x)} images and {labels.path.name} {len(y)} labels")
+            raise damaged(images.path, f"it holds {len(x)} images, but {labels.path.name} {len(y)} labels")
         _check_labels(labels.path, y, classes)
         splits[split] = Split(x[..., None], y.astype(np.int32))
     return splits
@@ -202,10 +204,10 @@ def _idx(found: Found, axes: int) -> np.ndarray:
     path, raw = found
     start = 4 + 4 * axes
     if raw[:4] != bytes([0, 0, 8, axes]) or len(raw) < start:
-        raise damaged(path, f"it does not start as an idx file of bytes in {axes} axes does")
+        raise damaged(path, f"it does not start like an idx file of bytes with {axes} axes")
     shape = [int(n) for n in np.frombuffer(raw, ">u4", axes, offset=4)]
     if len(raw) != start + math.prod(shape):
-        raise damaged(path, f"its header promises {start + math.prod(shape)} bytes and it has {len(raw)}")
+        raise damaged(path, f"its header promises {start + math.prod(shape)} bytes, but it has {len(raw)}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
@@ -228,7 +230,7 @@ def _check_labels(path: Path, y: np.ndarray, classes: int) -> None:
         raise damaged(path, "it is empty")
     if y.max() >= classes:
         raise damaged(
-            path, f"sample {int(np.argmax(y >= classes))} has label {y[y >= classes][0]} of {classes} classes"
+            path, f"sample {int(np.argmax(y >= classes))} has label {y[y >= classes][0]}, beyond {classes} classes"
         )
 
 

@@ -1,4 +1,4 @@
-"""The bundle that training takes: the training split cut into shards, a held-out split and a test split."""
+"""The data of a run: the training split in shards, a held-out split and a test split."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +14,19 @@ from wavg_jax.data.shards import Shards, as_indices, label_noise, noisy_shards
 
 
 class ShardedData(NamedTuple):
-    """What `wavg_jax.fit` trains on.
+    """The data that `wavg_jax.fit` trains, scores and tests on.
 
     Attributes:
-      name: of the data set.
-      train: the training samples that are left after holding some out, with label noise where a shard has it.
-      heldout: samples with true labels on which replicas and blends are scored.
-      test: the test split, for the final numbers alone.
-      shards: K index arrays into `train`, none of them empty, no sample in two.
-      classes: number of classes, of tokens the size of the vocabulary; None for regression.
+      name: name of the data set.
+      train: the training samples not held out, with random labels on the noisy shards.
+      heldout: samples with true labels, to score replicas and blends on.
+      test: the test split, for evaluation alone.
+      shards: K index arrays into `train`, none empty, no sample in two.
+      classes: number of classes, or size of the vocabulary; None for regression.
       prepare: stored inputs [B, ...] -> the network's inputs [B, ...], inside jit: float32, or int32 tokens.
-      augment: `(rng, prepared x) -> x`, applied in training; or None.
-      noisy: numbers of the shards that were given random labels.
-      class_names: what reports call the classes; None where only their numbers are known.
+      augment: `(rng, prepared x) -> x`, applied during training; or None.
+      noisy: numbers of the shards with random labels.
+      class_names: names of the classes, for reports; None if they have numbers alone.
     """
 
     name: str
@@ -51,27 +51,27 @@ def shard(
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     scale: Scale | None = per_channel,
 ) -> ShardedData:
-    """Holds samples out, deals the rest out to replicas and spoils the labels of the noisy shards.
+    """Holds out samples, deals the rest to the replicas and randomises the labels of the noisy shards.
 
-    The same arguments give the same data, whatever is trained on them.
+    The same arguments give the same data, whatever trains on them.
 
     Args:
-      dataset: the whole.
-      partition: `(training split, seed) -> shards`, an array or list of indices for each replica, such as
+      dataset: the data set.
+      partition: `(training split, seed) -> shards`, one array or list of indices per replica, such as
         `lambda split, seed: iid(len(split.y), 8, seed)`.
       heldout: number of training samples to hold out.
       seed: decides the held-out samples, the shards and the noise.
       noisy: numbers of the shards that get random labels.
-      augment: `(rng, prepared x) -> x` for training, such as `crop_flip`; or None.
-      scale: which numbers of a sample are standardised together; see `make_prepare`. Tokens never are.
+      augment: `(rng, prepared x) -> x`, applied during training, such as `crop_flip`; or None.
+      scale: which numbers of a sample are standardised together; see `make_prepare`. Tokens are never standardised.
 
     Returns:
       The sharded data.
 
     Raises:
-      SettingsError: an argument of another type, too many samples held out, more replicas than samples, a noisy shard
-        that there is not, `noisy` for targets that are not class labels, or a partition with an empty shard or with a
-        sample in two.
+      SettingsError: an argument has the wrong type, `heldout` leaves nothing to train on, there are more replicas than
+        samples, `noisy` names a shard that does not exist or targets are not class labels, or the partition returns
+        an empty shard or puts a sample in two.
 
     >>> from wavg_jax.data import digits, iid
     >>> data = shard(digits(), lambda split, seed: iid(len(split.y), 4, seed), heldout=237, seed=0)
@@ -100,13 +100,13 @@ def shard(
 
 
 def pool(data: ShardedData) -> ShardedData:
-    """The same data as one shard, for sequential training and training that averages every step.
+    """Pools all shards into one, for sequential training and for training that averages at every step.
 
     Args:
       data: sharded data.
 
     Returns:
-      The same with one shard that holds the samples of all, with the labels they have there, noisy ones included.
+      The same data with one shard that holds every sample; noisy labels stay noisy.
     """
     return data._replace(shards=(np.sort(np.concatenate(data.shards)),))
 
@@ -114,7 +114,7 @@ def pool(data: ShardedData) -> ShardedData:
 def _check(dataset: Dataset, partition: Callable, augment: Callable | None) -> None:
     if not isinstance(dataset, Dataset):
         raise SettingsError(
-            f"the data set is a {type(dataset).__name__}: give a data.Dataset, as data.load and data.from_arrays make"
+            f"the data set is a {type(dataset).__name__}: give a data.Dataset, from data.load or data.from_arrays"
         )
     if not callable(partition):
         raise SettingsError(
@@ -126,15 +126,15 @@ def _check(dataset: Dataset, partition: Callable, augment: Callable | None) -> N
 
 
 def _dealt(shards: Any, n: int) -> Shards:
-    """What a partition of range(n) returned, as index arrays."""
+    """Checks what a partition of range(n) returned and makes it index arrays."""
     if not isinstance(shards, Iterable):
-        raise SettingsError(
-            f"what the partition returned is {shown(shards)}: return an array of indices for each replica"
-        )
+        raise SettingsError(f"the partition returned {shown(shards)}: return one array of indices per replica")
     shards = tuple(as_indices(k, indices) for k, indices in enumerate(shards))
     for k, indices in enumerate(shards):
         if not len(indices) or indices.min() < 0 or indices.max() >= n:
-            raise SettingsError(f"the partition's shard {k} is empty or not within 0 to {n - 1}: fix the partition")
+            raise SettingsError(
+                f"the partition's shard {k} is empty or has indices outside 0 to {n - 1}: fix the partition"
+            )
     if not shards or np.bincount(np.concatenate(shards)).max() > 1:
         raise SettingsError("the partition has no shards, or a sample in two of them: fix the partition")
     return tuple(indices.astype(np.int32) for indices in shards)

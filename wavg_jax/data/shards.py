@@ -1,4 +1,4 @@
-"""How the training samples are dealt out to K replicas: partitions of range(n), each decided by its seed alone."""
+"""Partitions of the training samples among K replicas, each decided by its seed alone."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ Shards = tuple[np.ndarray, ...]
 
 
 def iid(n: int, replicas: int, seed: int) -> Shards:
-    """Deals n samples out at random, in sizes that differ by at most 1.
+    """Deals out n samples at random, in shards whose sizes differ by at most 1.
 
     Args:
       n: number of samples.
       replicas: K.
-      seed: decides who gets which.
+      seed: decides which replica gets which samples.
 
     Returns:
       K index arrays, int32, ascending.
@@ -34,12 +34,12 @@ def iid(n: int, replicas: int, seed: int) -> Shards:
 
 
 def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
-    """Deals n samples out at random in unequal sizes, each as near its proportion as whole numbers get.
+    """Deals out n samples at random in unequal shards, each as close to its proportion as whole numbers allow.
 
     Args:
       n: number of samples.
       proportions: one positive number per replica, such as (1, 2, 16); they need not sum to 1.
-      seed: decides who gets which.
+      seed: decides which replica gets which samples.
 
     Returns:
       K index arrays, int32, ascending, none empty.
@@ -57,7 +57,7 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
         raise SettingsError(f"the shard proportions are {shown(proportions)}: give one positive number per replica")
     n, _ = _counts(n, len(share))
-    # Every shard has one sample before the rest is shared out, so the targets shrink by what is not there to give.
+    # Every shard gets one sample first; the shares of the rest shrink to add up to what is left.
     exact = np.maximum(n * (share / share.sum()), 1)
     exact = 1 + (exact - 1) * ((n - len(share)) / max((exact - 1).sum(), 1e-300))
     sizes = np.floor(exact).astype(int)
@@ -67,25 +67,25 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
 
 
 def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_size: int = 1) -> Shards:
-    """Deals samples out with skewed labels: replica k draws by class from `q_k ~ Dirichlet(alpha * classes * p)`.
+    """Deals out samples with skewed labels: replica k draws its classes from `q_k ~ Dirichlet(alpha * classes * p)`.
 
-    p is the class distribution of the whole; where it is uniform, that is a concentration of alpha for every class. The
-    shards are equal in size (to within 1), so that the labels alone differ. A class that has run out is left out of
-    `q_k`, which keeps its proportions among the others; when nothing that `q_k` allows is left, the replica draws from
-    all that remains. Small alpha: few classes per replica; large alpha: nearly IID.
+    p is the class distribution of the training split; if it is uniform, every class has the concentration alpha. Shard
+    sizes differ by at most 1, so only the labels differ. Once a class has run out, `q_k` drops it and keeps the
+    proportions of the others; once all classes that `q_k` allows have run out, the replica draws from the remaining
+    samples. A small alpha gives few classes per replica, a large one nearly IID shards.
 
     Args:
       labels: integer labels [N].
       replicas: K.
-      alpha: concentration per class, > 0; 0.1 is a strong skew, 100 hardly one.
-      seed: decides the distributions and who gets which.
-      min_size: the smallest shard that is of use. Equal sizes have N // K at least, so nothing needs to be moved.
+      alpha: concentration per class, > 0; 0.1 skews strongly, 100 hardly at all.
+      seed: decides the distributions, and which replica gets which samples.
+      min_size: the smallest useful shard. Equal shards have N // K samples or more, so none is ever topped up.
 
     Returns:
       K index arrays, int32, ascending.
 
     Raises:
-      SettingsError: the labels are not integers [N], alpha is not positive, or N // K is less than `min_size`.
+      SettingsError: the labels are not integers [N], `alpha` is not positive, or N // K is less than `min_size`.
 
     Reference: Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019 (arXiv:1909.06335).
@@ -98,12 +98,12 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     labels = _class_labels("a dirichlet partition", labels)
     _, replicas = _counts(len(labels), replicas)
     min_size = as_whole("min_size", min_size)
-    check("the Dirichlet concentration (--alpha)", alpha, number(above=0))
+    check("alpha", alpha, number(above=0))
     if len(labels) // replicas < min_size:
         most = max(len(labels) // min_size, 1)
         raise SettingsError(
             f"{len(labels)} samples give {replicas} replicas {len(labels) // replicas} each, fewer than the {min_size} "
-            f"asked for: set --replicas to {most}{' or less' * (most > 1)}"
+            f"of min_size=: set replicas= to {most}{' or less' * (most > 1)}"
         )
     rng = generator(seed, "dirichlet")
     by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
@@ -120,7 +120,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
 
 
 def _draw_counts(rng: np.random.Generator, mix: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
-    """How many of each class to take: draws from `mix`, and draws again what a class cannot give."""
+    """The number of samples per class: draws from `mix`, and redraws what a class cannot supply."""
     counts = np.zeros_like(left)
     while (missing := size - counts.sum()) > 0:
         open_mix = np.where(left > counts, mix, 0)
@@ -132,22 +132,22 @@ def _draw_counts(rng: np.random.Generator, mix: np.ndarray, left: np.ndarray, si
 
 
 def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classes: int | None, seed: int) -> np.ndarray:
-    """Replaces every label on the noisy shards by a class drawn uniformly at random, the true one included.
+    """Replaces every label on the noisy shards by a uniformly random class, the true one included.
 
-    A shard's noise depends on the seed and its number alone, whichever others are noisy too.
+    A shard's noise depends on the seed and its own number alone, not on which others are noisy.
 
     Args:
-      labels: integer labels [N], left unchanged; targets of any shape if no shard is noisy.
+      labels: integer labels [N], not modified; targets of any shape if no shard is noisy.
       shards: index arrays into `labels`.
-      noisy: numbers of the shards to spoil.
+      noisy: numbers of the noisy shards.
       classes: number of classes; None for regression.
-      seed: decides the labels.
+      seed: decides the random labels.
 
     Returns:
       New labels [N], int32; the targets themselves if no shard is noisy.
 
     Raises:
-      SettingsError: a number in `noisy` is not that of a shard, or the targets are not classes.
+      SettingsError: `noisy` names a shard that does not exist, or the targets are not class labels.
     """
     noisy = noisy_shards(noisy, len(shards))
     if not noisy:
@@ -163,50 +163,50 @@ def _class_labels(what: str, labels: Any) -> np.ndarray:
     labels = as_array("the labels", labels)
     if labels.ndim != 1 or labels.dtype.kind not in "bui":
         raise SettingsError(
-            f"{what} needs one class per sample, integer labels [N]; the labels are {labels.dtype} of shape "
+            f"{what} needs one class per sample, integer labels [N]: the labels are {labels.dtype} of shape "
             f"{labels.shape}"
         )
     return labels
 
 
 def noisy_shards(noisy: Sequence[int], shards: int) -> tuple[int, ...]:
-    """The numbers of the noisy ones among so many shards, each once and ascending.
+    """The numbers of the noisy shards out of `shards` ones, each once, ascending.
 
     Raises:
-      SettingsError: a number is not that of a shard, or they are not whole numbers.
+      SettingsError: `noisy` holds something else than the numbers of existing shards.
     """
     if not isinstance(noisy, Iterable):
-        raise SettingsError(f"noisy is {shown(noisy)}: give the numbers of the noisy shards, such as (0, 1)")
-    numbers = sorted({as_whole("the number of a noisy shard", k) for k in noisy})
+        raise SettingsError(f"noisy is {shown(noisy)}; it must be the numbers of the noisy shards, such as (0, 1)")
+    numbers = sorted({as_whole("a shard in noisy=", k) for k in noisy})
     if unknown := [k for k in numbers if k not in range(shards)]:
-        raise SettingsError(f"noisy shards {unknown}: there are {shards}, give numbers from 0 to {shards - 1}")
+        raise SettingsError(f"noisy shards {unknown} do not exist: set noisy= to numbers from 0 to {shards - 1}")
     return tuple(numbers)
 
 
 def as_indices(shard: int, indices: Any) -> np.ndarray:
-    """The indices of a shard's samples as an array, which may have been given as a list.
+    """The sample indices of a shard, an array or list, as an array.
 
     Raises:
-      SettingsError: they are not whole numbers [n].
+      SettingsError: the indices are not whole numbers [n].
     """
     try:
         array = np.asarray(indices)
     except ValueError:  # lists of different lengths
         array = np.empty((), object)
     if array.ndim == 1 and not array.size:
-        return array.astype(np.int32)  # an empty list is of floats to NumPy
+        return array.astype(np.int32)  # NumPy makes an empty list an array of floats
     if array.ndim != 1 or array.dtype.kind not in "ui":
-        how = "np.flatnonzero(mask) of a mask" if array.dtype == bool else "an array or list for each replica"
+        how = "np.flatnonzero(mask) of a mask" if array.dtype == bool else "one array or list per replica"
         raise SettingsError(
-            f"shard {shard} is {array.dtype} of shape {array.shape}: give the whole numbers of its samples, [n], {how}"
+            f"shard {shard} is {array.dtype} of shape {array.shape}: give its sample indices, whole numbers [n], {how}"
         )
     return array
 
 
 def _counts(n: int, replicas: int) -> tuple[int, int]:
-    n, replicas = as_whole("n, the number of training samples,", n, 0), as_whole("--replicas", replicas, 1)
+    n, replicas = as_whole("n, the number of training samples,", n, 0), as_whole("replicas", replicas, 1)
     if replicas > n:
-        raise SettingsError(f"{replicas} replicas for {n} training samples: set --replicas between 1 and {n}")
+        raise SettingsError(f"{replicas} replicas for {n} training samples: set replicas= between 1 and {n}")
     return n, replicas
 
 

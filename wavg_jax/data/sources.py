@@ -1,20 +1,20 @@
-"""Every data set by its name."""
+"""Loads a data set by its name."""
 
 from os import PathLike, fspath
 
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Dataset, as_path, from_npz
-from wavg_jax.data.digits import digits
+from wavg_jax.data.embedded import digits
 from wavg_jax.data.published import PUBLISHED
 from wavg_jax.extras import need
 
 
 def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/tensorflow_datasets") -> Dataset:
-    """Loads a data set by name, or one of your own by its path.
+    """Loads a data set by its name, or your own by its path.
 
     Args:
-      name_or_path: "digits" (comes with the library), "mnist", "fashion_mnist" or "cifar10" (read from `data_dir`,
-        prepared or downloaded if they are not there), or the path of a `.npz` file (see `from_npz`).
+      name_or_path: "digits" (ships with the library), "mnist", "fashion_mnist" or "cifar10" (read from `data_dir`, and
+        downloaded and prepared if missing), or the path of an `.npz` file (see `from_npz`).
       data_dir: folder of TensorFlow Datasets; "~" is the home folder.
 
     Returns:
@@ -22,8 +22,8 @@ def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/t
 
     Raises:
       SettingsError: there is no such set.
-      DataError: it is missing or damaged, and what to do about it.
-      MissingExtra: it comes from TensorFlow Datasets, which is not installed.
+      DataError: the files are missing or damaged; the message says how to mend it.
+      MissingExtra: the set comes from TensorFlow Datasets, which is not installed.
 
     >>> load("digits").classes
     10
@@ -35,10 +35,10 @@ def load(name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/t
         return digits()
     if name in PUBLISHED:
         need("tensorflow_datasets", extra="tfds", why=f"the data set {name!r}")
-        # Importing TFDS takes most of a second.
+        # Not at the top: importing TFDS takes most of a second.
         from wavg_jax.data.tfds_sets import load_tfds
 
         return load_tfds(name, data_dir)
     raise SettingsError(
-        f"no data set {name!r}: set --dataset to digits, {', '.join(PUBLISHED)}, or the path of a .npz file"
+        f"no data set {name!r}: set dataset= to digits, {', '.join(PUBLISHED)}, or the path of an .npz file"
     )

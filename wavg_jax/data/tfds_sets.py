@@ -1,10 +1,10 @@
 """MNIST, Fashion-MNIST and CIFAR-10 through TensorFlow Datasets, without TensorFlow.
 
-The official builders need TensorFlow to prepare a set, though not to read one. So a set that is there is read as it is,
-whoever prepared it, and one that is not is prepared by a builder of our own from the publisher's files. Ours has the
-same keys as the official ones, so TFDS shuffles both alike: either way sample i is the same image.
+The official builders need TensorFlow to prepare a set, but not to read one. So this module reads a prepared set as is,
+whoever prepared it, and prepares a missing one from the publisher's files with a builder of its own. That builder uses
+the official keys, so TFDS shuffles both alike: sample i is the same image either way.
 
-Importing this module takes most of a second, for TFDS; `wavg_jax.data.load` does so only when such a set is asked for.
+Importing this module takes most of a second, for TFDS; `wavg_jax.data.load` imports it only for these sets.
 """
 
 import contextlib
@@ -26,44 +26,44 @@ from wavg_jax.base import DataError, SettingsError
 from wavg_jax.data.arrays import Dataset, Split, from_arrays
 from wavg_jax.data.published import PUBLISHED, read_published
 
-# Below every official version: what the official builders prepare goes first, and ours is never taken for theirs.
+# Below every official version, so that an official set is preferred and ours never passes for one.
 VERSION = "0.1.0"
 
 
 def load_tfds(name: str, data_dir: str | PathLike[str]) -> Dataset:
-    """Loads a set from `data_dir/<name>/<version>`, where it is prepared first if it is not there.
+    """Loads a set from `data_dir/<name>/<version>`, which it prepares first if it is missing.
 
     Preparing takes the publisher's files from `data_dir` (see `wavg_jax.data.published.read_published`) or downloads
-    them. It writes to a folder `incomplete.*`, which is renamed when it is whole: a run that is killed leaves nothing
-    that is taken for a prepared set, and two at once do each other no harm. Prepared sets are read in the formats
-    array_record, parquet and tfrecord; of several versions the newest.
+    them. It writes to a folder `incomplete.*` and renames it once complete, so a killed run leaves nothing that looks
+    like a prepared set, and two runs at once do not disturb each other. Of several prepared versions it reads the
+    newest, in the format array_record, parquet or tfrecord.
 
     Args:
       name: "mnist", "fashion_mnist" or "cifar10".
       data_dir: the folder of TFDS; "~" is the home folder.
 
     Returns:
-      Images [N, H, W, C] uint8 in the order in which TFDS stores them.
+      Images [N, H, W, C], uint8, in TFDS's stored order.
 
     Raises:
-      SettingsError: the name is none of the three.
-      DataError: the set or a publisher's file is damaged, cannot be downloaded, or `data_dir` cannot be written.
+      SettingsError: there is no such set.
+      DataError: the set or a publisher's file is damaged, a download fails, or `data_dir` cannot be read or written.
     """
     if name not in PUBLISHED:
-        raise SettingsError(f"no set {name!r}: choose one of {', '.join(PUBLISHED)}")
+        raise SettingsError(f"no data set {name!r}: set dataset= to one of {', '.join(PUBLISHED)}")
     root = Path(data_dir).expanduser()
     if root.exists() and not root.is_dir():
-        raise DataError(f"{root} is not a folder: name one with --data_dir")
+        raise DataError(f"{root} is not a folder: set data_dir= to one")
     try:
         folder = _find_prepared(root / name)
     except OSError as error:
-        raise DataError(f"{name}: cannot read {root} ({error}): check --data_dir") from None
+        raise DataError(f"{name}: cannot read {root} ({error}): check data_dir=") from None
     folder = folder or _prepare(name, root)
     try:
         train, test = (_read_split(folder, split) for split in ("train", "test"))
     except DataError:
         raise
-    except Exception as error:  # what a damaged file raises depends on the format, the decoder and their versions
+    except Exception as error:  # the type that a damaged file raises depends on format, decoder and their versions
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"the prepared set in {folder} cannot be read ({reason}): delete that folder to prepare it again"
@@ -74,7 +74,7 @@ def load_tfds(name: str, data_dir: str | PathLike[str]) -> Dataset:
 
 
 def _find_prepared(folder: Path) -> Path | None:
-    """The newest version in TFDS's layout; what an interrupted prepare leaves has no version for a name."""
+    """The newest version in TFDS's layout; an interrupted preparation leaves no folder named like a version."""
     versions = [
         path
         for path in folder.glob("*.*.*/")
@@ -86,10 +86,10 @@ def _find_prepared(folder: Path) -> Path | None:
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes the splits it is given; not registered, so that TFDS knows the official builder by the name."""
+    """Writes the given splits; not registered, so that in TFDS the name still means the official builder."""
 
     VERSION = tfds.core.Version(VERSION)
-    # Nothing is downloaded through TFDS, which would look for checksums beside this file.
+    # TFDS downloads nothing here; without this it would look for checksums beside this file.
     url_infos = None
 
     def __init__(self, name: str, splits: dict[str, Split], root: Path):
@@ -98,7 +98,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     def _info(self) -> tfds.core.DatasetInfo:
         shape, classes = self._arrays["train"].x.shape[1:], PUBLISHED[self.name].classes
-        # As bytes: a tenth of the time of the default, a list of integers.
+        # Bytes take a tenth of the time of the default, a list of integers.
         image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes")
         return tfds.core.DatasetInfo(
             builder=self,
@@ -123,17 +123,17 @@ def _prepare(name: str, root: Path) -> Path:
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     folder = root / name / VERSION
     try:
-        # TFDS makes a folder for downloads even where there are none, and prints what it does.
+        # TFDS makes a download folder even for no downloads, and prints its progress.
         with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(io.StringIO()):
             builder = _Builder(name, splits, root)
             builder.download_and_prepare(download_dir=unused, download_config=config)
     except (OSError, RuntimeError) as error:
-        # Where another process was first, renaming to the full folder fails, and theirs is as good.
+        # If another process was first, renaming onto its folder fails, and its set serves as well.
         if _find_prepared(root / name) != folder:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{name} cannot be prepared in {root} ({reason}): name another --data_dir") from None
+            raise DataError(f"{name} cannot be prepared in {root} ({reason}): set data_dir= to another") from None
     if _find_prepared(root / name) is None:
-        raise DataError(f"{folder} is there but holds no prepared set: delete that folder")
+        raise DataError(f"{folder} exists but holds no prepared set: delete it")
     return folder
 
 
@@ -148,7 +148,7 @@ def _read_split(folder: Path, split: str) -> Split:
         records = [record for path in info.splits[split].filepaths for record in _tfrecords(Path(path))]
     else:
         raise DataError(
-            f"{folder} is stored as {', '.join(formats)}, which cannot be read without TensorFlow: convert it with "
+            f"{folder} is stored as {', '.join(formats)}, which needs TensorFlow to read: convert it with "
             f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`"
         )
     if len(records) != info.splits[split].num_examples:

@@ -1,1 +1,5 @@
-"""Where the replicas live, how those of one device are mapped, and what machine this is."""
+"""Where the replicas live, how a device runs its replicas, and what machine this is.
+
+`vmap`: the replicas of one device run in one batched program (`mapping.py`).
+`pmap`: its successor, `jax.shard_map` over a mesh, spreads the replicas over several devices (`placement.py`).
+"""

@@ -1,4 +1,4 @@
-"""Names the time, the hardware and the versions that a number was measured with."""
+"""Records the time, the hardware and the versions behind a measurement."""
 
 import contextlib
 import datetime
@@ -14,7 +14,7 @@ import jax
 
 
 def hardware() -> dict[str, str | int]:
-    """The devices JAX uses and the processor they sit beside."""
+    """The devices that JAX uses, and the host's processor."""
     device = jax.devices()[0]
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -25,13 +25,13 @@ def hardware() -> dict[str, str | int]:
         "count": jax.device_count(),
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores(),
-        # For a GPU the versions of its driver and libraries; on a CPU just "cpu".
+        # On a GPU, the versions of its driver and libraries; on a CPU just "cpu".
         "platform_version": " ".join(device.client.platform_version.split()),
     }
 
 
 def now() -> str:
-    """The time, UTC, as ISO 8601 to the second: "2026-01-31T12:00:00Z"."""
+    """The time in UTC, ISO 8601 to the second: "2026-01-31T12:00:00Z"."""
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
@@ -41,17 +41,17 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Bytes of memory that this process may use: the host's, or its control group's if that has less."""
+    """Bytes of memory that this process may use: the host's, or its control group's if that is less."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # versions 2 and 1
         file = pathlib.Path("/sys/fs/cgroup") / name
-        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(file.read_text()))
     return min(limits)
 
 
 def environment() -> dict[str, str]:
-    """The settings outside the program that speed depends on, where they are set."""
+    """The environment variables that affect speed, if they are set."""
     return {name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS") if name in os.environ}
 
 
@@ -60,7 +60,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that the numbers depend on, and of this one, with its commit."""
+    """Versions of Python, of the packages that numbers depend on, and of this package, with its commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     found = {name: _installed(name) or "not installed" for name in packages}
     return {"python": platform.python_version()} | found | {_NAME: build()}
@@ -81,27 +81,27 @@ def release() -> str:
 
 @functools.cache
 def build() -> str:
-    """The version of this package and, where it can be known, its commit: 0.1.0+g1a2b3c4, or 0.1.0+g1a2b3c4.dirty."""
+    """The version of this package and, if known, its commit: 0.1.0+g1a2b3c4, or 0.1.0+g1a2b3c4.dirty."""
     commit = _checked_out(_PACKAGE) or _installed_from(_PACKAGE)
     return f"{release()}+g{commit}" if commit else release()
 
 
 def _checked_out(package: pathlib.Path) -> str | None:
-    """The commit of the checkout in which the package lies, if it is a checkout of this project."""
+    """The commit of the checkout that holds the package, if that is a checkout of this project."""
     root = package.parent
     project = root / "pyproject.toml"
-    # The package may have been copied into a repository of another project, or lie in an environment inside one.
+    # The package may lie in another project's repository, as a copy or inside an environment.
     if not (root / ".git").exists() or not project.exists() or f'name = "{_NAME}"' not in project.read_text():
         return None
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=.dirty"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or not a repository that it trusts
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or a repository that git does not trust
         return subprocess.run(command, env=own, capture_output=True, text=True, check=True, timeout=2).stdout.strip()
     return None
 
 
 def _installed_from(package: pathlib.Path) -> str | None:
-    """The commit that pip installed the package from, if that was a repository."""
+    """The commit that pip installed the package from, if it came from a repository."""
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
         installed = metadata.distribution(_NAME)
         if pathlib.Path(str(installed.locate_file(package.name))) == package:

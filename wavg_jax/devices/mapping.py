@@ -1,4 +1,4 @@
-"""How the replicas that share a device are run: together by vmap, one after another by a loop, or written out."""
+"""How a device runs its replicas: all at once by `vmap`, in turn by a loop, or unrolled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from wavg_jax import tree
 from wavg_jax.base import PyTree, SettingsError
 
 Mapped = Callable[[PyTree, PyTree], PyTree]
-"""`(stacked, shared) -> stacked out`, of an `f(one, shared) -> out` for one replica."""
+"""`(stacked, shared) -> stacked out`, made from `f(one, shared) -> out` for one replica."""
 
 
 def _together(function: Callable) -> Mapped:
@@ -36,13 +36,13 @@ def _written_out(function: Callable) -> Mapped:
 
 
 MAPS: dict[str, Callable[[Callable], Mapped]] = {"vmap": _together, "map": _in_turn, "unroll": _written_out}
-"""Which is fastest depends on the network and the backend; see `wavg_jax.training.automap`. The results are equal up to
-rounding. `vmap` runs all replicas in each operation and needs the activations of all at once; `map` is a loop over the
-replicas; `unroll` writes the program of each replica out, so that compiling takes K times as long."""
+"""The results agree up to rounding; which is fastest depends on the network and the backend, see
+`wavg_jax.training.automap`. `vmap` batches all replicas into each operation and holds the activations of all at once;
+`map` loops over the replicas; `unroll` repeats the program for each replica, so compiling takes K times as long."""
 
 
 def mapped(name: str, function: Callable) -> Mapped:
-    """Maps a function of one replica over stacked ones.
+    """Maps a function of one replica over stacked replicas.
 
     Args:
       name: a name in `MAPS`.
@@ -61,7 +61,7 @@ def mapped(name: str, function: Callable) -> Mapped:
     check(name)
 
     def run(stacked: PyTree, shared: PyTree) -> PyTree:
-        if tree.count_replicas(stacked) == 1:  # one replica runs 1.3 times faster on CPU without vmap
+        if tree.count_replicas(stacked) == 1:  # without vmap, one replica runs 1.3 times faster on CPU
             return jax.tree.map(lambda x: x[None], function(tree.replica(stacked, 0), shared))
         return MAPS[name](function)(stacked, shared)
 
@@ -71,4 +71,4 @@ def mapped(name: str, function: Callable) -> Mapped:
 def check(name: Any, *more: str) -> None:
     """Raises SettingsError if `name` is neither a mapping nor one of `more`."""
     if name not in (*MAPS, *more):
-        raise SettingsError(f"replica_map={name}: choose from {', '.join((*more, *MAPS))}")
+        raise SettingsError(f"replica_map={name}: set replica_map= to one of {', '.join((*more, *MAPS))}")

@@ -1,4 +1,4 @@
-"""Where the replicas live: all on one device, or spread over a mesh. Nothing above or below knows."""
+"""Where the replicas live: all on one device, or spread over a mesh. No other module needs to know which."""
 
 import bisect
 import functools
@@ -19,14 +19,14 @@ class Placement(NamedTuple):
     """How K replicas are mapped and reduced.
 
     Attributes:
-      map: `f(one, shared) -> out` for one replica becomes `g(stacked, shared) -> stacked out`.
-      reduce: a reduction `(stacked, weights) -> tree` becomes the same over all devices.
-      over_samples: `f(network, samples [N, ...]) -> sums over the samples` becomes the same with the samples
-        spread over all devices, if their number divides N.
+      map: turns `f(one, shared) -> out` for one replica into `g(stacked, shared) -> stacked out`.
+      reduce: turns a reduction `(stacked, weights) -> tree` into the same reduction over all devices.
+      over_samples: turns `f(network, samples [N, ...]) -> sums over the samples` into the same function with the
+        samples spread over the devices, if the number of devices divides N.
       stacked: the sharding of a stacked tree, its leading axis over the devices.
-      shared: the sharding of what all replicas read (data, global parameters): on every device.
+      shared: the sharding of what all replicas read (data, global parameters), a copy on every device.
       devices: the devices in use.
-      replica_map: how the replicas of one device are run; see `wavg_jax.devices.mapping`.
+      replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
     """
 
     map: Callable[[Callable], Callable]
@@ -39,7 +39,7 @@ class Placement(NamedTuple):
 
 
 def put(values: PyTree, sharding: Sharding) -> PyTree:
-    """Copies a tree of host arrays to devices; never an alias of host memory, which a later change would reach."""
+    """Copies a tree of host arrays to devices; never aliases host memory, where a later write would reach the copy."""
     return jax.device_put(values, sharding, may_alias=False)
 
 
@@ -48,21 +48,21 @@ _ROOM = 0.25
 
 
 def has_room(placement: Placement, nbytes: int) -> bool:
-    """Whether so many bytes may lie on every device of a placement for the whole run."""
+    """Whether every device of a placement can hold `nbytes` bytes of data for the whole run."""
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in placement.devices]
     if all(limits):
         return nbytes <= _ROOM * min(limits)
-    # Devices that are the host itself share its memory, and each would hold its copy.
+    # CPU devices share the host's memory, and each would hold a copy.
     return nbytes * len(placement.devices) <= _ROOM * machine.memory()
 
 
 _PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 7 * 86400}
-"""XLA aborts the process when one CPU device waits 40 seconds for another at a collective; replicas that only meet once
-a round, on cores that others use too, may well be that far apart."""
+"""XLA aborts the process when one CPU device waits 40 seconds for another at a collective; replicas that meet only once
+a round, on shared cores, can easily be that far apart."""
 
 
 def compiler_options(placement: Placement) -> dict[str, int]:
-    """What a program with replicas on these devices must be compiled with."""
+    """Compiler options that a program over this placement needs."""
     return _PATIENCE if len(placement.devices) > 1 and placement.devices[0].platform == "cpu" else {}
 
 
@@ -75,7 +75,7 @@ def _single(device: jax.Device, replica_map: str) -> Placement:
 
 def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
     """Replicas spread evenly over several devices: `jax.shard_map` over the mesh, `replica_map` inside each device."""
-    # Auto, not make_mesh's Explicit axis: on that, sorting over the replicas raises.
+    # Auto, not make_mesh's default Explicit: on an Explicit axis, sorting over the replicas raises.
     grid = jax.sharding.Mesh(np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,))
     over_replicas, everywhere = PartitionSpec(_AXIS), PartitionSpec()
 
@@ -120,11 +120,11 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
 def on(devices: tuple[jax.Device, ...], replica_map: str = "vmap") -> Placement:
     """Spreads the replicas over these devices, whose number must divide K.
 
-    Made once for the same arguments, so that equal recipes share their programs.
+    Cached: the same arguments give the same placement, so that equal recipes share their programs.
 
     Args:
       devices: one or more.
-      replica_map: how the replicas of one device are run; see `wavg_jax.devices.mapping`.
+      replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
 
     Raises:
       SettingsError: there is no such mapping.
@@ -143,12 +143,11 @@ def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, repl
 
     Args:
       replicas: K.
-      devices: a number of devices, the devices themselves, or None for as many of those at hand as divide K.
-      replica_map: how the replicas of one device are run; see `wavg_jax.devices.mapping`.
+      devices: a number of devices, the devices themselves, or None for the largest available number that divides K.
+      replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
 
     Raises:
-      SettingsError: more devices are asked for than there are, their number does not divide K, or there is no such
-        mapping.
+      SettingsError: JAX sees fewer devices, their number does not divide K, or there is no such mapping.
     """
     at_hand = jax.devices()
     if devices is None:
@@ -156,7 +155,7 @@ def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, repl
     if not isinstance(devices, Sequence):
         if not 1 <= devices <= len(at_hand):
             raise SettingsError(
-                f"devices={devices}: JAX sees {len(at_hand)} on this machine, so give 1 to {len(at_hand)}"
+                f"devices={devices}: JAX sees {len(at_hand)} on this machine: set devices= between 1 and {len(at_hand)}"
             )
         devices = at_hand[:devices]
     if replicas % len(devices):

@@ -1,4 +1,4 @@
-"""Networks, and adapters that turn a Linen module, an NNX module or plain functions into a `Task`."""
+"""Networks, and adapters that make a `Task` of a Linen module, an NNX module or plain functions."""
 
 from wavg_jax.models.cnn import CNN
 from wavg_jax.models.linen import from_linen

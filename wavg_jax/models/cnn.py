@@ -11,12 +11,12 @@ from wavg_jax.models.mlp import MLP
 
 
 class CNN(nn.Module):
-    """Two 3x3 convolutions of 32 and 64 channels, each with ReLU and 2x2 pooling, then a dense layer of 128.
+    """Two 3x3 convolutions with 32 and 64 channels, each with ReLU and 2x2 pooling, then a dense layer of width 128.
 
     Attributes:
       classes: number of logits.
-      batch_norm: whether each convolution is followed by BatchNorm.
-      dropout: share of the dense layer that is dropped in training, in [0, 1).
+      batch_norm: whether BatchNorm follows each convolution.
+      dropout: dropout rate of the dense layer, in [0, 1).
       dtype: dtype of the computation and of the logits; parameters are float32 unless cast.
 
     Raises:
@@ -38,11 +38,11 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Computes logits [B, classes] of images [B, H, W, C]; `train` switches dropout and batch statistics on."""
+        """Computes logits [B, classes] of images [B, H, W, C]; `train` turns on dropout and batch statistics."""
         if x.ndim != 4 or min(x.shape[1:3]) < 4:
             raise SettingsError(f"a CNN needs images [B, H, W, C] of at least 4x4 pixels, got {x.shape}")
         for channels in (32, 64):
-            # BatchNorm takes the mean away again, so a bias before it would learn nothing.
+            # BatchNorm subtracts the mean, so a bias before it would learn nothing.
             x = nn.Conv(
                 channels,
                 (3, 3),
@@ -51,8 +51,8 @@ class CNN(nn.Module):
                 conv_general_dilated=fast_conv(),
             )(x)
             if self.batch_norm:
-                # Flax keeps the statistics in float32 and promotes to it on purpose, whatever the compute dtype.
+                # Flax keeps the statistics in float32 and promotes to it on purpose, in any compute dtype.
                 with jax.numpy_dtype_promotion("standard"):
                     x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
-            x = nn.relu(max_pool(x))  # the same as the other way round, for a quarter of the pixels
+            x = nn.relu(max_pool(x))  # pooling first gives the same, and ReLU sees a quarter of the pixels
         return MLP((128,), self.classes, self.dropout, self.dtype, name="head")(x, train)

@@ -1,8 +1,8 @@
 """Convolution and pooling that stay fast inside a compiled loop on XLA's CPU backend.
 
-There the gradient of a stock convolution inside `lax.scan` runs up to 37 times slower than outside
-(https://github.com/jax-ml/jax/issues/12868), under `jax.vmap` over kernels every convolution becomes a grouped one, 3
-to 4 times slower, and the gradient of `nn.max_pool` is 15 times slower than the one below.
+On that backend, the gradient of a stock convolution runs up to 37 times slower inside `lax.scan` than outside
+(https://github.com/jax-ml/jax/issues/12868); `jax.vmap` over kernels turns every convolution into a grouped one, 3 to 4
+times slower; and the gradient of `nn.max_pool` is 15 times slower than the one below.
 """
 
 import functools
@@ -24,13 +24,13 @@ def fast_conv() -> Callable[..., jax.Array]:
     """Picks the convolution for the default backend: `cpu_conv` on CPU, `lax.conv_general_dilated` elsewhere.
 
     Returns:
-      What the argument `conv_general_dilated` of `flax.linen.Conv` and `flax.nnx.Conv` takes.
+      The argument `conv_general_dilated` for `flax.linen.Conv` or `flax.nnx.Conv`.
 
     Example:
       >>> import flax.linen as nn
       >>> layer = nn.Conv(8, (3, 3), conv_general_dilated=fast_conv())
     """
-    # Not at import: asking for the backend starts it, and then jax.distributed could not be set up any more.
+    # Not at import: asking for the backend starts it, and then jax.distributed can no longer be set up.
     return cpu_conv if jax.default_backend() == "cpu" else lax.conv_general_dilated
 
 
@@ -46,33 +46,33 @@ def cpu_conv(
     precision: Any = None,
     **others: Any,
 ) -> jax.Array:
-    """Convolves as `lax.conv_general_dilated` does, with gradients written in forms that XLA runs fast on a CPU.
+    """Convolves like `lax.conv_general_dilated`, with gradients in forms that XLA runs fast on a CPU.
 
-    The output and the gradient of the input are convolutions in the one layout with a fast kernel, NHWC and HWIO; the
-    gradient of the kernel is a sum of products over the patches of a few images at a time, which stay in the cache.
-    Under `jax.vmap` the replicas' convolutions run one after another.
+    The output and the gradient of the input are convolutions in the one layout with a fast kernel, NHWC and HWIO. The
+    gradient of the kernel is a sum of products over the patches of a few images at a time, so the patches stay in the
+    cache. Under `jax.vmap`, the replicas' convolutions run one after another.
 
-    What it does not do goes to `lax.conv_general_dilated` itself: dilation, feature groups, layouts other than
-    channels last (NHWC inputs and outputs, HWIO kernels), arrays of size 0, and any of `others` that is not None.
+    Everything else falls back to `lax.conv_general_dilated`: dilation, feature groups, layouts other than channels last
+    (NHWC inputs and outputs, HWIO kernels), arrays of size 0, and any of `others` that is not None.
 
     Args:
       lhs: inputs [B, *spatial, C_in].
       rhs: kernels [*window, C_in, C_out], of the dtype of `lhs`.
-      window_strides: one stride for each spatial axis.
-      padding: "SAME", "VALID", "SAME_LOWER" or (low, high) for each spatial axis.
-      lhs_dilation: None or ones, else see above.
-      rhs_dilation: None or ones, else see above.
+      window_strides: one stride per spatial axis.
+      padding: "SAME", "VALID", "SAME_LOWER", or one pair (low, high) per spatial axis.
+      lhs_dilation: None or ones; anything else falls back.
+      rhs_dilation: None or ones; anything else falls back.
       dimension_numbers: as in `lax.conv_general_dilated`.
-      feature_group_count: 1, else see above.
-      precision: of the products.
+      feature_group_count: 1; anything else falls back.
+      precision: precision of the products.
       **others: further arguments of `lax.conv_general_dilated`.
 
     Returns:
       [B, *out, C_out].
 
     Raises:
-      TypeError: when differentiated in forward mode (`jax.jvp`, `jax.jacfwd`) or twice; it can be once, in reverse
-        mode. For more give the layer `lax.conv_general_dilated`.
+      TypeError: when differentiated in forward mode (`jax.jvp`, `jax.jacfwd`) or twice; only one derivative in reverse
+        mode works. For more, give the layer `lax.conv_general_dilated`.
 
     References: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
     Processing", 2006, for products over patches.
@@ -115,7 +115,7 @@ def _conv(strides: tuple[int, ...], pads: tuple[tuple[int, int], ...], precision
             x, kernel, padding=pads, dimension_numbers=names, precision=precision, **options
         )
 
-    # One replica after another: XLA would make one grouped convolution of theirs.
+    # One replica after another: batched, they would become one grouped convolution.
     one_by_one = jax.custom_batching.sequential_vmap
 
     @one_by_one
@@ -124,7 +124,7 @@ def _conv(strides: tuple[int, ...], pads: tuple[tuple[int, int], ...], precision
 
     @one_by_one
     def to_input(x: jax.Array, kernel: jax.Array, slope: jax.Array) -> jax.Array:
-        # Autodiff asks for the same with the kernel's axes swapped in its layout, which misses the fast kernel.
+        # Autodiff swaps the kernel's axes in the layout instead, which misses the fast kernel.
         flipped = lax.rev(kernel, range(len(strides))).swapaxes(-1, -2)
         ones, ends = (1,) * len(strides), []
         for size, width, out, stride, (low, _) in zip(
@@ -150,11 +150,11 @@ def _conv(strides: tuple[int, ...], pads: tuple[tuple[int, int], ...], precision
 
 
 _CACHED = 2**18
-"""Bytes of patches worked on at a time, if one image has no more. With 0.1 to 0.6 MB the gradient of a 3x3 kernel took
-half the time it takes with the patches of all images, on a CPU with 0.5 MB of second-level cache a core."""
+"""Most bytes of patches at a time, unless one image has more. With 0.1 to 0.6 MB, the gradient of a 3x3 kernel took
+half as long as with the patches of all images, on a CPU with 0.5 MB of second-level cache per core."""
 
 _WIDE = 96
-"""Length of a patch from which it is not worth making it longer: its copies cost more than products with short ones."""
+"""Patches this long grow no further: beyond it, copying them costs more than products with short ones."""
 
 
 def _kernel_gradient(
@@ -162,8 +162,7 @@ def _kernel_gradient(
 ) -> jax.Array:
     """The sum over images of `patches^T slope`, a few images at a time.
 
-    The patches are put together along the last axes of the window alone; along the others it takes a product for each
-    offset.
+    Patches span only the last axes of the window; along the other axes, each offset takes a product of its own.
     """
     window, (inputs, outputs), out = kernel.shape[:-2], kernel.shape[-2:], slope.shape[1:-1]
     apart = len(window)
@@ -199,15 +198,16 @@ def _kernel_gradient(
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`, or 1."""
+    """The largest divisor of `number` up to `most`, or 1."""
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(most, 1))
 
 
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
-    """Takes the maximum of each `window` x `window` block; rows and columns left over are dropped.
+    """Takes the maximum of each `window` x `window` block and drops leftover rows and columns.
 
-    Same values as `nn.max_pool(x, (window, window), (window, window))`. Where a block has several maxima, as after a
-    ReLU, each maximum of two equal numbers gives half of the gradient to either; `nn.max_pool` gives all to the first.
+    The values equal those of `nn.max_pool(x, (window, window), (window, window))`. If a block has several maxima, as
+    after a ReLU, the maximum of two equal numbers passes half of the gradient to each; `nn.max_pool` passes all of it
+    to the first.
 
     Args:
       x: [B, H, W, C], with H and W at least `window`.
@@ -217,7 +217,7 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
       [B, H // window, W // window, C].
 
     Raises:
-      SettingsError: if `window` is below 1 or above H or W.
+      SettingsError: `window` is below 1 or above H or W.
 
     Example:
       >>> import jax.numpy as jnp
@@ -226,7 +226,10 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
              [13., 15.]], dtype=float32)
     """
     if not 1 <= window <= min(x.shape[1:3]):
-        raise SettingsError(f"max_pool over blocks of {window} x {window} needs inputs of that size, got {x.shape}")
+        raise SettingsError(
+            f"max_pool over blocks of {window} x {window} does not fit inputs of shape {x.shape}: set window= between "
+            f"1 and {min(x.shape[1:3])}"
+        )
     for axis in (1, 2):
         end = x.shape[axis] // window * window
         x = reduce(jnp.maximum, (lax.slice_in_dim(x, i, end, window, axis) for i in range(window)))
@@ -246,5 +249,5 @@ def _unfold(x: jax.Array, axis: int, width: int, stride: int, out: int) -> jax.A
 
 
 def _shift(x: jax.Array, axis: int, offset: int, stride: int, out: int) -> jax.Array:
-    """The `out` entries of `x` along `axis` that begin at an offset, `stride` apart."""
+    """The `out` entries of `x` along `axis` from `offset` on, `stride` apart."""
     return lax.slice_in_dim(x, offset, offset + (out - 1) * stride + 1, stride, axis)

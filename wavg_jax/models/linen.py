@@ -23,21 +23,21 @@ def from_linen(
 ) -> Task:
     """Makes a task of a Linen module.
 
-    Every collection but `params` (BatchNorm's `batch_stats`, say) is `mutable`: updated by the loss, read by predict.
-    The key given to the loss feeds every random stream of the module, `dropout` or any other name.
+    Every collection except `params` (such as BatchNorm's `batch_stats`) becomes `mutable`: the loss updates it, predict
+    reads it. The loss's key feeds every random stream of the module, `dropout` or any other.
 
     Args:
-      module: a module whose `__call__` takes `(x [B, *input_shape], train: bool)` and returns the logits that `make`
-        needs: [B, classes] for a classifier.
+      module: a module whose `__call__` takes `(x [B, *input_shape], train: bool)` and returns what `make` needs:
+        logits [B, classes] for a classifier.
       input_shape: shape of one input, without the batch axis.
-      dtype: dtype of the inputs; an integer one where they are tokens.
-      make: `classifier`, `language_model`, `regressor`, or another function that makes a task of `init` and `apply`.
+      dtype: dtype of the inputs; an integer dtype for tokens.
+      make: `classifier`, `language_model`, `regressor`, or your own function from `init` and `apply` to a task.
 
     Returns:
       A `Task` over plain dicts.
 
     Raises:
-      SettingsError: if `module` is not a Linen module, or its `__call__` takes no `train`.
+      SettingsError: `module` is not a Linen module, or its `__call__` takes no `train`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,12 +55,12 @@ def from_linen(
       >>> jax.eval_shape(lambda: task.predict(*task.init(jax.random.key(0)), tokens)).shape
       (5, 12, 50)
     """
-    check("module", module, instance(nn.Module, "a flax.linen.Module (for NNX there is from_nnx)"))
+    check("module", module, instance(nn.Module, "a flax.linen.Module (for NNX, use from_nnx)"))
     name = type(module).__name__
     check("input_shape", input_shape, SHAPE)
     check("make", make, FUNCTION)
     if "train" not in inspect.signature(type(module).__call__).parameters:
-        raise SettingsError(f"{name}.__call__ takes no `train`; write it as __call__(self, x, train: bool)")
+        raise SettingsError(f"{name}.__call__ takes no `train`: write it as __call__(self, x, train: bool)")
 
     def init(rng: jax.Array) -> tuple[PyTree, PyTree]:
         mutable = dict(module.init(rng, jnp.zeros((1, *input_shape), dtype), train=False))
@@ -73,7 +73,7 @@ def from_linen(
         if not train:
             logits: Any = module.apply(variables, x, train=False)
             return logits, mutable
-        # A bare key is what Linen falls back to for a stream of any name, so no stream has to be listed here.
+        # Linen uses a bare key for streams of any name, so none has to be listed here.
         logits, updated = module.apply(variables, x, train=True, rngs=rng, mutable=list(mutable))
         return logits, {**mutable, **updated}
 

@@ -11,16 +11,16 @@ from wavg_jax.arguments import check, each, number, whole
 
 
 class MLP(nn.Module):
-    """Flattens its input, then dense layers with ReLU and dropout, then the logits.
+    """Flattens its input and applies dense layers with ReLU and dropout, then a linear layer for the logits.
 
     Attributes:
       hidden: width of each hidden layer.
       classes: number of logits.
-      dropout: share of each hidden layer that is dropped in training, in [0, 1).
+      dropout: dropout rate of the hidden layers, in [0, 1).
       dtype: dtype of the computation and of the logits; parameters are float32 unless cast.
 
     Raises:
-      SettingsError: when called, if `dropout` is out of range.
+      SettingsError: when called, if an attribute is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -37,7 +37,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Computes logits [B, classes] of inputs [B, ...]; `train` switches dropout on."""
+        """Computes logits [B, classes] of inputs [B, ...]; `train` turns on dropout."""
         check("hidden", self.hidden, each(whole(1), "the width of each hidden layer, such as (256, 256)"))
         check("classes", self.classes, whole(1))
         check("dropout", self.dropout, number(0, below=1))

@@ -26,25 +26,25 @@ def from_nnx(
 ) -> Task:
     """Makes a task of an NNX module.
 
-    `nnx.Param` variables are the parameters; every other one (BatchNorm's statistics, say) is `mutable`, but for the
-    random streams: those are not carried along, they start anew from the key of each call. Parameters and `mutable`
-    are plain dicts, since dispatching an `nnx.State` costs 2 to 4 times more, and the module is put together from
-    them inside each call, so nothing is shared between replicas or traces.
+    `nnx.Param` variables are the parameters; all others (such as BatchNorm's statistics) are `mutable`, except the
+    random streams, which start afresh from the key of each call. Parameters and `mutable` are plain dicts, since
+    dispatching an `nnx.State` costs 2 to 4 times more. Each call rebuilds the module from them, so replicas and traces
+    share nothing.
 
     Args:
       make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns what
-        `make` needs: logits [B, classes] for a classifier. Dropout and BatchNorm are switched by `module.train()` and
-        `module.eval()`.
-      input_shape: shape of one input, without the batch axis. The module is traced on it here, without any
-        computation, so that a shape that does not fit shows now.
-      dtype: dtype of the inputs; an integer one where they are tokens.
-      make: `classifier`, `language_model`, `regressor`, or another function that makes a task of `init` and `apply`.
+        `make` needs: logits [B, classes] for a classifier. `module.train()` and `module.eval()` switch dropout and
+        BatchNorm.
+      input_shape: shape of one input, without the batch axis. The module is traced on it here, without computing
+        anything, so that a wrong shape fails now.
+      dtype: dtype of the inputs; an integer dtype for tokens.
+      make: `classifier`, `language_model`, `regressor`, or your own function from `init` and `apply` to a task.
 
     Returns:
       A `Task` over plain dicts.
 
     Raises:
-      SettingsError: if `make_module` returns no NNX module, or the module no outputs that `make` can use.
+      SettingsError: `make_module` returns no NNX module, or the module returns outputs that `make` refuses.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,7 +60,7 @@ def from_nnx(
       >>> task.predict(*task.init(jax.random.key(0)), jnp.ones((5, 4))).shape
       (5, 1)
     """
-    # Importing it takes longer than flax.linen (0.6 s to 0.4), and only those who use NNX should wait for it.
+    # Importing it takes longer than flax.linen (0.6 s against 0.4 s), so only NNX users should wait for it.
     from flax import nnx
 
     makes = Rule(lambda f: callable(f) and not isinstance(f, nnx.Module), "a function, nnx.Rngs -> flax.nnx.Module")
@@ -70,7 +70,7 @@ def from_nnx(
     mutable_filter = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
     abstract = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     if not isinstance(abstract, nnx.Module):
-        raise SettingsError(f"make_module must return a flax.nnx.Module, got a {type(abstract).__name__}")
+        raise SettingsError(f"make_module= must return a flax.nnx.Module, but returned a {type(abstract).__name__}")
     streams = nnx.to_pure_dict(nnx.state(abstract, nnx.RngState))
     graphs = {}
     abstract.train()
@@ -85,7 +85,7 @@ def from_nnx(
     def apply(
         params: PyTree, mutable: PyTree, x: jax.Array, *, train: bool, rng: jax.Array | None
     ) -> tuple[jax.Array, PyTree]:
-        # A module may hold streams that evaluation never draws from; they still need some key.
+        # Evaluation may never draw from the module's streams, but they still need some key.
         keys = _seed(streams, jax.random.key(0) if rng is None else rng)
         module: Any = nnx.merge(graphs[train], params, mutable, keys)
         logits = module(x)
@@ -99,7 +99,7 @@ def from_nnx(
 
 
 def _seed(streams: PyTree, rng: jax.Array) -> PyTree:
-    """Fills the abstract random streams of a module: each key its own child of `rng`, each counter 0."""
+    """Fills the abstract random streams of a module: each key becomes its own child of `rng`, each counter 0."""
     leaves, treedef = jax.tree.flatten(streams)
     filled = [
         jax.random.split(jax.random.fold_in(rng, i), leaf.shape)

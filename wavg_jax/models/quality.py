@@ -1,4 +1,4 @@
-"""Quality of a classifier: sums over samples, and the metrics that follow from them."""
+"""Metrics of a classifier: sums over samples, and the metrics derived from them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 from wavg_jax.base import Sums
 
 BINS = 15
-"""Bins of the confidence in the calibration error."""
+"""Number of confidence bins in the calibration error."""
 
 
 def sums(logits: jax.Array, labels: jax.Array) -> Sums:
@@ -23,7 +23,7 @@ def sums(logits: jax.Array, labels: jax.Array) -> Sums:
     """
     predicted, classes = logits.argmax(-1), logits.shape[-1]
     confidence = jax.nn.softmax(logits).max(-1)
-    # The confidence of a network that diverged is NaN; any bin will do, since the sum is NaN too.
+    # A diverged network's confidence is NaN; any bin will do, since the sum is NaN too.
     bins = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
     gap = (predicted == labels).astype(jnp.float32) - confidence
     return {
@@ -34,10 +34,10 @@ def sums(logits: jax.Array, labels: jax.Array) -> Sums:
 
 
 def metrics(sums: Sums, samples: jax.Array) -> dict[str, jax.Array]:
-    """Metrics of a classifier on `samples` samples.
+    """Computes a classifier's metrics on `samples` samples from their sums.
 
     Returns:
-      `accuracy`: share of right predictions.
+      `accuracy`: share of correct predictions.
       `loss`: mean cross-entropy, nats.
       `macro_f1`: mean over the classes of `2 tp / (predicted + true)`, 0 for a class that neither occurs nor is
       predicted.

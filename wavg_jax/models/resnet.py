@@ -1,25 +1,26 @@
-"""The residual network for small images."""
+"""A residual network for small images."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from wavg_jax.arguments import check, whole
 from wavg_jax.base import SettingsError
 from wavg_jax.models.conv import fast_conv
 
 
 class ResNet(nn.Module):
-    """A 3x3 stem, three stages of basic blocks of `width`, 2 and 4 times `width` channels, the mean, the logits.
+    """A 3x3 stem, three stages of basic blocks with 1, 2 and 4 times `width` channels, mean pooling and the logits.
 
     A block is `relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))`, with 3x3 convolutions. The first block of the
-    second and of the third stage halves the image: its shortcut takes every other pixel and fills the new channels
-    with zeros, so that no shortcut has parameters (the paper's option A, which is what it uses on CIFAR-10). There are
-    `6 * blocks + 2` layers: 3 blocks make ResNet-20, with 0.27 million parameters for CIFAR-10.
+    second and third stages halves the image: its shortcut takes every other pixel and fills the new channels with
+    zeros, so no shortcut has parameters (option A, the paper's choice for CIFAR-10). The network has `6 * blocks + 2`
+    layers: 3 blocks make ResNet-20, with 0.27 million parameters for CIFAR-10.
 
     Attributes:
       classes: number of logits.
-      blocks: blocks in each stage, at least 1.
+      blocks: blocks per stage, at least 1.
       width: channels of the stem and of the first stage, at least 1.
       dtype: dtype of the computation and of the logits; parameters are float32 unless cast.
 
@@ -45,11 +46,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Computes logits [B, classes] of images [B, H, W, C]; `train` switches batch statistics on."""
+        """Computes logits [B, classes] of images [B, H, W, C]; `train` turns on batch statistics."""
         if x.ndim != 4 or min(x.shape[1:3]) < 4:
             raise SettingsError(f"a ResNet needs images [B, H, W, C] of at least 4x4 pixels, got {x.shape}")
-        if min(self.blocks, self.width) < 1:
-            raise SettingsError(f"a ResNet needs blocks and width of at least 1, got {self.blocks} and {self.width}")
+        check("blocks", self.blocks, whole(1))
+        check("width", self.width, whole(1))
         x = nn.relu(_conv_norm(x, self.width, 1, train, self.dtype))
         for stage in range(3):
             for block in range(self.blocks):
@@ -70,13 +71,13 @@ def _conv_norm(x: jax.Array, channels: int, stride: int, train: bool, dtype: DTy
         channels,
         (3, 3),
         strides=stride,
-        # Not "SAME": with stride 2 that centres the windows on odd pixels, and the shortcut takes the even ones.
+        # Not "SAME": with stride 2 it centres the windows on odd pixels, while the shortcut takes the even ones.
         padding=1,
-        use_bias=False,  # BatchNorm would take it away again
+        use_bias=False,  # BatchNorm would subtract it again
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),
         conv_general_dilated=fast_conv(),
     )(x)
-    # Flax keeps the statistics in float32 and promotes to it on purpose, whatever the compute dtype.
+    # Flax keeps the statistics in float32 and promotes to it on purpose, in any compute dtype.
     with jax.numpy_dtype_promotion("standard"):
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)

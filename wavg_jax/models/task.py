@@ -13,7 +13,7 @@ from wavg_jax.models import quality
 
 
 class Init(Protocol):
-    """`init(rng) -> (params, mutable)`; `mutable` is `{}` for a network that has nothing but parameters."""
+    """`init(rng) -> (params, mutable)`; `mutable` is `{}` for a network with parameters alone."""
 
     def __call__(self, rng: jax.Array, /) -> tuple[PyTree, PyTree]: ...
 
@@ -73,7 +73,7 @@ def language_model(init: Init, apply: Apply) -> Task:
         `classifier`.
 
     Returns:
-      A `Task` over batches with y [B, T] and the metrics `loss` and `accuracy`, the share of tokens predicted right.
+      A `Task` over batches with y [B, T] and the metrics `loss` and `accuracy`, the share of correct tokens.
 
     Raises:
       SettingsError: while tracing, if the logits are not [B, T, vocabulary].
@@ -129,14 +129,14 @@ def regressor(init: Init, apply: Apply) -> Task:
 
 
 class _Kind(NamedTuple):
-    """What the outputs of a network are for.
+    """What sets one kind of task apart from another.
 
     Attributes:
-      outputs: `(outputs, x) -> outputs` float32; raises if they do not fit the inputs.
-      targets: `(y, outputs) -> y`, cast; raises if they do not fit the outputs.
+      outputs: `(outputs, x) -> outputs`, cast to float32; raises if they do not match the inputs.
+      targets: `(y, outputs) -> y`, cast; raises if they do not match the outputs.
       score: `(outputs, y) -> {"loss": ..., ...}`, one number per output; the training loss is their mean.
-      measure: `(outputs, y) -> {name: sum}`.
-      metrics: of `Task`.
+      measure: `(outputs, y) -> {name: sum}`, the sums over the samples.
+      metrics: the task's `metrics`.
     """
 
     outputs: Callable[[jax.Array, jax.Array], jax.Array]
@@ -168,7 +168,7 @@ def _task(init: Init, apply: Apply, kind: _Kind) -> Task:
 
 
 def _logits(name: str, axes: tuple[str, ...]) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Builds the check of logits with these axes, all but the last of which they share with the inputs."""
+    """Builds the check that logits have these axes, and share all but the last with the inputs."""
     shared = len(axes) - 1
 
     def check(logits: jax.Array, x: jax.Array) -> jax.Array:
@@ -184,7 +184,7 @@ def _logits(name: str, axes: tuple[str, ...]) -> Callable[[jax.Array, jax.Array]
 
 
 def _labels(what: str, remedy: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Builds the check of integer labels, one for each row of logits."""
+    """Builds the check that labels are integers, one per row of logits."""
 
     def check(y: jax.Array, logits: jax.Array) -> jax.Array:
         if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != logits.shape[:-1]:
@@ -192,7 +192,7 @@ def _labels(what: str, remedy: str) -> Callable[[jax.Array, jax.Array], jax.Arra
                 f"the labels are {y.dtype} of shape {y.shape}; {what} are needed, integers of shape "
                 f"{logits.shape[:-1]}: {remedy}"
             )
-        # argmax gives int32, and under strict promotion uint8 labels do not compare with it.
+        # argmax gives int32; under strict promotion, uint8 labels do not compare with it.
         return y.astype(jnp.int32)
 
     return check

@@ -5,28 +5,29 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from wavg_jax.arguments import check, number, whole
 from wavg_jax.base import SettingsError
 
-# GPT-2's for its embeddings. The logits share the table, so this also makes the first loss close to log(vocabulary).
+# GPT-2's. The logits share the table, so the first loss is also close to log(vocabulary).
 _EMBEDDING_INIT = nn.initializers.normal(0.02)
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer as GPT-2: `x += attention(norm(x)); x += mlp(norm(x))` in every layer.
+    """A decoder-only transformer like GPT-2: `x += attention(norm(x)); x += mlp(norm(x))` in every layer.
 
-    Token and learned position embeddings, then the layers, then LayerNorm and the logits. Attention is causal: the
-    logits at a position depend on the tokens up to it alone. The MLP is 4 times as wide, with GELU. The logits are
+    Token and learned position embeddings, the layers, LayerNorm, then the logits. Attention is causal: the logits at a
+    position depend only on the tokens up to it. The MLP is 4 times as wide as the rest and uses GELU. The logits are
     products with the token embeddings (tied weights), so the network has
-    `(vocabulary + length + 12 * layers * width) * width` parameters, and biases and norms. Dropout is on the
-    embeddings and on what each branch adds, not inside the attention.
+    `(vocabulary + length + 12 * layers * width) * width` parameters, plus biases and norms. Dropout acts on the
+    embeddings and on the output of each branch, not inside the attention.
 
     Attributes:
-      vocabulary: number of different tokens, and of logits.
+      vocabulary: number of distinct tokens, and of logits.
       layers: number of layers, at least 1.
-      heads: attention heads; they divide `width`.
-      width: features of a token.
-      length: longest sequence, in tokens; shorter ones are fine.
-      dropout: share that is dropped in training, in [0, 1).
+      heads: number of attention heads; divides `width`.
+      width: features per token.
+      length: most tokens in a sequence; shorter ones are fine.
+      dropout: dropout rate, in [0, 1).
       dtype: dtype of the computation; parameters are float32 unless cast.
 
     Raises:
@@ -58,10 +59,10 @@ class Transformer(nn.Module):
     def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
         """Computes float32 logits [B, T, vocabulary] of tokens [B, T], integers below `vocabulary`.
 
-        The logits at t are for the token at t + 1. A token of `vocabulary` or more makes its whole sequence NaN.
+        The logits at t predict the token at t + 1. A token of `vocabulary` or more turns its whole sequence into NaN.
         """
         self._check(tokens)
-        # Of any integer dtype: under strict promotion bytes do not mix with the int32 of indexing.
+        # From any integer dtype: under strict promotion, bytes do not mix with the int32 of indexing.
         tokens = tokens.astype(jnp.int32)
         embed = nn.Embed(self.vocabulary, self.width, self.dtype, embedding_init=_EMBEDDING_INIT, name="tokens")
         positions = self.param("positions", _EMBEDDING_INIT, (self.length, self.width))
@@ -72,25 +73,25 @@ class Transformer(nn.Module):
         return embed.attend(_norm(x, self.dtype)).astype(jnp.float32)
 
     def _check(self, tokens: jax.Array) -> None:
-        if min(self.vocabulary, self.layers, self.heads, self.width, self.length) < 1:
-            raise SettingsError("vocabulary, layers, heads, width and length of a Transformer must be at least 1")
+        for name in ("vocabulary", "layers", "heads", "width", "length"):
+            check(name, getattr(self, name), whole(1))
+        check("dropout", self.dropout, number(0, below=1))
         if self.width % self.heads:
-            raise SettingsError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise SettingsError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise SettingsError(f"width={self.width} is not a multiple of heads={self.heads}: change one of them")
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2:
             raise SettingsError(
-                f"a Transformer needs integer tokens [B, T], got {tokens.dtype} of shape {tokens.shape}; "
-                "from_linen(dtype=jnp.int32) makes a task of one"
+                f"a Transformer needs integer tokens [B, T], got {tokens.dtype} of shape {tokens.shape}: "
+                "pass dtype=jnp.int32 to from_linen"
             )
         if not 1 <= tokens.shape[1] <= self.length:
             raise SettingsError(
-                f"the sequences have {tokens.shape[1]} tokens; the Transformer's length allows 1 to {self.length}"
+                f"the sequences have {tokens.shape[1]} tokens, but length={self.length} allows 1 to {self.length}: "
+                "cut them or raise length="
             )
 
 
 class _Layer(nn.Module):
-    """One layer: [B, T, width] -> [B, T, width]; `layers` is how many there are."""
+    """One layer, [B, T, width] -> [B, T, width], out of `layers`."""
 
     heads: int
     layers: int
@@ -100,10 +101,10 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         width = x.shape[-1]
-        # As GPT-2: the 2 * layers branches add up to a sum whose variance does not grow with their number.
+        # As in GPT-2: the variance of the sum of the 2 * layers branches does not grow with their number.
         last_init = nn.initializers.variance_scaling(0.5 / self.layers, "fan_in", "truncated_normal")
 
-        # One product for the three: a third of the leaves to dispatch and of the matmuls to run.
+        # One product for all three: a third of the leaves to dispatch and of the matmuls to run.
         y = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(_norm(x, self.dtype))
         query, key, value = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(y, 3, axis=-1))
         # Not jax.nn.dot_product_attention: in bfloat16 its gradient mixes dtypes, which strict promotion refuses.
@@ -118,6 +119,6 @@ class _Layer(nn.Module):
 
 
 def _norm(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    # Flax computes the statistics in float32 and promotes to it on purpose, whatever the compute dtype.
+    # Flax computes the statistics in float32 and promotes to it on purpose, in any compute dtype.
     with jax.numpy_dtype_promotion("standard"):
         return nn.LayerNorm(dtype=dtype)(x)
