@@ -69,6 +69,17 @@ def test_inside_a_room_imports_go_in_no_circle():
         assert not left, f"{room}: {left} import one another"
 
 
+NAMESAKES = {"averaging/averager.py", "training/fit.py"}
+"""Files whose function of the same name is the one that users call: `wavg_jax.averager` and `wavg_jax.fit`."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_or_class_has_the_name_of_its_module(path):
+    body = ast.parse(path.read_text()).body
+    defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert (path.stem in defined) == (str(path.relative_to(PACKAGE)) in NAMESAKES)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_core_needs_no_flax_and_only_placement_knows_devices(path):
     text, names = path.read_text(), set(imported(path))

@@ -42,5 +42,15 @@ def to_flags(message: str) -> str:
             return found[0]
         return f"--{name}={value.strip(chr(39))}" if value else f"--{name}"
 
-    translated = _ARGUMENT.sub(flag, message)
+    translated = _ARGUMENT.sub(lambda found: found[0] if _in_code_or_path(found) else flag(found), message)
     return _FIRST.sub(lambda found: f"--{found[1]}" if found[1] in flags.FLAGS else found[1], translated)
+
+
+_CALL = re.compile(r"\w\([^()]*$")
+
+
+def _in_code_or_path(found: re.Match) -> bool:
+    """Whether `name=value` belongs to a path, to a call such as `Store(name="a")`, or has Python for a value."""
+    before, after = found.string[: found.start()], found.string[found.end() :]
+    in_path = "/" in re.split(r"\s", before)[-1]
+    return in_path or before.count("`") % 2 == 1 or bool(_CALL.search(before)) or after.startswith(("(", "[", "{", '"'))

@@ -218,7 +218,7 @@ def softmax(
     Raises:
       SettingsError: the temperature is not positive, or the direction of an unknown signal is not given.
     """
-    check("the softmax temperature (--temperature)", temperature, number(above=0))
+    check("temperature", temperature, number(above=0))
     temperature = float(temperature)
     sign = direction(signal, higher_is_better)
 
