@@ -1,4 +1,4 @@
-"""The publishers' files in small: what is damaged is named and leaves nothing behind; what is missing is fetched."""
+"""The publishers' files in small: what is damaged is named and leaves nothing behind; what is missing is downloaded."""
 
 import gzip
 import hashlib

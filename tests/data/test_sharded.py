@@ -1,4 +1,4 @@
-"""The bundle for training, the small data set, and loading by name."""
+"""Sharded data, the embedded digits, and loading by name."""
 
 import importlib
 import pkgutil

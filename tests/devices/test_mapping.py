@@ -1,4 +1,4 @@
-"""The ways to run the replicas of a device give the same, and the fastest is chosen once and kept."""
+"""Every replica map gives the same run, and the fastest is chosen once and stored."""
 
 import json
 
