@@ -22,7 +22,16 @@ def update(stacked=STACKED, params=PARAMS, avg=AVG, state=None, **more):
 
 def weighted_by(weights):
     """An averager whose weighting returns these weights."""
-    return wavg.averager(wavg.Weighting(lambda params, replicas: (), lambda *args, **more: (weights, ())))
+    return returning((weights, ()))
+
+
+def returning(result):
+    """An averager whose weighting returns this from its update."""
+    return wavg.averager(wavg.Weighting(lambda params, replicas: (), lambda *args, **more: result))
+
+
+def pulling(pull):
+    return wavg.averager(wavg.uniform(), pull=pull)
 
 
 MOMENTUM = wavg.averager(wavg.momentum(wavg.uniform(), 0.5))
@@ -85,6 +94,52 @@ REFUSED = {
     "transform that sums up": (
         lambda: update(avg=wavg.averager(wavg.uniform(), transform=lambda stacked, params, alive: params)),
         r"transform\(...\)\['dense'\]\['bias'\] has shape",
+    ),
+    "a weighting that returns its weights alone": (
+        lambda: update(avg=returning(jnp.full(K, 0.25))),
+        r"weighting.update returns a \w+; it must return two things, \(weights, state\)",
+    ),
+    "a weighting whose state grows": (
+        lambda: update(avg=returning((jnp.full(K, 0.25), jnp.ones(3)))),
+        "the weighting's new state is not a tree like its state",
+    ),
+    "a reduction that leaves the replicas": (
+        lambda: update(avg=wavg.averager(wavg.uniform(), reduce=lambda stacked, weights, sum_over=None: stacked)),
+        r"reduce\(...\)\['dense'\]\['bias'\] has shape \(4, 5\).*sums the replica axis away",
+    ),
+    "a reduction of part of the tree": (
+        lambda: update(avg=wavg.averager(wavg.uniform(), reduce=lambda stacked, weights, sum_over=None: {})),
+        r"there is no reduce\(...\)\['dense'\]\['bias'\]",
+    ),
+    "a pull to another shape": (
+        lambda: pulling(lambda x, old, new: jnp.ones(3)).restart(STACKED, PARAMS, PARAMS),
+        r"pull\(...\) has shape \(3,\) for a leaf of shape \(4, 5\)",
+    ),
+    "a pull to nothing": (
+        lambda: pulling(lambda x, old, new: None).restart(STACKED, PARAMS, PARAMS),
+        r"pull\(...\) is None",
+    ),
+    "a weighting's own update without the living": (
+        lambda: wavg.uniform().update(STACKED, (), PARAMS),
+        "alive= is missing; it must be a bool for each replica",
+    ),
+    "a weighting's own update with a number for the living": (
+        lambda: wavg.uniform().update(STACKED, (), PARAMS, alive=True),
+        r"alive is bool of shape \(\)",
+    ),
+    "a weighting's own update without its signal": (
+        lambda: wavg.inverse("loss").update(STACKED, (), PARAMS, alive=jnp.ones(K, bool)),
+        "the weighting needs the signal 'loss': pass loss=",
+    ),
+    "a weighting's own update without the blend": (
+        lambda: wavg.learned().update(
+            STACKED, wavg.learned().init(PARAMS, K), PARAMS, alive=jnp.ones(K, bool), evaluate=lambda p, w: {}
+        ),
+        "pass blend=, a function weights -> tree",
+    ),
+    "a signal in a list of another length": (
+        lambda: update(avg=wavg.averager(wavg.inverse("loss")), loss=[1.0, 2.0]),
+        r"the signal 'loss' has an entry of shape \(2,\)",
     ),
     "weighted_mean by too few": (lambda: wavg.weighted_mean(STACKED, jnp.ones(3)), r"have shape \(3,\)"),
     "weighted_mean by one for all": (lambda: wavg.weighted_mean(STACKED, jnp.ones(1)), r"have shape \(1,\)"),
@@ -149,3 +204,13 @@ def test_a_state_with_numbers_of_python_is_one():
     counted = wavg.Weighting(lambda params, replicas: 0, lambda s, n, p, alive, **_: (jnp.full(K, 0.25), n + 1))
     avg = wavg.averager(counted, outer=optax.sgd(1.0))
     assert int(update(avg=avg)[1].weighting) == 1
+
+
+@pytest.mark.parametrize("make", [wavg.inverse, wavg.softmax, wavg.greedy_soup])
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_a_signal_may_be_a_list_of_numbers(make, kind):
+    avg, loss = wavg.averager(make("loss")), [0.5, 0.25, 0.5, 2.0]
+    more = {"evaluate": lambda params, weights: {"loss": params["scale"]}} if "evaluate" in avg.needs else {}
+    _, _, listed = update(avg=avg, loss=kind(loss), **more)
+    _, _, expected = update(avg=avg, loss=jnp.array(loss), **more)
+    np.testing.assert_array_equal(listed, expected)

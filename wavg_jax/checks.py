@@ -156,3 +156,26 @@ def weights(given: PyTree, stacked: PyTree) -> None:
                 f"the weights of {where} have shape {jnp.shape(w)}; for a leaf of shape {x.shape} they must be "
                 f"[K], {x.shape[:1]}, or one per element, {x.shape}"
             )
+
+
+def pair(name: str, given: Any, of: str) -> tuple[Any, Any]:
+    """Returns what the function of this name gave; SettingsError if it is not two things, `of` in words."""
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise SettingsError(f"{name} returns {_kind(given)}; it must return two things, {of}")
+    return given
+
+
+def _kind(given: Any) -> str:
+    return f"{len(given)} things" if isinstance(given, tuple) else f"a {type(given).__name__}"
+
+
+def broadcasts(name: str, given: Any, shape: tuple[int, ...], fix: str) -> None:
+    """Raises SettingsError, which ends in `fix`, unless `given` is an array that broadcasts to a shape."""
+    arrays(name, given)
+    try:
+        fits = np.broadcast_shapes(given.shape, shape) == shape
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        found = f"has shape {given.shape}" if hasattr(given, "shape") else f"is a {type(given).__name__}"
+        raise SettingsError(f"{name} {found} for a leaf of shape {shape}; {fix}")

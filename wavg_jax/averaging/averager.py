@@ -13,7 +13,7 @@ from wavg_jax import checks, tree
 from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, number
 from wavg_jax.averaging.pull import Pull, toward_new
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
-from wavg_jax.base import Averager, Init, PyTree, SettingsError, Weighting
+from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
 
 Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
 """`(stacked, params, alive) -> stacked`: what becomes of the replicas' parameters on their way to the blend."""
@@ -32,6 +32,15 @@ class AveragerState(NamedTuple):
     weighting: PyTree
     outer: PyTree
     masters: PyTree
+
+
+class _Parts(NamedTuple):
+    """What an averager is put together from: the arguments of `averager`."""
+
+    weighting: Weighting
+    outer: optax.GradientTransformation | None
+    reduce: Reduction
+    transform: Transform | None
 
 
 def _masters(params: PyTree) -> PyTree:
@@ -65,59 +74,85 @@ def _as_is(function: Callable) -> Callable:
     return function
 
 
-def _living(stacked: PyTree, alive: jax.Array | None, check_finite: bool) -> jax.Array:
-    """The replicas that count: those `alive` and, if that is tested here, with finite parameters; bool [K]."""
+def _given(alive: jax.Array | None, check_finite: bool, replicas: int) -> jax.Array:
+    """The mask of the caller, or all replicas; bool [K]."""
+    if alive is not None:
+        return checks.mask(alive, replicas)
     if not check_finite:
-        if alive is None:
-            raise SettingsError("check_finite=False trusts alive=, which is missing; give a bool for each replica, [K]")
-        return checks.mask(alive, tree.count_replicas(stacked))
-    finite = tree.all_finite(stacked)
-    return finite if alive is None else finite & checks.mask(alive, finite.shape[0])
+        raise SettingsError("check_finite=False trusts alive=, which is missing; give a bool for each replica, [K]")
+    return jnp.ones(replicas, bool)
 
 
-def _check_restart(stacked: PyTree, old: PyTree, new: PyTree) -> int:
-    checks.alike("old", old, "new", new, "give the global parameters before and after the update")
-    return checks.stacked(stacked, new, of="new")
+def _living(stacked: PyTree, alive: jax.Array, check_finite: bool) -> jax.Array:
+    """The replicas that count: those `alive` and, unless the caller has tested it, with finite parameters; bool [K]."""
+    return alive & tree.all_finite(stacked) if check_finite else alive
 
 
-def _replace(
-    stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
+def _pulled(pull: Pull, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """One leaf of all replicas [K, ...] after the pull, which computes in the accumulator dtype."""
+    wide = tree.accumulator_dtype(x.dtype)
+    moved = pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None])
+    checks.broadcasts("pull(...)", moved, x.shape, "a pull returns the replica it is given, moved")
+    return jnp.broadcast_to(moved.astype(x.dtype), x.shape)
+
+
+def _restart(
+    pull: Pull | None,
+    stacked: PyTree,
+    old: PyTree,
+    new: PyTree,
+    *,
+    alive: jax.Array | None = None,
+    check_finite: bool = True,
 ) -> PyTree:
-    """`Averager.restart` where every replica is replaced."""
-    replicas = _check_restart(stacked, old, new)
-    if alive is not None or not check_finite:
-        _living(stacked, alive, check_finite=False)
-    return tree.replicate(new, replicas)
+    """`Averager.restart`; `pull` is None where every replica is replaced."""
+    checks.alike("old", old, "new", new, "give the global parameters before and after the update")
+    replicas = checks.stacked(stacked, new, of="new")
+    alive = _given(alive, check_finite, replicas)
+    replaced = tree.replicate(new, replicas)
+    if pull is None:
+        return replaced
+    pulled = jax.tree.map(functools.partial(_pulled, pull), stacked, old, new)
+    return tree.select_replicas(_living(stacked, alive, check_finite), pulled, replaced)
 
 
-def _restart(pull: Pull) -> Callable:
-    """`Averager.restart` where the living are pulled."""
-
-    def one(x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        wide = tree.accumulator_dtype(x.dtype)
-        return pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None]).astype(x.dtype)
-
-    def restart(
-        stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
-    ) -> PyTree:
-        replaced = tree.replicate(new, _check_restart(stacked, old, new))
-        living = _living(stacked, alive, check_finite)
-        pulled = jax.tree.map(lambda x, o, n: jnp.broadcast_to(one(x, o, n), x.shape), stacked, old, new)
-        return tree.select_replicas(living, pulled, replaced)
-
-    return restart
-
-
-def _check_update(
-    weighting: Weighting, init: Init, stacked: PyTree, state: PyTree, params: PyTree, signals: dict[str, Any]
-) -> int:
-    """Refuses what does not fit together, and returns K."""
-    checks.signals(weighting.needs, signals)
-    replicas = checks.stacked(stacked, params)
-    made = jax.eval_shape(functools.partial(init, replicas=replicas), params)
+def _check_state(parts: _Parts, state: PyTree, params: PyTree, replicas: int) -> None:
+    made = jax.eval_shape(lambda params: _init(parts, params, replicas), params)
     fix = f"make it with this averager's init(params, replicas={replicas})"
     checks.alike("state", state, "this averager's state", made, fix)
-    return replicas
+
+
+def _masked(stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
+    """The replicas, the dead ones replaced by `params`."""
+    # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
+    return tree.select_replicas(living, stacked, tree.replicate(params, living.shape[0]))
+
+
+def _transformed(transform: Transform | None, stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
+    if transform is None:
+        return stacked
+    sent = transform(stacked, params, living)
+    checks.alike("transform(...)", sent, "stacked", stacked, "a transform returns what it was given, changed")
+    return sent
+
+
+def _checked(reduce: Reduction, params: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+    """The reduction, refused where it does not return a tree like `params`."""
+
+    def checked(stacked: PyTree, weights: PyTree) -> PyTree:
+        blend = reduce(stacked, weights)
+        checks.alike("reduce(...)", blend, "params", params, "a reduction sums the replica axis away")
+        return blend
+
+    return checked
+
+
+def _weigh(weighting: Weighting, sent: PyTree, state: PyTree, params: PyTree, **given: Any) -> tuple[PyTree, PyTree]:
+    """What the weighting returns, checked."""
+    weights, new = checks.pair("weighting.update", weighting.update(sent, state, params, **given), "(weights, state)")
+    checks.weights(weights, sent)
+    checks.alike("the weighting's new state", new, "its state", state, "update returns it in the shapes init made")
+    return weights, new
 
 
 def _step(
@@ -155,6 +190,47 @@ def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> P
         return blended()
     masters = tree.as_accumulators(params)
     return jax.lax.cond(alive.any(), lambda: tree.cast_like(blended(), masters), lambda: masters)
+
+
+def _init(parts: _Parts, params: PyTree, replicas: int) -> AveragerState:
+    """`Averager.init`."""
+    checks.parameters("params", params)
+    state = parts.weighting.init(params, as_whole("replicas", replicas, 1))
+    if parts.outer is None:
+        return AveragerState(state, None, None)
+    return AveragerState(state, parts.outer.init(tree.as_accumulators(params)), _masters(params))
+
+
+def _update(
+    parts: _Parts,
+    stacked: PyTree,
+    state: AveragerState,
+    params: PyTree,
+    *,
+    alive: jax.Array | None = None,
+    check_finite: bool = True,
+    place: Callable[[Callable], Callable] = _as_is,
+    **signals: Any,
+) -> tuple[PyTree, AveragerState, PyTree]:
+    """`Averager.update`."""
+    checks.signals(parts.weighting.needs, signals)
+    replicas = checks.stacked(stacked, params)
+    _check_state(parts, state, params, replicas)
+    living = _living(stacked, _given(alive, check_finite, replicas), check_finite)
+    sent = _transformed(parts.transform, _masked(stacked, params, living), params, living)
+    reduce = _checked(place(parts.reduce), params)
+    weights, weighting_state = _weigh(
+        parts.weighting, sent, state.weighting, params, alive=living, blend=functools.partial(reduce, sent), **signals
+    )
+
+    def blended() -> PyTree:
+        return reduce(sent if parts.transform else _masked(stacked, params, living), weights)
+
+    new_params, outer_state, masters = _step(parts.outer, _apart(living, blended, params), state, params)
+    new_state = AveragerState(weighting_state, outer_state, masters)
+    taken = living.any() & _sound(new_params, outer_state, state.outer)
+    new_params, new_state = tree.select(taken, (new_params, new_state), (params, state))
+    return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
 
 
 _ARGUMENTS = {
@@ -220,46 +296,12 @@ def averager(
     >>> [round(float(w), 4) for w in weights], blend["w"].round(4).tolist()
     ([0.75, 0.25], [2.0, 2.0])
     """
-
     check_all(_ARGUMENTS, locals())
-
-    def init(params: PyTree, replicas: int) -> AveragerState:
-        checks.parameters("params", params)
-        state = weighting.init(params, as_whole("replicas", replicas, 1))
-        if outer is None:
-            return AveragerState(state, None, None)
-        return AveragerState(state, outer.init(tree.as_accumulators(params)), _masters(params))
-
-    def update(
-        stacked: PyTree,
-        state: AveragerState,
-        params: PyTree,
-        *,
-        alive: jax.Array | None = None,
-        check_finite: bool = True,
-        place: Callable[[Callable], Callable] = _as_is,
-        **signals: Any,
-    ) -> tuple[PyTree, AveragerState, PyTree]:
-        replicas = _check_update(weighting, init, stacked, state, params, signals)
-        living = _living(stacked, alive, check_finite)
-
-        def send() -> PyTree:
-            # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
-            sent = tree.select_replicas(living, stacked, tree.replicate(params, replicas))
-            return sent if transform is None else transform(sent, params, living)
-
-        reduction, sent = place(reduce), send()
-        checks.alike("transform(...)", sent, "stacked", stacked, "a transform returns what it was given, changed")
-        weights, weighting_state = weighting.update(
-            sent, state.weighting, params, alive=living, blend=lambda w: reduction(sent, w), **signals
-        )
-        checks.weights(weights, sent)
-        blend = _apart(living, lambda: reduction(sent if transform else send(), weights), params)
-        new_params, outer_state, masters = _step(outer, blend, state, params)
-        new = (new_params, AveragerState(weighting_state, outer_state, masters))
-        taken = living.any() & _sound(new_params, outer_state, state.outer)
-        new_params, new_state = tree.select(taken, new, (params, state))
-        return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
-
-    restart = _replace if pull == 1.0 else _restart(pull if callable(pull) else toward_new(pull))
-    return Averager(init, update, weighting.needs, restart)
+    parts = _Parts(weighting, outer, reduce, transform)
+    how = None if pull == 1.0 else pull if callable(pull) else toward_new(pull)
+    return Averager(
+        functools.partial(_init, parts),
+        functools.partial(_update, parts),
+        weighting.needs,
+        functools.partial(_restart, how),
+    )

@@ -20,7 +20,7 @@ from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.scores import normalise, per_replica, uniform
-from wavg_jax.weighting.signals import HIGHER_IS_BETTER
+from wavg_jax.weighting.signals import HIGHER_IS_BETTER, values_of
 
 Held = Callable[[PyTree], Mapping[str, jax.Array]]
 """`weights -> {"loss", "accuracy"}` of the network that they blend, float32 scalars."""
@@ -113,7 +113,7 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
     ) -> tuple[jax.Array, PyTree]:
         del stacked
         held_out = _held_out(signals["evaluate"], blend, params)
-        own = jnp.where(alive, _goodness(jnp.asarray(signals[signal], jnp.float32), signal), -jnp.inf)
+        own = jnp.where(alive, _goodness(values_of(signal, signals, alive), signal), -jnp.inf)
         usable = own > -jnp.inf
 
         def taste(soup: tuple, k: jax.Array) -> tuple[tuple, None]:

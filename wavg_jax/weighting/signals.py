@@ -72,7 +72,10 @@ def direction(signal: str, higher_is_better: bool | None = None) -> float:
 
 
 def values_of(signal: str, signals: Mapping[str, Any], alive: jax.Array) -> PyTree:
-    """One of the signals that `update` was given, in float32, with its shape checked."""
+    """One of the signals that `update` was given, in float32, with its shape checked; a list of numbers is an array."""
+    given = signals[signal]
+    if isinstance(given, list | tuple) and all(jnp.isscalar(x) or getattr(x, "ndim", None) == 0 for x in given):
+        given = jnp.asarray(given, jnp.float32)
 
     def leaf(values: jax.Array) -> jax.Array:
         values = jnp.asarray(values, jnp.float32)
@@ -83,4 +86,4 @@ def values_of(signal: str, signals: Mapping[str, Any], alive: jax.Array) -> PyTr
             )
         return values
 
-    return jax.tree.map(leaf, signals[signal])
+    return jax.tree.map(leaf, given)
