@@ -32,7 +32,7 @@ from experiments.benchmarks.peer_workers import cases, environment
 from experiments.benchmarks.peer_workers.lines import Arrays, Case, Worker, WorkerFailed
 from experiments.setup import app
 from wavg_jax.base import SettingsError
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 from wavg_jax.training import progress
 
 

@@ -25,7 +25,7 @@ from absl import flags
 from experiments.benchmarks.harness import Recording, Table, begin, choices
 from experiments.setup import app
 from wavg_jax.base import WavgError
-from wavg_jax.storage.rows import FILE
+from wavg_jax.storage.schema import FILE
 from wavg_jax.training import progress
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from experiments import compare, reductions, report, scenarios, scoring_cost, tr
 from experiments.setup import app, arms, options
 from wavg_jax import data
 from wavg_jax.devices import machine
-from wavg_jax.storage import rows as records
+from wavg_jax.storage.rows import read_rows
 from wavg_jax.training import fit as trainer
 from wavg_jax.training import schedule
 
@@ -138,7 +138,7 @@ def test_bad_input_is_one_clear_line_exit_code_2_and_nothing_written(
 def test_a_user_s_own_arrays_train_from_the_command_line(folder, tmp_path):
     arguments = (*QUICK, f"--dataset={folder}/good.npz", "--heldout=50", "--partition=sized", "--proportions=1,3")
     assert invoke(train.main, *arguments, f"--workdir={tmp_path}") == 0
-    first = records.read_rows(tmp_path)[0]
+    first = read_rows(tmp_path)[0]
     assert (first["dataset"], first["shard_sizes"]) == ("good", [63, 187])
 
 
@@ -166,12 +166,12 @@ def test_a_disk_that_runs_full_is_one_clear_line_and_can_be_resumed(tmp_path):
     assert full.returncode == 2, full.stderr
     assert full.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in full.stderr
-    whole = records.read_rows(tmp_path)  # every line is whole
+    whole = read_rows(tmp_path)  # every line is whole
     assert (tmp_path / "rows.jsonl").read_bytes().endswith(b"\n")
     assert 1 < len(whole) < 41
     again = run(*command, "--resume")
     assert again.returncode == 0, again.stderr
-    assert [row["round"] for row in records.read_rows(tmp_path)[1:]] == list(range(1, 41))
+    assert [row["round"] for row in read_rows(tmp_path)[1:]] == list(range(1, 41))
 
 
 def test_a_stop_in_the_last_round_of_one_run_begins_no_other(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp
     # The others have another learning rate there.
     assert [compiled[f"{arm}-noisy1-seed0"] for arm in ("plain", "weighted")] == [0, 0]
     assert [compiled[f"{arm}-noisy1-seed1"] for arm in arms.ARMS] == [0] * 4
-    rows = records.read_rows(tmp_path)
+    rows = read_rows(tmp_path)
     assert len(rows) == 2 * 4 * 2 * (1 + 2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {row["run"] for row in rows}
     assert len({row["samples"] for row in rows if row.get("round") == 2}) == 1  # an equal budget
@@ -225,7 +225,7 @@ def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp
     }
     written = (tmp_path / "report.md").read_bytes()
     assert invoke(compare.main, *arguments, "--resume") == 0
-    assert records.read_rows(tmp_path) == rows
+    assert read_rows(tmp_path) == rows
     assert (tmp_path / "report.md").read_bytes() == written
 
 
@@ -252,7 +252,7 @@ OTHER = [
 @pytest.mark.parametrize("arguments", OTHER, ids=" ".join)
 def test_the_other_options_work_too(arguments, tmp_path):
     assert invoke(train.main, *QUICK, *arguments, f"--workdir={tmp_path}") == 0
-    first, *_, last = records.read_rows(tmp_path)
+    first, *_, last = read_rows(tmp_path)
     assert np.isfinite(last["test_loss"])
     assert first["settings"]["weighting"] in arguments[0] + arguments[1]
     assert first["noisy_shards"] == ([0] if "--noisy=1" in arguments else [])
@@ -303,7 +303,7 @@ def test_a_binary_uses_every_core_keeps_its_programs_and_computes_in_bfloat16(tm
         command = [sys.executable, "-m", "experiments.train", f"--workdir={folder}", f"--compilation_cache={cache}"]
         command += ["--rounds=2", "--hidden=8", f"--compute_dtype={dtype}", "--matmul_precision=float32"]
         subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True)
-        rows[dtype] = records.read_rows(folder)
+        rows[dtype] = read_rows(folder)
     for first, *_ in rows.values():
         assert first["devices"] == max(n for n in range(1, machine.cores() + 1) if 4 % n == 0)
         assert first["hardware"]["count"] == machine.cores()

@@ -15,8 +15,8 @@ from experiments import reductions, report, scenarios, scoring_cost
 from experiments.setup import app, cells
 from experiments.setup.schemes import SCHEMES
 from wavg_jax import data
-from wavg_jax.storage import rows as records
-from wavg_jax.storage.rows import Records
+from wavg_jax.storage.rows import Records, read_rows
+from wavg_jax.storage.schema import cell_row, plain
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ("--replicas=4", "--rounds=2", "--local_steps=4", "--hidden=8", "--devices=1")
@@ -63,7 +63,7 @@ def done(tmp_path_factory):
         fit = Interrupted()
         patch.setattr(wavg, "fit", fit)
         assert invoke(scenarios.main, *FEW, f"--workdir={folder}") == 143
-        assert len(records.read_rows(folder)) == 1 + 4
+        assert len(read_rows(folder)) == 1 + 4
         assert not (folder / "report.md").exists()
         assert invoke(scenarios.main, *FEW, f"--workdir={folder}", "--resume") == 0
         assert fit.calls == 8
@@ -75,7 +75,7 @@ def done(tmp_path_factory):
 
 
 def test_every_cell_is_one_compact_row_and_the_report_is_written(done):
-    header, *cells = records.read_rows(done)
+    header, *cells = read_rows(done)
     assert header["recommend"]
     assert header["settings"]["chance"] == 0.1
     assert (header["kind"], header["dataset"], header["heldout_samples"]) == ("matrix", "digits", 200)
@@ -99,13 +99,13 @@ def test_a_row_of_a_matrix_with_eight_replicas_stays_under_700_bytes():
         | {"weights": [0.123456789] * 8, "effective_replicas": 7.654321, "alive": [True] * 8, "seconds": 0.123456789}
     ] * 20
     cell = scenarios.Cell("dirichlet03", "accuracy_above_chance", 12345, 0.012345)
-    row = {"kind": "cell", "run": cell.name} | cell._asdict() | cells.condense(rounds)
-    assert len(json.dumps(records._plain(row))) < 700
+    row = cell_row(run=cell.name, **cell._asdict(), rows=rounds)
+    assert len(json.dumps(plain(row))) < 700
 
 
 def test_folders_are_reported_on_together(done, tmp_path):
-    header, *cells = records.read_rows(done)
-    more = records.Records(tmp_path / "more")
+    header, *cells = read_rows(done)
+    more = Records(tmp_path / "more")
     more.append(header)
     for row in cells[:2]:
         more.append(row | {"weighting": "rank_loss", "run": row["run"].replace("plain", "rank_loss")})
@@ -189,7 +189,7 @@ def test_every_scheme_makes_an_averager(name):
 def test_reductions_record_what_they_vary_and_recommend_nothing(tmp_path, capfd):
     few = ("--replicas=2", "--hidden=8", "--devices=1", "--steps=4", "--total_steps=4", "--seeds=0")
     assert invoke(reductions.main, *few, f"--workdir={tmp_path}") == 0
-    header, *cells = records.read_rows(tmp_path)
+    header, *cells = read_rows(tmp_path)
     assert not header["recommend"]
     assert {row["weighting"] for row in cells} == {"plain", "norm_preserving"}
     text = (tmp_path / "report.md").read_text()
@@ -205,7 +205,7 @@ def test_reductions_record_what_they_vary_and_recommend_nothing(tmp_path, capfd)
 def test_scoring_cost_records_shares_and_the_settings_they_were_measured_with(dtype, tmp_path):
     few = ("--replicas=2", "--hidden=8", "--devices=1", "--cost_weightings=softmax_loss", "--steps=2", "--subsets=0,50")
     assert invoke(scoring_cost.main, *few, dtype, "--repeats=1", f"--workdir={tmp_path}") == 0
-    header, *shares = records.read_rows(tmp_path)
+    header, *shares = read_rows(tmp_path)
     assert set(header["settings"]) == set(scoring_cost.SETTINGS)
     assert header["settings"]["bfloat16"] == (dtype == "--bfloat16")
     assert [row["score_samples"] for row in shares] == [200, 50]
@@ -215,7 +215,7 @@ def test_scoring_cost_records_shares_and_the_settings_they_were_measured_with(dt
 @pytest.mark.slow
 def test_every_scheme_runs(tmp_path):
     assert invoke(scenarios.main, *SMALL, "--scenarios=noisy2", "--seeds=0", f"--workdir={tmp_path}") == 0
-    cells = [row for row in records.read_rows(tmp_path) if row["kind"] == "cell"]
+    cells = [row for row in read_rows(tmp_path) if row["kind"] == "cell"]
     assert [row["weighting"] for row in cells] == list(SCHEMES)
     assert all(row["test_loss"] is not None and sum(row["weights"]) == pytest.approx(1, abs=1e-3) for row in cells)
 
