@@ -1,4 +1,4 @@
-"""Damage on disk: what is resumed from is what was written, or nothing."""
+"""Damage on disk: a run resumes from what was written, or from nothing."""
 
 import asyncio
 import contextlib
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_can_be_damaged_again(workdir, straight):
             same(straight[0], resumed(workdir))
 
 
-def test_a_good_copy_put_back_goes_on_where_it_was_with_the_rows_that_were_set_aside(workdir, straight):
+def test_a_run_resumes_from_a_restored_copy_with_the_rows_that_were_set_aside(workdir, straight):
     whole = shutil.copytree(workdir / FOLDER / "6", workdir / "backup")
     DAMAGE["flipped bytes"](workdir / FOLDER / "6")
     before = read_rows(workdir)
@@ -347,7 +347,7 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("kilobytes", [12, 24, 32, 48, 80, 96])
-def test_a_full_disk_leaves_nothing_half_written_and_is_gone_on_with_when_freed(kilobytes, disk, straight, recwarn):
+def test_a_full_disk_leaves_nothing_half_written_and_the_run_resumes_when_freed(kilobytes, disk, straight, recwarn):
     ballast = disk / "ballast"
     left = os.statvfs(disk)
     ballast.write_bytes(b"x" * (left.f_bavail * left.f_frsize - 1024 * kilobytes))

@@ -1,4 +1,4 @@
-"""Rows: whole lines or none, strict JSON, and what is kept when a run goes on."""
+"""Rows: whole lines or none, strict JSON, and the rows that a resumed run keeps."""
 
 import errno
 import json
