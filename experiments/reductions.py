@@ -20,7 +20,8 @@ from experiments.setup.shared_flags import numbers
 from wavg_jax.averaging import reduce
 from wavg_jax.base import SettingsError
 from wavg_jax.rounds import policy
-from wavg_jax.storage.rows import Row, check_writable, open_records, read_rows
+from wavg_jax.storage.rows import check_writable, open_records, read_rows
+from wavg_jax.storage.schema import Row
 
 flags.DEFINE_integer("total_steps", 1000, "Local steps per replica in total, a multiple of every H.", lower_bound=1)
 F = flags.FLAGS

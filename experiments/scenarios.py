@@ -32,7 +32,8 @@ from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, WavgWarning
 from wavg_jax.data.shards import Shards
 from wavg_jax.rounds.faults import Faults, simulate
-from wavg_jax.storage.rows import Row, check_writable, open_records, read_rows
+from wavg_jax.storage.rows import check_writable, open_records, read_rows
+from wavg_jax.storage.schema import Row
 from wavg_jax.training import progress
 from wavg_jax.training.recipe import make_recipe
 

@@ -25,7 +25,8 @@ from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.devices import machine
-from wavg_jax.storage.rows import Records, Row, write_atomically
+from wavg_jax.storage.rows import Records, write_atomically
+from wavg_jax.storage.schema import Row
 from wavg_jax.training import automap, progress
 from wavg_jax.training.recipe import make_recipe
 

@@ -21,7 +21,8 @@ from experiments.setup import app, shared_flags
 from wavg_jax.base import SettingsError
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
-from wavg_jax.storage.rows import Records, Row, check_writable, write_atomically
+from wavg_jax.storage.rows import Records, check_writable, write_atomically
+from wavg_jax.storage.schema import Row
 from wavg_jax.training.batches import make_work, put_shared
 from wavg_jax.training.programs import compiled, programs
 from wavg_jax.training.recipe import Recipe

@@ -33,7 +33,7 @@ from experiments.benchmarks.peer_workers.lines import Arrays, Job, Worker, Worke
 from experiments.setup import app
 from experiments.setup.shared_flags import names
 from wavg_jax.base import SettingsError
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 from wavg_jax.training import progress
 
 

@@ -26,7 +26,7 @@ from experiments.benchmarks.harness import BenchmarkTable, Recording, begin
 from experiments.setup import app
 from experiments.setup.shared_flags import names
 from wavg_jax.base import WavgError
-from wavg_jax.storage.rows import FILE
+from wavg_jax.storage.schema import FILE
 from wavg_jax.training import progress
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -19,7 +19,8 @@ from experiments.setup import meanings, shared_flags, starting, usage
 from experiments.setup.translate import to_flags
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
 from wavg_jax.devices import machine
-from wavg_jax.storage.rows import Row, read_rows
+from wavg_jax.storage.rows import read_rows
+from wavg_jax.storage.schema import Row
 
 flags.DEFINE_string(
     "compilation_cache",

@@ -22,7 +22,8 @@ from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.rounds import policy
 from wavg_jax.rounds.score import reads_heldout
-from wavg_jax.storage.rows import FILE, Row, read_rows
+from wavg_jax.storage.rows import read_rows
+from wavg_jax.storage.schema import FILE, Row
 from wavg_jax.training import timing
 from wavg_jax.training.recipe import Recipe, make_recipe
 

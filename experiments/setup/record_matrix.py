@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 
 import wavg_jax as wavg
@@ -12,7 +11,8 @@ from experiments.setup.meanings import REFERENCE
 from wavg_jax import data, tree
 from wavg_jax.base import ResumeError, SettingsError, Stopped
 from wavg_jax.devices import machine
-from wavg_jax.storage.rows import Records, Row
+from wavg_jax.storage.rows import Records
+from wavg_jax.storage.schema import Row, cell_row, matrix_row
 from wavg_jax.training import interrupt, progress
 
 F = flags.FLAGS
@@ -49,22 +49,20 @@ def header(
       recommend: whether the report should say which weighting can be recommended.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
-    return {
-        "kind": "matrix",
-        "run": "matrix",
-        "scenarios": dict(scenarios),
-        "recommend": recommend,
-        "reference": REFERENCE,
-        "settings": dict(settings),
-        "started": machine.now(),
-        "dataset": dataset.name,
-        "train_samples": len(dataset.train.y) - F.heldout,
-        "heldout_samples": F.heldout,
-        "test_samples": len(dataset.test.y),
-        "parameters": tree.count(params),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
-    }
+    return matrix_row(
+        scenarios=scenarios,
+        recommend=recommend,
+        reference=REFERENCE,
+        settings=settings,
+        started=machine.now(),
+        dataset=dataset.name,
+        train_samples=len(dataset.train.y) - F.heldout,
+        heldout_samples=F.heldout,
+        test_samples=len(dataset.test.y),
+        parameters=tree.count(params),
+        hardware=machine.hardware(),
+        versions=machine.versions(),
+    )
 
 
 def begin(records: Records, header: Row) -> None:
@@ -129,18 +127,4 @@ def fill(
                 raise Stopped(
                     f"stopped before {cell.name}; continue with the same settings, the same --workdir and --resume"
                 )
-            records.append({"kind": "cell", "run": cell.name} | cell._asdict() | condense(train(cell, advance)))
-
-
-def condense(rows: list[Row]) -> Row:
-    """Condenses the rows of a cell's run into one: a matrix has hundreds of cells."""
-    rounds = [row for row in rows if row["kind"] == "round"]
-    last = rounds[-1]
-    kept = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")
-    return {
-        **{name: None if last[name] is None else round(last[name], 6) for name in kept},
-        "weights": np.mean([row["weights"] for row in rounds], axis=0, dtype=np.float64).round(4),
-        "effective_replicas": round(float(np.mean([row["effective_replicas"] for row in rounds])), 3),
-        "alive_rounds": np.sum([row["alive"] for row in rounds], axis=0),
-        "seconds": round(float(np.median([row["seconds"] for row in rounds])), 5),
-    }
+            records.append(cell_row(run=cell.name, **cell._asdict(), rows=train(cell, advance)))

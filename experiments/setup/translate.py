@@ -14,7 +14,7 @@ FLAGS = {
 }
 """Argument -> flag, where their names differ; every other argument goes by its own name."""
 _VALUES = {"resident=True": "feed=resident", "resident=False": "feed=stream", "resume=True": "resume"}
-_ARGUMENT = re.compile(r"(?<![\w.=-])([a-z]\w*)=(True\b|False\b|'[^']*'|[\w./-]*\w)?")
+_ARGUMENT = re.compile(r"(?<![\w.=-])([a-z]\w*)=(True\b|False\b|'[^']*'|\[[^\]]*\]|[\w./-]*\w)?")
 _RUN = re.compile(r"^'?([a-z]\w*)(?=[-/'])")
 _FIRST = re.compile(r"^([a-z]\w*)(?= is )")
 

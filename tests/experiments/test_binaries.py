@@ -110,6 +110,7 @@ BAD = [
     (train, ["--arm=median"], "median"),
     (train, [*QUICK, "--workdir={folder}/done"], "--resume"),
     (train, [*QUICK, "--workdir={folder}/done", "--resume", "--lr_weighted=0.7"], "--lr_weighted=0.4"),
+    (train, [*QUICK[:-2], "--devices=1", "--workdir={folder}/done", "--resume", "--hidden=16"], "--hidden=['8'], now"),
     (train, [*QUICK, "--workdir={folder}/done", "--resume", "--rounds=1"], "--rounds=1"),
     (scenarios, ["--scenarios=iid,warm"], "--scenarios"),
     (report, [], "RUN"),

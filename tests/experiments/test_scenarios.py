@@ -15,7 +15,8 @@ from experiments import reductions, report, scenarios, scoring_cost
 from experiments.setup import app, record_matrix
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
-from wavg_jax.storage.rows import Records, _plain, read_rows
+from wavg_jax.storage.rows import Records, read_rows
+from wavg_jax.storage.schema import cell_row, plain
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ("--replicas=4", "--rounds=2", "--local_steps=4", "--hidden=8", "--devices=1")
@@ -98,8 +99,8 @@ def test_a_row_of_a_matrix_with_eight_replicas_stays_under_700_bytes():
         | {"weights": [0.123456789] * 8, "effective_replicas": 7.654321, "alive": [True] * 8, "seconds": 0.123456789}
     ] * 20
     cell = scenarios.Cell("dirichlet03", "accuracy_above_chance", 12345, 0.012345)
-    row = {"kind": "cell", "run": cell.name} | cell._asdict() | record_matrix.condense(rounds)
-    assert len(json.dumps(_plain(row))) < 700
+    row = cell_row(run=cell.name, **cell._asdict(), rows=rounds)
+    assert len(json.dumps(plain(row))) < 700
 
 
 def test_folders_are_reported_on_together(done, tmp_path):

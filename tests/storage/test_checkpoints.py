@@ -1,4 +1,4 @@
-"""Damage on disk: what is resumed from is what was written, or nothing."""
+"""Damage on disk: a run resumes from what was written, or from nothing."""
 
 import asyncio
 import contextlib
@@ -22,9 +22,9 @@ from runs import AVERAGER, OPTIONS, run, same
 from small import sharded
 
 import wavg_jax as wavg
-from wavg_jax.storage import checkpoints as checkpoint
-from wavg_jax.storage import rows as records
+from wavg_jax.storage import checkpoints
 from wavg_jax.storage.checkpoints import SUMS, Found, open_checkpoints
+from wavg_jax.storage.rows import Records, read_rows
 
 FOLDER = pathlib.Path("checkpoints", "run")
 
@@ -47,8 +47,8 @@ def resumed(workdir, **options):
 
 
 def find(workdir):
-    with open_checkpoints(workdir / FOLDER) as checkpoints:
-        return checkpoints.find()
+    with open_checkpoints(workdir / FOLDER) as opened:
+        return opened.find()
 
 
 def files(step):
@@ -109,17 +109,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_last_whole_one(kind, workdi
     with pytest.warns(wavg.WavgWarning) as warned:
         again = resumed(workdir)
     (said,) = (str(warning.message) for warning in warned)
-    assert "checkpoint of round 3, 3 recorded rounds are done again: checkpoint 6: " in said
+    assert "checkpoint of round 3, 3 recorded rounds run again: checkpoint 6: " in said
     assert "\n" not in said
     same(straight[0], again)
-    assert [row.get("round") for row in records.read_rows(workdir)] == [None, 1, 2, 3, 4, 5, 6]
+    assert [row.get("round") for row in read_rows(workdir)] == [None, 1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == ["3", "6", "damaged-6"]
     same(straight[0], resumed(workdir))  # without a word
 
 
 def test_an_empty_folder_is_no_checkpoint(workdir, straight):
     (workdir / FOLDER / "999").mkdir()
-    with pytest.warns(wavg.WavgWarning, match=r"round 6, no round is done again: checkpoint 999: was never finished"):
+    with pytest.warns(wavg.WavgWarning, match=r"round 6, no round runs again: checkpoint 999: was never finished"):
         same(straight[0], resumed(workdir))
 
 
@@ -134,8 +134,8 @@ def test_an_older_damaged_checkpoint_does_not_matter(kind, workdir, straight):
 
 def test_only_the_checkpoint_that_is_used_is_read(workdir, monkeypatch):
     read = []
-    summed = checkpoint._sum
-    monkeypatch.setattr(checkpoint, "_sum", lambda path: (read.append(path), summed(path))[1])
+    summed = checkpoints._sum
+    monkeypatch.setattr(checkpoints, "_sum", lambda path: (read.append(path), summed(path))[1])
     find(workdir)
     assert read
     assert all((workdir / FOLDER / "6") in path.parents for path in read)
@@ -148,14 +148,14 @@ def test_a_damaged_checkpoint_can_be_damaged_again(workdir, straight):
             same(straight[0], resumed(workdir))
 
 
-def test_a_good_copy_put_back_goes_on_where_it_was_with_the_rows_that_were_set_aside(workdir, straight):
+def test_a_run_resumes_from_a_restored_copy_with_the_rows_that_were_set_aside(workdir, straight):
     whole = shutil.copytree(workdir / FOLDER / "6", workdir / "backup")
     DAMAGE["flipped bytes"](workdir / FOLDER / "6")
-    before = records.read_rows(workdir)
+    before = read_rows(workdir)
     with pytest.warns(wavg.WavgWarning, match="set aside"):
         resumed(workdir, rounds=4)
     aside = workdir / FOLDER / "damaged-6"
-    assert records.read_rows(aside) == before[4:]
+    assert read_rows(aside) == before[4:]
     shutil.rmtree(workdir / FOLDER / "4")
     whole.rename(workdir / FOLDER / "6")
     kept = (workdir / "rows.jsonl").read_bytes().splitlines(keepends=True)[:4]
@@ -173,16 +173,16 @@ def test_a_kill_while_a_checkpoint_is_set_aside_loses_no_row(step, workdir, stra
         raise Killed
 
     DAMAGE["flipped bytes"](workdir / FOLDER / "6")
-    before = records.read_rows(workdir)
-    owner, name = {"set_aside": (pathlib.Path, "rename"), "rewind": (records.Records, "rewind")}[step]
+    before = read_rows(workdir)
+    owner, name = {"set_aside": (pathlib.Path, "rename"), "rewind": (Records, "rewind")}[step]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, kill)
         with pytest.raises(Killed):
             resumed(workdir)
-    assert records.read_rows(workdir) == before
+    assert read_rows(workdir) == before
     with pytest.warns(wavg.WavgWarning, match="set aside") if step == "set_aside" else contextlib.nullcontext():
         same(straight[0], resumed(workdir))
-    assert records.read_rows(workdir / FOLDER / "damaged-6") == before[4:]
+    assert read_rows(workdir / FOLDER / "damaged-6") == before[4:]
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"])
@@ -207,7 +207,7 @@ def test_a_save_that_never_began_leaves_nothing_that_looks_whole(when, failure, 
 
 
 def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_let_go", pytest.fail)  # there are no writes to wait for
+    monkeypatch.setattr(checkpoints, "_let_go", pytest.fail)  # there are no writes to wait for
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(wavg.WorkdirError, match="no checkpoint can be written") as raised,
@@ -257,10 +257,10 @@ def test_the_checkpoint_of_another_optimizer_is_refused_and_not_converted(change
 def test_keys_of_any_kind_come_back_as_they_were(tmp_path):
     keys = {"default": jax.random.key(1), "other": jax.random.split(jax.random.key(1, impl="rbg"), 2)}
     held = wavg.TrainState({}, {}, keys, {}, jnp.int32(3))
-    with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(held)
-        checkpoints.wait()
-        restored = checkpoints.restore(3, held)
+    with open_checkpoints(tmp_path) as opened:
+        opened.save(held)
+        opened.wait()
+        restored = opened.restore(3, held)
     for name, key in keys.items():
         assert restored.replicas[name].dtype == key.dtype
         assert (restored.replicas[name] == key).all()
@@ -347,7 +347,7 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("kilobytes", [12, 24, 32, 48, 80, 96])
-def test_a_full_disk_leaves_nothing_half_written_and_is_gone_on_with_when_freed(kilobytes, disk, straight, recwarn):
+def test_a_full_disk_leaves_nothing_half_written_and_the_run_resumes_when_freed(kilobytes, disk, straight, recwarn):
     ballast = disk / "ballast"
     left = os.statvfs(disk)
     ballast.write_bytes(b"x" * (left.f_bavail * left.f_frsize - 1024 * kilobytes))
@@ -367,4 +367,4 @@ def test_a_failed_rename_is_one_clear_line(workdir, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Not permitted")))
     with pytest.raises(wavg.WorkdirError, match="Not permitted"):
         resumed(workdir)
-    assert checkpoint.SUMS in {path.name for path in (workdir / FOLDER / "6").iterdir()}
+    assert SUMS in {path.name for path in (workdir / FOLDER / "6").iterdir()}

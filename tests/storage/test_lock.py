@@ -17,7 +17,7 @@ from small import sharded
 import wavg_jax as wavg
 from experiments import reductions, scenarios, train
 from wavg_jax.storage import lock
-from wavg_jax.storage import rows as records
+from wavg_jax.storage.rows import read_rows
 from wavg_jax.training import fit as trainer
 
 QUICK = ("--rounds=2", "--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1", "--seeds=0")
@@ -87,7 +87,7 @@ def test_two_processes_that_resume_one_run_do_its_rounds_once(tmp_path, start):
     other.send_signal(signal.SIGKILL)
     assert other.wait() == -signal.SIGKILL
     again = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
-    assert [row.get("round") for row in records.read_rows(tmp_path)] == [None, 1, 2, 3, 4, 5, 6]
+    assert [row.get("round") for row in read_rows(tmp_path)] == [None, 1, 2, 3, 4, 5, 6]
     same(again, run(sharded(), AVERAGER, **OPTIONS))
 
 
@@ -139,7 +139,7 @@ def test_runs_one_after_another_share_a_folder_and_readers_need_no_lock(tmp_path
         run(
             *(sharded(), AVERAGER),
             **(OPTIONS | {"rounds": 1, "workdir": tmp_path, "name": name}),
-            on_round=lambda row: seen.append(len(records.read_rows(tmp_path))),
+            on_round=lambda row: seen.append(len(read_rows(tmp_path))),
         )
     assert seen == [2, 4]
 
@@ -171,7 +171,7 @@ def test_a_matrix_holds_its_folder_while_its_cells_are_trained(tmp_path, monkeyp
 
     monkeypatch.setattr("experiments.setup.record_matrix.fill", fill)
     assert invoke(scenarios.main, *QUICK, "--scenarios=iid", "--weightings=plain", f"--workdir={tmp_path}") == 143
-    assert [row["kind"] for row in records.read_rows(tmp_path)] == ["matrix"]
+    assert [row["kind"] for row in read_rows(tmp_path)] == ["matrix"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):

@@ -17,7 +17,7 @@ from small import blobs, sharded
 
 import wavg_jax as wavg
 from wavg_jax import data
-from wavg_jax.storage import rows as records
+from wavg_jax.storage.rows import read_rows
 
 
 def other(change):
@@ -59,13 +59,13 @@ def test_six_rounds_equal_three_then_kill_9_then_three_more(tmp_path):
         [sys.executable, "-c", textwrap.dedent(CHILD), str(killed)], env=ENVIRONMENT, capture_output=True, check=False
     )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    assert [row["round"] for row in records.read_rows(killed)[1:]] == [1, 2, 3, 4]
+    assert [row["round"] for row in read_rows(killed)[1:]] == [1, 2, 3, 4]
     rows_file = killed / "rows.jsonl"
     rows_file.write_bytes(rows_file.read_bytes() + b'{"kind": "rou')  # as if killed while it wrote a line
     resumed = run(sharded(), AVERAGER, workdir=killed, resume=True, **OPTIONS)
     same(straight, resumed)
     assert without_clocks(resumed.rows) == without_clocks(straight.rows)
-    assert without_clocks(records.read_rows(killed)) == without_clocks(straight.rows)
+    assert without_clocks(read_rows(killed)) == without_clocks(straight.rows)
 
 
 def test_a_finished_run_can_be_resumed_for_more_rounds(tmp_path):
@@ -82,10 +82,10 @@ def test_a_finished_run_can_be_resumed_for_more_rounds(tmp_path):
 def test_many_runs_share_a_folder_and_keep_apart(tmp_path):
     first = run(sharded(), AVERAGER, workdir=tmp_path, name="a", **OPTIONS)
     second = run(sharded(seed=1), AVERAGER, workdir=tmp_path, name="b", seed=1, **OPTIONS)
-    assert records.read_rows(tmp_path) == first.rows + second.rows
+    assert read_rows(tmp_path) == first.rows + second.rows
     resumed = run(sharded(), AVERAGER, workdir=tmp_path, name="a", resume=True, **OPTIONS)
     same(first, resumed)
-    assert len(records.read_rows(tmp_path)) == 14
+    assert len(read_rows(tmp_path)) == 14
 
 
 @pytest.mark.slow
@@ -100,15 +100,15 @@ def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"batch_size": 4}, "--batch_size=8"),
-        ({"local_steps": 5}, "--local_steps=4"),
-        ({"seed": 3}, "--seed=0"),
-        ({"settings": {"lr_plain": 0.3}}, "--lr_plain=0.1"),
-        ({"rounds": 2}, "--rounds=2"),
-        ({"sharded_data": sharded(noisy=(1,))}, "--noisy_shards"),
-        ({"sharded_data": sharded(heldout=24)}, "--shard_sizes"),
-        ({"sharded_data": other("more")}, "data are not those it was started with .training samples: 260, now 300"),
-        ({"sharded_data": other("labels"), "settings": {"lr_plain": 0.1}}, "labels, splits or shards are not"),
+        ({"batch_size": 4}, "it was started with batch_size=8, now"),
+        ({"local_steps": 5}, "it was started with local_steps=4, now"),
+        ({"seed": 3}, "it was started with seed=0, now"),
+        ({"settings": {"lr_plain": 0.3}}, "it was started with lr_plain=0.1, now"),
+        ({"rounds": 2}, "more than rounds=2; give at least rounds=3"),
+        ({"sharded_data": sharded(noisy=(1,))}, "started with noisy_shards="),
+        ({"sharded_data": sharded(heldout=24)}, "started with shard_sizes="),
+        ({"sharded_data": other("more")}, "data are not what it was started with .training samples: 260, now 300"),
+        ({"sharded_data": other("labels"), "settings": {"lr_plain": 0.1}}, "labels, splits or shards are not what"),
         ({"sharded_data": other("inputs"), "settings": {"lr_plain": 0.1}}, "inputs, labels, splits or shards are not"),
     ],
 )
@@ -131,7 +131,7 @@ def test_resuming_with_other_settings_is_refused_and_loses_nothing(change, says,
 def test_starting_over_a_run_that_is_there_is_refused_and_loses_nothing(tmp_path):
     run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
     before = (tmp_path / "rows.jsonl").read_bytes()
-    with pytest.raises(wavg.SettingsError, match="--resume"):
+    with pytest.raises(wavg.SettingsError, match="resume=True, or choose another workdir="):
         run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
@@ -190,7 +190,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_and_says_so(folder
 def edited(workdir, edit):
     """Changes the rows of a folder by a function of their list."""
     file = workdir / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in edit(records.read_rows(workdir))))
+    file.write_text("".join(json.dumps(row) + "\n" for row in edit(read_rows(workdir))))
     return file.read_bytes()
 
 
@@ -268,7 +268,7 @@ def test_a_stop_request_ends_after_a_round_with_a_checkpoint(number, tmp_path):
 
     with pytest.raises(wavg.Stopped, match="resume=True"):
         run(sharded(), AVERAGER, workdir=tmp_path, on_round=on_round, **(OPTIONS | {"checkpoint_every": 100}))
-    stopped_after = len(records.read_rows(tmp_path)) - 1
+    stopped_after = len(read_rows(tmp_path)) - 1
     assert stopped_after in (2, 3)
     assert (tmp_path / "checkpoints" / "run" / str(stopped_after)).exists()
     same(straight, run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS))
@@ -297,7 +297,7 @@ def test_sigterm_to_the_binary_leaves_a_checkpoint_and_exit_code_143(tmp_path):
         "experiments.train",
         f"--workdir={tmp_path}",
         "--rounds=100000",
-        "--local_steps=50",
+        "it was started with local_steps=50, now",
     ]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=HERE.parent, stderr=subprocess.PIPE)
     rows = tmp_path / "rows.jsonl"
@@ -308,12 +308,12 @@ def test_sigterm_to_the_binary_leaves_a_checkpoint_and_exit_code_143(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr.decode()
     assert b"--resume" in stderr
-    recorded = records.read_rows(tmp_path)
+    recorded = read_rows(tmp_path)
     assert (tmp_path / "checkpoints" / "weighted-seed0" / str(recorded[-1]["round"])).exists()
     more = recorded[-1]["round"] + 2
-    command[-2:] = [f"--rounds={more}", "--local_steps=50", "--resume"]
+    command[-2:] = [f"--rounds={more}", "it was started with local_steps=50, now", "--resume"]
     subprocess.run(command, env=ENVIRONMENT, cwd=HERE.parent, check=True, capture_output=True)
-    assert [row["round"] for row in records.read_rows(tmp_path)[1:]] == list(range(1, more + 1))
+    assert [row["round"] for row in read_rows(tmp_path)[1:]] == list(range(1, more + 1))
 
 
 def test_a_checkpoint_holds_everything_and_nothing_else(tmp_path):

@@ -1,4 +1,4 @@
-"""Rows: whole lines or none, strict JSON, and what is kept when a run goes on."""
+"""Rows: whole lines or none, strict JSON, and the rows that a resumed run keeps."""
 
 import errno
 import json
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from wavg_jax.base import DataError, ResumeError, WorkdirError
-from wavg_jax.storage import rows as records
-from wavg_jax.storage.rows import Records
+from wavg_jax.storage import schema
+from wavg_jax.storage.rows import Records, check_writable, read_rows, write_atomically
+from wavg_jax.storage.schema import check_settings
 
 
 def header(run="a", **more):
@@ -18,7 +19,7 @@ def header(run="a", **more):
 
 
 def row(number, run="a", **more):
-    return dict.fromkeys(records.ROUND, 1) | {"kind": "round", "run": run, "round": number} | more
+    return dict.fromkeys(schema.ROUND, 1) | {"kind": "round", "run": run, "round": number} | more
 
 
 def test_rows_come_back_as_strict_json(tmp_path):
@@ -28,7 +29,7 @@ def test_rows_come_back_as_strict_json(tmp_path):
     )
     text = (tmp_path / "rows.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
-    (back,) = records.read_rows(tmp_path)
+    (back,) = read_rows(tmp_path)
     assert back == row(1, weights=[0.5, 0.5], loss=None, best=None, alive=[True])
     assert Records(tmp_path).rows == written.rows
 
@@ -37,10 +38,10 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_the_next_starts_clean(tmp_pat
     Records(tmp_path).append(header())
     file = tmp_path / "rows.jsonl"
     file.write_bytes(file.read_bytes() + b'{"kind": "round", "ro')
-    assert len(records.read_rows(tmp_path)) == 1
+    assert len(read_rows(tmp_path)) == 1
     again = Records(tmp_path)
     again.append(row(1))
-    assert [r["kind"] for r in records.read_rows(tmp_path)] == ["run", "round"]
+    assert [r["kind"] for r in read_rows(tmp_path)] == ["run", "round"]
 
 
 def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
@@ -56,7 +57,7 @@ def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
         ("b", 2),
     ]
     assert [r["rounds"] for r in written.rows if r["kind"] == "run"] == [5, 3]
-    assert records.read_rows(tmp_path) == written.rows
+    assert read_rows(tmp_path) == written.rows
     with pytest.raises(ResumeError, match="lacks round 2"):
         written.rewind("a", 2, planned=5)
     written.rewind("a", 0, planned=5)
@@ -64,23 +65,23 @@ def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
 
 
 def test_other_settings_are_named():
-    first = dict.fromkeys((*records.READ, "replica_map"), 1) | header(data_crc=7, seed=1)
-    records.check_settings(first, first)
-    with pytest.raises(ResumeError, match=r"data are not those.*training samples: 2, now 3"):
-        records.check_settings(first, first | {"train_samples": 2, "settings": {"lr": 0.1, "chance": 0.5}})
-    with pytest.raises(ResumeError, match=r"data are not those.*classes: 1, now 2"):
-        records.check_settings(first, first | {"classes": 2, "settings": {"lr": 0.1, "chance": 0.5}})
+    first = dict.fromkeys((*schema.READ, "replica_map"), 1) | header(data_crc=7, seed=1)
+    check_settings(first, first)
+    with pytest.raises(ResumeError, match=r"data are not what.*training samples: 2, now 3"):
+        check_settings(first, first | {"train_samples": 2, "settings": {"lr": 0.1, "chance": 0.5}})
+    with pytest.raises(ResumeError, match=r"data are not what.*classes: 1, now 2"):
+        check_settings(first, first | {"classes": 2, "settings": {"lr": 0.1, "chance": 0.5}})
     # Which of them are held out is a matter of flags.
-    with pytest.raises(ResumeError, match=r"--train_samples=1"):
-        records.check_settings(first, first | {"train_samples": 0, "heldout_samples": 2})
-    with pytest.raises(ResumeError, match=r"--lr=0.1, now it is 0.2"):
-        records.check_settings(first, first | {"settings": {"lr": 0.2}})
-    with pytest.raises(ResumeError, match="--noisy"):
-        records.check_settings(first, first | {"settings": {"lr": 0.1, "noisy": 2}})
-    with pytest.raises(ResumeError, match="--batch_size=1, now it is 2"):
-        records.check_settings(first, first | {"batch_size": np.int64(2)})
-    with pytest.raises(ResumeError, match="shards are not those"):
-        records.check_settings(first, first | {"data_crc": 8})
+    with pytest.raises(ResumeError, match=r" train_samples=1"):
+        check_settings(first, first | {"train_samples": 0, "heldout_samples": 2})
+    with pytest.raises(ResumeError, match=r" lr=0.1, now it is 0.2"):
+        check_settings(first, first | {"settings": {"lr": 0.2}})
+    with pytest.raises(ResumeError, match=" noisy=None, now it is 2"):
+        check_settings(first, first | {"settings": {"lr": 0.1, "noisy": 2}})
+    with pytest.raises(ResumeError, match=" batch_size=1, now it is 2"):
+        check_settings(first, first | {"batch_size": np.int64(2)})
+    with pytest.raises(ResumeError, match="shards are not what"):
+        check_settings(first, first | {"data_crc": 8})
 
 
 @pytest.mark.parametrize(
@@ -97,26 +98,26 @@ def test_other_settings_are_named():
 def test_what_is_not_rows_is_refused_with_the_line(content, says, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=says) as raised:
-        records.read_rows(tmp_path)
+        read_rows(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 def test_no_folder_and_no_rows_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="no rows"):
-            records.read_rows(path)
+            read_rows(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     target = tmp_path / "report.md"
-    records.write_atomically(target, b"old")
+    write_atomically(target, b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WorkdirError, match="No space left") as raised:
-        records.write_atomically(target, b"new and longer")
+        write_atomically(target, b"new and longer")
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(target))
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
@@ -128,10 +129,10 @@ def test_a_file_is_as_private_as_the_one_before_it_or_as_the_umask_says(tmp_path
         for umask, mode in ((0o077, 0o600), (0o022, 0o644), (0o002, 0o664)):
             os.umask(umask)
             target.unlink(missing_ok=True)
-            records.write_atomically(target, b"new")
+            write_atomically(target, b"new")
             assert stat.S_IMODE(target.stat().st_mode) == mode
         target.chmod(0o640)
-        records.write_atomically(target, b"newer")
+        write_atomically(target, b"newer")
         assert stat.S_IMODE(target.stat().st_mode) == 0o640
     finally:
         os.umask(before)
@@ -146,7 +147,7 @@ def test_a_failed_append_leaves_whole_lines(tmp_path, monkeypatch):
         written.append(row(1))
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "rows.jsonl"))
     assert str(raised.value) == (
-        f"{tmp_path / 'rows.jsonl'} cannot be written: No space left on device; free the disk and --resume"
+        f"{tmp_path / 'rows.jsonl'} cannot be written: No space left on device; free the disk and use resume=True"
     )
     assert (tmp_path / "rows.jsonl").read_bytes() == before
     assert len(written.rows) == 1
@@ -154,7 +155,7 @@ def test_a_failed_append_leaves_whole_lines(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_an_os_error_with_errno_and_filename(tmp_path):
     (tmp_path / "file").write_text("")
-    for use in (records.check_writable, Records):
+    for use in (check_writable, Records):
         with pytest.raises(OSError, match=r"^the folder .* cannot be .*choose another") as raised:
             use(tmp_path / "file")
         assert isinstance(raised.value, WorkdirError)

@@ -12,7 +12,7 @@ from small import initial, regression, sharded
 import wavg_jax as wavg
 from experiments import compare, train, tune
 from wavg_jax.averaging import smoothing
-from wavg_jax.storage import rows as records
+from wavg_jax.storage.rows import read_rows
 
 TASK = regression()
 PLAIN = wavg.averager(wavg.uniform())
@@ -48,7 +48,7 @@ def test_a_run_whose_replicas_all_die_ends_with_the_last_good_parameters_and_a_c
     result, good = raised.value.result, run(sharded(), task=task, rounds=2)
     assert [row["alive"] for row in result.rows[1:]] == [[True] * 4] * 2 + [[False] * 4] * 2
     jax.tree.map(np.testing.assert_array_equal, result.params, good.params)
-    assert records.read_rows(tmp_path) == result.rows
+    assert read_rows(tmp_path) == result.rows
     assert [path.name for path in (tmp_path / "checkpoints" / "run").iterdir() if path.name.isdigit()] == ["4"]
     with pytest.raises(wavg.Diverged, match="rounds 3 to 5"):  # it goes on, with other data
         run(sharded(), task=task, workdir=tmp_path, resume=True)
@@ -172,7 +172,7 @@ def test_the_binaries_end_with_one_line_that_names_the_run_and_exit_code_2(binar
     assert line.startswith("error: 'weighted-seed0' diverged in rounds 1 to 2")
     assert "lower the inner learning rate (--lr_weighted), or look" in line
     assert str(tmp_path) in line
-    assert len(records.read_rows(tmp_path)) == 3
+    assert len(read_rows(tmp_path)) == 3
     assert (tmp_path / "report.html").exists()  # of what there is
 
 

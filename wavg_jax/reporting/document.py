@@ -9,7 +9,8 @@ from wavg_jax.reporting.canvas import Plot
 from wavg_jax.reporting.page import contents, html_page
 from wavg_jax.reporting.tables import escape
 from wavg_jax.reporting.wording import setting_value
-from wavg_jax.storage.rows import Row, write_atomically
+from wavg_jax.storage.rows import write_atomically
+from wavg_jax.storage.schema import Row
 
 
 class Caller(NamedTuple):

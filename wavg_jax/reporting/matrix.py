@@ -1,25 +1,6 @@
 """Rows of a scenario matrix -> statistics over seeds, and a verdict on each weighting.
 
-A matrix has two kinds of rows of its own, beside those of `wavg_jax.storage.rows`:
-
-`kind="matrix"`, one per recording, first:
-  run                   "matrix"
-  scenarios             {name: title}, those asked for
-  reference             the weighting that others are compared with; by default the first one recorded
-  settings              the settings that all cells share; must agree when the recording is resumed
-  started               start of the recording: UTC, ISO 8601; may be missing
-  recommend             whether the report recommends a weighting; by default true
-  dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
-
-`kind="cell"`, one per scenario, weighting and seed:
-  run                   "<scenario>/<weighting>/<seed>"
-  scenario, weighting, seed
-  rate                  learning rate of the inner optimizer; the same for every weighting of a scenario
-  test_accuracy, test_loss, test_macro_f1, test_ece     of the final global parameters
-  weights               [K], mean over the rounds
-  effective_replicas    mean over the rounds of 1 / sum(weights^2)
-  alive_rounds          [K], rounds in which each replica was alive
-  seconds               median over the rounds: feeding, training, scoring, search, blend
+`wavg_jax.storage.schema` describes the rows of a matrix.
 """
 
 import math
@@ -31,7 +12,7 @@ import numpy as np
 from wavg_jax.base import DataError
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
 from wavg_jax.reporting.wording import distinct
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 
 CELL_METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
 HEADER = (

@@ -17,7 +17,7 @@ from wavg_jax.reporting.statistic import Floats, Statistic
 from wavg_jax.reporting.tables import TextTable, escape, markdown_table
 from wavg_jax.reporting.terminal import terminal_block
 from wavg_jax.reporting.wording import distinct, in_words, interval, mean_sd, name_value_pairs, seeds, signed
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 
 POINT = f"{100 * MARGIN:g} point"
 

@@ -9,7 +9,7 @@ from wavg_jax.reporting.matrix import is_matrix, tabulate
 from wavg_jax.reporting.matrix_report import MatrixReport
 from wavg_jax.reporting.run_report import RunReport
 from wavg_jax.reporting.summary import summarise_scenarios
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 
 
 def summarise(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wavg_jax.base import DataError
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
-from wavg_jax.storage.rows import PATIENCE, Row, check_rounds, lost_at_the_end
+from wavg_jax.storage.schema import PATIENCE, Row, check_rounds, lost_at_the_end
 
 IDENTITY = (
     *("dataset", "noisy_shards", "parameters", "train_samples", "samples_per_round", "target_accuracy"),
@@ -29,7 +29,7 @@ TEST = "test_"
 
 
 class RecordedRun(NamedTuple):
-    """One arm trained from one seed: its run row, and its R round rows as arrays; see `wavg_jax.storage.rows`.
+    """One arm trained from one seed: its run row, and its R round rows as arrays; see `wavg_jax.storage.schema`.
 
     Attributes:
       header: the run row.

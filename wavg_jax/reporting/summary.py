@@ -12,7 +12,7 @@ from wavg_jax.reporting.runs import IDENTITY, RecordedRun, read_runs
 from wavg_jax.reporting.shares import Shares
 from wavg_jax.reporting.statistic import Statistic, as_float
 from wavg_jax.reporting.wording import distinct, in_words
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 
 RATE = "lr_"
 """Prefix of a setting that holds the inner learning rate of the arm named after it."""

@@ -1,8 +1,8 @@
 """Checkpoints of a `TrainState` with Orbax: one tree, saved asynchronously, whole or not at all.
 
-Once a checkpoint is on disk, the SHA-256 of each of its files is written beside them, last of all, as `sha256sum`
-writes it. Only what agrees with these sums is given to Orbax again: a checkpoint without them was never finished, one
-that disagrees is damaged, and neither is resumed from.
+Once a checkpoint is on disk, a last file with the SHA-256 of each of its files joins them, in the format of
+`sha256sum`. Orbax reads only checkpoints that match their sums: one without sums was never finished, one that differs
+is damaged, and a run resumes from neither.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ import jax
 
 from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.extras import need
-from wavg_jax.storage.rows import FILE, write_atomically
+from wavg_jax.storage.rows import write_atomically
+from wavg_jax.storage.schema import FILE
 from wavg_jax.tree import is_key
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SUMS = "SHA256SUMS"
 
 
 def _without_keys(tree: PyTree) -> PyTree:
-    """Typed random keys as the integers they are made of, which is what can be stored."""
+    """Replaces typed random keys by their integers, which Orbax can store."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
@@ -48,12 +49,12 @@ def _with_keys(stored: PyTree, like: PyTree) -> PyTree:
 
 
 class Found(NamedTuple):
-    """What a folder of checkpoints holds.
+    """What a folder of checkpoints holds, each numbered by rounds done.
 
     Attributes:
-      whole: rounds done at the newest checkpoint that is as it was written; None if there is none.
-      damaged: what is wrong with those after it, by rounds done.
-      unfinished: rounds done at what was never finished.
+      whole: the newest undamaged checkpoint; None if there is none.
+      damaged: number -> what is wrong, for the damaged checkpoints after it.
+      unfinished: the checkpoints that were never finished.
     """
 
     whole: int | None
@@ -71,14 +72,14 @@ class Checkpoints:
     @functools.cached_property
     def _checkpointer(self) -> "ocp.training.Checkpointer":
         ocp = _orbax()
-        # Opened at the first save, when what is damaged is out of its way.
+        # Opened at the first save, once damaged checkpoints are out of the way.
         return ocp.training.Checkpointer(
             self._folder.absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
         )
 
     def find(self) -> Found:
-        """Looks for the newest whole checkpoint; what is older is not read. Nothing is changed."""
+        """Looks for the newest whole checkpoint. Reads no older one, and changes nothing."""
         names = [path.name for path in self._folder.iterdir() if path.name.isascii() and path.name.isdecimal()]
         steps = {int(name): self._folder / name for name in names}
         unfinished = tuple(step for step, path in steps.items() if not (path / SUMS).exists())
@@ -91,15 +92,14 @@ class Checkpoints:
         return Found(None, damaged, unfinished)
 
     def set_aside(self, step: int, rows: bytes) -> None:
-        """Moves a checkpoint that cannot be used into `damaged-N`, so that its round can be saved again, beside the
-        rows that go with it."""
+        """Moves an unusable checkpoint into `damaged-N`, beside its rows, so that its round can be saved again."""
         with _writing(self._folder):
             aside = self._folder / f"damaged-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             if rows:
                 write_atomically(aside / FILE, rows)
-            (self._folder / str(step)).rename(aside / str(step))  # last: what was cut short before is done again
+            (self._folder / str(step)).rename(aside / str(step))  # last, so that a call cut short can be repeated
 
     def save(self, state: TrainState) -> None:
         """Starts saving; returns once the state may be donated."""
@@ -108,7 +108,7 @@ class Checkpoints:
             tree, step = _without_keys(state), int(state.round)
             with _failing():
                 self._checkpointer.save_async(step, tree, force=True, custom_metadata={"leaves": _leaves(tree)})
-            self._unsealed = step  # only now is there something to seal
+            self._unsealed = step  # not before: a save that failed to start leaves nothing to seal
 
     def wait(self) -> None:
         """Blocks until every save is on disk."""
@@ -125,7 +125,7 @@ class Checkpoints:
                 raise
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the folder."""
+        """Waits for the last save and releases the folder."""
         try:
             self.wait()
         finally:
@@ -137,28 +137,30 @@ class Checkpoints:
         """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`.
 
         Raises:
-          ResumeError: it belongs to another network, optimizer or averager, or cannot be read.
+          ResumeError: the checkpoint belongs to another network, optimizer or averager, or cannot be read.
         """
         ocp = _orbax()
         path, tree = self._folder.absolute() / str(step), _without_keys(like)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
         try:
             then, now = ocp.metadata(path).custom_metadata["leaves"], _leaves(tree)
-            # Compared here, because orbax would convert dtypes in silence.
+            # Compared here because Orbax would silently convert dtypes.
             if differing := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
                 name = differing[0]
                 raise ResumeError(
                     f"the checkpoint {path} is of another network, optimizer or averager: {name} was "
                     f"{then.get(name, 'missing')}, now it is {now.get(name, 'missing')}; repeat what it was started "
-                    "with, or choose another workdir (--workdir)"
+                    "with, or choose another workdir="
                 )
             restored = _with_keys(ocp.load(path, abstract), like)
         except ResumeError:
             raise
-        except Exception as error:  # orbax raises many types
-            raise ResumeError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+        except Exception as error:  # Orbax raises many types
+            raise ResumeError(
+                f"the checkpoint {path} cannot be read: {_first_line(error)}; choose another workdir="
+            ) from error
         if int(restored.round) != step:
-            raise ResumeError(f"the checkpoint {path} is that of round {int(restored.round)}, whatever its name says")
+            raise ResumeError(f"the checkpoint {path} is that of round {int(restored.round)}: rename it, or remove it")
         return restored
 
 
@@ -168,7 +170,7 @@ def _orbax() -> Any:
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
-    """Path, dtype and shape of every leaf."""
+    """Path -> dtype and shape, for every leaf."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{[*x.shape]}" for path, x in leaves}
 
@@ -179,19 +181,19 @@ def _sum(path: pathlib.Path) -> str:
 
 
 def _files(step: pathlib.Path) -> list[str]:
-    """The files of a checkpoint, but for the sums and what file managers and network file systems hide there."""
+    """The files of a checkpoint, without the sums and the hidden files of file managers and network file systems."""
     paths = (path.relative_to(step) for path in step.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if path.name != SUMS and not path.name.startswith("."))
 
 
 def _seal(step: pathlib.Path) -> None:
-    """Writes the sums of a checkpoint's files, if it has any; from now on it is whole."""
+    """Writes the sums of a checkpoint's files, if it has any, which makes it whole."""
     if lines := [f"{_sum(step / name)}  {name}\n" for name in _files(step)]:
         write_atomically(step / SUMS, "".join(lines).encode())
 
 
 def _damage(step: pathlib.Path) -> str | None:
-    """What is wrong with a finished checkpoint; None if it is as it was written."""
+    """What is wrong with a finished checkpoint; None if nothing is."""
     name = SUMS
     try:
         lines = [line.split("  ", 1) for line in (step / SUMS).read_text().splitlines()]
@@ -200,20 +202,20 @@ def _damage(step: pathlib.Path) -> str | None:
             if not (step / name).exists():
                 return f"{name} is missing"
             if name not in sums or _sum(step / name) != sums[name]:
-                return f"{name} is not as it was written"
+                return f"{name} has changed since it was written"
     except (OSError, ValueError) as error:
         return f"{name}: {_first_line(error)}"
     return None if sums else f"{SUMS} is empty"
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, without the whole tree that some errors of orbax quote."""
+    """The first line of an error, without the whole tree that some Orbax errors quote."""
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")
 
 
 def _let_go(error: BaseException) -> None:
-    """Lets what a failed save has left complain now, while `_quiet` hears it: futures that nobody will await, which
-    the error's frames hold, and the other writes of the save, which have nowhere to report to."""
+    """Makes the leftovers of a failed save complain now, while `_quiet` listens: futures in the error's frames that
+    nobody will await, and the save's other writes, which have nowhere to report to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         traceback.clear_frames(error.__traceback__)
@@ -223,12 +225,12 @@ def _let_go(error: BaseException) -> None:
 
 
 _STRAY_WRITES = 0.2
-"""Seconds given to the writes of a save that has failed; there is no handle to wait for."""
+"""Seconds to wait for the other writes of a failed save, which offer no handle to wait on."""
 
 
 @contextlib.contextmanager
 def _failing() -> Iterator[None]:
-    """Around what orbax writes: a failure lets go of what is still under way."""
+    """Wraps a write by Orbax: on failure, lets go of the writes still under way."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -243,22 +245,22 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into one clear line."""
+    """Turns a failed write into one clear line."""
     try:
         yield
     except (MissingExtra, WorkdirError):
         raise
     except (OSError, ValueError) as error:
         raise WorkdirError(
-            f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and go on with "
-            "resume=True (--resume), or choose another workdir (--workdir)",
+            f"no checkpoint can be written to {folder} ({_first_line(error)}): free the disk and use "
+            "resume=True, or choose another workdir=",
             folder,
             _as_os_error(error),
         ) from error
 
 
 def _as_os_error(error: OSError | ValueError) -> OSError | None:
-    """The OSError behind a failed write; orbax's own writer names its number in the text of a ValueError."""
+    """The OSError behind a failed write; Orbax's own writer gives its number in the text of a ValueError."""
     if isinstance(error, OSError):
         return error
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -267,10 +269,10 @@ def _as_os_error(error: OSError | ValueError) -> OSError | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what orbax and the reads and writes it leaves behind say to themselves off the terminal.
+    """Keeps the chatter of Orbax, and of the reads and writes it leaves behind, off the terminal.
 
-    It logs every save, and the tracebacks of what it raises anyway; and when one write of a save fails, each of those
-    still under way complains that the event loop it belongs to is closed.
+    Orbax logs every save, and the traceback of every error it raises anyway. When one write of a save fails, each write
+    still under way complains that its event loop is closed.
     """
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
@@ -292,13 +294,13 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
-    """Opens (and makes) the folder of one run's checkpoints; leaving the block waits for the last save.
+    """Opens the folder of one run's checkpoints, and makes it if need be; leaving the block waits for the last save.
 
-    The caller holds the folder (`storage.lock`), so what a process that was killed has left half written is removed.
+    Removes what a killed process left half written: the caller holds the folder (`storage.lock`).
 
     Args:
-      folder: where they are; each is a sub-folder named after the rounds done.
-      keep: how many of the newest stay.
+      folder: holds each checkpoint in a sub-folder named after the rounds done.
+      keep: how many of the newest checkpoints stay.
 
     Raises:
       WorkdirError: the folder cannot be made, or a save failed.

@@ -1,4 +1,4 @@
-"""Where a run's rows and checkpoints go, kept in step with each other: a folder, or memory alone."""
+"""A run's rows and checkpoints, kept in step, in a folder or in memory."""
 
 import contextlib
 import pathlib
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from wavg_jax.base import ResumeError, SettingsError, TrainState, WavgWarning
 from wavg_jax.storage.checkpoints import Checkpoints, Found, open_checkpoints
-from wavg_jax.storage.rows import Records, Row, as_lines, check_settings, open_records
+from wavg_jax.storage.rows import Records, as_lines, open_records
+from wavg_jax.storage.schema import Row, check_settings
 
 
 def _useless(found: Found) -> list[int]:
@@ -15,7 +16,7 @@ def _useless(found: Found) -> list[int]:
 
 
 def _listed(found: Found) -> str:
-    """What cannot be used, newest first."""
+    """The unusable checkpoints and what is wrong with each, newest first."""
     wrong = found.damaged | dict.fromkeys(found.unfinished, "was never finished")
     return "; ".join(f"checkpoint {step}: {wrong[step]}" for step in sorted(wrong, reverse=True))
 
@@ -38,18 +39,17 @@ class Journal:
         return self._records.of(self._name)
 
     def begin(self, first: Row, initial: TrainState, resume: bool) -> TrainState:
-        """Records a run's first row and returns the state to start from, or, resuming, the one to go on from.
+        """Records a run's first row and returns the state to start or resume from.
 
         Raises:
-          SettingsError: the folder already holds this run, and it is not to be resumed.
-          ResumeError: it cannot be resumed.
+          SettingsError: the folder already holds this run, and `resume` is False.
+          ResumeError: the run cannot resume.
         """
         self._identity = {key: first[key] for key in ("run", "arm", "seed")}
         before = self.rows()
         if not resume and (before or (self._folder is not None and self._folder.exists())):
             raise SettingsError(
-                f"the folder already holds the run {self._name!r}; go on with resume=True (--resume), or choose "
-                "another workdir (--workdir)"
+                f"the folder already holds the run {self._name!r}; use resume=True, or choose another workdir="
             )
         if before:
             check_settings(before[0], first)
@@ -61,15 +61,15 @@ class Journal:
         done = found.whole or 0
         if done > first["rounds"]:
             raise ResumeError(
-                f"{self._name!r} has done {done} rounds already, more than rounds={first['rounds']} "
-                f"(--rounds={first['rounds']})"
+                f"{self._name!r} has done {done} rounds already, more than rounds={first['rounds']}; give "
+                f"at least rounds={done}"
             )
-        # All is read before anything is touched: if it cannot be, nothing is lost.
+        # Read everything before changing anything: if reading fails, nothing is lost.
         state = self._checkpoints.restore(done, initial) if done else initial
         if not done:
             self._check_start(found, before)
         dropped = self._records.beyond(self._name, done)
-        self._set_aside(found, done, dropped)  # before they are dropped, lest a kill in between lose them
+        self._set_aside(found, done, dropped)  # before rewind drops these rows, lest a kill in between lose them
         self._records.rewind(self._name, done, first["rounds"])
         if not done:
             self._records.append(first)
@@ -77,28 +77,27 @@ class Journal:
         return state
 
     def _check_start(self, found: Found, before: list[Row]) -> None:
-        """Refuses to start a recorded run from the beginning if it had a checkpoint once."""
+        """Refuses to start a recorded run over if it once had a checkpoint."""
         due = before[0]["checkpoint_every"] if before else 0
         if found.damaged or len(before) - 1 > due:
             raise ResumeError(
                 f"{self._name!r} has rows of {len(before[1:])} rounds but no whole checkpoint in {self._folder} "
-                f"({_listed(found) or 'it is empty'}); put one back from a copy, or start over in another workdir "
-                "(--workdir)"
+                f"({_listed(found) or 'it is empty'}); restore one from a copy, or start over in another workdir="
             )
 
     def _set_aside(self, found: Found, done: int, dropped: list[Row]) -> None:
-        """Sets aside what cannot be used, with the rows that a good copy of it would need."""
+        """Sets unusable checkpoints aside, with the rows that a good copy of each would need."""
         assert self._checkpoints is not None
         for step in _useless(found):
             self._checkpoints.set_aside(step, as_lines(dropped) if step > done else b"")
 
     def _say(self, found: Found, done: int, recorded: int) -> None:
-        """Says what could not be used and what that costs."""
+        """Warns which checkpoints could not be used, and how many rounds that costs."""
         useless = _useless(found)
-        again = f"{recorded - done} recorded rounds are done again" if recorded > done else "no round is done again"
+        again = f"{recorded - done} recorded rounds run again" if recorded > done else "no round runs again"
         if useless:
             warnings.warn(
-                f"{self._name!r} goes on from {f'its checkpoint of round {done}' if done else 'the start'}, {again}: "
+                f"{self._name!r} resumes from {f'its checkpoint of round {done}' if done else 'the start'}, {again}: "
                 f"{_listed(found)} (set aside in {self._folder} as damaged-{useless[-1]})",
                 WavgWarning,
                 stacklevel=2,
@@ -107,7 +106,7 @@ class Journal:
             warnings.warn(f"{self._name!r} was stopped before its first checkpoint: {again}", WavgWarning, stacklevel=2)
 
     def append(self, row: Row) -> None:
-        """Adds the row of a round."""
+        """Adds a round's row."""
         self._records.append(self._identity | row)
 
     def amend(self, entries: Row) -> None:
@@ -115,12 +114,12 @@ class Journal:
         self._records.amend(self._name, entries)
 
     def save(self, state: TrainState) -> None:
-        """Starts saving a checkpoint, if there is a folder for it; the state may be donated at once."""
+        """Starts saving a checkpoint, if the run has a folder; the state may be donated at once."""
         if self._checkpoints is not None:
             self._checkpoints.save(state)
 
     def wait(self) -> None:
-        """Blocks until the checkpoints are on disk."""
+        """Blocks until every checkpoint is on disk."""
         if self._checkpoints is not None:
             self._checkpoints.wait()
 
@@ -130,7 +129,7 @@ def open_journal(workdir: pathlib.Path | None, name: str) -> Iterator[Journal]:
     """Opens the journal of the run `name` in a folder, or in memory if `workdir` is None.
 
     Raises:
-      WorkdirError: the folder cannot be made or written, or another process writes it.
+      WorkdirError: the folder cannot be made or written, or another process writes to it.
     """
     with contextlib.ExitStack() as stack:
         folder = None if workdir is None else workdir / "checkpoints" / name

@@ -13,15 +13,15 @@ from wavg_jax.extras import need
 FILE = ".lock"
 
 _LOOK = 0.2
-"""Seconds that a folder may seem held because another process looks whether it is, for which it holds it."""
+"""Seconds for which a folder may seem held only because another process is checking it."""
 
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path) -> Iterator[None]:
-    """Holds (and makes) a folder while the block runs. The system lets go of it when the process ends, however it ends.
+    """Holds a folder while the block runs, and makes it if need be. The system frees it however the process ends.
 
     Raises:
-      WorkdirError: another process, or another run in this one, holds it; or it cannot be made or written.
+      WorkdirError: another process, or another run in this process, holds the folder; or it cannot be made or written.
       MissingExtra: filelock is not installed.
     """
     filelock = _filelock()
@@ -32,15 +32,14 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
         lock.acquire(timeout=_LOOK, poll_interval=_LOOK / 20)
     except filelock.Timeout:
         raise WorkdirError(
-            f"the folder {folder} is in use by {_holder(path)}; wait for it to end, or choose another workdir "
-            "(--workdir)",
+            f"the folder {folder} is in use by {_holder(path)}; wait for it to end, or choose another workdir=",
             folder,
         ) from None
     except OSError as error:
         raise WorkdirError(
-            f"the folder {folder} cannot be used: {error.strerror}; choose another workdir (--workdir)", folder, error
+            f"the folder {folder} cannot be used: {error.strerror}; choose another workdir=", folder, error
         ) from error
-    # Where the system has no such locks, filelock has made a file of its own kind, which is not ours to touch.
+    # Without system locks, filelock makes a lock file of its own, which we must not touch.
     ours = isinstance(lock, filelock.UnixFileLock)
     try:
         if ours:
@@ -48,13 +47,13 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
                 path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        if ours:  # while it is held: who has opened it already then sees that it is gone
+        if ours:  # while we hold it, so a process that has it open sees it gone
             path.unlink(missing_ok=True)
         lock.release()
 
 
 def check_free(folder: pathlib.Path) -> None:
-    """Raises WorkdirError if a folder is held, and leaves no trace if it is not; MissingExtra without filelock."""
+    """Raises WorkdirError if a folder is held, MissingExtra without filelock; leaves no trace if it is free."""
     _filelock()
     if (folder / FILE).exists():
         with hold(folder):

@@ -7,7 +7,7 @@ import numpy as np
 
 from wavg_jax.arguments import FUNCTION, as_whole, check
 from wavg_jax.base import TrainState
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row
 
 
 class WithState(NamedTuple):

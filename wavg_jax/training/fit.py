@@ -39,7 +39,8 @@ from wavg_jax.rounds.round import AVERAGER, TASK
 from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.journal import open_journal
-from wavg_jax.storage.rows import Row, check_name, check_writable, lost_at_the_end, recorded_run
+from wavg_jax.storage.rows import check_name, check_writable, recorded_run
+from wavg_jax.storage.schema import Row, lost_at_the_end
 from wavg_jax.training import automap, liveness, loop
 from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
@@ -73,7 +74,7 @@ class Result(NamedTuple):
       params: the global parameters after the last blend, or their average over rounds if the run keeps one.
       mutable: the mutable collections that belong to them, such as BatchNorm statistics.
       state: the whole training state.
-      rows: the run's rows, as in `rows.jsonl`; see `wavg_jax.storage.rows`.
+      rows: the run's rows, as in `rows.jsonl`; see `wavg_jax.storage.schema`.
       stopped: whether SIGTERM or Ctrl-C has come, so that nothing further should begin.
     """
 

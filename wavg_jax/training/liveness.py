@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wavg_jax.base import WavgWarning
-from wavg_jax.storage.rows import Row, lost, lost_at_the_end
+from wavg_jax.storage.schema import Row, lost, lost_at_the_end
 
 
 def warn(number: int, weights: Any, alive: np.ndarray, told: np.ndarray) -> None:

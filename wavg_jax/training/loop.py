@@ -15,7 +15,7 @@ import numpy as np
 from wavg_jax.base import TrainState
 from wavg_jax.rounds.round import RoundLog
 from wavg_jax.storage.journal import Journal
-from wavg_jax.storage.rows import PATIENCE, Row, lost, lost_at_the_end
+from wavg_jax.storage.schema import PATIENCE, Row, lost, lost_at_the_end, quality_row, round_row
 from wavg_jax.training import liveness, progress
 from wavg_jax.training.batches import open_feeder
 from wavg_jax.training.callbacks import Callback, ends
@@ -64,18 +64,30 @@ class _Books:
             liveness.warn(launched.number, log.weights, log.alive, self._died)
             self._died |= ~log.alive & (not self.lost)
         self._samples += int(log.steps.sum()) * self._run.plan.batch_size
-        row = _round_row(launched, log) | self._quality(launched, state)
-        self._journal.append(row | {"samples": self._samples, "seconds": seconds, "elapsed": self._elapsed})
+        row = round_row(
+            number=launched.number,
+            local_steps=launched.steps,
+            samples=self._samples,
+            seconds=seconds,
+            elapsed=self._elapsed,
+            train_loss=log.train_loss,
+            weights=log.weights,
+            effective_replicas=log.effective_replicas,
+            alive=log.alive,
+            scores=log.scores,
+        )
+        self._journal.append(row | self._quality(launched, state))
         self._show(self._journal.rows()[-1])
 
     def _quality(self, launched: _Launched, state: TrainState | None) -> Row:
         due = self._run.evaluates(launched.number) or self.lost
-        quality = self._run.evaluate(state) if state is not None and due else None
-        return _quality_row(self._run.metrics, quality, launched.number == self._run.plan.rounds)
+        measured = self._run.evaluate(state) if state is not None and due else None
+        last = launched.number == self._run.plan.rounds
+        return quality_row(scalars=self._run.metrics, measured=measured, last=last)
 
     def end_early(self, state: TrainState) -> None:
         """Marks the last round as the run's last, with everything that a last row holds."""
-        last = _quality_row(self._run.metrics, self._run.evaluate(state), True)
+        last = quality_row(scalars=self._run.metrics, measured=self._run.evaluate(state), last=True)
         self._journal.amend(last | {"stopped_early": True})
 
 
@@ -140,26 +152,3 @@ def train(
                     f"with workdir={str(journal.workdir)!r} and resume=True"
                 )
     return state, None
-
-
-def _round_row(launched: _Launched, log: RoundLog) -> Row:
-    """A round's row, without the clocks and what is measured on the test split."""
-    living = log.train_loss[log.alive]
-    return {
-        "kind": "round",
-        "round": launched.number,
-        "local_steps": launched.steps,
-        "train_loss": float(living.mean()) if len(living) else float("nan"),
-        "weights": log.weights,
-        "effective_replicas": float(log.effective_replicas),
-        "alive": log.alive,
-        "scores": log.scores,
-    }
-
-
-def _quality_row(names: Sequence[str], quality: dict[str, np.ndarray] | None, last: bool) -> Row:
-    """Metrics on the test split, null where not evaluated; those that are arrays only in a run's last round."""
-    arrays = {} if quality is None or not last else {name: x for name, x in quality.items() if name not in names}
-    return {f"test_{name}": None if quality is None else float(f"{quality[name]:.7g}") for name in names} | {
-        name: np.rint(x).astype(int) for name, x in arrays.items()
-    }

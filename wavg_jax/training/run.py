@@ -13,7 +13,7 @@ from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
 from wavg_jax.devices.placement import put
 from wavg_jax.rounds import sync
-from wavg_jax.storage.rows import Row
+from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
 from wavg_jax.training.programs import compiled_together, programs
@@ -76,46 +76,40 @@ class Run:
         return jax.device_get(self._evaluate.call(*evaluated(state), self._test))
 
     def describe(self) -> Row:
-        """The run's first row, but for what the caller adds."""
+        """The run's first row, without what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
         per_replica = tree.nbytes(initial.params) + tree.nbytes(tree.floats(initial.mutable))
         opt_state = initial.replicas.opt_state
         if sync.averages(self.recipe.at_sync.opt_state, opt_state):
             per_replica += tree.nbytes(tree.floats(opt_state)) // self.replicas
-        return {
-            "kind": "run",
-            "run": self.name,
-            "arm": self.name,
-            "seed": plan.seed,
-            "started": machine.now(),
-            "dataset": data.name,
-            "classes": data.classes,
-            "class_names": data.class_names,
-            "train_samples": len(data.train.y),
-            "heldout_samples": len(data.heldout.y),
-            "test_samples": len(data.test.y),
-            "shard_sizes": [len(shard) for shard in data.shards],
-            "noisy_shards": data.noisy,
-            "data_crc": _fingerprint(data),
-            "replicas": self.replicas,
-            "devices": len(self.recipe.placement.devices),
-            "replica_map": self.recipe.placement.replica_map,
-            "resident": self.recipe.resident,
-            "local_steps": plan.schedule.longest,
-            "batch_size": plan.batch_size,
-            "rounds": plan.rounds,
-            "checkpoint_every": plan.checkpoint_every,
-            "samples_per_round": self.replicas * plan.schedule.longest * plan.batch_size,
-            "parameters": tree.count(initial.params),
-            "bytes_per_round": 2 * self.replicas * per_replica if self.replicas > 1 else 0,
-            "compile_seconds": self.step.seconds + self._evaluate.seconds,
-            "score_samples": self.recipe.scoring.samples,
-            "faults": None if self.recipe.faults is None else self.recipe.faults._asdict(),
-            "critical_path": None,
-            "target_accuracy": None,
-            "hardware": machine.hardware(),
-            "versions": machine.versions(),
-        }
+        return run_row(
+            run=self.name,
+            seed=plan.seed,
+            started=machine.now(),
+            dataset=data.name,
+            classes=data.classes,
+            class_names=data.class_names,
+            train_samples=len(data.train.y),
+            heldout_samples=len(data.heldout.y),
+            test_samples=len(data.test.y),
+            shard_sizes=[len(shard) for shard in data.shards],
+            noisy_shards=data.noisy,
+            data_crc=_fingerprint(data),
+            devices=len(self.recipe.placement.devices),
+            replica_map=self.recipe.placement.replica_map,
+            resident=self.recipe.resident,
+            local_steps=plan.schedule.longest,
+            batch_size=plan.batch_size,
+            rounds=plan.rounds,
+            checkpoint_every=plan.checkpoint_every,
+            parameters=tree.count(initial.params),
+            blended_bytes=per_replica,
+            compile_seconds=self.step.seconds + self._evaluate.seconds,
+            score_samples=self.recipe.scoring.samples,
+            faults=None if self.recipe.faults is None else self.recipe.faults._asdict(),
+            hardware=machine.hardware(),
+            versions=machine.versions(),
+        )
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -1,0 +1,398 @@
+"""The rows of `rows.jsonl`: what each kind holds, what builds it, and what must agree when a run resumes.
+
+Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite is null.
+
+A run has two kinds of rows.
+
+`kind="run"`, one per run, first:
+  run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
+  weighting             the scheme that weighs the replicas, "uniform" for a plain average; missing unless
+                        `Store(facts=...)` gives it
+  started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"; missing in older rows
+  dataset, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+  classes               number of classes; for tokens, the size of the vocabulary; null for regression
+  class_names           [classes]; null if unknown, missing in older rows
+  data_crc              CRC-32 of labels, shards and inputs as stored (all of them), to tell data apart; older rows omit
+                        the inputs
+  devices               how many devices the replicas were spread over
+  replica_map           how the replicas of one device were run, a name in `wavg_jax.devices.mapping.MAPS`
+  resident              whether the whole training split lay on the devices
+  replicas, batch_size, rounds
+  checkpoint_every      rounds between checkpoints
+  local_steps, samples_per_round    of the longest round
+  score_samples         held-out samples scored in a round; null for all
+  faults                simulated faults {speed, rate, sent}, [K] each; null for none
+  parameters            numbers in one replica's parameters
+  bytes_per_round       sent and received by all replicas together: parameters up, blend down
+  compile_seconds       tracing and compiling the round and the evaluation, added up, though they compile side by side;
+                        spent once per process, and on no other clock
+  critical_path         {local, score, blend, round}: the time a round would take on one of K devices, computed from
+                        measured parts; null if not measured
+  target_accuracy       the test accuracy that "time to target" refers to; null if none is set
+  hardware, versions    where the run ran, and with which versions
+  settings              the flags, or `Store(settings=...)`; must agree when the run resumes
+
+`kind="round"`, one per round:
+  run, arm, seed, round (from 1), local_steps (H of this round), samples (trained on so far)
+  seconds, elapsed      wall time of this round, and of all so far: feeding, training, scoring, blend; neither
+                        compilation nor the test split
+  train_loss            mean over the living replicas and the local steps
+  test_{name}           every scalar metric of the task, of the global parameters, for reporting only; null in rounds
+                        without an evaluation. A classifier has test_accuracy, test_loss, test_macro_f1 and test_ece; a
+                        regressor has test_loss
+  weights, alive        [K]
+  effective_replicas    1 / sum(weights^2)
+  scores                {signal: [K]}, the signals that the weighting needed
+  {name}                every array metric of the task, rounded to whole numbers; on a run's last row only. A classifier
+                        has confusion [classes][classes], counts on the test split with true classes as rows
+  stopped_early         true on the last row of a run that a callback ended before its last planned round; else missing
+
+A matrix (`experiments.setup.cells` records one) has two kinds of its own.
+
+`kind="matrix"`, one per recording, first, and another each time it resumes on other hardware or versions:
+  run                   "matrix"
+  scenarios             {name: title} of the scenarios asked for
+  reference             the weighting that the others are compared with; if missing, the first one recorded
+  recommend             whether the report recommends a weighting; if missing, true
+  settings              the settings that all cells share; must agree when the recording resumes
+  started               start of the recording: UTC, ISO 8601; may be missing
+  dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
+
+`kind="cell"`, one per scenario, weighting and seed:
+  run                   "<scenario>/<weighting>/<seed>"
+  scenario, weighting, seed
+  rate                  learning rate of the inner optimizer; the same for every weighting of a scenario
+  test_accuracy, test_loss, test_macro_f1, test_ece     of the final global parameters
+  weights               [K], mean over the rounds
+  effective_replicas    mean over the rounds of 1 / sum(weights^2)
+  alive_rounds          [K], rounds in which each replica was alive
+  seconds               median over the rounds: feeding, training, scoring, blend
+"""
+
+import collections
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wavg_jax.base import DataError, ResumeError
+
+FILE = "rows.jsonl"
+"""The file of a run folder that holds its rows."""
+Row = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """Turns arrays and NumPy scalars into what JSON knows, and numbers that are not finite into null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if hasattr(value, "__array__"):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_row(
+    *,
+    run: str,
+    seed: int,
+    started: str,
+    dataset: str,
+    classes: int | None,
+    class_names: Sequence[str] | None,
+    train_samples: int,
+    heldout_samples: int,
+    test_samples: int,
+    shard_sizes: Sequence[int],
+    noisy_shards: Sequence[int],
+    data_crc: int,
+    devices: int,
+    replica_map: str,
+    resident: bool | None,
+    local_steps: int,
+    batch_size: int,
+    rounds: int,
+    checkpoint_every: int,
+    parameters: int,
+    blended_bytes: int,
+    compile_seconds: float,
+    score_samples: int | None,
+    faults: Mapping[str, Any] | None,
+    hardware: Any,
+    versions: Any,
+) -> Row:
+    """A run's first row, without `settings`. Its arm is the run itself unless the caller says otherwise.
+
+    `blended_bytes` is what one replica sends at a blend; it receives as much.
+    """
+    replicas = len(shard_sizes)
+    return {
+        "kind": "run",
+        "run": run,
+        "arm": run,
+        "seed": seed,
+        "started": started,
+        "dataset": dataset,
+        "classes": classes,
+        "class_names": class_names,
+        "train_samples": train_samples,
+        "heldout_samples": heldout_samples,
+        "test_samples": test_samples,
+        "shard_sizes": shard_sizes,
+        "noisy_shards": noisy_shards,
+        "data_crc": data_crc,
+        "replicas": replicas,
+        "devices": devices,
+        "replica_map": replica_map,
+        "resident": resident,
+        "local_steps": local_steps,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "checkpoint_every": checkpoint_every,
+        "samples_per_round": replicas * local_steps * batch_size,
+        "parameters": parameters,
+        "bytes_per_round": 2 * replicas * blended_bytes if replicas > 1 else 0,
+        "compile_seconds": compile_seconds,
+        "score_samples": score_samples,
+        "faults": faults,
+        "critical_path": None,
+        "target_accuracy": None,
+        "hardware": hardware,
+        "versions": versions,
+    }
+
+
+def round_row(
+    *,
+    number: int,
+    local_steps: int,
+    samples: int,
+    seconds: float,
+    elapsed: float,
+    train_loss: np.ndarray,
+    weights: np.ndarray,
+    effective_replicas: float,
+    alive: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+) -> Row:
+    """A round's row, without `run`, `arm`, `seed` and the test split (`quality_row`).
+
+    `train_loss`, `weights`, `alive` and each of `scores` are [K]; the row holds the mean loss of the living.
+    """
+    living = train_loss[alive]
+    return {
+        "kind": "round",
+        "round": number,
+        "local_steps": local_steps,
+        "samples": samples,
+        "seconds": seconds,
+        "elapsed": elapsed,
+        "train_loss": float(living.mean()) if len(living) else math.nan,
+        "weights": weights,
+        "effective_replicas": float(effective_replicas),
+        "alive": alive,
+        "scores": dict(scores),
+    }
+
+
+def quality_row(*, scalars: Iterable[str], measured: Mapping[str, np.ndarray] | None, last: bool) -> Row:
+    """A round's entries about the test split.
+
+    Args:
+      scalars: the names of the task's scalar metrics; the others are arrays.
+      measured: every metric; None if the round was not evaluated, which leaves the scalars null.
+      last: whether this is the run's last round, which keeps the arrays too.
+
+    >>> quality_row(scalars=["loss"], measured={"loss": np.float32(0.1), "confusion": np.eye(2)}, last=False)
+    {'test_loss': 0.1}
+    >>> quality_row(scalars=["loss"], measured=None, last=True)
+    {'test_loss': None}
+    """
+    scalars = tuple(scalars)
+    row: Row = {f"test_{name}": None if measured is None else float(f"{measured[name]:.7g}") for name in scalars}
+    arrays = {} if measured is None or not last else {name: x for name, x in measured.items() if name not in scalars}
+    return row | {name: np.rint(x).astype(int) for name, x in arrays.items()}
+
+
+def matrix_row(
+    *,
+    scenarios: Mapping[str, str],
+    recommend: bool,
+    reference: str,
+    settings: Mapping[str, Any],
+    started: str,
+    dataset: str,
+    train_samples: int,
+    heldout_samples: int,
+    test_samples: int,
+    parameters: int,
+    hardware: Any,
+    versions: Any,
+) -> Row:
+    """The first row of a matrix."""
+    return {
+        "kind": "matrix",
+        "run": "matrix",
+        "scenarios": dict(scenarios),
+        "recommend": recommend,
+        "reference": reference,
+        "settings": dict(settings),
+        "started": started,
+        "dataset": dataset,
+        "train_samples": train_samples,
+        "heldout_samples": heldout_samples,
+        "test_samples": test_samples,
+        "parameters": parameters,
+        "hardware": hardware,
+        "versions": versions,
+    }
+
+
+_KEPT = ("test_accuracy", "test_loss", "test_macro_f1", "test_ece")
+
+
+def cell_row(*, run: str, scenario: str, weighting: str, seed: int, rate: float, rows: Iterable[Row]) -> Row:
+    """A cell's row: a summary of the `rows` of its run, since a matrix has hundreds of cells."""
+    rounds = [row for row in rows if row["kind"] == "round"]
+    last = rounds[-1]
+    return {
+        "kind": "cell",
+        "run": run,
+        "scenario": scenario,
+        "weighting": weighting,
+        "seed": seed,
+        "rate": rate,
+        **{name: None if last[name] is None else round(last[name], 6) for name in _KEPT},
+        "weights": np.mean([row["weights"] for row in rounds], axis=0, dtype=np.float64).round(4),
+        "effective_replicas": round(float(np.mean([row["effective_replicas"] for row in rounds])), 3),
+        "alive_rounds": np.sum([row["alive"] for row in rounds], axis=0),
+        "seconds": round(float(np.median([row["seconds"] for row in rounds])), 5),
+    }
+
+
+PATIENCE = 2
+"""Consecutive lost rounds that end a run."""
+
+
+def lost(weights: Any) -> bool:
+    """Whether a round was lost, that is, whether all its weights [K] are 0."""
+    return not np.any(weights)
+
+
+def lost_at_the_end(rows: Sequence[Row]) -> int:
+    """Counts the consecutive lost rounds that end a run's rows.
+
+    >>> weights = ([0.5, 0.5], [0, 0], [0, 0])
+    >>> lost_at_the_end([{"kind": "run"}, *({"kind": "round", "weights": w} for w in weights)])
+    2
+    """
+    count = 0
+    for row in reversed(rows):
+        if row["kind"] != "round" or not lost(row["weights"]):
+            break
+        count += 1
+    return count
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """
+    >>> _ranges([7, 3, 4, 5])
+    '3 to 5, 7'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, replicas: int | None = None) -> None:
+    """Raises DataError unless `rounds` are rounds 1 to `last` of a run, each once, with K weights each."""
+    counts = collections.Counter(row["round"] for row in rounds)
+    if missing := set(range(1, last + 1)) - set(counts):
+        raise DataError(f"run {run!r} lacks round {_ranges(missing)}; restore the rows from a copy, or train again")
+    if twice := [number for number, count in counts.items() if count > 1]:
+        raise DataError(
+            f"run {run!r} has round {_ranges(twice)} twice, as if two processes had written at once; keep one row of "
+            f"each in {FILE}"
+        )
+    for row in rounds:
+        for name in ("weights", "alive") if replicas is not None else ():
+            if len(row[name]) != replicas:
+                raise DataError(
+                    f"run {run!r}, round {row['round']}: {len(row[name])} {name} for {replicas} replicas; restore the "
+                    "row from a copy, or train again"
+                )
+
+
+FIXED = (
+    *("seed", "dataset", "train_samples", "shard_sizes", "noisy_shards"),
+    *("local_steps", "batch_size", "parameters", "score_samples", "faults"),
+)
+"""Entries of a run's first row, beside `settings`, that must not change when the run resumes."""
+READ = (*FIXED, "settings", "data_crc", "classes", "heldout_samples", "test_samples", "rounds", "checkpoint_every")
+"""Entries of a run's first row, beside `replica_map`, that resuming needs."""
+ROUND = ("round", "local_steps", "samples", "elapsed", "train_loss")
+"""Entries of a round's row that resuming needs."""
+
+
+def check_first(first: Row) -> None:
+    """Raises ResumeError unless this is a run's first row, with every entry that resuming needs."""
+    if first["kind"] != "run":
+        raise ResumeError(f"cannot resume {first['run']!r}: its first row is missing; restore it from a copy")
+    for name in (*READ, "replica_map"):
+        if name not in first:
+            raise ResumeError(
+                f"cannot resume {first['run']!r}: its first row lacks {name!r}, so an earlier version wrote it; start "
+                "over in another workdir="
+            )
+
+
+def check_kept(run: str, rounds: Sequence[Row], done: int) -> None:
+    """Raises DataError unless the rounds that a resumed run keeps, 1 to `done`, are there and hold what it needs."""
+    if lacking := [name for row in rounds for name in ROUND if name not in row]:
+        raise DataError(f"a row of {run!r} lacks {lacking[0]!r}; restore it from a copy")
+    check_rounds(run, rounds, done)
+
+
+def check_settings(before: Row, first: Row) -> None:
+    """Compares the first row of a recorded run with the first row of the run that resumes it.
+
+    Raises:
+      ResumeError: they differ; names the first difference.
+    """
+    check_first(before)
+    first = plain(first)
+    # The data first, since settings such as `chance` follow from them. How they are split and spoilt is a setting.
+    then, now = (
+        {
+            "dataset": row["dataset"],
+            "classes": row["classes"],
+            "training samples": row["train_samples"] + row["heldout_samples"],
+            "test samples": row["test_samples"],
+        }
+        for row in (before, first)
+    )
+    for name, value in then.items():
+        if value != now[name]:
+            raise ResumeError(
+                f"cannot resume {before['run']!r}: the data are not what it was started with ({name}: {value}, now "
+                f"{now[name]}); give the same data (dataset=, data_dir=), or choose another workdir="
+            )
+    # Then the settings, which the user can repeat.
+    then, now = ({key: row[key] for key in FIXED} | row["settings"] for row in (before, first))
+    for name in sorted({*now, *then}):
+        if now.get(name) != then.get(name):
+            raise ResumeError(
+                f"cannot resume {before['run']!r}: it was started with {name}={then.get(name)!r}, "
+                f"now it is {now.get(name)!r}; repeat the settings it was started with, or choose another workdir="
+            )
+    if before["data_crc"] != first["data_crc"]:
+        raise ResumeError(
+            f"cannot resume {before['run']!r}: inputs, labels, splits or shards are not what it was started with; "
+            "give the same data, or choose another workdir="
+        )
