@@ -99,8 +99,8 @@ def _planned(step: Any) -> dict[str, int]:
 
 def _device_peak() -> int | None:
     """The peak bytes in use on the first device; None if it reports none, as a CPU."""
-    (told, *_) = (device.memory_stats() for device in jax.local_devices()[:1])
-    return None if told is None else told.get("peak_bytes_in_use")
+    (stats, *_) = (device.memory_stats() for device in jax.local_devices()[:1])
+    return None if stats is None else stats.get("peak_bytes_in_use")
 
 
 def activations(net: Network, params: PyTree, mutable: PyTree) -> int:

@@ -130,8 +130,8 @@ def main(argv: Sequence[str]) -> None:
             progress.bar(len(these) * (F.repeats + 2)) as advance,
             tempfile.TemporaryDirectory() as folder,
         ):
-            case = Job("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)
-            for row in rows(case, measure(case, these, F.repeats, advance)):
+            job = Job("", folder, network, F.replicas, steps, cases.NETWORKS[network].batch, RATE, MOMENTUM)
+            for row in rows(job, measure(job, these, F.repeats, advance)):
                 recording.case(**row)
     recording.publish(table(recording.cases()))
 
@@ -176,12 +176,12 @@ def commands(systems: Mapping[str, System], folder: pathlib.Path) -> Commands:
 
 
 def measure(
-    case: Job, commands: Commands, repeats: int, advance: Callable[[str], None] = lambda text: None
+    job: Job, commands: Commands, repeats: int, advance: Callable[[str], None] = lambda text: None
 ) -> dict[str, Found]:
     """Runs all systems on a network in turn.
 
     Args:
-      case: the work, except for the system; its folder takes the files for the workers.
+      job: the work, except for the system; its folder takes the files for the workers.
       commands: of the systems, ours included; a system drops out when it cannot start, fails or does other work.
       repeats: turns that count.
       advance: called after every answer.
@@ -189,23 +189,23 @@ def measure(
     Returns:
       The result of every system.
     """
-    cases.write(case)
+    cases.write(job)
     with contextlib.ExitStack() as stack:
         runners: dict[str, _Runner] = {}
         for name, command in commands.items():
-            runners[name] = _Runner(name, case)
+            runners[name] = _Runner(name, job)
             runners[name].prepare(command, stack, runners.get(SYSTEMS[name].like))
-            advance(f"{case.network}: {name}")
+            advance(f"{job.network}: {name}")
         turns = {name: runner.turn for name, runner in runners.items()}
-        seconds = alternate(turns, repeats, lambda name: advance(f"{case.network}: {name}"))
+        seconds = alternate(turns, repeats, lambda name: advance(f"{job.network}: {name}"))
     return {name: runner.found._replace(seconds=seconds[name]) for name, runner in runners.items()}
 
 
 class _Runner:
     """A system's worker, until it fails, and its result."""
 
-    def __init__(self, name: str, case: Job):
-        self.name, self.case = name, case._replace(system=SYSTEMS[name].system)
+    def __init__(self, name: str, job: Job):
+        self.name, self.job = name, job._replace(system=SYSTEMS[name].system)
         self.found = Found(None, None, np.array([]), 0.0, {})
         self.worker: Worker
         self.checked: Arrays | None = None
@@ -217,13 +217,13 @@ class _Runner:
         try:
             if isinstance(command, WorkerFailed):
                 raise command
-            log = pathlib.Path(self.case.folder) / f"{self.name}.log"
+            log = pathlib.Path(self.job.folder) / f"{self.name}.log"
             variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
             variables.pop("JAX_NUM_CPU_DEVICES", None)  # each worker has the number that suits it
             self.worker = stack.enter_context(Worker(command, log, variables))
-            self.found = self.found._replace(notes=self.worker.ask("case", **self.case._asdict())["notes"])
+            self.found = self.found._replace(notes=self.worker.ask("job", **self.job._asdict())["notes"])
             self.worker.ask("check", file=self.name)
-            self.checked = self.case.read(self.name)
+            self.checked = self.job.read(self.name)
             self._compare(like)
         except WorkerFailed as failed:
             self.found = self.found._replace(reason=str(failed))
@@ -231,7 +231,7 @@ class _Runner:
     def _compare(self, like: "_Runner | None") -> None:
         if like is None or like.checked is None or self.checked is None:
             raise WorkerFailed("no first round of ours to compare with")
-        difference = cases.difference(self.checked, like.checked, self.case.read("start"))
+        difference = cases.difference(self.checked, like.checked, self.job.read("start"))
         self.found = self.found._replace(difference=difference)
         if not difference <= TOLERANCE:
             raise WorkerFailed(f"does other work than ours: difference {difference:.2g} after a round")
@@ -250,18 +250,18 @@ class _Runner:
         return answer["seconds"]
 
 
-def rows(case: Job, found: Mapping[str, Found]) -> list[Row]:
+def rows(job: Job, found: Mapping[str, Found]) -> list[Row]:
     """The rows of a network, one for each system: speeds, and the ratios of ours to theirs, turn by turn."""
-    ours, samples = found[OURS], case.replicas * case.steps * case.batch
+    ours, samples = found[OURS], job.replicas * job.steps * job.batch
     made = []
     for name, one in found.items():
         measured = one.reason is None
         row = {
-            "network": case.network,
+            "network": job.network,
             "system": name,
-            "replicas": case.replicas,
-            "local_steps": case.steps,
-            "batch_size": case.batch,
+            "replicas": job.replicas,
+            "local_steps": job.steps,
+            "batch_size": job.batch,
             "measured": measured,
             "reason": one.reason,
             "difference": one.difference,

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     recording.publish(_table(recording))
 
 
-class Scheme(NamedTuple):
+class Scored(NamedTuple):
     """A weighting, and the held-out samples it scores per round; None for all."""
 
     name: str
@@ -100,7 +100,7 @@ class Scheme(NamedTuple):
     samples: int | None
 
 
-def _scoring(text: str) -> Scheme:
+def _scoring(text: str) -> Scored:
     """Reads an entry of --scored.
 
     Raises:
@@ -112,11 +112,11 @@ def _scoring(text: str) -> Scheme:
             f"--scored={','.join(F.scored)}: give weightings, of {', '.join(WEIGHTINGS)}, and samples up to "
             f"{HELD_OUT}, such as learned:1000"
         )
-    return Scheme(name, wavg.averager(**WEIGHTINGS[name](F)), int(samples) or None)
+    return Scored(name, wavg.averager(**WEIGHTINGS[name](F)), int(samples) or None)
 
 
 def _measure(
-    recording: Recording, net: Network, replicas: int, scoring: Scheme, advance: Callable[[str], None]
+    recording: Recording, net: Network, replicas: int, scoring: Scored, advance: Callable[[str], None]
 ) -> None:
     """Times a round of one network and its parts, and records them."""
     steps, scored = F.round_steps or 50, scoring.samples
@@ -128,8 +128,8 @@ def _measure(
             replica_map = recipe.placement.replica_map
             for name, resident in (("whole", True), ("streamed", False)):
                 cases[name] = _fit(net, replicas, steps, scoring, folder, resident=resident, replica_map=replica_map)
-            told = f"{net.name}, {scoring.name}, {scored or HELD_OUT} scored"
-            times = alternate(cases, F.repeats, lambda name: advance(f"{told}: {name}"))
+            label = f"{net.name}, {scoring.name}, {scored or HELD_OUT} scored"
+            times = alternate(cases, F.repeats, lambda name: advance(f"{label}: {name}"))
     times["checkpoint"] = times["checkpoint"] / F.checkpoint_every
     times["search"] = times["update"] - times["plain update"]
     times["rest"] = times["whole"] - sum(times[name] for name in PARTS)
@@ -164,7 +164,7 @@ def _cases(
     held_out = jax.jit(window_phase(recipe))(state.round, shared.held_out)
     score = jax.jit(score_phase(recipe))
     scores = score(state.replicas, held_out, alive)
-    told = dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32)) | scores
+    signals = dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32)) | scores
     plain = blend_phase(recipe._replace(averager=PLAIN))
     before = state._replace(averager=PLAIN.init(state.params, replicas))
     train, first = local_phase(recipe, net, replicas, steps)
@@ -175,8 +175,8 @@ def _cases(
         "local steps": in_place(train, first),
         "input": timed(_work, recipe, sharded, steps, net.batch_size),
         "scoring": timed(score, state.replicas, held_out, alive) if scores else lambda: 0.0,
-        "update": timed(jax.jit(blend_phase(recipe)), state, state.replicas, alive, held_out, told),
-        "plain update": timed(jax.jit(plain), before, state.replicas, alive, held_out, told),
+        "update": timed(jax.jit(blend_phase(recipe)), state, state.replicas, alive, held_out, signals),
+        "plain update": timed(jax.jit(plain), before, state.replicas, alive, held_out, signals),
         "blend": sync_case(jax.tree.map(jnp.copy, state.replicas.params), recipe.placement),
         "metrics": _metrics(log, Records(folder)),
         "checkpoint": _checkpoint(state, store),
@@ -217,7 +217,7 @@ def _fit(
     net: Network,
     replicas: int,
     steps: int,
-    scoring: Scheme,
+    scoring: Scored,
     folder: pathlib.Path,
     *,
     resident: bool,

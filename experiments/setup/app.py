@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments.setup import meanings, shared_flags, starting, usage
+from experiments.setup import before_imports, captions, help_text, shared_flags
 from experiments.setup.translate import to_flags
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
 from wavg_jax.devices import machine
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         app.usage(writeto_stdout=True)  # absl's own would end with 1
         raise SystemExit(0)
     if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"}.intersection(argv[1:]):
-        print(usage.text(sys.modules["__main__"], shared_flags.TOPICS | {"JAX": OWN}, OWN))
+        print(help_text.text(sys.modules["__main__"], shared_flags.TOPICS | {"JAX": OWN}, OWN))
         raise SystemExit(0)
     try:
         rest = flags.FLAGS(list(argv))
@@ -94,8 +94,8 @@ def call(main: Main, argv: Sequence[str]) -> None:
         print(to_flags(str(stopped)), file=sys.stderr)
         raise SystemExit(143) from None
     except KeyboardInterrupt:
-        starting.interrupted()
-        raise SystemExit(starting.INTERRUPTED) from None
+        before_imports.interrupted()
+        raise SystemExit(before_imports.INTERRUPTED) from None
 
 
 _OUT_OF_MEMORY = re.compile("resource_exhausted|out of memory", re.IGNORECASE)
@@ -190,8 +190,8 @@ def run(main: Main) -> None:
     try:
         app.run(lambda argv: call(configured, argv), flags_parser=parse)
     except SystemExit as ended:
-        if ended.code == starting.INTERRUPTED:
-            os._exit(starting.INTERRUPTED)  # a normal exit would wait for compilations
+        if ended.code == before_imports.INTERRUPTED:
+            os._exit(before_imports.INTERRUPTED)  # a normal exit would wait for compilations
         raise
 
 
@@ -222,8 +222,8 @@ def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:
     # matplotlib and scipy take more than a second to import, and training need not wait for them.
     from wavg_jax import reporting
 
-    caller = reporting.Caller(meanings.ARMS, prefix="--", rebuild=meanings.REBUILD)
-    rows = [{"reference": meanings.REFERENCE} | row if row["kind"] == "matrix" else row for row in rows]
+    caller = reporting.Caller(captions.ARMS, prefix="--", rebuild=captions.REBUILD)
+    rows = [{"reference": captions.REFERENCE} | row if row["kind"] == "matrix" else row for row in rows]
     report = reporting.summarise(rows, caller=caller)
     report.write(folder)
     out = console()

@@ -7,7 +7,7 @@ import jax
 from absl import flags
 
 import wavg_jax as wavg
-from experiments.setup.meanings import REFERENCE
+from experiments.setup.captions import REFERENCE
 from wavg_jax import data, tree
 from wavg_jax.base import ResumeError, SettingsError, Stopped
 from wavg_jax.devices import machine
@@ -42,7 +42,7 @@ def header(
     """The first row of a recording.
 
     Args:
-      dataset: what is trained on.
+      dataset: to train on.
       task: the network.
       scenarios: name -> title.
       settings: flag name -> value, of the flags that all cells share.

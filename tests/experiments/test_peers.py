@@ -12,17 +12,17 @@ from experiments.benchmarks.peer_workers.lines import Job, Worker, WorkerFailed
 
 FAKE = """
 import os, sys
-from experiments.benchmarks.peer_workers.lines import System, serve
+from experiments.benchmarks.peer_workers.lines import ReadyJob, serve
 
 turns = 0
 
-def build(case):
+def build(job):
     print("this is no answer")
     if sys.argv[1] == "raises":
         raise ValueError("no such | network\\nsecond line")
 
     def check():
-        return {name: x + (2 if sys.argv[1] == "wrong" else 1) for name, x in case.read("start").items()}
+        return {name: x + (2 if sys.argv[1] == "wrong" else 1) for name, x in job.read("start").items()}
 
     def run():
         global turns
@@ -31,7 +31,7 @@ def build(case):
             print("out of luck", file=sys.stderr, flush=True)
             os._exit(3)
 
-    return System(check, run, {"batch": case.batch})
+    return ReadyJob(check, run, {"batch": job.batch})
 
 serve(build)
 """
@@ -78,8 +78,8 @@ def test_ratios_are_of_times_within_a_turn():
     def found(*seconds):
         return peers.Found(None, 0.0, np.array(seconds), 0.0, {})
 
-    case = tiny("nowhere")  # 16 samples a round
-    ours, peer = peers.rows(case, {"ours": found(1.0, 2.0, 4.0), "torch_loop": found(2.0, 6.0, 16.0)})
+    job = tiny("nowhere")  # 16 samples a round
+    ours, peer = peers.rows(job, {"ours": found(1.0, 2.0, 4.0), "torch_loop": found(2.0, 6.0, 16.0)})
     assert (ours["samples_per_second"], peer["samples_per_second"]) == (16 / 2, 16 / 6)
     assert peer["ratio"] == (3.0, 2.5, 3.5)  # of 2, 3 and 4
     assert ours["ratio"] == (1.0, 1.0, 1.0)

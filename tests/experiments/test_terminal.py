@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from rich.console import Console
 from test_commands import BINARIES
 
-from experiments.setup import app, shared_flags, usage
+from experiments.setup import app, help_text, shared_flags
 from wavg_jax.training import progress
 
 QUICK = ("--rounds=2", "--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1", "--compilation_cache=")
@@ -115,7 +115,7 @@ with progress.bar(40) as advance:
 @pytest.mark.parametrize("name", BINARIES)
 def test_help_fits_80_columns_breaks_no_word_and_shows_every_flag_with_its_default(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    said = usage.text(BINARIES[name], shared_flags.TOPICS | {"JAX": app.OWN}, app.OWN)
+    said = help_text.text(BINARIES[name], shared_flags.TOPICS | {"JAX": app.OWN}, app.OWN)
     assert max(map(len, said.splitlines())) <= 80
     assert said.startswith(BINARIES[name].__doc__.split()[0])
     assert f"python -m experiments.{name}" in said
@@ -130,7 +130,7 @@ def test_help_fits_80_columns_breaks_no_word_and_shows_every_flag_with_its_defau
 
 
 def test_placeholders_say_what_a_value_is_and_equal_defaults_are_one():
-    said = usage.text(BINARIES["compare"], shared_flags.TOPICS, [])
+    said = help_text.text(BINARIES["compare"], shared_flags.TOPICS, [])
     for shown in ("--lr_sync=RATE", "--outer_lr=RATE", "--noisy=N", "--score_samples=N", "--workdir=WORKDIR"):
         assert f"  {shown} " in said or f"  {shown}\n" in said
     assert "by default 0.4." in said

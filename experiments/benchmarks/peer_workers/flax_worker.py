@@ -16,16 +16,16 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.peer_workers import stock_flax
-from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, ReadyJob, serve
 
 
-def build(case: Job) -> System:
-    """Builds the system of a job."""
-    inner, net = optax.sgd(case.rate, momentum=case.momentum), stock_flax.NETWORKS[case.network]
-    arrays = case.read("data")
+def build(job: Job) -> ReadyJob:
+    """Prepares a job."""
+    inner, net = optax.sgd(job.rate, momentum=job.momentum), stock_flax.NETWORKS[job.network]
+    arrays = job.read("data")
     x, y, indices = jnp.asarray(arrays["x"]), jnp.asarray(arrays["y"]), arrays["indices"]
-    if case.system == "sync":
-        indices = indices.transpose(1, 0, 2).reshape(1, case.steps, -1)
+    if job.system == "sync":
+        indices = indices.transpose(1, 0, 2).reshape(1, job.steps, -1)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: tuple[Any, Any, Any], x: jax.Array, y: jax.Array, indices: np.ndarray) -> tuple[Any, Any, Any]:
@@ -38,14 +38,14 @@ def build(case: Job) -> System:
     def mean(trees: list[Any]) -> Any:
         return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
 
-    params, stats = stock_flax.start(case.read("start"))
+    params, stats = stock_flax.start(job.read("start"))
     replicas = [jax.tree.map(jnp.copy, (params, stats, inner.init(params))) for _ in indices]
 
     def run() -> None:
         for k, rows in enumerate(indices):
             for row in rows:
                 replicas[k] = step(replicas[k], x, y, row)
-        if case.system == "loop":
+        if job.system == "loop":
             average = mean([replica[:2] for replica in replicas])
             for k, (_, _, opt_state) in enumerate(replicas):
                 replicas[k] = (*jax.tree.map(jnp.copy, average), opt_state)
@@ -56,7 +56,7 @@ def build(case: Job) -> System:
         return stock_flax.named(replicas[0][0])
 
     notes = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
-    return System(check, run, {"versions": notes, "devices": jax.device_count()})
+    return ReadyJob(check, run, {"versions": notes, "devices": jax.device_count()})
 
 
 if __name__ == "__main__":

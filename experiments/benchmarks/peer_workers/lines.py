@@ -1,6 +1,6 @@
 """The protocol between the driver and its workers: a line of JSON each way.
 
-  -> {"ask": "case", "system": "loop", "folder": ..., "network": "mlp", "replicas": 4, "steps": 50, ...}
+  -> {"ask": "job", "system": "loop", "folder": ..., "network": "mlp", "replicas": 4, "steps": 50, ...}
   <- {"notes": {...}}        built; notes hold versions and the like
   -> {"ask": "check", "file": NAME}
   <- {}                      the first round, from the given parameters on the given batches, is done; the averaged
@@ -58,7 +58,7 @@ class Job(NamedTuple):
             return dict(file)
 
 
-class System(NamedTuple):
+class ReadyJob(NamedTuple):
     """A job that is ready to run.
 
     Attributes:
@@ -72,7 +72,7 @@ class System(NamedTuple):
     notes: Mapping[str, Any]
 
 
-def serve(build: Callable[[Job], System]) -> None:
+def serve(build: Callable[[Job], ReadyJob]) -> None:
     """Answers the lines of standard input until they end."""
     # Keeps the prints of libraries out of the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -89,21 +89,21 @@ def serve(build: Callable[[Job], System]) -> None:
 class _Answers:
     """The worker's side."""
 
-    def __init__(self, build: Callable[[Job], System]):
+    def __init__(self, build: Callable[[Job], ReadyJob]):
         self.build = build
-        self.case: Job
-        self.system: System
+        self.job: Job
+        self.system: ReadyJob
         self.clocks = time.perf_counter(), time.process_time()
 
     def to(self, question: dict[str, Any]) -> dict[str, Any]:
         ask = question.pop("ask")
-        if ask == "case":
-            self.case = Job(**question)
-            self.system = self.build(self.case)
+        if ask == "job":
+            self.job = Job(**question)
+            self.system = self.build(self.job)
             return {"notes": dict(self.system.notes)}
         if ask == "check":
             averaged: Any = self.system.check()
-            np.savez(pathlib.Path(self.case.folder) / f"{question['file']}.npz", **averaged)
+            np.savez(pathlib.Path(self.job.folder) / f"{question['file']}.npz", **averaged)
             self.clocks = time.perf_counter(), time.process_time()
             return {}
         wall, used = self.clocks
@@ -115,7 +115,7 @@ class _Answers:
 
 
 class WorkerFailed(Exception):
-    """A worker cannot do its case; the message says why, in a line."""
+    """A worker cannot do its job; the message says why, in a line."""
 
 
 class Worker:
@@ -157,7 +157,7 @@ class Worker:
         self.answers.put("")
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
-        """Asks, and waits for the answer.
+        """Asks and waits for the answer.
 
         Raises:
           WorkerFailed: the worker ended, took longer than PATIENCE, said that it failed, or no JSON.
@@ -185,5 +185,5 @@ class Worker:
 
 
 def first_line(text: str) -> str:
-    """The first line of a message, cut where a table would get too wide, with nothing that ends a table's cell."""
+    """The first line of a message, short enough for a table, and without `|`, which ends a cell."""
     return text.strip().splitlines()[0][:200].replace("|", "/")

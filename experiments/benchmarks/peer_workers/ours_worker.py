@@ -11,7 +11,7 @@ import optax
 
 import wavg_jax as wavg
 from experiments.benchmarks.peer_workers import cases
-from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, ReadyJob, serve
 from wavg_jax import data
 from wavg_jax.base import PyTree, TrainState
 from wavg_jax.data import ShardedData
@@ -24,19 +24,19 @@ from wavg_jax.training.programs import compiled, programs
 from wavg_jax.training.recipe import Recipe, make_recipe
 
 
-def build(case: Job) -> System:
-    """Builds the system of a job."""
-    sharded, batch = cases.random_data(case), case.batch
-    indices = case.read("data")["indices"]
-    if case.system == "rounds":
+def build(job: Job) -> ReadyJob:
+    """Prepares a job."""
+    sharded, batch = cases.random_data(job), job.batch
+    indices = job.read("data")["indices"]
+    if job.system == "rounds":
         jax.config.update("jax_num_cpu_devices", machine.cores())
     else:
-        sharded, batch = data.pool(sharded), case.replicas * batch
-        indices = indices.transpose(1, 0, 2).reshape(1, case.steps, batch)
-    recipe = _recipe(case, sharded)
+        sharded, batch = data.pool(sharded), job.replicas * batch
+        indices = indices.transpose(1, 0, 2).reshape(1, job.steps, batch)
+    recipe = _recipe(job, sharded)
     shared = put_shared(recipe, sharded)
     state = programs(recipe, len(indices)).init(jax.random.key(0))
-    state = _started(recipe, state, cases.nested(case.read("start"))["params"], len(indices))
+    state = _started(recipe, state, cases.nested(job.read("start"))["params"], len(indices))
     given = Work(put(indices, recipe.placement.stacked), Pace())
     step = compiled(programs(recipe, len(indices)).run, state, given, shared).call
     done = 0
@@ -48,8 +48,8 @@ def build(case: Job) -> System:
 
     def run() -> None:
         nonlocal state, done
-        done += case.steps
-        work = make_work(recipe, sharded, seed=0, first_step=done, longest=case.steps, batch_size=batch)
+        done += job.steps
+        work = make_work(recipe, sharded, seed=0, first_step=done, longest=job.steps, batch_size=batch)
         state, log = step(state, work, shared)
         jax.block_until_ready((state, log))
 
@@ -58,13 +58,13 @@ def build(case: Job) -> System:
         "devices": len(recipe.placement.devices),
         "replica_map": recipe.placement.replica_map,
     }
-    return System(check, run, notes)
+    return ReadyJob(check, run, notes)
 
 
-def _recipe(case: Job, sharded: ShardedData) -> Recipe:
-    inner = optax.sgd(case.rate, momentum=case.momentum)
-    recipe = make_recipe(cases.task(case.network), sharded, wavg.averager(wavg.uniform()), inner)
-    return automap.settle(recipe, sharded, batch_size=case.batch)
+def _recipe(job: Job, sharded: ShardedData) -> Recipe:
+    inner = optax.sgd(job.rate, momentum=job.momentum)
+    recipe = make_recipe(cases.task(job.network), sharded, wavg.averager(wavg.uniform()), inner)
+    return automap.settle(recipe, sharded, batch_size=job.batch)
 
 
 def _started(recipe: Recipe, state: TrainState, params: PyTree, replicas: int) -> TrainState:

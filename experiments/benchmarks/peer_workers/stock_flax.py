@@ -66,7 +66,7 @@ NETWORKS: Mapping[str, nn.Module] = {
 
 
 def loss(net: nn.Module, params: Any, stats: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-    """Mean cross-entropy in training mode, and the collections such as BatchNorm statistics after it."""
+    """Mean cross-entropy in training mode, and the updated collections, such as BatchNorm statistics."""
     logits, updated = net.apply({"params": params, **stats}, x, train=True, mutable=list(stats))
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), {**stats, **updated}
 

@@ -17,38 +17,38 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.benchmarks.peer_workers import torch_networks
-from experiments.benchmarks.peer_workers.lines import Arrays, Job, System, serve
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, ReadyJob, serve
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-def build(case: Job) -> System:
-    """Builds the system of a job."""
+def build(job: Job) -> ReadyJob:
+    """Prepares a job."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    data, start = case.read("data"), case.read("start")
+    data, start = job.read("data"), job.read("start")
     images, labels = torch.from_numpy(data["x"]), torch.from_numpy(data["y"]).long()
     images = images.permute(0, 3, 1, 2).contiguous()
     indices = torch.from_numpy(data["indices"]).long()
     models = []
-    for _ in range(case.replicas):
-        model = torch_networks.NETWORKS[case.network]()
+    for _ in range(job.replicas):
+        model = torch_networks.NETWORKS[job.network]()
         torch_networks.load(model, start)
         models.append(model.train())
-    made = _stacked if case.system == "vmap" else _in_turn
-    check, run = made(case, models, images, labels, indices)
+    made = _stacked if job.system == "vmap" else _in_turn
+    check, run = made(job, models, images, labels, indices)
     notes = {"versions": {"torch": torch.__version__}, "threads": torch.get_num_threads()}
-    return System(check, run, notes)
+    return ReadyJob(check, run, notes)
 
 
-def _in_turn(case: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
-    """A model after the other."""
-    convolutional = case.network in torch_networks.CONVOLUTIONAL
+def _in_turn(job: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
+    """One model after another."""
+    convolutional = job.network in torch_networks.CONVOLUTIONAL
     memory_format = torch.contiguous_format
-    if case.system == "channels_last" or (case.system == "loader" and convolutional):
+    if job.system == "channels_last" or (job.system == "loader" and convolutional):
         memory_format = torch.channels_last
         images = images.contiguous(memory_format=memory_format)
         models = [model.to(memory_format=memory_format) for model in models]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=case.rate, momentum=case.momentum) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=job.rate, momentum=job.momentum) for model in models]
     dataset = TensorDataset(images, labels)
 
     def resident(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -56,10 +56,10 @@ def _in_turn(case: Job, models: list[nn.Module], images: Any, labels: Any, indic
             yield images[rows].contiguous(memory_format=memory_format), labels[rows]
 
     def loaded(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for x, y in DataLoader(dataset, case.batch, sampler=order.reshape(-1).tolist()):
+        for x, y in DataLoader(dataset, job.batch, sampler=order.reshape(-1).tolist()):
             yield x.contiguous(memory_format=memory_format), y
 
-    batches = loaded if case.system == "loader" else resident
+    batches = loaded if job.system == "loader" else resident
 
     def run() -> None:
         for model, optimizer, order in zip(models, optimizers, indices, strict=True):
@@ -89,11 +89,11 @@ def _average(states: list[dict[str, torch.Tensor]]) -> None:
                 state[name].copy_(mean)
 
 
-def _stacked(case: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
+def _stacked(job: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
     """All models in one call."""
     params, buffers = torch.func.stack_module_state(models)
     skeleton = models[0].to("meta")
-    optimizer = torch.optim.SGD(params.values(), lr=case.rate, momentum=case.momentum)
+    optimizer = torch.optim.SGD(params.values(), lr=job.rate, momentum=job.momentum)
 
     def loss(params: Any, buffers: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(torch.func.functional_call(skeleton, (params, buffers), (x,)), y)
@@ -101,7 +101,7 @@ def _stacked(case: Job, models: list[nn.Module], images: Any, labels: Any, indic
     gradients = torch.func.vmap(torch.func.grad(loss))
 
     def run() -> None:
-        for h in range(case.steps):
+        for h in range(job.steps):
             rows = indices[:, h]
             found = gradients(params, buffers, images[rows], labels[rows])
             for name, tensor in params.items():

@@ -1,4 +1,4 @@
-"""What a report cannot read from rows: what the arms of the comparison are, and how to build the report again."""
+"""What rows do not tell a report: what the arms of the comparison do, and the command that rebuilds it."""
 
 ARMS = {
     "sequential": "one network, small batches one after another, on all shards together; no data parallelism",
