@@ -24,7 +24,7 @@ from wavg_jax.devices import machine
 from wavg_jax.storage.rows import Records, check_writable, write_atomically
 from wavg_jax.storage.schema import Row
 from wavg_jax.training.batches import make_work, put_shared
-from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.programs import compiled, programs_of
 from wavg_jax.training.recipe import Recipe
 
 flags.DEFINE_integer("repeats", 9, "Turns; the median counts.", lower_bound=1)
@@ -68,7 +68,7 @@ def round_runner(recipe: Recipe, data: ShardedData, local_steps: int, batch_size
     """Makes a case of a recipe's next round, with its batches on the device, and compiles it."""
     shared = put_shared(recipe, data)
     work = make_work(recipe, data, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
-    program = programs(recipe, len(data.shards))
+    program = programs_of(recipe, len(data.shards))
     state = program.init(jax.random.key(0))
     step = compiled(program.run, state, work, shared).call
     return in_place(lambda state: step(state, work, shared)[0], state)

@@ -31,7 +31,7 @@ from wavg_jax.base import Batch, PyTree
 from wavg_jax.devices.mapping import MAPS
 from wavg_jax.training import progress
 from wavg_jax.training.batches import make_work, put_shared
-from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.programs import compiled, programs_of
 
 F = flags.FLAGS
 READS = (*networks.READS, "maps", "round_steps")
@@ -60,7 +60,7 @@ def _measure(recording: Recording, net: Network, replicas: int, mapping: str) ->
     before = _device_peak()
     shared = put_shared(recipe, sharded)
     work = make_work(recipe, sharded, seed=0, first_step=0, longest=F.round_steps or 20, batch_size=net.batch_size)
-    program = programs(recipe, replicas)
+    program = programs_of(recipe, replicas)
     state = program.init(jax.random.key(0))
     parts = {
         "params": tree.nbytes(state.params),

@@ -24,7 +24,7 @@ from wavg_jax.data import Dataset, ShardedData, Split
 from wavg_jax.devices.mapping import MAPS
 from wavg_jax.training import automap, phases
 from wavg_jax.training.batches import make_work, put_shared
-from wavg_jax.training.programs import programs
+from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 
 NAMES = ("mlp", "cnn", "resnet20", "transformer")
@@ -148,7 +148,7 @@ def local_phase(
     shared = put_shared(recipe, sharded)
     work = make_work(recipe, sharded, seed=0, first_step=0, longest=steps, batch_size=batch_size or net.batch_size)
     run = jax.jit(phases.local_phase(recipe), donate_argnums=0)
-    held = programs(recipe, replicas).init(jax.random.key(0)).replicas
+    held = programs_of(recipe, replicas).init(jax.random.key(0)).replicas
     return lambda held: run(held, work, shared)[0], held
 
 

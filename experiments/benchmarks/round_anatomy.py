@@ -61,7 +61,7 @@ from wavg_jax.storage.rows import Records
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, make_work, put_shared
 from wavg_jax.training.phases import blend_phase, score_phase, window_phase
-from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.programs import compiled, programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.weighting.signals import FREE
 
@@ -158,7 +158,7 @@ def _cases(
     recipe: Recipe, net: Network, replicas: int, steps: int, store: Checkpoints, folder: pathlib.Path
 ) -> dict[str, Case]:
     """The cases that measure the parts of a round."""
-    shared, program = put_shared(recipe, net.sharded(replicas)), programs(recipe, replicas)
+    shared, program = put_shared(recipe, net.sharded(replicas)), programs_of(recipe, replicas)
     state = program.init(jax.random.key(0))
     alive = jnp.ones(replicas, bool)
     held_out = jax.jit(window_phase(recipe))(state.round, shared.held_out)

@@ -14,7 +14,7 @@ import wavg_jax as wavg
 from wavg_jax import data, models
 from wavg_jax.rounds import policy
 from wavg_jax.training.batches import make_work, put_shared
-from wavg_jax.training.programs import programs
+from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import make_recipe
 
 
@@ -56,7 +56,7 @@ def test_two_seeds_share_one_compiled_program():
 def test_the_state_is_donated():
     source = sharded()
     recipe = make_recipe(TASK, source, WEIGHTED, INNER, layout=wavg.Layout(devices=1))
-    program = programs(recipe, 4)
+    program = programs_of(recipe, 4)
     state = program.init(jax.random.key(0))
     shared = put_shared(recipe, source)
     work = make_work(recipe, source, seed=0, first_step=0, longest=4, batch_size=8, steps=4)

@@ -47,7 +47,7 @@ A run has two kinds of rows.
                         has confusion [classes][classes], counts on the test split with true classes as rows
   stopped_early         true on the last row of a run that a callback ended before its last planned round; else missing
 
-A matrix (`experiments.setup.cells` records one) has two kinds of its own.
+A matrix (a binary records one) has two kinds of its own.
 
 `kind="matrix"`, one per recording, first, and another each time it resumes on other hardware or versions:
   run                   "matrix"

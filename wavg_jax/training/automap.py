@@ -26,7 +26,7 @@ from wavg_jax.storage.rows import write_atomically
 from wavg_jax.training import progress
 from wavg_jax.training.batches import as_targets, make_work, put_shared
 from wavg_jax.training.phases import local_phase
-from wavg_jax.training.programs import compiled_together, programs
+from wavg_jax.training.programs import compiled_together, programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.weighting.scores import uniform
 
@@ -130,7 +130,7 @@ def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> d
     one = next(iter(recipes.values()))
     work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
     rng = placement.put(jax.random.key(0), one.placement.shared)
-    replicas = programs(one, len(data.shards)).init(rng).replicas
+    replicas = programs_of(one, len(data.shards)).init(rng).replicas
     arguments = (replicas, work, put_shared(one, data))
     trains = compiled_together(*((jax.jit(local_phase(recipe)), *arguments) for recipe in recipes.values()), keep=False)
 

@@ -41,7 +41,7 @@ def _initialiser(task: Task) -> Callable:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(recipe: Recipe, replicas: int) -> Programs:
+def programs_of(recipe: Recipe, replicas: int) -> Programs:
     """Jits a recipe's functions for K replicas, once for all runs of this process that share it."""
     rounds, forward, placement = rounds_of(recipe), forward_of(recipe), recipe.placement
 

@@ -16,7 +16,7 @@ from wavg_jax.rounds import sync
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
-from wavg_jax.training.programs import compiled_together, programs
+from wavg_jax.training.programs import compiled_together, programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.training.schedule import Schedule
 
@@ -46,7 +46,7 @@ class Run:
         progress.doing(f"{name}: compiling")
         self.shared = put_shared(recipe, data)
         self._test = put(Batch(data.test.x, as_targets(data.test.y)), recipe.placement.shared)
-        program = programs(recipe, self.replicas)
+        program = programs_of(recipe, self.replicas)
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = program.init(rng)
         self.step, self._evaluate = compiled_together(

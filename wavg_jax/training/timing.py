@@ -17,7 +17,7 @@ from wavg_jax.devices.placement import single
 from wavg_jax.training import progress
 from wavg_jax.training.batches import check_room, make_work, put_shared
 from wavg_jax.training.phases import blend_phase, local_phase, score_phase, window_phase
-from wavg_jax.training.programs import programs
+from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.weighting.signals import FREE
 
@@ -66,7 +66,7 @@ def measure_parts(recipe: Recipe, data: ShardedData, *, local_steps: int, batch_
     recipe = recipe._replace(placement=single(), faults=None)
     first = data._replace(shards=data.shards[:1])
     shared = put_shared(recipe, data)
-    state = programs(recipe, 1).init(jax.random.key(0))
+    state = programs_of(recipe, 1).init(jax.random.key(0))
     work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
     local = _seconds(jax.jit(local_phase(recipe)), (state.replicas, work, shared), repeats)
     held_out = jax.jit(window_phase(recipe))(state.round, shared.held_out)

@@ -20,7 +20,7 @@ from wavg_jax.devices.placement import put
 from wavg_jax.rounds.local import Pace
 from wavg_jax.training import automap
 from wavg_jax.training.batches import Work, make_work, put_shared
-from wavg_jax.training.programs import compiled, programs
+from wavg_jax.training.programs import compiled, programs_of
 from wavg_jax.training.recipe import Recipe, make_recipe
 
 
@@ -35,10 +35,10 @@ def build(job: Job) -> ReadyJob:
         indices = indices.transpose(1, 0, 2).reshape(1, job.steps, batch)
     recipe = _recipe(job, sharded)
     shared = put_shared(recipe, sharded)
-    state = programs(recipe, len(indices)).init(jax.random.key(0))
+    state = programs_of(recipe, len(indices)).init(jax.random.key(0))
     state = _started(recipe, state, cases.nested(job.read("start"))["params"], len(indices))
     given = Work(put(indices, recipe.placement.stacked), Pace())
-    step = compiled(programs(recipe, len(indices)).run, state, given, shared).call
+    step = compiled(programs_of(recipe, len(indices)).run, state, given, shared).call
     done = 0
 
     def check() -> Arrays:
