@@ -112,7 +112,7 @@ def train(
 
 
 def longest(batches: PyTree) -> int:
-    """H, the steps for which there are batches [K, H, ...]."""
+    """H, the local steps that batches [K, H, ...] last."""
     return jax.tree.leaves(batches)[0].shape[1]
 
 

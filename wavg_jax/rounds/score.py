@@ -31,7 +31,7 @@ COMMON_BATCH = 256
 """Held-out samples in that batch."""
 
 FISHER_SAMPLES = 64
-"""Held-out samples from which `fisher` is taken."""
+"""Held-out samples behind `fisher`."""
 
 FISHER_TOGETHER = 4
 """Samples whose gradients `fisher` holds in memory at a time; a divisor of FISHER_SAMPLES."""
