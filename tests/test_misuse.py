@@ -57,7 +57,7 @@ FIT = {
     "resume": (None, "yes", 1),
     "facts": (3, "a", [("a", 1)], {"x": object()}, {"x": [{"y": {1}}]}, {("x",): 1}),
     "settings": (3, "a", [("a", 1)], {"x": object()}, {"x": 1j}),
-    "on_round": (3, "keep", [3], None),
+    "on_round": (3, "keep", [3]),
     "progress": (None, "yes", 3),
     "chunk": COUNTS,
     "scoring": (None, 256, {"samples": 256}, wavg.Layout()),

@@ -44,9 +44,15 @@ def check(name: str, value: Any, rule: Rule) -> None:
 
 
 def check_all(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> None:
-    """Checks the arguments `given` by name; a rule's name has two dashes where there is a flag of that name."""
+    """Checks the arguments `given` by name."""
     for name, rule in rules.items():
-        check(name, given[name.removeprefix("--")], rule)
+        check(name, given[name], rule)
+
+
+def check_fields(group: NamedTuple, rules: Mapping[str, Rule]) -> None:
+    """Checks the fields of a group of arguments by name."""
+    for name, rule in rules.items():
+        check(f"{type(group).__name__}: {name}", getattr(group, name), rule)
 
 
 def as_whole(name: str, value: Any, least: int | None = None) -> int:

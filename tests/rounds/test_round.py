@@ -117,7 +117,9 @@ def test_parameters_are_tested_for_finiteness_once_a_round():
     [
         (lambda b: Batch(b.x[:3], b.y[:3]), r"batches= has a leaf of shape \(3, 4, 8, 4\).*\[4, H, ...\]"),
         (lambda b: Batch(b.x, b.y[:, :2]), r"batches= has a leaf of shape \(4, 2, 8\)"),
-        (lambda b: (), "batches= holds no arrays"),
+        (lambda b: (), r"batches= is \(\); give a wavg_jax.Batch"),
+        (lambda b: tuple(b), "give a wavg_jax.Batch"),
+        (lambda b: Batch(b.x[:, 0, 0, 0], b.y[:, 0, 0]), r"must be \[4, H, ...\]"),
     ],
 )
 def test_batches_that_do_not_fit_the_replicas_are_one_clear_line(change, says):

@@ -25,7 +25,9 @@ def round_of(train_loss, alive):
 
 def classifier(last):
     measured = {name: np.float32(0.5) for name in ("loss", "accuracy", "macro_f1", "ece")}
-    return schema.quality_row(scalars=list(measured), measured=measured | {"confusion": np.eye(2)}, last=last)
+    return schema.quality_row(
+        scalars=list(measured), measured=measured | {"confusion": np.eye(2, dtype=np.int32)}, last=last
+    )
 
 
 def described(kind):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -106,9 +107,15 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
         )
 
         def run(network: PyTree, samples: PyTree) -> PyTree:
-            if len(jax.tree.leaves(samples)[0]) % len(devices):
-                return function(network, samples)
-            return jax.tree.map(lambda x: x.sum(0), split(network, samples))
+            n = len(jax.tree.leaves(samples)[0])
+            even = n - n % len(devices)
+            parts = []
+            if even:
+                shares = split(network, jax.tree.map(lambda a: a[:even], samples))
+                parts.append(jax.tree.map(lambda x: x.sum(0), shares))
+            if even < n:  # the few that are left run on every device
+                parts.append(function(network, jax.tree.map(lambda a: a[even:], samples)))
+            return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
 
         return run
 
@@ -138,6 +145,17 @@ def single() -> Placement:
     return on((jax.devices()[0],))
 
 
+def check_spread(replicas: int, devices: int) -> None:
+    """Raises SettingsError unless K replicas spread evenly over so many devices."""
+    if replicas % devices:
+        divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
+        at = bisect.bisect(divisors, devices)
+        raise SettingsError(
+            f"{replicas} replicas do not spread evenly over {devices} devices: set devices= to "
+            f"{' or '.join(map(str, divisors[at - 1 : at + 1]))}"
+        )
+
+
 def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, replica_map: str = "vmap") -> Placement:
     """Chooses the placement of K replicas.
 
@@ -158,11 +176,5 @@ def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, repl
                 f"devices={devices}: JAX sees {len(at_hand)} on this machine: set devices= between 1 and {len(at_hand)}"
             )
         devices = at_hand[:devices]
-    if replicas % len(devices):
-        divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
-        at = bisect.bisect(divisors, len(devices))
-        raise SettingsError(
-            f"{replicas} replicas do not spread evenly over {len(devices)} devices: set devices= to "
-            f"{' or '.join(map(str, divisors[at - 1 : at + 1]))}"
-        )
+    check_spread(replicas, len(devices))
     return on(tuple(devices), replica_map)

@@ -43,7 +43,7 @@ def metrics(sums: Sums, samples: jax.Array) -> dict[str, jax.Array]:
       predicted.
       `ece`: expected calibration error `sum_b (n_b / n) |accuracy_b - confidence_b|` over BINS bins of equal width
       (Guo et al. 2017, arXiv:1706.04599).
-      `confusion`: counts [classes, classes].
+      `confusion`: counts [classes, classes], int32.
     """
     confusion = sums["confusion"]
     right = jnp.diagonal(confusion)
@@ -53,5 +53,5 @@ def metrics(sums: Sums, samples: jax.Array) -> dict[str, jax.Array]:
         "loss": sums["loss"] / samples,
         "macro_f1": f1.mean(),
         "ece": jnp.abs(sums["calibration"]).sum() / samples,
-        "confusion": confusion,
+        "confusion": confusion.astype(jnp.int32),
     }

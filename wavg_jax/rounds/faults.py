@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax.arguments import MAPPING, NONE, as_whole, check, either, number, whole
-from wavg_jax.base import PyTree
+from wavg_jax.base import PyTree, SettingsError
+from wavg_jax.rounds.local import Pace
 
 
 class Faults(NamedTuple):
@@ -56,6 +57,23 @@ def simulate(
         return tuple(float((factors or {}).get(k, 1.0)) for k in range(replicas))
 
     return Faults(row("speed", speed), row("rate", rate), row("sent", sent))
+
+
+def check_replicas(faults: Faults | None, replicas: int) -> None:
+    """Raises SettingsError if the faults are not those of K replicas."""
+    if faults is not None and len(faults.speed) != replicas:
+        raise SettingsError(f"faults= are of {len(faults.speed)} replicas, there are {replicas}")
+
+
+def slow_down(faults: Faults | None, pace: Pace, longest: int) -> Pace:
+    """The pace [K] of replicas with these faults, in a round of `longest` steps or as many as `pace` has."""
+    steps, rate = pace
+    if faults is not None and set(faults.speed) != {1.0}:
+        taken = jnp.asarray(faults.speed, jnp.float32) * jnp.float32(longest if steps is None else steps)
+        steps = jnp.maximum(jnp.round(taken), 1).astype(jnp.int32)
+    if faults is not None and set(faults.rate) != {1.0}:
+        rate = jnp.asarray(faults.rate, jnp.float32) * jnp.float32(1 if rate is None else rate)
+    return Pace(steps, rate)
 
 
 def distort(faults: Faults | None, stacked: PyTree, before: PyTree) -> PyTree:

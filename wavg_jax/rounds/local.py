@@ -23,7 +23,7 @@ class Pace(NamedTuple):
     """How many local steps the replicas take in a round, and how large. Numbers may change without recompiling.
 
     Attributes:
-      steps: local steps, int32, a scalar for all or [K], at most H; None takes all H, a length the compiler knows.
+      steps: local steps from 0 to H, int32, a scalar for all or [K]; None takes all H, a length the compiler knows.
       rate: multiplies the updates of the inner optimizer, float32, a scalar or [K]; None leaves them.
     """
 
@@ -63,7 +63,8 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
         return Replicas(optax.apply_updates(replica.params, updates), opt_state, mutable, rng), loss
 
     def run(replica: Replicas, items: PyTree, shared: PyTree, pace: Pace = EVERY_STEP) -> tuple[Replicas, jax.Array]:
-        steps = jax.tree.leaves(items)[0].shape[0] if pace.steps is None else pace.steps
+        longest = jax.tree.leaves(items)[0].shape[0]
+        steps = longest if pace.steps is None else jnp.clip(pace.steps, 0, longest)
 
         def body(i: jax.Array, carry: tuple[Replicas, jax.Array]) -> tuple[Replicas, jax.Array]:
             replica, total = carry
@@ -73,7 +74,7 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
         # With the number of steps as an argument, H changes without recompiling. Mapped over different numbers, the
         # loop runs to the largest and freezes the replicas that are done.
         replica, total = jax.lax.fori_loop(0, steps, body, (replica, jnp.float32(0)))
-        return replica, total / jnp.asarray(steps, jnp.float32)
+        return replica, total / jnp.maximum(jnp.asarray(steps, jnp.float32), 1)
 
     return run
 
@@ -100,8 +101,10 @@ def train(
       The replicas after their local steps, and their mean training losses [K].
     """
     # A number common to all stays out of the mapping, so that a loop of one length needs no masking.
-    own = {name: x for name, x in pace._asdict().items() if x is not None and x.ndim}
-    common = {name: x for name, x in pace._asdict().items() if x is not None and not x.ndim}
+    dtypes = {"steps": jnp.int32, "rate": jnp.float32}
+    given = {name: jnp.asarray(x, dtypes[name]) for name, x in pace._asdict().items() if x is not None}
+    own = {name: x for name, x in given.items() if x.ndim}
+    common = {name: x for name, x in given.items() if not x.ndim}
 
     def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
         replica, items, own = item
@@ -118,5 +121,6 @@ def longest(batches: PyTree) -> int:
 
 def steps_taken(batches: PyTree, pace: Pace) -> jax.Array:
     """The local steps that each replica takes: int32 [K]."""
-    replicas = jax.tree.leaves(batches)[0].shape[0]
-    return jnp.broadcast_to(jnp.int32(longest(batches)) if pace.steps is None else pace.steps, (replicas,))
+    replicas, most = jax.tree.leaves(batches)[0].shape[0], jnp.int32(longest(batches))
+    taken = most if pace.steps is None else jnp.clip(jnp.asarray(pace.steps, jnp.int32), 0, most)
+    return jnp.broadcast_to(taken, (replicas,))

@@ -1,7 +1,7 @@
 """One round as a pure function: train, score, blend, carry over."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +9,26 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, instance
+from wavg_jax.arguments import (
+    FUNCTION,
+    NONE,
+    OPTIMIZER,
+    as_whole,
+    check_all,
+    check_fields,
+    either,
+    has,
+    instance,
+    shown,
+)
 from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
-from wavg_jax.devices.placement import Placement, single
+from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.rounds import keys, local, score, sync
-from wavg_jax.rounds.faults import Faults, distort
+from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
 from wavg_jax.rounds.reestimation import reestimate
-from wavg_jax.rounds.score import Forward, Scoring
-from wavg_jax.rounds.sync import REESTIMATED, AtSync, Trained
+from wavg_jax.rounds.score import SCORING, Forward, Scoring
+from wavg_jax.rounds.sync import AT_SYNC, REESTIMATED, AtSync, Trained
 from wavg_jax.weighting.scores import effective_replicas, per_replica
 
 
@@ -116,7 +127,7 @@ def make_rounds(
     >>> state.params["w"].shape, log.weights.shape, int(state.round)
     ((2,), (4,), 1)
     """
-    check_all(_ARGUMENTS, locals())
+    _check_arguments(locals())
     where = single() if placement is None else placement
     steps = local.local_steps(task, inner, fetch)
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
@@ -124,6 +135,7 @@ def make_rounds(
     rerun = reestimate(task, fetch)
 
     def init(rng: jax.Array, replicas: int) -> TrainState:
+        check_spread(as_whole("replicas", replicas, 1), len(where.devices))
         params, mutable = task.init(keys.roots(rng).init)
         return place_state(where, initial_state(params, mutable, rng, replicas, averager, inner, at_sync.smoothing))
 
@@ -136,8 +148,10 @@ def make_rounds(
         pace: Pace = EVERY_STEP,
         sizes: jax.Array | None = None,
     ) -> tuple[TrainState, RoundLog]:
-        check_step(state, batches, held_out, averager)
+        check_state(state, faults, at_sync)
+        check_data(state, batches, held_out, averager.needs, Batch if fetch is local.as_is else object)
         # Train.
+        pace = slow_down(faults, pace, local.longest(batches))
         after, train_loss = local.train(steps, where.map, state.replicas, batches, shared, pace)
         taken = local.steps_taken(batches, pace)
         sent = after._replace(params=distort(faults, after.params, state.replicas.params))
@@ -289,24 +303,51 @@ def initial_state(
         ),
         averager=averager.init(params, replicas),
         round=jnp.zeros((), jnp.int32),
-        smoothed=None if smoothing is None else Smoothed(params, mutable, smoothing.init(params)),
+        smoothed=None if smoothing is None else _unsmoothed(params, mutable, smoothing),
     )
 
 
-def check_step(state: TrainState, batches: PyTree, held_out: Batch | None, averager: Averager) -> None:
-    """Raises SettingsError unless every leaf of the batches is [K, H, ...], and held-out data are there if needed."""
-    k = tree.count_replicas(state.replicas.params)
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(batches)]
-    if not shapes:
-        raise SettingsError("batches= holds no arrays; give a Batch with leaves [K, H, B, ...]")
+def _unsmoothed(params: PyTree, mutable: PyTree, smoothing: optax.GradientTransformation) -> Smoothed:
+    copies = jax.tree.map(jnp.copy, (params, mutable))  # so that the state can be donated
+    return Smoothed(copies[0], copies[1], smoothing.init(params))
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    check_all(_ARGUMENTS, given)
+    check_fields(given["scoring"], SCORING)
+    check_fields(given["at_sync"], AT_SYNC)
+
+
+def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs: Iterable[str], kind: type) -> None:
+    """Checks what a step reads.
+
+    Raises:
+      SettingsError: the batches are not of this `kind`, or a leaf is not [K, H, ...]; or the held-out data are no whole
+        `Batch`, or missing where the weighting reads them.
+    """
+    k, shapes = tree.count_replicas(state.replicas.params), [jnp.shape(x) for x in jax.tree.leaves(batches)]
+    if not isinstance(batches, kind) or not shapes:
+        raise SettingsError(f"batches= is {shown(batches)}; give a wavg_jax.Batch with leaves [K, H, B, ...]")
     for shape in shapes:
         if len(shape) < 2 or shape[:2] != (k, shapes[0][1]):
             raise SettingsError(
                 f"batches= has a leaf of shape {shape}; with {k} replicas every leaf must be [{k}, H, ...], H batches "
                 "for each replica"
             )
-    if held_out is None and score.reads_heldout(averager.needs):
-        raise SettingsError("the weighting scores held-out data and there is none: give held_out=Batch(x, y)")
+    if held_out is None:
+        if score.reads_heldout(needs):
+            raise SettingsError("the weighting scores held-out data and there is none: give held_out=Batch(x, y)")
+    elif not isinstance(held_out, Batch) or not len(held_out.y) or len(held_out.x) != len(held_out.y):
+        raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")
+
+
+def check_state(state: TrainState, faults: Faults | None, at_sync: AtSync) -> None:
+    """Raises SettingsError if the state was not made for these faults and this smoothing."""
+    check_replicas(faults, tree.count_replicas(state.replicas.params))
+    if (state.smoothed is None) != (at_sync.smoothing is None):
+        raise SettingsError(
+            "the state was made by rounds that differ in AtSync(smoothing=); make it with these rounds' init"
+        )
 
 
 def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
+from wavg_jax.arguments import FLOATING, NONE, either, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import Batch, PyTree, Replicas, SettingsError, Sums, Task
 from wavg_jax.rounds import keys
@@ -49,13 +50,22 @@ class Scoring(NamedTuple):
       dtype: dtype of the scoring passes, such as `jnp.bfloat16`; None keeps that of the parameters. A network that
         fixes its compute dtype, as `wavg_jax.models.MLP` does, computes in that and saves nothing.
       chunk: samples per forward pass, which bounds the memory of scoring and testing.
-      test_every: rounds between evaluations on the test split; `fit` always evaluates the last round.
+      test_every: rounds between evaluations on the test split, in `fit`, which always evaluates the last round.
     """
 
     samples: int | None = None
     dtype: Any = None
     chunk: int = 1000
     test_every: int = 1
+
+
+SCORING = {
+    "samples": either(NONE, whole(1)),
+    "dtype": either(NONE, FLOATING),
+    "chunk": whole(1),
+    "test_every": whole(1),
+}
+"""What the fields of `Scoring` must be."""
 
 
 def as_stored(x: jax.Array) -> jax.Array:
@@ -105,7 +115,8 @@ def check_measurable(needs: Iterable[str], metrics: Sequence[str]) -> None:
 
 
 def window(held_out: Batch | None, round: jax.Array, samples: int | None) -> Batch | None:
-    """Takes the samples that a round scores: as many as asked for, from where the last round stopped, wrapping around.
+    """Takes the samples that a round scores, another window in each: after the last one, which wraps around to have as
+    many samples as the others, the first comes again.
 
     Args:
       held_out: [N, ...], or None.
@@ -163,8 +174,14 @@ def metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -
 
 
 def scalar_metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> dict[str, jax.Array]:
-    """The metrics that are scalars, which weightings may ask for."""
+    """The metrics that are scalars, which weightings may ask for.
+
+    Raises:
+      SettingsError: while tracing, if a metric has the name of another signal.
+    """
     found = metrics(forward, params, mutable, samples)
+    if taken := sorted(set(found) & set(_NO_METRICS)):
+        raise SettingsError(f"the task's metric {taken[0]!r} has the name of a signal; rename it in Task.measure")
     return {name: value for name, value in found.items() if not jnp.ndim(value)}
 
 
@@ -241,13 +258,15 @@ def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch],
         for pass_, provides in ((_gradient_norms, GRADIENTS), (_diagonal_fisher, ("fisher",)))
         if needs.intersection(provides)
     ]
-    if needs - set(_NO_METRICS):
+    asked = needs - set(_NO_METRICS)
+    if asked:
         passes.append(scalar_metrics)
 
     def signals(network: PyTree, held_out: Batch) -> dict[str, PyTree]:
         measured: dict[str, PyTree] = {}
         for pass_ in passes:
             measured |= pass_(forward, *network, held_out)
+        check_measurable(asked, [name for name in measured if name not in _NO_METRICS])
         return {name: value for name, value in measured.items() if name in needs}
 
     return signals

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
+from wavg_jax.arguments import NONE, OPTIMIZER, either, takes
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Smoothed, Task
 from wavg_jax.rounds import keys, policy
@@ -31,6 +32,11 @@ class AtSync(NamedTuple):
     opt_state: policy.Policy = policy.keep
     stats: policy.Policy = policy.average
     smoothing: optax.GradientTransformation | None = None
+
+
+_POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
+AT_SYNC = {"opt_state": _POLICY, "stats": _POLICY, "smoothing": either(NONE, OPTIMIZER)}
+"""What the fields of `AtSync` must be."""
 
 
 def mean_over_living(reduce: Over, stacked: PyTree, weights: jax.Array, otherwise: PyTree) -> PyTree:

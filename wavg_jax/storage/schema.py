@@ -164,6 +164,12 @@ def run_row(
     }
 
 
+ROUND_ENTRIES = (
+    *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
+    *("effective_replicas", "alive", "scores", "stopped_early"),
+)
+
+
 def round_row(
     *,
     number: int,
@@ -205,15 +211,13 @@ def quality_row(*, scalars: Iterable[str], measured: Mapping[str, np.ndarray] | 
       measured: every metric; None if the round was not evaluated, which leaves the scalars null.
       last: whether this is the run's last round, which keeps the arrays too.
 
-    >>> quality_row(scalars=["loss"], measured={"loss": np.float32(0.1), "confusion": np.eye(2)}, last=False)
+    >>> quality_row(scalars=["loss"], measured={"loss": np.float32(0.1), "confusion": np.eye(2, dtype=int)}, last=False)
     {'test_loss': 0.1}
-    >>> quality_row(scalars=["loss"], measured=None, last=True)
-    {'test_loss': None}
     """
     scalars = tuple(scalars)
     row: Row = {f"test_{name}": None if measured is None else float(f"{measured[name]:.7g}") for name in scalars}
     arrays = {} if measured is None or not last else {name: x for name, x in measured.items() if name not in scalars}
-    return row | {name: np.rint(x).astype(int) for name, x in arrays.items()}
+    return row | {name: x if x.dtype.kind in "iub" else x.astype(np.float64) for name, x in arrays.items()}
 
 
 def matrix_row(
@@ -323,10 +327,8 @@ def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, repli
     for row in rounds:
         for name in ("weights", "alive") if replicas is not None else ():
             if len(row[name]) != replicas:
-                raise DataError(
-                    f"run {run!r}, round {row['round']}: {len(row[name])} {name} for {replicas} replicas; restore the "
-                    "row from a copy, or train again"
-                )
+                what = f"run {run!r}, round {row['round']}: {len(row[name])} {name} for {replicas} replicas"
+                raise DataError(f"{what}; restore the row from a copy, or train again")
 
 
 FIXED = (

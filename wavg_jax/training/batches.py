@@ -10,8 +10,7 @@ import numpy as np
 
 from wavg_jax.base import Batch, PyTree, SettingsError
 from wavg_jax.data import ShardedData, round_indices
-from wavg_jax.devices.placement import Placement, has_room, put
-from wavg_jax.rounds.faults import Faults
+from wavg_jax.devices.placement import has_room, put
 from wavg_jax.rounds.local import Pace
 from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.training.recipe import Recipe
@@ -37,7 +36,7 @@ class Work(NamedTuple):
     Attributes:
       items: indices [K, H, B] int32 into the training split, or, if that is streamed, the samples as stored: a `Batch`
         with leaves [K, H, B, ...]. H is that of the longest round.
-      pace: how many of the H steps each replica takes, and how large.
+      pace: how many of the H steps to take.
     """
 
     items: jax.Array | Batch
@@ -100,7 +99,7 @@ def make_work(
     """Puts one round's batches on the devices; see `wavg_jax.data.round_indices`.
 
     Args:
-      recipe: where the replicas live, and how fast each is.
+      recipe: where the replicas live.
       data: the shards.
       seed, first_step, batch_size: of the batches.
       longest: H of the longest round; a shorter round is padded with its last batch.
@@ -110,22 +109,9 @@ def make_work(
     indices = round_indices(data.shards, seed=seed, first_step=first_step, local_steps=taken, batch_size=batch_size)
     indices = np.pad(indices, ((0, 0), (0, longest - taken), (0, 0)), mode="edge")
     items: Any = indices if recipe.resident else Batch(data.train.x[indices], as_targets(data.train.y[indices]))
-    return Work(put(items, recipe.placement.stacked), _pace(recipe.faults, recipe.placement, steps, taken))
-
-
-def _pace(faults: Faults | None, placement: Placement, steps: int | None, taken: int) -> Pace:
-    """The pace of a round of `taken` steps; numbers that never change are None, so that the compiler knows them."""
-    count: Any = None if steps is None else np.int32(steps)
-    rate = None
-    if faults is not None and set(faults.speed) != {1.0}:
-        count = np.maximum(np.round(np.array(faults.speed) * taken), 1).astype(np.int32)
-    if faults is not None and set(faults.rate) != {1.0}:
-        rate = np.array(faults.rate, np.float32)
-
-    def on_devices(x: Any) -> Any:
-        return None if x is None else put(x, placement.stacked if np.ndim(x) else placement.shared)
-
-    return Pace(on_devices(count), on_devices(rate))
+    # H is an argument only where it changes, so that the compiler knows it otherwise.
+    given = None if steps is None else put(np.int32(steps), recipe.placement.shared)
+    return Work(put(items, recipe.placement.stacked), Pace(given))
 
 
 Make = Callable[[int, int], Work]

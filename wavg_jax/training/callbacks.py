@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from wavg_jax.arguments import FUNCTION, as_whole, check
@@ -40,12 +41,14 @@ def with_state(call: Callable[[Row, TrainState], Any], *, every: int = 1) -> Wit
     return WithState(call, as_whole("with_state: every", every, 1))
 
 
-def as_callbacks(given: Callback | Sequence[Callback]) -> tuple[Callback, ...]:
+def as_callbacks(given: Callback | Sequence[Callback] | None) -> tuple[Callback, ...]:
     """One callback or several, as a tuple.
 
     Raises:
       SettingsError: one is neither a function nor made by `with_state`.
     """
+    if given is None:
+        return ()
     several = given if isinstance(given, Sequence) and not isinstance(given, WithState | str) else (given,)
     for callback in several:
         if not isinstance(callback, WithState):
@@ -58,8 +61,13 @@ def ends(callbacks: Sequence[Callback], row: Row, state: TrainState) -> bool:
     answers = []
     for callback in callbacks:
         if not isinstance(callback, WithState):
-            answers.append(callback(row))
+            answers.append(callback(dict(row)))
         elif row["round"] % callback.every == 0:
-            answers.append(callback.call(row, state))
-    # Only True itself: a callback such as list.append or file.write returns something too.
-    return any(isinstance(answer, bool | np.bool_) and bool(answer) for answer in answers)
+            answers.append(callback.call(dict(row), state))
+    return any(_is_true(answer) for answer in answers)
+
+
+def _is_true(answer: Any) -> bool:
+    """Whether an answer is True, or an array that is; file.write and others return something that is not a bool."""
+    of_bool = isinstance(answer, bool | np.bool_) or (isinstance(answer, jax.Array) and answer.dtype == bool)
+    return of_bool and not np.ndim(answer) and bool(answer)

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 from wavg_jax.arguments import (
-    FLOATING,
     FUNCTION,
     JSON,
     MAPPING,
@@ -24,23 +23,23 @@ from wavg_jax.arguments import (
     as_whole,
     check,
     check_all,
+    check_fields,
     each,
     either,
     instance,
-    takes,
     whole,
 )
 from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stopped, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.devices import mapping
 from wavg_jax.rounds import score
-from wavg_jax.rounds.faults import Faults
+from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.round import AVERAGER, TASK
-from wavg_jax.rounds.score import Scoring
-from wavg_jax.rounds.sync import AtSync
+from wavg_jax.rounds.score import SCORING, Scoring
+from wavg_jax.rounds.sync import AT_SYNC, AtSync
 from wavg_jax.storage.journal import open_journal
 from wavg_jax.storage.rows import check_name, check_writable, recorded_run
-from wavg_jax.storage.schema import Row, lost_at_the_end
+from wavg_jax.storage.schema import ROUND_ENTRIES, Row, lost_at_the_end
 from wavg_jax.training import automap, liveness, loop
 from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
@@ -85,7 +84,6 @@ class Result(NamedTuple):
     stopped: bool = False
 
 
-_POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
 _ARGUMENTS = {
     "task": TASK,
     "data": instance(ShardedData, "sharded data: wavg_jax.data.shard makes them of a data set"),
@@ -104,15 +102,11 @@ _ARGUMENTS = {
     "store": instance(Store, "a wavg_jax.Store"),
     "progress": either(YES_OR_NO, FUNCTION),
 }
+_DEVICES = each(instance(jax.Device, "a jax.Device"), "a number of devices, or the devices themselves", least=1)
 _GROUPED: dict[str, dict[str, Rule]] = {
-    "scoring": {
-        "samples": either(NONE, whole(1)),
-        "dtype": either(NONE, FLOATING),
-        "chunk": whole(1),
-        "test_every": whole(1),
-    },
-    "at_sync": {"opt_state": _POLICY, "stats": _POLICY, "smoothing": either(NONE, OPTIMIZER)},
-    "layout": {"devices": either(NONE, whole(1)), "resident": either(NONE, YES_OR_NO)},
+    "scoring": SCORING,
+    "at_sync": AT_SYNC,
+    "layout": {"devices": either(NONE, whole(1), _DEVICES), "resident": either(NONE, YES_OR_NO)},
     "store": {
         "name": TEXT,
         "checkpoint_every": whole(1),
@@ -167,7 +161,8 @@ def fit(
         compared, so put them in `Store(settings=...)`.
       store: the run's name, and what it writes.
       on_round: one callback or several, called after every round: `f(row)`, or one made by `wavg_jax.with_state`. If
-        one returns True, the run ends after that round, as a whole run does.
+        one returns True, the run is complete after that round: its last row has `stopped_early`, and `resume` returns
+        it as it is. With callbacks the next round waits for them.
       progress: True shows a progress bar if rich is installed, False none; a function is called with one line of text
         after every round.
 
@@ -216,8 +211,7 @@ def fit(
 def _check_arguments(given: Mapping[str, Any]) -> None:
     check_all(_ARGUMENTS, given)
     for group, rules in _GROUPED.items():
-        for name, rule in rules.items():
-            check(f"{type(given[group]).__name__}: {name}", getattr(given[group], name), rule)
+        check_fields(given[group], rules)
     mapping.check(given["layout"].replica_map, "auto")
     check_name(given["store"].name)
 
@@ -271,8 +265,7 @@ _MANY = 256
 
 def _check(plan: Plan, recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
     """Refuses what cannot work before anything is compiled, and returns the names of the task's scalar metrics."""
-    if recipe.faults is not None and len(recipe.faults.speed) != len(data.shards):
-        raise SettingsError(f"faults= are of {len(recipe.faults.speed)} replicas, there are {len(data.shards)}")
+    check_replicas(recipe.faults, len(data.shards))
     check_room(recipe, data, plan.schedule.longest, plan.batch_size)
     if len(data.shards) > _MANY:
         warnings.warn(
@@ -294,12 +287,20 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
 
     def trace(rng: jax.Array, one: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         network, x = recipe.task.init(rng), recipe.prepare(one.x)
-        return recipe.task.predict(*network, x), score.scalar_metrics(forward_of(recipe), *network, one)
+        score.scalar_metrics(forward_of(recipe), *network, one)  # its errors
+        return recipe.task.predict(*network, x), score.metrics(forward_of(recipe), *network, one)
 
     logits, metrics = jax.eval_shape(trace, jax.random.key(0), one)
-    if data.classes is not None and logits.shape[-1:] != (data.classes,):
+    arrays = [name for name, x in metrics.items() if x.ndim]
+    if taken := sorted(set(arrays) & set(ROUND_ENTRIES)):
         raise SettingsError(
-            f"the network outputs {logits.shape[1:]} for a sample, the data have {data.classes} classes; make "
+            f"the task's metric {taken[0]!r} has the name of an entry of rows; rename it in Task.measure"
+        )
+    # Hand-made tasks may predict anything; what has one more axis than its labels are logits over the classes.
+    shape: tuple[int, ...] = getattr(logits, "shape", ())
+    if data.classes is not None and shape[:-1] == one.y.shape and shape[-1] != data.classes:
+        raise SettingsError(
+            f"the network outputs {shape[1:]} for a sample, the data have {data.classes} classes; make "
             "them equal (the data set takes classes=)"
         )
-    return tuple(metrics)
+    return tuple(name for name in metrics if name not in arrays)

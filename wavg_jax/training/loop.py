@@ -114,6 +114,8 @@ def train(
     """
     plan = run.plan
     done = int(state.round)
+    if done and journal.rows()[-1].get("stopped_early"):  # a run that a callback ended is complete
+        return state, None
     books = _Books(run, journal, show, done)
     given = sum(row["local_steps"] for row in journal.rows()[1:])
     waits = plan.schedule.varies or bool(callbacks)
@@ -135,13 +137,15 @@ def train(
             if due or books.lost or waits or run.evaluates(number) or stopped():
                 books.close(pending, state)
                 pending = None
+            if due:  # before a callback, which may raise
+                journal.save(state)
             early = ends(callbacks, journal.rows()[-1], state)
             # Asked once: a request that comes later must find the next round's checkpoint.
             stop = pending is None and number < plan.rounds and stopped()
             over = books.lost >= PATIENCE
             if early and number < plan.rounds:
                 books.end_early(state)
-            if due or stop or over or early:
+            if (stop or over or early) and not due:
                 journal.save(state)
             if over or early:
                 break
