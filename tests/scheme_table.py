@@ -28,12 +28,14 @@ class Row(NamedTuple):
       floors: every living replica gets some weight, also one whose score is of no use.
       falls_back: what it falls back to when no score is usable is not equal weights.
       ordered: replicas that tie are tried in the order of their numbers.
+      fewest: the fewest replicas that `init` accepts.
     """
 
     make: Callable[[], Weighting]
     floors: bool = False
     falls_back: bool = False
     ordered: bool = False
+    fewest: int = 1
 
 
 TABLE = {
@@ -60,12 +62,12 @@ TABLE = {
     "learned": Row(lambda: search.learned(scores.softmax("loss", 0.2), steps=3)),
     "learned/carry": Row(lambda: search.learned(steps=3, carry=True), floors=True),
     "best_of": Row(lambda: search.best_of(scores.best("ece"), wrappers.momentum(scores.softmax("loss", 0.2), 0.9))),
-    "best_of/mixed": Row(lambda: search.best_of(scores.fisher_merging(), robust.krum(1), signal="accuracy")),
+    "best_of/mixed": Row(lambda: search.best_of(scores.fisher_merging(), robust.krum(1), signal="accuracy"), fewest=4),
     "coordinate_median": Row(robust.coordinate_median),
-    "trimmed_mean": Row(lambda: robust.trimmed_mean(1)),
+    "trimmed_mean": Row(lambda: robust.trimmed_mean(1), fewest=3),
     "geometric_median": Row(robust.geometric_median),
-    "krum": Row(lambda: robust.krum(1)),
-    "multi_krum": Row(lambda: robust.multi_krum(1, keep=3)),
+    "krum": Row(lambda: robust.krum(1), fewest=4),
+    "multi_krum": Row(lambda: robust.multi_krum(1, keep=3), fewest=4),
 }
 
 every_scheme = pytest.mark.parametrize("name", TABLE)

@@ -1,5 +1,4 @@
-"""What is handed in is checked, by its structure, shapes and dtypes alone: while a function is traced, so that the
-compiled program pays nothing for it."""
+"""Checks of inputs by structure, shape and dtype alone, at trace time: the compiled program pays nothing for them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

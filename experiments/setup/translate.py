@@ -11,6 +11,7 @@ FLAGS = {
     "opt_state": "opt_state_at_sync",
     "stats": "stats_at_sync",
     "name_or_path": "dataset",
+    "trim": "byzantine",
 }
 """Argument -> flag, where their names differ; every other argument goes by its own name."""
 _VALUES = {"resident=True": "feed=resident", "resident=False": "feed=stream", "resume=True": "resume"}

@@ -200,7 +200,7 @@ def test_permuting_the_replicas_changes_no_blend(order, seed):
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     stacked, params = trees(5), wavg.replica(trees(1, seed=9), 0)
     stacked["bias"] = stacked["bias"].at[3, 2].set(jnp.nan)
-    index = np.array([0, 4])
+    index = np.array([0, 1, 2, 4]) if name == "krum" else np.array([0, 4])  # Krum's fewest for one broken replica
     new, _, weights = run(name, stacked, params, np.isin(np.arange(5), index))
     alone, _, kept = run(name, {n: x[index] for n, x in stacked.items()}, params)
     jax.tree.map(np.testing.assert_array_equal, new, alone)
@@ -271,3 +271,31 @@ def test_clipping_over_devices_gives_the_same_numbers():
 def test_bad_arguments_are_refused(make, says):
     with pytest.raises(wavg.SettingsError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "replicas", "says"),
+    [
+        (
+            robust.krum(2),
+            4,
+            "byzantine=2 is too large for replicas=4: byzantine= must be 0 to 1, .*at least 5 replicas",
+        ),
+        (robust.krum(4), 4, "byzantine=4 .*0 to 1, .*at least 7"),
+        (robust.multi_krum(1, keep=2), 3, "byzantine=1 .*byzantine= must be 0, .*at least 4"),
+        (robust.krum(1), 1, "byzantine=1 .*byzantine= must be 0, .*at least 4"),
+        (robust.trimmed_mean(2), 4, "trim=2 is too large for replicas=4: trim= must be 0 to 1, .*at least 5 replicas"),
+        (robust.trimmed_mean(1), 2, "trim=1 .*trim= must be 0, .*at least 3"),
+        (wavg.momentum(robust.trimmed_mean(9), 0.5), 8, "trim=9 .*0 to 3, .*at least 19"),
+    ],
+)
+def test_more_broken_replicas_than_a_rule_can_tolerate_are_refused_at_init(rule, replicas, says):
+    for init in (rule.init, wavg.averager(rule).init):
+        with pytest.raises(wavg.SettingsError, match=says):
+            init({"w": jnp.zeros(2)}, replicas)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
+def test_the_most_broken_replicas_that_a_rule_allows_are_accepted(replicas):
+    for rule in (robust.krum(max(replicas - 3, 0)), robust.trimmed_mean((replicas - 1) // 2)):
+        assert wavg.averager(rule).init({"w": jnp.zeros(2)}, replicas).weighting == ()

@@ -204,6 +204,7 @@ shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (1, 2, 2)]), min_size
 @settings(max_examples=8)
 @given(st.sampled_from(sorted(TABLE)), shapes, st.integers(1, 4), st.integers(0, 10**6))
 def test_any_tree_and_any_number_of_replicas(name, shapes, replicas, seed):
+    replicas = max(replicas, TABLE[name].fewest)
     rng = np.random.default_rng(seed)
     stacked = {f"layer{i}": {"w": rng.normal(size=(replicas, *s)).astype(np.float32)} for i, s in enumerate(shapes)}
     params = jax.device_put(tree.replica(stacked, 0))

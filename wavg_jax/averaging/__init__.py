@@ -1,7 +1,7 @@
-"""The averager: one reduction over the replica axis, an optional outer optimizer, and what replicas restart from.
+"""The averager: one reduction over the replica axis, an optional outer optimizer, and how replicas restart.
 
-A weighting says how much each replica counts; `averager(w, outer=..., pull=..., reduce=..., transform=...)` takes
-the rest:
+A weighting sets how much each replica counts; `averager(w, outer=..., pull=..., reduce=..., transform=...)` sets the
+rest:
 
     outer optimizer                     outer.nesterov()                         DiLoCo 2023
                                         outer.bmuf(0.9)                          Chen and Huo 2016
@@ -9,11 +9,11 @@ the rest:
                                         outer.fedavgm()                          Hsu et al. 2019
                                         outer.fedadam()                          Reddi et al. 2021
                                         any optax optimizer
-    one round late, so that a whole     outer.delayed(optax.sgd(1.0))            CO2 2024
-      round hides the exchange
-    replicas kept apart and pulled      pull=0.1                                 PAPA 2023, LSGD 2019
-      to the centre                     pull=pull.toward_old(a), outer=optax.sgd(K * a)
+    one round late, to hide the         outer.delayed(optax.sgd(1.0))            CO2 2024
+      exchange behind a round
+    replicas kept apart, pulled         pull=0.1                                 PAPA 2023, LSGD 2019
+      toward the centre                 pull=pull.toward_old(a), outer=optax.sgd(K * a)
                                                                                  EASGD 2015
-    direction and magnitude apart       reduce=norm_preserving                   Salimans and Kingma 2016
+    separate direction and magnitude    reduce=norm_preserving                   Salimans and Kingma 2016
     clipped deltas                      transform=robust.clip_deltas()
 """

@@ -16,16 +16,16 @@ from wavg_jax.averaging.reduce import Reduction, weighted_mean
 from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
 
 Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
-"""`(stacked, params, alive) -> stacked`: what becomes of the replicas' parameters on their way to the blend."""
+"""`(stacked, params, alive) -> stacked`: changes the replicas' parameters before weighting and blend."""
 
 
 class AveragerState(NamedTuple):
     """State of the weighting and of the outer optimizer.
 
     Attributes:
-      weighting: the weighting's.
-      outer: the outer optimizer's; None without one.
-      masters: with an outer optimizer, the global parameters that are stored in less than float32, in float32, so that
+      weighting: the weighting's state.
+      outer: the outer optimizer's state; None without one.
+      masters: with an outer optimizer, float32 copies of the global parameters stored in less than float32, so that
         small steps add up; None in place of every other leaf.
     """
 
@@ -35,7 +35,7 @@ class AveragerState(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """What an averager is put together from: the arguments of `averager`."""
+    """The arguments of `averager`."""
 
     weighting: Weighting
     outer: optax.GradientTransformation | None
@@ -44,7 +44,7 @@ class _Parts(NamedTuple):
 
 
 def _masters(params: PyTree) -> PyTree:
-    """Copies of the leaves that are narrower than what they are updated in; None in place of the others."""
+    """Copies the leaves narrower than their accumulator dtype into that dtype; None in place of the others."""
 
     def leaf(x: jax.Array) -> jax.Array | None:
         wide = tree.accumulator_dtype(x.dtype)
@@ -54,11 +54,13 @@ def _masters(params: PyTree) -> PyTree:
 
 
 def _current(masters: PyTree, params: PyTree) -> PyTree:
-    """The global parameters in their accumulator dtypes: the masters, or `params` where these are not the masters cast,
-    which the caller has changed."""
+    """The global parameters in their accumulator dtypes.
+
+    These are the masters, or `params` where the caller has changed them, so that they no longer equal the masters cast.
+    """
 
     def bits(x: jax.Array) -> jax.Array:
-        # As bits: XLA may leave out a cast to bfloat16 and back, with which numbers would be compared.
+        # Compare bits: XLA may drop a cast to bfloat16 and back, so numbers would compare as if never rounded.
         return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
     def leaf(p: jax.Array, master: jax.Array | None) -> jax.Array:
@@ -75,7 +77,7 @@ def _as_is(function: Callable) -> Callable:
 
 
 def _given(alive: jax.Array | None, check_finite: bool, replicas: int) -> jax.Array:
-    """The mask of the caller, or all replicas; bool [K]."""
+    """The caller's mask, or all True; bool [K]."""
     if alive is not None:
         return checks.mask(alive, replicas)
     if not check_finite:
@@ -84,12 +86,12 @@ def _given(alive: jax.Array | None, check_finite: bool, replicas: int) -> jax.Ar
 
 
 def _living(stacked: PyTree, alive: jax.Array, check_finite: bool) -> jax.Array:
-    """The replicas that count: those `alive` and, unless the caller has tested it, with finite parameters; bool [K]."""
+    """Which replicas count: the `alive` ones and, unless the caller has tested it, only finite ones; bool [K]."""
     return alive & tree.all_finite(stacked) if check_finite else alive
 
 
 def _pulled(pull: Pull, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """One leaf of all replicas [K, ...] after the pull, which computes in the accumulator dtype."""
+    """Pulls one leaf of all replicas [K, ...], computing in the accumulator dtype."""
     wide = tree.accumulator_dtype(x.dtype)
     moved = pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None])
     checks.broadcasts("pull(...)", moved, x.shape, "a pull returns the replica it is given, moved")
@@ -105,7 +107,7 @@ def _restart(
     alive: jax.Array | None = None,
     check_finite: bool = True,
 ) -> PyTree:
-    """`Averager.restart`; `pull` is None where every replica is replaced."""
+    """`Averager.restart`; a `pull` of None replaces every replica."""
     checks.alike("old", old, "new", new, "give the global parameters before and after the update")
     replicas = checks.stacked(stacked, new, of="new")
     alive = _given(alive, check_finite, replicas)
@@ -123,8 +125,8 @@ def _check_state(parts: _Parts, state: PyTree, params: PyTree, replicas: int) ->
 
 
 def _masked(stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
-    """The replicas, the dead ones replaced by `params`."""
-    # A search differentiates through the blend, where a weight of 0 times NaN would be NaN.
+    """Replaces dead replicas by `params`."""
+    # Searches differentiate through the blend, where 0 * NaN would be NaN.
     return tree.select_replicas(living, stacked, tree.replicate(params, living.shape[0]))
 
 
@@ -132,12 +134,14 @@ def _transformed(transform: Transform | None, stacked: PyTree, params: PyTree, l
     if transform is None:
         return stacked
     sent = transform(stacked, params, living)
-    checks.alike("transform(...)", sent, "stacked", stacked, "a transform returns what it was given, changed")
+    checks.alike(
+        "transform(...)", sent, "stacked", stacked, "a transform must keep the structure and shapes of stacked"
+    )
     return sent
 
 
 def _checked(reduce: Reduction, params: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
-    """The reduction, refused where it does not return a tree like `params`."""
+    """Wraps the reduction to raise SettingsError unless it returns a tree like `params`."""
 
     def checked(stacked: PyTree, weights: PyTree) -> PyTree:
         blend = reduce(stacked, weights)
@@ -148,20 +152,20 @@ def _checked(reduce: Reduction, params: PyTree) -> Callable[[PyTree, PyTree], Py
 
 
 def _weigh(weighting: Weighting, sent: PyTree, state: PyTree, params: PyTree, **given: Any) -> tuple[PyTree, PyTree]:
-    """What the weighting returns, checked."""
+    """Calls the weighting and checks what it returns."""
     weights, new = checks.pair("weighting.update", weighting.update(sent, state, params, **given), "(weights, state)")
     checks.weights(weights, sent)
-    checks.alike("the weighting's new state", new, "its state", state, "update returns it in the shapes init made")
+    checks.alike("the weighting's new state", new, "its state", state, "update must keep the shapes that init made")
     return weights, new
 
 
 def _step(
     outer: optax.GradientTransformation | None, blend: PyTree, state: AveragerState, params: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """The parameters, the outer optimizer's state and the masters after the blend."""
+    """Steps to the next (parameters, outer optimizer state, masters), given the blend."""
     if outer is None:
         return tree.cast_like(blend, params), state.outer, state.masters
-    # From what the replicas started from: what rounding took off the masters is not a movement of the replicas.
+    # Measured from `params`, where the replicas started: the rounding of the masters is no movement of theirs.
     pseudo_gradient = optax.tree.sub(*tree.as_accumulators((params, blend)))
     current = _current(state.masters, params)
     updates, outer_state = outer.update(pseudo_gradient, state.outer, current)
@@ -171,20 +175,23 @@ def _step(
 
 
 def _sound(params: PyTree, outer: PyTree, before: PyTree) -> jax.Array:
-    """Whether a step gave parameters that are all finite, and made nothing of the outer optimizer's state infinite or
-    NaN that was not so before, as a mask of -inf is. The masters are finite where the parameters, their casts, are."""
-    # `isfinite`, unlike the product of `tree.all_finite`, is fused with what computes the step.
+    """Whether a step gave finite parameters and turned nothing finite in the outer optimizer's state infinite or NaN.
+
+    State that was not finite before, such as a mask of -inf, may stay so. The masters are finite where `params` are,
+    which are their casts.
+    """
+    # XLA fuses `isfinite` with the step itself, unlike the product in `tree.all_finite`.
     finite = [jnp.isfinite(x).all() for x in tree.floats(params)]
     kept = [(jnp.isfinite(x) | ~jnp.isfinite(y)).all() for x, y in zip(*map(tree.floats, (outer, before)), strict=True)]
     return functools.reduce(operator.and_, finite + kept)
 
 
 def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
-    """The blend, computed apart from what is made of it where XLA would otherwise compute it again for every replica.
+    """Computes the blend in a branch of its own where XLA would otherwise recompute it for every replica.
 
-    On CPU it fuses the sum with the copies that restart the replicas; a branch is compiled by itself. What a branch is
-    given is put into memory first, so `blended` should make what it can itself. Not on a GPU, where a condition makes
-    the host wait, nor outside jit, where it would be compiled anew in every call.
+    XLA on CPU fuses the sum into the copies that restart the replicas, but compiles a branch separately. It
+    materializes a branch's operands, so `blended` should compute what it can itself. On a GPU a condition would make
+    the host wait, and outside jit it would recompile in every call; both take the blend directly.
     """
     if not (tree.on_cpu() and isinstance(alive, jax.core.Tracer)):
         return blended()
@@ -250,42 +257,41 @@ def averager(
     pull: float | Pull = 1.0,
     transform: Transform | None = None,
 ) -> Averager:
-    """Builds the averager that turns K replicas into the next global parameters.
+    """Builds the averager, which turns K replicas into the next global parameters.
 
         blend  = sum_k w_k * stacked_k
         params = blend                                           (outer=None)
         params = params + outer.update(params - blend)           (with an outer optimizer)
 
     The pseudo-gradient `params - blend` points uphill as a gradient does (Reddi et al. 2021, "Adaptive federated
-    optimization"), so any optax optimizer can be the outer one, and `optax.sgd(1.0)` is plain averaging.
+    optimization"), so any optax optimizer can be the outer one. `optax.sgd(1.0)` is plain averaging.
 
-    A replica that is not `alive`, or whose parameters are not all finite, has weight 0 in every scheme. If no replica
-    is left, or an outer step makes the parameters or its optimizer's state infinite or NaN, parameters and state stay
-    as they were and all weights are 0. The update is pure and can be jitted.
+    Every scheme gives weight 0 to a replica that is not `alive` or has non-finite parameters. If no replica is left, or
+    the outer step makes the parameters or its own state infinite or NaN, parameters and state stay unchanged and all
+    weights are 0. The update is pure and can be jitted.
 
-    With an outer optimizer, parameters in bfloat16 or float16 are updated in float32: the state holds masters of them,
-    and `params` are the masters cast. The pseudo-gradient is taken from `params`, from which the replicas started.
-    Where the `params` handed in are not the masters cast, having been loaded from elsewhere, say, the step starts from
-    `params`.
+    With an outer optimizer, bfloat16 and float16 parameters are updated in float32: the state holds float32 masters,
+    and `params` are the masters cast. The pseudo-gradient is taken at `params`, where the replicas started. If the
+    caller passes `params` that are not the masters cast, say ones loaded from elsewhere, the step starts from `params`.
 
     Args:
       weighting: how much each replica counts, such as `wavg_jax.softmax("loss", temperature=0.2)`.
       outer: an optax optimizer, such as `wavg_jax.outer.nesterov(0.7, 0.9)` for DiLoCo.
       reduce: the reduction over the replica axis; see `wavg_jax.averaging.reduce.Reduction`.
-      pull: how far `restart` pulls the living replicas toward the new global parameters, 1 meaning that they are
-        replaced, or a function; see `wavg_jax.pull`. Dead ones are always replaced.
+      pull: how far `restart` pulls living replicas toward the new global parameters, or a function; see
+        `wavg_jax.pull`. 1 replaces them. Dead replicas are always replaced.
       transform: `(stacked, params, alive) -> stacked`, applied before weighting and blend, such as
         `wavg_jax.robust.clip_deltas()`.
 
     Returns:
-      An `Averager`. Its `update` takes, beside the signals, `alive` (bool [K]) and `place`, a function that lays the
-      reduction out over several devices, as `devices.placement.Placement.reduce` does. It raises SettingsError if a
-      signal that the weighting needs is not given, or if `stacked`, `state`, `params`, `alive` and the weights do not
-      fit together; shapes are looked at while tracing, so that the compiled update does not pay for it.
+      An `Averager`. Besides the signals, its `update` takes `alive` (bool [K]) and `place`, a function that spreads the
+      reduction over several devices, such as `devices.placement.Placement.reduce`. It raises SettingsError if a signal
+      that the weighting needs is missing, or if `stacked`, `state`, `params`, `alive` and the weights do not fit
+      together. Shapes are checked while tracing, so the compiled update pays nothing for it.
 
     Raises:
-      SettingsError: an argument is not what is said above, or `pull` not between 0 and 1. `init` raises it if a leaf of
-        `params` is not floating-point.
+      SettingsError: an argument is not of the kind above, or `pull` is not between 0 and 1. `init` raises it if a leaf
+        of `params` is not floating-point.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg

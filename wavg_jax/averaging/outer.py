@@ -1,8 +1,8 @@
 """Named outer optimizers: optax transformations of the pseudo-gradient `params - blend`.
 
-Any optax optimizer can be the outer one. `None`, no outer optimizer, takes the blend as it is, as `optax.sgd(1.0)`
-does. Below g is the pseudo-gradient and p the global parameters, kept in float32 where they are stored in less; a
-memory starts at 0.
+Any optax optimizer can be the outer one. `None`, no outer optimizer, takes the blend unchanged, as `optax.sgd(1.0)`
+does. Below, g is the pseudo-gradient and p the global parameters, with float32 masters where they are stored in less;
+every accumulator starts at 0.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from wavg_jax.arguments import OPTIMIZER, RATE, check, number
 from wavg_jax.base import PyTree
 
 _MEMORY = number(0, below=1)
-"""A share of what was before."""
+"""A decay: 0 or more, less than 1."""
 
 
 def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> optax.GradientTransformation:
@@ -29,18 +29,18 @@ def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> optax.Gradien
 def bmuf(momentum: float, block_learning_rate: float = 1.0, *, nesterov: bool = True) -> optax.GradientTransformation:
     """Blockwise model-update filtering (Chen and Huo 2016, doi:10.1109/ICASSP.2016.7472805).
 
-    With G = blend - (what the replicas started from) = -g the paper has
+    With G = blend - (the replicas' start) = -g, the paper updates
 
         D <- momentum D + block_learning_rate G,    W <- W + D,
 
-    and the replicas start from W (classical) or from W + momentum D (Nesterov block momentum). The global parameters
-    here are always what the replicas start from; with them the Nesterov form reads
-    `p <- p - block_learning_rate (g + momentum m)`, `m <- momentum m + g`, which is SGD with Nesterov momentum.
+    and replicas start from W (classical) or from W + momentum D (Nesterov block momentum). Here replicas always start
+    from the global parameters p; in terms of p the Nesterov form is
+    `p <- p - block_learning_rate (g + momentum m)`, `m <- momentum m + g`: SGD with Nesterov momentum.
 
     Args:
-      momentum: block momentum; the paper takes 1 - 1/K, with which a round's mean movement counts K times in the end.
+      momentum: block momentum; the paper uses 1 - 1/K, so that a round's mean movement counts K times in the limit.
       block_learning_rate: 1 in the paper.
-      nesterov: whether the replicas start ahead of the model.
+      nesterov: whether replicas start ahead of the model W.
     """
     check("block_learning_rate", block_learning_rate, RATE)
     check("momentum", momentum, _MEMORY)
@@ -48,9 +48,9 @@ def bmuf(momentum: float, block_learning_rate: float = 1.0, *, nesterov: bool = 
 
 
 def lookahead(alpha: float = 0.5) -> optax.GradientTransformation:
-    """Slow weights that go a part of the way to the blend: `p <- p + alpha (blend - p)`.
+    """Slow weights that move a fraction of the way to the blend: `p <- p + alpha (blend - p)`.
 
-    With K = 1 this is Lookahead itself (Zhang et al. 2019, arXiv:1907.08610), whose k is the number of local steps.
+    With K = 1 this is Lookahead itself (Zhang et al. 2019, arXiv:1907.08610); its k is the number of local steps.
     """
     check("alpha", alpha, RATE)
     return optax.sgd(alpha)
@@ -59,7 +59,7 @@ def lookahead(alpha: float = 0.5) -> optax.GradientTransformation:
 def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> optax.GradientTransformation:
     """FedAvg with server momentum (Hsu, Qi and Brown 2019, arXiv:1909.06335).
 
-    `v <- momentum v + g`, `p <- p - learning_rate v`; the learning rate of the paper is 1.
+    `v <- momentum v + g`, `p <- p - learning_rate v`; the paper's learning rate is 1.
     """
     check("learning_rate", learning_rate, RATE)
     check("momentum", momentum, _MEMORY)
@@ -74,13 +74,12 @@ def fedadam(
     `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `p <- p - learning_rate m' / (sqrt(v') + eps)` with
     `m' = m / (1 - b1^t)` and `v' = v / (1 - b2^t)` in round t.
 
-    The paper's algorithm 2 has no such bias correction, m' = m and v' = v, and starts v at eps^2 or more, so the first
-    rounds differ: where g is far above eps its first step is (1 - b1) / sqrt(1 - b2) times Adam's. The defaults make
-    that 1.
-    `optax.adam` needs JAX's standard promotion of dtypes.
+    The paper's algorithm 2 has no bias correction, m' = m and v' = v, and starts v at eps^2 or more, so the first
+    rounds differ: where g is far above eps, its first step is (1 - b1) / sqrt(1 - b2) times Adam's. With the defaults
+    that factor is 1. `optax.adam` needs JAX's standard dtype promotion.
 
     Args:
-      learning_rate: about the change of a parameter per round.
+      learning_rate: approximate change of a parameter per round.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: the paper's tau, the degree of adaptivity, in units of the pseudo-gradient.
@@ -93,7 +92,7 @@ def fedadam(
 
 
 class DelayedState(NamedTuple):
-    """The pseudo-gradient held back, and the state of the outer optimizer that gets it next round."""
+    """The pseudo-gradient held back until the next round, and the outer optimizer's state."""
 
     held: PyTree
     outer: PyTree
@@ -102,11 +101,11 @@ class DelayedState(NamedTuple):
 def delayed(outer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Applies every pseudo-gradient one round late: `p_{t+1} = p_t + outer.update(g_{t-1})`, with `g_{-1} = 0`.
 
-    What is exchanged after round t is needed only after round t + 1, which leaves the exchange a whole round to
-    complete. This is that arithmetic; the programs of `fit` still finish the exchange within its round, so it hides
-    nothing yet. The first round leaves the parameters as they are. This is the delay of CO2 (Sun et al. 2024,
-    arXiv:2401.16265) without its staleness penalty and momentum clipping. A late pseudo-gradient wants smaller steps:
-    with `optax.sgd(1.0)` the parameters follow a blend that was reached from elsewhere.
+    The blend of round t is needed only after round t + 1, which leaves the exchange a whole round to complete. This
+    function does only the arithmetic; `fit` still finishes the exchange within its round, so it hides no communication
+    yet. The first round leaves the parameters unchanged. This is the delay of CO2 (Sun et al. 2024, arXiv:2401.16265)
+    without its staleness penalty and momentum clipping. Delayed pseudo-gradients need smaller steps: with
+    `optax.sgd(1.0)` the parameters chase a blend reached from a different point.
 
     Args:
       outer: an optax optimizer, such as `nesterov()`.

@@ -14,8 +14,8 @@ from wavg_jax.tree import accumulator_dtype
 class Reduction(Protocol):
     """`reduce(stacked, weights, *, sum_over=None) -> tree`; see `weighted_mean` for the shapes.
 
-    With replicas on several devices it is called on each device's own, and `sum_over` names the mapped axis over which
-    it has to add up, with `jax.lax.psum`, what each has summed.
+    When replicas are spread over several devices, each device calls it on its own replicas, and it must add up the
+    devices' sums with `jax.lax.psum` over the mapped axis `sum_over`.
     """
 
     def __call__(self, stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree: ...
@@ -23,7 +23,7 @@ class Reduction(Protocol):
 
 def _added(total: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
     """`total + w * x`, or `total` where the weight is 0."""
-    # Skipped, not added as 0: the compiler rounds a sum of products by how many there are.
+    # Skip a zero instead of adding it: how XLA rounds a sum of products depends on their number.
     return jnp.where(w != 0, total + w * x, total)
 
 
@@ -35,12 +35,12 @@ def _over_devices(total: jax.Array, sum_over: str | None) -> jax.Array:
 def _sum(w: jax.Array, x: jax.Array) -> jax.Array:
     """`sum_k w_k * x_k` of one leaf [K, ...], with `w` [K] or like `x`, in the leaf's accumulator dtype."""
     dtype = accumulator_dtype(x.dtype)
-    if x.dtype != dtype:  # or a search's loop would keep a wide copy of all K
+    if x.dtype != dtype:  # otherwise a search's loop would keep a wide copy of all K replicas
         w, x = jax.lax.optimization_barrier((w, x))
     w = w.astype(dtype)
-    # Unrolled over K: XLA fuses it into one pass at copy speed, where `(w * x).sum(0)` reaches a thirtieth of it.
-    # w - w is a zero that the compiler cannot see through. After a plain 0 the first two terms are two products, and it
-    # chooses by K which of them it rounds before it adds them.
+    # Unrolled over K: XLA fuses it into one pass at copy speed; `(w * x).sum(0)` runs at a thirtieth of that.
+    # w - w is a zero opaque to XLA. Starting from a literal 0, it would add the first two products directly and choose
+    # by K which of them to round first.
     total = jnp.zeros(x.shape[1:], dtype) + (w[0] - w[0])
     for k in range(x.shape[0]):
         total = _added(total, w[k], x[k].astype(dtype))
@@ -52,7 +52,7 @@ def _sum_forward(w: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array
 
 
 def _sum_backward(operands: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    # Derived, the gradient of the unrolled sum would hold 2 K arrays as large as the blend; this loop holds none.
+    # Autodiff of the unrolled sum would hold 2 K arrays of the blend's size; this loop holds none.
     w, x = operands
 
     def to_weight(one: jax.Array) -> jax.Array:
@@ -73,26 +73,26 @@ def _weighted_sum(w: jax.Array, x: jax.Array, sum_over: str | None) -> jax.Array
 
 
 def _leafwise(leaf: Callable[[jax.Array, jax.Array], jax.Array], stacked: PyTree, weights: PyTree) -> PyTree:
-    """Applies `leaf(weights, stacked)` to every leaf of `stacked`, of which `weights` is a prefix tree."""
+    """Applies `leaf(weights, stacked)` to every leaf of `stacked`; `weights` is a prefix tree."""
     checks.weights(weights, stacked)
     return jax.tree.map(lambda w, sub: jax.tree.map(lambda x: leaf(w, x), sub), weights, stacked)
 
 
 def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
-    """Blends K stacked trees: `sum_k w_k * x_k`, summed in float32 whatever the dtype of the leaves.
+    """Blends K stacked trees: `sum_k w_k * x_k`, accumulated in at least float32.
 
-    A replica whose weight is 0 does not enter the sum at all, so that its NaN or infinity cannot: a dead replica
-    equals a run of the survivors.
+    The sum skips replicas of weight 0, and with them any NaN or infinity: a run with a dead replica equals a run of the
+    survivors.
 
     Args:
       stacked: tree with leaves [K, ...].
-      weights: a prefix tree of `stacked` whose leaves are [K] or [K, ...] like the leaf; they sum to 1 over K.
-      sum_over: name of a mapped axis over which the replicas are spread further; each member sums its own, then the
-        sums are added up.
+      weights: a prefix tree of `stacked` with leaves [K], or [K, ...] like the stacked leaf; they sum to 1 over K.
+      sum_over: name of the mapped axis that replicas are spread over; each member sums its own replicas, then `psum`
+        adds up the sums.
 
     Returns:
-      A tree with leaves [...] in their accumulator dtype (float32, or float64 for float64 leaves);
-      `wavg_jax.tree.cast_like` brings them back.
+      A tree with leaves [...] in their accumulator dtype (float32, or float64 for float64 leaves); cast it back with
+      `wavg_jax.tree.cast_like`.
 
     Raises:
       SettingsError: the weights are not such a tree.
@@ -107,26 +107,26 @@ def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = No
 
 
 _VANISHED = 1e-5
-"""Length of a mean of unit vectors below which it is rounding and no direction: float32 resolves 1e-7."""
+"""A mean of unit vectors shorter than this is rounding error and has no direction; float32 resolves 1e-7."""
 
 
 def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
-    """Blends magnitude and direction of every output unit apart, so that diverged replicas do not blend to short ones.
+    """Blends magnitude and direction of every output unit separately, so that diverged replicas keep their norm.
 
-    With the vector x_k of the weights into one output unit of replica k, written `g v / |v|` as in weight
-    normalization (Salimans and Kingma 2016, arXiv:1602.07868), magnitudes and directions are averaged:
+    Let x_k be replica k's vector of weights into one output unit, written `g v / |v|` as in weight normalization
+    (Salimans and Kingma 2016, arXiv:1602.07868). Magnitudes and directions are averaged separately:
 
         g = sum_k w_k |x_k|,    v = sum_k w_k x_k / |x_k|,    blend = g v / |v|.
 
-    The plain mean of K orthogonal vectors of equal length is shorter than they are by sqrt(K); this one is as long.
-    A zero vector has no direction: it shortens g and leaves v alone. Where the directions cancel (|v| = 0), or a
-    magnitude overflows, the plain mean is taken. After the title of Ramroach and Joshi (2021), whose formula is not
-    public: this is a reading of it.
+    The plain mean of K orthogonal vectors of equal length shrinks by a factor of sqrt(K); this one keeps the length. A
+    zero vector has no direction: it shortens g and leaves v unchanged. Where the directions cancel (|v| = 0), or a
+    magnitude overflows, the blend is the plain mean. This is one reading of the title of Ramroach and Joshi (2021),
+    whose formula is not public.
 
     Args:
-      stacked: tree with leaves [K, ...]. The units are the last axis of leaves [K, ..., inputs, units], as in flax
+      stacked: tree with leaves [K, ...]. Output units are the last axis of leaves [K, ..., inputs, units], as in flax
         kernels; leaves with fewer dimensions (biases, scales) get the plain weighted mean.
-      weights: as for `weighted_mean`. Weights per element enter v element by element, and g by their mean over the
+      weights: as for `weighted_mean`. Weights per element apply to v element by element; g takes their mean over the
         unit.
       sum_over: as for `weighted_mean`.
 
@@ -152,7 +152,7 @@ def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = 
             length = jnp.sqrt((x * x).sum(inputs, keepdims=True))
             return _added(g, w if w.ndim == 0 else w.mean(inputs, keepdims=True), length), length
 
-        # One replica at a time: a sum over the elements of all of them at once is rounded by how many there are.
+        # One replica at a time: rounding of a sum over all replicas' elements at once depends on K.
         g, lengths = jax.lax.scan(measured, jnp.zeros((1,) * len(inputs) + x.shape[-1:], x.dtype), (w, x))
         g = _over_devices(g, sum_over)
         v = _weighted_sum(w, x / jnp.where(lengths > 0, lengths, 1), sum_over)
@@ -160,11 +160,11 @@ def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = 
         def combined(g: jax.Array, v: jax.Array, plain: jax.Array) -> jax.Array:
             squared = (v * v).sum(inputs, keepdims=True)
             usable = (squared > _VANISHED**2) & jnp.isfinite(g)
-            # The root of 0 has an infinite slope, and searches differentiate through the blend.
+            # sqrt has an infinite slope at 0, and searches differentiate through the blend.
             length = jnp.sqrt(jnp.where(usable, squared, 1))
             return jnp.where(usable, jnp.where(usable, g, 0) * v / length, plain)
 
-        # A branch is compiled by itself: fused with the sums over K, its rounding would depend on K.
+        # XLA compiles a branch separately; fused with the sums over K, its rounding would depend on K.
         return jax.lax.cond((v != 0).any(), combined, lambda g, v, plain: plain, g, v, plain)
 
     return _leafwise(leaf, stacked, weights)

@@ -1,11 +1,11 @@
-"""Averages of the global parameters over the rounds, for evaluation and deployment; training goes on without them.
+"""Averages of the global parameters over rounds, for evaluation and deployment; they do not affect training.
 
-Each is an `optax.GradientTransformation` that is fed parameters instead of gradients, once after every round:
-`update(params, state) -> (smoothed params, state)`. That is the interface of `optax.ema`, so whatever optax or a user
-has of this kind works too.
+Each is an `optax.GradientTransformation` applied to parameters instead of gradients, once after every round:
+`update(params, state) -> (smoothed params, state)`. `optax.ema` has the same interface, so optax's averages and your
+own work too.
 
-Statistics such as BatchNorm's are re-estimated for the average in every round, on each replica's
-last batches; see `wavg_jax.rounds.reestimation`.
+Every round re-estimates the average's statistics, such as BatchNorm's, on each replica's last batches; see
+`wavg_jax.rounds.reestimation`.
 """
 
 import math
@@ -26,7 +26,7 @@ class SwaState(NamedTuple):
     Attributes:
       seen: rounds seen, int32 scalar.
       averaged: rounds in the mean, int32 scalar.
-      mean: their mean, in the accumulator dtypes.
+      mean: mean of their parameters, in the accumulator dtypes.
     """
 
     seen: jax.Array
@@ -35,16 +35,16 @@ class SwaState(NamedTuple):
 
 
 def ema(decay: float) -> optax.GradientTransformation:
-    """The exponential moving average of the global parameters, corrected for its start (Kingma and Ba 2015).
+    """Exponential moving average of the global parameters, with bias correction (Kingma and Ba 2015).
 
         m_r = decay * m_(r-1) + (1 - decay) * params_r,   m_0 = 0
         smoothed = m_r / (1 - decay^r)
 
-    It is `optax.ema` with float32 accumulators whatever the dtype of the parameters; that one's own correction raises a
-    float to an integer power, which strict dtype promotion refuses.
+    This is `optax.ema` with accumulators of at least float32. The bias correction of `optax.ema` itself raises a float
+    to an integer power, which strict dtype promotion refuses.
 
     Args:
-      decay: between 0 and 1; the average reaches back over about 1 / (1 - decay) rounds.
+      decay: between 0 and 1; the average spans about 1 / (1 - decay) rounds.
 
     Returns:
       A transformation whose `update(params, state)` gives `(smoothed, state)`, in the dtypes of `params`.
@@ -67,7 +67,7 @@ def ema(decay: float) -> optax.GradientTransformation:
 
     def update(params: PyTree, state: optax.EmaState, _: PyTree = None) -> tuple[PyTree, optax.EmaState]:
         mean, state = moment.update(tree.as_accumulators(params), state)
-        # 1 - decay^r to the last bit: in float32 the difference itself would lose the digits of a decay near 1.
+        # 1 - decay^r, accurate to the last bit: in float32 the plain difference loses digits when decay is near 1.
         total = -jnp.expm1(state.count.astype(jnp.float32) * math.log(decay))
         return tree.cast_like(jax.tree.map(lambda m: m / total.astype(m.dtype), mean), params), state
 
@@ -75,15 +75,15 @@ def ema(decay: float) -> optax.GradientTransformation:
 
 
 def swa(start: int = 0, every: int = 1) -> optax.GradientTransformation:
-    """The equal mean of the global parameters of many rounds (Izmailov et al. 2018, SWA, arXiv:1803.05407).
+    """Equally weighted mean of the global parameters over rounds (SWA; Izmailov et al. 2018, arXiv:1803.05407).
 
         smoothed = mean of params_r over r = start, start + every, start + 2 every, ...
 
-    Before round `start` it is the newest parameters. Rounds are counted from 0.
+    Before round `start` it returns the newest parameters. Rounds count from 0.
 
     Args:
       start: the first round in the mean.
-      every: take one round out of so many, such as the last of a cycle of the learning rate.
+      every: number of rounds between samples, such as the length of a learning-rate cycle, to sample the end of each.
 
     Returns:
       A transformation whose `update(params, state)` gives `(smoothed, state)`, in the dtypes of `params`.

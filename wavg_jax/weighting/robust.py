@@ -1,8 +1,8 @@
-"""Robust weightings, which look at the replicas' parameters alone, and the clipping of what replicas send.
+"""Robust weightings, computed from the replicas' parameters alone, and clipping of replica deltas.
 
-They bound what a minority of broken or hostile replicas can do without scoring anything; a weighting by held-out scores
-does so too where held-out data can be had. Distances are Euclidean over all tensors together, in float32. With the
-replicas spread over several devices every device gathers all of them to compare them: K times the memory.
+They bound the damage a minority of broken or hostile replicas can do, without scoring anything; given held-out data, a
+weighting by held-out scores does the same. Distances are Euclidean over all tensors together, in float32. When replicas
+are spread over several devices, every device gathers all of them for the comparison: K times the memory.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ import numpy as np
 
 from wavg_jax import tree
 from wavg_jax.arguments import NONE, as_whole, check, either, number
-from wavg_jax.base import PyTree, Weighting
-from wavg_jax.weighting.make import make_weighting
+from wavg_jax.base import Init, PyTree, SettingsError, Weighting
+from wavg_jax.weighting.make import make_weighting, stateless
 from wavg_jax.weighting.scores import normalise
 
 
-def _from_stacked(weigh: Callable[..., PyTree]) -> Weighting:
-    """The weighting without state whose weights are `weigh(stacked, params, alive, blend)`."""
+def _from_stacked(weigh: Callable[..., PyTree], init: Init = stateless) -> Weighting:
+    """Builds the stateless weighting with weights `weigh(stacked, params, alive, blend)`."""
 
     def update(
         stacked: PyTree,
@@ -34,7 +34,21 @@ def _from_stacked(weigh: Callable[..., PyTree]) -> Weighting:
         del signals
         return weigh(stacked, params, alive, blend), state
 
-    return make_weighting(update)
+    return make_weighting(update, init=init)
+
+
+def _at_most(name: str, value: int, most: Callable[[int], int], fewest: int) -> Init:
+    """The `init` of a stateless rule whose argument may be at most `most(K)`; `fewest` is the K that `value` needs."""
+
+    def init(params: PyTree, replicas: int) -> tuple:
+        if value > most(replicas):
+            allowed = f"{name}= must be {f'0 to {most(replicas)}' if most(replicas) else 0}"
+            raise SettingsError(
+                f"{name}={value} is too large for replicas={replicas}: {allowed}, or use at least {fewest} replicas"
+            )
+        return stateless(params, replicas)
+
+    return init
 
 
 def _squares(difference: PyTree) -> jax.Array:
@@ -49,19 +63,19 @@ def _difference(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _distances(stacked: PyTree, centre: PyTree) -> jax.Array:
-    """Distance of every replica from `centre`: [K]; one replica at a time, which rounds alike for every K."""
+    """Distance of every replica from `centre`: [K]; one replica at a time, so that rounding does not depend on K."""
     return jax.lax.map(lambda x: jnp.sqrt(_squares(_difference(x, centre))), stacked)
 
 
 def _median(values: jax.Array, alive: jax.Array) -> jax.Array:
-    """Median over the living of [K] numbers."""
+    """Median of [K] numbers over the living replicas."""
     ordered = jnp.sort(jnp.where(alive, values, jnp.inf))
     n = alive.sum(dtype=jnp.int32)
     return (ordered[jnp.maximum(n - 1, 0) // 2] + ordered[n // 2]) / 2
 
 
-def _middle(left_out: Callable[[jax.Array], jax.Array]) -> Weighting:
-    """Per element, equal weights on the living values but for the `left_out(n)` smallest and largest of n."""
+def _middle(left_out: Callable[[jax.Array], jax.Array], init: Init = stateless) -> Weighting:
+    """Weighs the n living values of each element equally, leaving out the `left_out(n)` smallest and largest."""
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> PyTree:
         del params, blend
@@ -81,13 +95,13 @@ def _middle(left_out: Callable[[jax.Array], jax.Array]) -> Weighting:
 
         return jax.tree.map(leaf, stacked)
 
-    return _from_stacked(weigh)
+    return _from_stacked(weigh, init)
 
 
 def coordinate_median() -> Weighting:
-    """The median of every element over the living replicas, as weights per element [K, *shape].
+    """Coordinate-wise median over the living replicas, as weights per element [K, *shape].
 
-    1 on the middle value, or 1/2 on each of the two middle ones (Yin et al. 2018, arXiv:1803.01498).
+    The middle value gets weight 1, or each of the two middle values 1/2 (Yin et al. 2018, arXiv:1803.01498).
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -101,39 +115,43 @@ def coordinate_median() -> Weighting:
 
 
 def trimmed_mean(trim: int) -> Weighting:
-    """The mean of every element over the living replicas without the `trim` smallest and the `trim` largest values.
+    """Coordinate-wise mean over the living replicas, without the `trim` smallest and the `trim` largest values.
 
-    Weights per element [K, *shape]: `1 / (n - 2 trim)` on what is left of n (Yin et al. 2018, arXiv:1803.01498, whose
-    beta is trim / n). With fewer than 2 trim + 1 living replicas it is the median. 0 is plain averaging.
+    Weights per element [K, *shape]: `1 / (n - 2 trim)` on each remaining value of the n living (Yin et al. 2018,
+    arXiv:1803.01498, whose beta is trim / n). If fewer than 2 trim + 1 replicas are left alive, it is the median.
 
     Args:
-      trim: how many values to leave out at each end; it must be at least the number of broken replicas.
+      trim: number of values to drop at each end; at least the number of broken replicas, and at most (K - 1) // 2. 0 is
+        plain averaging.
 
     Raises:
-      SettingsError: `trim` is not a whole number, or negative.
+      SettingsError: `trim` is negative or not a whole number. `init` raises it if `trim` leaves nothing of K values.
     """
     trim = as_whole("trim", trim, 0)
-    return _middle(lambda n: jnp.minimum(trim, jnp.maximum(n - 1, 0) // 2))
+    init = _at_most("trim", trim, lambda replicas: (replicas - 1) // 2, 2 * trim + 1)
+    return _middle(lambda n: jnp.minimum(trim, jnp.maximum(n - 1, 0) // 2), init)
 
 
 def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
-    """The point with the smallest sum of distances to the living replicas, by the smoothed Weiszfeld algorithm of RFA.
+    """Geometric median: the point with the smallest sum of distances to the living replicas.
+
+    Computed by RFA's smoothed Weiszfeld algorithm
 
         z = blend(w),    w_k ~ 1 / max(smoothing, ||z - x_k||),    `iterations` times
 
-    (Pillutla, Kakade and Harchaoui 2022, arXiv:1912.13445, with equal alpha_k). It holds as long as more than half of
-    the replicas are sound. Each iteration costs one blend and one pass over the replicas.
+    (Pillutla, Kakade and Harchaoui 2022, arXiv:1912.13445, with equal alpha_k). It is robust as long as more than half
+    of the replicas are sound. Each iteration costs one blend and one pass over the replicas.
 
-    It starts not from the mean, which one replica can drag anywhere and from which every iteration would come back by a
-    factor K - 1 only, but from the blend with `w_k ~ 1 / max(m, ||params - x_k||)`, where m is the median of these
-    distances: no replica counts for more than the median one does.
+    A single replica can drag the mean anywhere, and each iteration would recover only a factor of K - 1. So the
+    iterations start from the blend with `w_k ~ 1 / max(m, ||params - x_k||)` instead, where m is the median of these
+    distances: no replica outweighs the median one.
 
     Args:
-      iterations: how often the weights are improved; RFA stops after 3 to 5.
+      iterations: number of Weiszfeld iterations; RFA stops after 3 to 5.
       smoothing: RFA's nu, a distance in units of the parameters.
 
     Raises:
-      SettingsError: `iterations` is not a positive whole number, or `smoothing` not a positive number.
+      SettingsError: `iterations` is not a positive whole number, or `smoothing` is not a positive number.
     """
     iterations = as_whole("iterations", iterations, 1)
     check("smoothing", smoothing, number(above=0))
@@ -153,8 +171,8 @@ def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
 def _pairwise_squares(stacked: PyTree) -> jax.Array:
     """Squared distances between the replicas, [K, K], with infinity on the diagonal.
 
-    One pair at a time: memory for one difference, and the same rounding for every K. By direct differences, since
-    `|a|^2 + |b|^2 - 2ab` loses the small distances between replicas that share most of their parameters.
+    Goes one pair at a time, to hold one difference and round the same for every K. It takes differences directly:
+    `|a|^2 + |b|^2 - 2ab` loses small distances between nearly equal replicas.
     """
     replicas = tree.count_replicas(stacked)
     i, j = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(replicas, 1))
@@ -165,7 +183,7 @@ def _pairwise_squares(stacked: PyTree) -> jax.Array:
 
 
 def _krum_scores(stacked: PyTree, alive: jax.Array, byzantine: int) -> jax.Array:
-    """Sum of the squared distances to the n - byzantine - 2 nearest living replicas: [K]; infinite for the dead."""
+    """Sums the squared distances to the n - byzantine - 2 nearest living replicas: [K]; infinite for the dead."""
     n = alive.sum(dtype=jnp.int32)
     neighbours = jnp.minimum(jnp.maximum(n - byzantine - 2, 1), n - 1)
     both = alive[:, None] & alive[None]
@@ -177,24 +195,28 @@ def _krum_scores(stacked: PyTree, alive: jax.Array, byzantine: int) -> jax.Array
 
 
 def multi_krum(byzantine: int, keep: int) -> Weighting:
-    """The mean of the `keep` replicas with the smallest Krum scores (Blanchard et al. 2017, "Machine learning with
+    """Averages the `keep` replicas with the smallest Krum scores (Blanchard et al. 2017, "Machine learning with
     adversaries: Byzantine tolerant gradient descent").
 
-    `s_k` is the sum of the squared distances of replica k to its n - byzantine - 2 nearest among the n living (at
-    least 1), and `w_k = 1 / keep` for those with the smallest. Replicas that tie for the last places share them.
-    K (K - 1) / 2 differences of whole networks are taken, one at a time.
+    The score `s_k` sums the squared distances from replica k to its n - byzantine - 2 nearest neighbours (at least 1)
+    among the n living. The `keep` replicas with the smallest scores get `w_k = 1 / keep`; replicas that tie for the
+    last places share them. Computes K (K - 1) / 2 differences of whole networks, one at a time.
 
-    The guarantee holds for 2 byzantine + 2 < n. With fewer living the rule is applied all the same, since a run that
-    lost replicas has to go on.
+    The paper's guarantee needs n >= 2 byzantine + 3. `init` requires only that every replica has a neighbour to be
+    scored by, K >= byzantine + 3 (any K if byzantine is 0). With fewer replicas left alive the rule still applies, so
+    that a run that loses replicas can continue.
 
     Args:
-      byzantine: f, how many replicas may be broken.
-      keep: how many are averaged; 1 is Krum, and more than are living is plain averaging.
+      byzantine: f, the number of broken replicas to tolerate, 0 to max(K - 3, 0); the guarantee needs
+        f <= (K - 3) / 2.
+      keep: number of replicas to average; 1 is Krum, and more than are alive is plain averaging.
 
     Raises:
-      SettingsError: `byzantine` is not a whole number or negative, `keep` not a positive whole number.
+      SettingsError: `byzantine` is negative or not a whole number, or `keep` is not a positive whole number. `init`
+        raises it if `byzantine` is too large for K.
     """
     byzantine, keep = as_whole("byzantine", byzantine, 0), as_whole("keep", keep, 1)
+    init = _at_most("byzantine", byzantine, lambda replicas: max(replicas - 3, 0), byzantine + 3)
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
         del params, blend
@@ -204,19 +226,20 @@ def multi_krum(byzantine: int, keep: int) -> Weighting:
         places = jnp.clip(keep - smaller, 0, equal).astype(jnp.float32)
         return normalise(places / jnp.maximum(equal, 1).astype(jnp.float32), alive)
 
-    return _from_stacked(weigh)
+    return _from_stacked(weigh, init)
 
 
 def krum(byzantine: int) -> Weighting:
-    """All weight on the replica with the smallest Krum score; see `multi_krum`, whose `keep` is 1.
+    """Puts all weight on the replica with the smallest Krum score; `multi_krum` with `keep=1`.
 
     Replicas that tie share the weight. With 1 neighbour (n = byzantine + 3 or fewer) the closest pair always ties.
 
     Args:
-      byzantine: f, how many replicas may be broken.
+      byzantine: f, the number of broken replicas to tolerate, 0 to max(K - 3, 0); the guarantee needs
+        f <= (K - 3) / 2.
 
     Raises:
-      SettingsError: `byzantine` is not a whole number, or negative.
+      SettingsError: `byzantine` is negative or not a whole number. `init` raises it if `byzantine` is too large for K.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -230,15 +253,15 @@ def krum(byzantine: int) -> Weighting:
 
 
 def clip_deltas(max_norm: float | None = None) -> Callable[[PyTree, PyTree, jax.Array], PyTree]:
-    """A transform for `averager(transform=...)` that bounds how far a replica can have moved in the round.
+    """Builds a transform for `averager(transform=...)` that clips each replica's movement in the round.
 
         x_k <- params + min(1, c / ||x_k - params||) (x_k - params)
 
     Args:
-      max_norm: c, in units of the parameters; None means the median norm over the living.
+      max_norm: c, in units of the parameters; None takes the median norm over the living replicas.
 
     Returns:
-      `(stacked, params, alive) -> stacked`. Replicas within c are kept bit for bit, dtypes always.
+      `(stacked, params, alive) -> stacked`. It keeps dtypes, and replicas within c bit for bit.
 
     Raises:
       SettingsError: `max_norm` is not greater than 0.
@@ -257,7 +280,7 @@ def clip_deltas(max_norm: float | None = None) -> Callable[[PyTree, PyTree, jax.
 
         def one(x: jax.Array, p: jax.Array, s: jax.Array) -> jax.Array:
             wide = tree.accumulator_dtype(x.dtype)
-            # Not p + s (x - p): that difference can overflow.
+            # p + s (x - p) could overflow in the difference.
             return s.astype(wide) * x.astype(wide) + (1 - s).astype(wide) * p.astype(wide)
 
         def clip(replica: tuple[PyTree, jax.Array]) -> PyTree:
@@ -265,7 +288,7 @@ def clip_deltas(max_norm: float | None = None) -> Callable[[PyTree, PyTree, jax.
             clipped = tree.cast_like(jax.tree.map(lambda a, p: one(a, p, s), x, params), x)
             return tree.select(s < 1, clipped, x)
 
-        # One at a time, as the distances: fused with the blend, the rounding would depend on K.
+        # One at a time, like the distances: fused with the blend, rounding would depend on K.
         return jax.lax.map(clip, (stacked, scale))
 
     return transform

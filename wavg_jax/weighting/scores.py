@@ -1,11 +1,10 @@
-"""Weightings: from what was measured of K replicas to weights that sum to 1.
+"""Weightings that turn the scores of K replicas into weights that sum to 1.
 
-Each is a function that returns a `Weighting`. All of them give weight 0 to dead replicas, survive scores that are zero,
-negative, NaN or infinite, and fall back to equal weights over the living when no score is usable.
+Each function returns a `Weighting`. All of them give dead replicas weight 0, survive scores that are zero, negative,
+NaN or infinite, and fall back to equal weights over the living when no score is usable.
 
-Every rule works at the granularity of its signal: of a signal [K] it makes one weight per replica, of a tree with one
-number per tensor (`layer_grad_norm`) weights per tensor, of one with a number per element (`fisher`) weights per
-element.
+Every rule works at the granularity of its signal: a signal [K] gives one weight per replica, a tree with one number per
+tensor (`layer_grad_norm`) weights per tensor, and a tree with one number per element (`fisher`) weights per element.
 """
 
 import functools
@@ -30,27 +29,27 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def usable(values: jax.Array, alive: jax.Array) -> jax.Array:
-    """Which of the values [K, ...] are finite and of a living replica: bool [K, ...]; `alive` is bool [K]."""
+    """Which values [K, ...] are finite and belong to a living replica: bool [K, ...]; `alive` is bool [K]."""
     return alive.reshape(alive.shape + (1,) * (values.ndim - 1)) & jnp.isfinite(values)
 
 
 def _power_of_two(peak: jax.Array) -> jax.Array:
-    """A factor that brings magnitudes of at most `peak` to at most 1 (4 for the hugest), for sums that would overflow.
+    """A power of two that scales magnitudes up to `peak` to at most 1 (4 for the largest floats), to avoid overflow.
 
-    Such a factor rounds nothing. Any other product does, unless the compiler rounds it only together with a sum that it
-    enters, and it does so for some K and not for others; a dead replica would show in the last bit.
+    Scaling by a power of two is exact. Any other product rounds, unless XLA fuses it into a sum, which it does for some
+    K only; a dead replica would then show in the last bit.
     """
     _, exponent = jnp.frexp(peak)
     return jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -126, 126))
 
 
 def _scaled(values: jax.Array) -> jax.Array:
-    """Values [K, ...] times a power of two that brings the largest over K near 1."""
+    """Scales values [K, ...] by a power of two, so that the largest over K is near 1."""
     return values * _power_of_two(jnp.abs(values).max(axis=0))[None]
 
 
 def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
-    """Turns scores into weights: `w_k = s_k / sum_j s_j` over the living, for each layer or element apart.
+    """Turns scores into weights: `w_k = s_k / sum_j s_j` over the living, separately for each layer or element.
 
     Args:
       scores: [K, ...]; larger is better. Zero, negative, NaN and infinite scores get weight 0.
@@ -73,22 +72,22 @@ def normalise(scores: jax.Array, alive: jax.Array) -> jax.Array:
     alive = checks.mask(alive, scores.shape[0] if scores.ndim else 0)
     kept = _scaled(jnp.where(usable(scores, alive) & (scores > 0), scores, 0))
     total = tree.ordered_sum(kept)[None]
-    # The minimum, like others below, keeps the product apart from sums it may enter: see `_power_of_two`. And a
-    # replica that has it all has exactly 1, which x * (1 / x) need not be.
+    # The minimum, like others below, keeps XLA from fusing the product into later sums: see `_power_of_two`. A replica
+    # with the whole total gets exactly 1, which x * (1 / x) need not be.
     weights = jnp.where(kept < total, jnp.minimum(kept / jnp.where(total > 0, total, 1), 1), 1)
     equal = tree.equal_weights(alive)
     return jnp.where(total > 0, weights, equal.reshape(equal.shape + (1,) * (scores.ndim - 1)))
 
 
 def per_replica(weights: PyTree) -> jax.Array:
-    """Sums a weighting's weights up as one number per replica: [K], the mean over layers and elements."""
-    # One replica after another: XLA groups the sums over several rows by how many rows there are.
+    """Averages weights over layers and elements, to one number per replica: [K]."""
+    # One replica at a time: how XLA groups sums over several rows depends on their number.
     means = [w if w.ndim == 1 else jax.lax.map(jnp.mean, w) for w in jax.tree.leaves(weights)]
     return functools.reduce(operator.add, means) / len(means)
 
 
 def effective_replicas(weights: jax.Array) -> jax.Array:
-    """Kish's effective number of replicas, `1 / sum_k w_k^2`: K for equal weights, 1 when one replica has it all.
+    """Kish's effective number of replicas, `1 / sum_k w_k^2`: K for equal weights, 1 when one replica has all of it.
 
     >>> import jax.numpy as jnp
     >>> round(float(effective_replicas(jnp.array([0.5, 0.5, 0.0, 0.0]))), 3)
@@ -99,7 +98,7 @@ def effective_replicas(weights: jax.Array) -> jax.Array:
 
 
 def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] = lambda values: values) -> Weighting:
-    """The weighting without state whose weights are the scores of each leaf of `whole(signal)`, normalised."""
+    """Builds the stateless weighting that normalises the scores of each leaf of `whole(signal)`."""
 
     def update(
         stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
@@ -112,7 +111,7 @@ def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] 
 
 
 def _check_direction(signal: str, higher_is_better: bool | None, needed: bool, instead: str) -> None:
-    """Refuses a signal that does not go the way that a rule needs, or of which that is not known."""
+    """Raises SettingsError if the signal's direction is unknown or not the one the rule needs."""
     if (direction(signal, higher_is_better) > 0) != needed:
         said = repr(signal) if higher_is_better is None else f"{signal!r}, higher_is_better={higher_is_better}"
         raise SettingsError(f"this would trust the replica with the worst {signal} most; use {instead}({said})")
@@ -133,7 +132,7 @@ def uniform() -> Weighting:
 def proportional(
     signal: str = "accuracy", *, chance: float = 0.0, power: float = 1.0, higher_is_better: bool | None = None
 ) -> Weighting:
-    """Weights in proportion to a score where more is better, `w_k ~ max(s_k - chance, 0)^power`.
+    """Weights proportional to a score where higher is better, `w_k ~ max(s_k - chance, 0)^power`.
 
     With held-out accuracy this is the weighting that Ramroach and Joshi (2021) describe in words: sub-networks are not
     equal, so they are not treated as equals when the weights are averaged. With `samples` it is FedAvg (McMahan et al.
@@ -141,13 +140,13 @@ def proportional(
 
     Args:
       signal: name of a signal that is not negative.
-      chance: what a replica that learnt nothing scores, such as 1 / classes of accuracy; it and less count 0.
-      power: sharpens the differences if above 1, evens them out if below.
-      higher_is_better: say True for a signal that the library does not measure.
+      chance: the score of guessing, such as 1 / classes for accuracy; scores up to it count 0.
+      power: above 1 sharpens differences, below 1 evens them out.
+      higher_is_better: set to True for a signal that the library does not measure.
 
     Raises:
-      SettingsError: less is better of this signal, the direction of an unknown signal is not given, or `chance` or
-        `power` is not a number that can work.
+      SettingsError: the signal is better when lower, the direction of an unknown signal is not given, `chance` is
+        not a finite number, or `power` is not a positive one.
     """
     _check_direction(signal, higher_is_better, needed=True, instead="inverse")
     check("proportional: chance", chance, number())
@@ -164,7 +163,7 @@ def proportional(
 
 
 def inverse(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
-    """Weights in inverse proportion to a score where less is better, `w_k = (1/s_k) / sum_j (1/s_j)`.
+    """Weights inversely proportional to a score where lower is better, `w_k = (1/s_k) / sum_j (1/s_j)`.
 
     With `loss` this is WASGD's first rule (Guo et al. 2020, arXiv:2004.03749), with `grad_norm` the model-level, with
     `layer_grad_norm` the layer-level form of GRAWA, see `wavg_jax.grawa`. A score of 0 counts as 1e-12 of the
@@ -172,10 +171,10 @@ def inverse(signal: str = "loss", *, higher_is_better: bool | None = None) -> We
 
     Args:
       signal: name of a signal that is not negative.
-      higher_is_better: say False for a signal that the library does not measure.
+      higher_is_better: set to False for a signal that the library does not measure.
 
     Raises:
-      SettingsError: more is better of this signal, or the direction of an unknown signal is not given.
+      SettingsError: higher values of this signal are better, or the direction of an unknown signal is not given.
     """
     _check_direction(signal, higher_is_better, needed=False, instead="proportional")
 
@@ -196,7 +195,7 @@ def _standard_deviation(values: jax.Array, usable: jax.Array) -> jax.Array:
         mean = jnp.clip(tree.ordered_sum(x) / n, -4, 4)
         return jnp.where(usable, x - mean[None], 0)
 
-    # Twice, as the mean of nearly equal values is rounded by as much as they differ.
+    # Centre twice: the mean of nearly equal values has a rounding error as large as their differences.
     x = centred(centred(jnp.where(usable, values, 0)))
     squares = jnp.where(usable, jnp.maximum(jnp.square(x), _TINY), 0)
     return jnp.sqrt(jnp.maximum(tree.ordered_sum(squares) / n, _TINY))
@@ -205,7 +204,7 @@ def _standard_deviation(values: jax.Array, usable: jax.Array) -> jax.Array:
 def softmax(
     signal: str = "loss", temperature: float = 1.0, *, higher_is_better: bool | None = None, standardise: bool = False
 ) -> Weighting:
-    """Weights by a softmax, `w_k ~ exp(s_k / T)` where more is better, `exp(-s_k / T)` where less is.
+    """Weights by a softmax, `w_k ~ exp(s_k / T)` where higher is better, `exp(-s_k / T)` where lower is.
 
     Args:
       signal: name of a signal.
@@ -231,14 +230,14 @@ def softmax(
         if standardise:
             gaps = gaps / _standard_deviation(s, usable)[None]
         exponents = jnp.maximum(gaps / temperature, -200)  # exp(-200) is 0
-        # One replica at a time: XLA's exp over several rounds by how many there are.
+        # One replica at a time: rounding of XLA's vectorised exp depends on their number.
         return jnp.stack([jnp.exp(exponents[k]) for k in range(exponents.shape[0])])
 
     return _from_signal(signal, scores)
 
 
 def rank(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
-    """Weights in proportion to the rank: of n usable scores the best counts n, the next n - 1, the worst 1.
+    """Weights proportional to the rank: of n usable scores the best counts n, the next n - 1, the worst 1.
 
     Ties share the mean of their ranks. Only the order of the scores matters, so no outlier can take all the weight:
     the best of n gets 2 / (n + 1).
@@ -265,7 +264,7 @@ def rank(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weigh
 
 
 def best(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weighting:
-    """All weight on the replica with the best score; those that tie exactly share it equally.
+    """All weight on the replica with the best score; exact ties share it equally.
 
     With `train_loss` the blend is the leader of LSGD (Teng et al. 2019, arXiv:1905.10395), toward which
     `averager(pull=...)` can pull the others.
@@ -293,7 +292,7 @@ def fisher_merging(floor: float = 1e-6, *, normalise: bool = False) -> Weighting
     Fisher-weighted averaging", arXiv:2111.09832; the floor is that of their code, github.com/mmatena/model_merging).
 
     Args:
-      floor: the least that an element counts, in squared nats per unit of the parameter.
+      floor: minimum importance of an element, in squared nats per unit of the parameter.
       normalise: divide each replica's floored Fisher by its L2 norm over the whole tree first, so that no replica
         counts more everywhere, as their code does (it takes the norm before the floor).
 

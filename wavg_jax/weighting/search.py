@@ -1,7 +1,7 @@
-"""Weightings that try blends out: they evaluate blended networks on held-out data and keep what did best.
+"""Weightings that search: they evaluate blended networks on held-out data and keep the best.
 
-The rules in `weighting` look at each replica alone; these look at the blend, which is what the next round starts from
-where replicas are replaced and no outer optimizer moves it further; with one, the blend is judged and not the step.
+The score rules judge each replica on its own; these judge the blend, where the next round starts if replicas are
+replaced and there is no outer optimizer. With an outer optimizer they still judge the blend, not the step.
 They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run whole inside jit,
 one blend at a time.
 """
@@ -191,9 +191,9 @@ def _carried(logits: jax.Array, uniform_won: jax.Array, equal: jax.Array, alive:
 
 
 def _default_descent(carry: bool, learning_rate: float | None) -> optax.GradientTransformation:
-    """The optimizer of `learned`: normalised for a loss that stays as it is, plain for one that changes with rounds."""
+    """The optimizer of `learned`: normalised for a fixed loss, plain for one that changes every round."""
     if carry:
-        # A normalised step is as long when the slope is noise: on IID shards the weights would wander off.
+        # A normalised step stays long when the gradient is noise: on IID shards the weights would drift.
         return optax.sgd(1.0 if learning_rate is None else learning_rate)
     # Short memories converge fastest in few steps. optax.rprop lags a step behind its gradient and wastes the first;
     # optax.adam does not run under strict dtype promotion.
@@ -216,7 +216,7 @@ def learned(
 
     The slope is the natural gradient of the softmax: with `optax.sgd(eta)` the steps are exponentiated gradient
     descent, `w_k ~ w_k e^{-eta g_k}` (Kivinen and Warmuth 1997), in which a replica's step does not shrink with its
-    weight. A replica to which `start` gives 0 keeps 0. Logits have the granularity of the start's weights: one per
+    weight. A replica with weight 0 in `start` keeps 0. Logits have the granularity of the start's weights: one per
     replica, layer or element.
 
     With `carry=True` the logits are kept over the rounds: each round takes up those of the last one, which is meant for
@@ -241,8 +241,8 @@ def learned(
         loss.
       carry: keep the logits over rounds; call `init(params, replicas=K)`.
       optimizer: instead of the default, `optax.rmsprop(0.3, decay=0.5, momentum=0.5)`, or with `carry=True`
-        `optax.sgd(1.0)`. It should work element by element: a norm over replicas would be summed in an order that the
-        dead have a part in.
+        `optax.sgd(1.0)`. It should work element by element: a norm over replicas would round differently
+        with dead replicas in the sum.
 
     Raises:
       SettingsError: `steps` is not a whole number, 1 or more; both a learning rate and an optimizer are given.

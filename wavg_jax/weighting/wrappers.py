@@ -30,7 +30,7 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
 
     Args:
       weighting: any weighting.
-      floor: between 0 (the weights as they are) and 1 (equal weights).
+      floor: between 0 (the weights unchanged) and 1 (equal weights).
 
     Raises:
       SettingsError: the floor is not.
@@ -63,7 +63,7 @@ class MomentumState(NamedTuple):
 
 
 def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
-    """What `weighting` returns for K replicas, as shapes; nothing is computed."""
+    """Shapes of the weights that `weighting` returns for K replicas; computes nothing."""
 
     def run(state: PyTree, params: PyTree) -> PyTree:
         signals = {name: zeros(name, params, replicas) for name in weighting.needs}
@@ -84,7 +84,7 @@ def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas:
 def momentum(weighting: Weighting, decay: float) -> Weighting:
     """Smooths the weights over rounds: `m_k <- decay m_k + (1 - decay) w_k`, then normalised over the living.
 
-    A replica's first weight is taken as it is. A dead replica keeps its memory until it is back.
+    A replica's first weight enters unchanged. A dead replica keeps its memory until it returns.
 
     Args:
       weighting: any weighting whose signals have the shapes that `fit` measures them in.
@@ -123,7 +123,7 @@ class SmoothState(NamedTuple):
 
 
 def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
-    """Smooths every array signal that a weighting needs over rounds, by an average that is not biased at the start.
+    """Smooths every array signal that a weighting needs over rounds, by a bias-corrected moving average.
 
         m_k <- decay m_k + (1 - decay) s_k,    signal_k = m_k / (1 - decay^t)    after t rounds of replica k
 
