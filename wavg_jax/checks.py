@@ -134,10 +134,10 @@ def signals(needs: Iterable[str], given: Mapping[str, Any]) -> None:
     """Raises SettingsError unless every signal that a weighting needs is given."""
     missing = sorted(set(needs) - set(given))
     if missing:
-        raise SettingsError(
-            f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}=... to update; wavg_jax.signals "
-            "says what it is and measures it"
-        )
+        what = "one number per replica [K], which fit and make_rounds measure themselves"
+        if missing[0] == "evaluate":
+            what = "a function (params, weights) -> {'loss': ..., 'accuracy': ...} of a blend on held-out data"
+        raise SettingsError(f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}= to update, {what}")
 
 
 def weights(given: PyTree, stacked: PyTree) -> None:

@@ -53,5 +53,5 @@ _CALL = re.compile(r"\w\([^()]*$")
 def _in_code_or_path(found: re.Match) -> bool:
     """Whether `name=value` belongs to a path, to a call such as `Store(name="a")`, or has Python for a value."""
     before, after = found.string[: found.start()], found.string[found.end() :]
-    in_path = "/" in re.split(r"\s", before)[-1]
+    in_path = "/" in re.split(r"\s", before)[-1] or before.endswith("'")  # a path, or what the user typed
     return in_path or before.count("`") % 2 == 1 or bool(_CALL.search(before)) or after.startswith(("(", "[", "{", '"'))

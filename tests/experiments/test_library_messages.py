@@ -59,6 +59,7 @@ def test_no_argument_with_a_flag_is_left_in_a_message(message):
         "from_linen(dtype=jnp.int32) makes a task of one",
         "the folder /tmp/devices=3/seed=1 cannot be used: Permission denied",
         "there is no file runs/batch_size=16.npz",
+        "'rounds=3' is not a flag",
         "set XLA_FLAGS=--xla_force_host_platform_device_count=8",
         "`tfds convert_format --dataset_version_dir=DIR --out_file_format=array_record`",
     ],

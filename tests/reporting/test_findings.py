@@ -235,7 +235,7 @@ def test_what_holds_for_all_scenarios_is_told_once() -> None:
     every = summarise_scenarios([*devices, *make_rows(noisy=())])
     said = caveats(every)
     assert sum(busy in line for line in said) == 1
-    assert "The arms ran on different numbers of devices: measured times compare only between arms on as many." in said
+    assert "The arms ran on different numbers of devices, so their measured times are not comparable." in said
     for one in every:
         assert not any(busy in line or "numbers of devices" in line for line in scenario_sentences(one))
     # In each of 2 scenarios the accuracy of 3 arms, and the loss of weighted: 0.05 * 8.

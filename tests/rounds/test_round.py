@@ -147,3 +147,71 @@ def test_wrong_arguments_are_named(arguments, says):
         wavg.make_rounds(*arguments)
     with pytest.raises(wavg.SettingsError, match="replicas"):
         wavg.make_rounds(TASK, WEIGHTED, optax.sgd(0.1)).init(jax.random.key(0), 0)
+
+
+def test_rounds_of_ones_own_obey_faults():
+    faults = wavg.faults.simulate(K, speed={0: 0.25}, rate={1: 10.0}, sent={2: -1.0})
+    rounds = wavg.make_rounds(TASK, wavg.averager(wavg.uniform(), pull=0.0), INNER, faults=faults)
+    state, log = jax.jit(rounds.step)(rounds.init(jax.random.key(0), K), batches())
+    assert log.steps.tolist() == [1, 4, 4, 4]
+    result = run(SOURCE, wavg.averager(wavg.uniform(), pull=0.0), rounds=1, faults=faults)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, state.replicas.params, result.state.replicas.params)
+    jax.tree.map(close, state.params, result.params)
+
+
+def test_a_pace_is_kept_within_the_batches_and_may_be_zero():
+    rounds = wavg.make_rounds(TASK, wavg.averager(wavg.uniform(), pull=0.0), INNER)
+    state, step = rounds.init(jax.random.key(0), K), jax.jit(rounds.step)
+    whole, log = step(state, batches(), pace=wavg.Pace(steps=7))
+    assert log.steps.tolist() == [H] * K
+    still, log = step(state, batches(), pace=wavg.Pace(steps=0))
+    assert log.steps.tolist() == [0] * K
+    assert log.alive.all()
+    jax.tree.map(np.testing.assert_array_equal, still.replicas.params, state.replicas.params)
+    assert not np.allclose(whole.replicas.params["w"], state.replicas.params["w"])
+
+
+def test_a_state_that_keeps_an_average_can_be_donated_and_no_other_rounds_take_it():
+    at_sync = wavg.AtSync(smoothing=wavg.smoothing.ema(0.9))
+    rounds = wavg.make_rounds(TASK, wavg.averager(wavg.uniform()), INNER, at_sync=at_sync)
+    state, _ = jax.jit(rounds.step, donate_argnums=0)(rounds.init(jax.random.key(0), K), batches())
+    with pytest.raises(wavg.SettingsError, match="smoothing="):
+        wavg.make_rounds(TASK, wavg.averager(wavg.uniform()), INNER).step(state, batches())
+
+
+def test_a_metric_of_ones_own_may_not_hide_another_signal_and_one_that_is_not_there_is_named():
+    clash = TASK._replace(metrics=lambda sums, n: {"loss": sums["loss"] / n, "distance": sums["loss"]})
+    for task, signal, says in ((clash, "loss", "'distance' has the name of a signal"), (TASK, "f1", "'f1'.*measures")):
+        averager = wavg.averager(wavg.softmax(signal, higher_is_better=True))
+        rounds = wavg.make_rounds(task, averager, INNER)
+        with pytest.raises(wavg.SettingsError, match=says):
+            jax.eval_shape(rounds.step, rounds.init(jax.random.key(0), K), batches(), HELD_OUT)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"scoring": wavg.Scoring(samples=0)}, "Scoring: samples"),
+        ({"scoring": wavg.Scoring(chunk=2.5)}, "Scoring: chunk"),
+        ({"scoring": wavg.Scoring(dtype=jnp.int32)}, "Scoring: dtype"),
+        ({"at_sync": wavg.AtSync(stats="average")}, "AtSync: stats"),
+        ({"at_sync": wavg.AtSync(smoothing=3)}, "AtSync: smoothing"),
+    ],
+)
+def test_groups_are_checked_as_in_fit(options, says):
+    with pytest.raises(wavg.SettingsError, match=says):
+        wavg.make_rounds(TASK, WEIGHTED, INNER, **options)
+
+
+def test_held_out_data_replicas_and_faults_that_do_not_fit_are_one_clear_line():
+    rounds = wavg.make_rounds(TASK, WEIGHTED, INNER)
+    state = rounds.init(jax.random.key(0), K)
+    for held_out in (tuple(HELD_OUT), Batch(HELD_OUT.x[:0], HELD_OUT.y[:0]), Batch(HELD_OUT.x[:3], HELD_OUT.y)):
+        with pytest.raises(wavg.SettingsError, match="held_out="):
+            rounds.step(state, batches(), held_out)
+    with pytest.raises(wavg.SettingsError, match="6 replicas do not spread evenly over 4"):
+        wavg.make_rounds(TASK, WEIGHTED, INNER, placement=wavg.place(4, 4)).init(jax.random.key(0), 6)
+    three = wavg.make_rounds(TASK, WEIGHTED, INNER, faults=wavg.faults.simulate(3))
+    with pytest.raises(wavg.SettingsError, match="faults= are of 3 replicas, there are 4"):
+        three.step(state, batches(), HELD_OUT)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import run
@@ -49,9 +50,39 @@ def test_a_true_of_the_last_round_changes_nothing():
     assert "stopped_early" not in result.rows[-1]
 
 
+def test_a_run_that_a_callback_ended_is_complete_and_resuming_returns_it(tmp_path):
+    options = {"rounds": 4, "workdir": tmp_path}
+    ended = run(sharded(), PLAIN, on_round=lambda row: row["round"] == 2, **options)
+    again = run(sharded(), PLAIN, resume=True, **options)
+    assert again.rows == ended.rows
+    np.testing.assert_array_equal(again.params["w"], ended.params["w"])
+
+
+@pytest.mark.parametrize("true", [np.True_, jnp.array(True)], ids=["numpy", "jax"])
+def test_an_array_that_is_true_ends_the_run_too(true):
+    assert len(run(sharded(), PLAIN, rounds=3, on_round=lambda row: true).rows) == 2
+
+
 def test_what_other_callbacks_return_ends_nothing():
-    result = run(sharded(), PLAIN, rounds=2, on_round=[lambda row: 1, lambda row: "yes"])
+    answers = (1, "yes", np.ones(2, bool), jnp.array(1.0), None)
+    result = run(sharded(), PLAIN, rounds=2, on_round=[lambda row, answer=answer: answer for answer in answers])
     assert len(result.rows) == 3
+    assert len(run(sharded(), PLAIN, rounds=2, on_round=None).rows) == 3
+
+
+def test_a_callback_cannot_spoil_the_rows():
+    result = run(sharded(), PLAIN, rounds=2, on_round=lambda row: row.clear())
+    assert [row["round"] for row in result.rows[1:]] == [1, 2]
+
+
+def test_a_checkpoint_that_is_due_is_saved_before_a_callback_raises(tmp_path):
+    def fail(row):
+        if row["round"] == 2:
+            raise KeyError("of the user")
+
+    with pytest.raises(KeyError):
+        run(sharded(), PLAIN, rounds=4, workdir=tmp_path, checkpoint_every=2, on_round=fail)
+    assert (tmp_path / "checkpoints" / "run" / "2").exists()
 
 
 def test_progress_may_be_a_function_of_ones_own():

@@ -70,3 +70,34 @@ def test_a_vocabulary_of_another_size_than_the_network_s_is_refused():
     tokens = text_data()._replace(classes=7)
     with pytest.raises(wavg.SettingsError, match=r"the network outputs \(5, 5\) for a sample, .* 7 classes.*classes="):
         train(TABLE, tokens, wavg.averager(wavg.uniform()), inner=optax.sgd(0.1), **OPTIONS)
+
+
+def test_a_task_made_by_hand_may_predict_what_it_likes_and_measure_arrays():
+    """One logit a sample for two classes, and the share of right answers of each class."""
+
+    def logit(params, x):
+        return x @ params["w"]
+
+    def loss(params, mutable, batch, rng):
+        return optax.sigmoid_binary_cross_entropy(logit(params, batch.x), batch.y.astype(jnp.float32)).mean(), ({}, {})
+
+    def measure(logits, batch):
+        right = ((logits > 0) == (batch.y > 0)).astype(jnp.float32)
+        return {
+            "accuracy": right.sum(),
+            "per_class": jnp.stack([jnp.where(batch.y == c, right, 0).sum() for c in (0, 1)]),
+        }
+
+    task = wavg.Task(lambda rng: ({"w": jnp.zeros(3)}, {}), loss, lambda p, m, x: logit(p, x), measure)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(160, 3)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int)
+    dataset = data.from_arrays(x[:120], y[:120], x[120:], y[120:])
+    shards = data.shard(dataset, lambda split, seed: data.iid(len(split.y), 2, seed), heldout=20, seed=0)
+    averager, inner = wavg.averager(wavg.proportional("accuracy")), optax.sgd(0.5)
+    result = train(task, shards, averager, inner=inner, rounds=2, local_steps=10, batch_size=8)
+    assert result.rows[-1]["test_accuracy"] > 0.8
+    assert sum(result.rows[-1]["per_class"]) == pytest.approx(result.rows[-1]["test_accuracy"], rel=1e-5)
+    clash = task._replace(measure=lambda logits, batch: {"accuracy": logits.sum(), "weights": jnp.zeros(3)})
+    with pytest.raises(wavg.SettingsError, match="'weights' has the name of a row's entry"):
+        train(clash, shards, averager, inner=inner, rounds=2, local_steps=10, batch_size=8)

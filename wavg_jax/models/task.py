@@ -222,7 +222,7 @@ def _numbers(y: jax.Array, outputs: jax.Array) -> jax.Array:
     if y.shape != outputs.shape:
         raise SettingsError(
             f"the network returned predictions of shape {outputs.shape} for targets of shape {y.shape}; a regressor "
-            "must return the shape of its targets"
+            "must return the shape of its targets (y[:, None] gives them an axis for one output)"
         )
     return y.astype(jnp.float32)
 
@@ -238,7 +238,10 @@ def _error_sums(outputs: jax.Array, y: jax.Array) -> Sums:
 
 _CLASSIFIER = _Kind(
     _logits("a classifier", ("B", "classes")),
-    _labels("class numbers", "cast whole floats with y.astype(int), take the argmax of one-hot labels"),
+    _labels(
+        "class numbers",
+        "cast whole floats with y.astype(int), take the argmax of one-hot labels; for numbers make the task with regressor",
+    ),
     _cross_entropy,
     quality.sums,
     quality.metrics,

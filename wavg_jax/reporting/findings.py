@@ -146,9 +146,7 @@ def caveats(summaries: Sequence[Summary]) -> list[str]:
     references = distinct(one.reference for one in summaries if one.reference)
     lines = by_chance(sum(not d.too_few for d in differences), " or ".join(references))
     if any(len(distinct(run.header.get("devices") for run in one.runs)) > 1 for one in summaries):
-        lines.append(
-            "The arms ran on different numbers of devices: measured times compare only between arms on as many."
-        )
+        lines.append("The arms ran on different numbers of devices, so their measured times are not comparable.")
     lines.append(
         "One device that is already busy gains nothing from K replicas: it works through them all. Hence two clocks: "
         "measured, on this hardware, and computed, the critical path with a device for each replica."
