@@ -99,5 +99,5 @@ def test_a_task_made_by_hand_may_predict_what_it_likes_and_measure_arrays():
     assert result.rows[-1]["test_accuracy"] > 0.8
     assert sum(result.rows[-1]["per_class"]) == pytest.approx(result.rows[-1]["test_accuracy"], rel=1e-5)
     clash = task._replace(measure=lambda logits, batch: {"accuracy": logits.sum(), "weights": jnp.zeros(3)})
-    with pytest.raises(wavg.SettingsError, match="'weights' has the name of a row's entry"):
+    with pytest.raises(wavg.SettingsError, match="'weights' has the name of an entry of rows"):
         train(clash, shards, averager, inner=inner, rounds=2, local_steps=10, batch_size=8)
