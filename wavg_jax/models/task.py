@@ -240,7 +240,7 @@ _CLASSIFIER = _Kind(
     _logits("a classifier", ("B", "classes")),
     _labels(
         "class numbers",
-        "cast whole floats with y.astype(int), take the argmax of one-hot labels; for numbers make the task with regressor",
+        "cast whole floats with y.astype(int), take the argmax of one-hot labels, or make the task with regressor",
     ),
     _cross_entropy,
     quality.sums,
