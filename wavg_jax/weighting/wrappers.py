@@ -115,7 +115,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
 
 
 class SmoothState(NamedTuple):
-    """The wrapped weighting's state, the moving averages of its signals, and the averages' total weight (leaves [K])."""
+    """The wrapped weighting's state, the moving averages of its signals, and their total weights (leaves [K])."""
 
     weighting: PyTree
     sums: dict[str, PyTree]
