@@ -65,9 +65,9 @@ def direction(signal: str, higher_is_better: bool | None = None) -> float:
     """
     known = HIGHER_IS_BETTER.get(signal) if higher_is_better is None else higher_is_better
     if known is None:
-        raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
+        raise SettingsError(f"the direction of {signal!r} is unknown; pass higher_is_better=True or False")
     if not isinstance(known, bool):
-        raise SettingsError(f"higher_is_better is {known!r}; say True or False")
+        raise SettingsError(f"higher_is_better is {known!r}; it must be True or False")
     return 1.0 if known else -1.0
 
 

@@ -194,7 +194,7 @@ def shortlist(
 
     def chosen(values: jax.Array, alive: jax.Array) -> jax.Array:
         if not isinstance(values, jax.Array) or values.ndim != 1:
-            raise SettingsError(f"shortlist needs one number per replica, and {signal!r} is not an array [K]")
+            raise SettingsError(f"shortlist needs one number per replica, but {signal!r} is not an array [K]")
         s, candidates = sign * values, usable(values, alive)
         better = candidates[:, None] & (s[:, None] > s[None, :])  # [j, k]: j is better than k
         return jnp.where(candidates.any(), candidates & (better.sum(axis=0) < keep), alive)
