@@ -97,7 +97,7 @@ REFUSED = {
     ),
     "a weighting that returns its weights alone": (
         lambda: update(avg=returning(jnp.full(K, 0.25))),
-        r"weighting.update returns a \w+; it must return two things, \(weights, state\)",
+        r"weighting.update returns a \w+; it must return a pair, \(weights, state\)",
     ),
     "a weighting whose state grows": (
         lambda: update(avg=returning((jnp.full(K, 0.25), jnp.ones(3)))),

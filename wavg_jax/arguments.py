@@ -1,7 +1,7 @@
-"""What an argument must be, and the one line that says so where it is not.
+"""Rules for arguments, and one-line errors when an argument breaks one.
 
-A `Rule` is a question and its answer in words; `check` asks it. Rules ask what a value can do rather than of which
-class it is, so numpy's integers are whole numbers and whatever has optax's two functions is an optimizer.
+A `Rule` pairs a predicate with a description of the allowed values; `check` applies it. Rules are duck-typed: NumPy
+integers are whole numbers, and any object with optax's `init` and `update` is an optimizer.
 """
 
 import inspect
@@ -21,11 +21,11 @@ from wavg_jax.base import SettingsError
 
 
 class Rule(NamedTuple):
-    """What is allowed.
+    """A predicate on values, and its description for error messages.
 
     Attributes:
-      fits: whether a value is.
-      wanted: what is, in words that follow "it must be".
+      fits: `value -> bool`, whether the value is allowed.
+      wanted: describes the allowed values, to follow "it must be".
     """
 
     fits: Callable[[Any], bool]
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 
 def check(name: str, value: Any, rule: Rule) -> None:
-    """Raises SettingsError if the argument of this name is not what the rule allows.
+    """Raises SettingsError if the argument `name` breaks the rule.
 
     >>> check("rounds", 2.5, whole(1))
     Traceback (most recent call last):
@@ -44,21 +44,21 @@ def check(name: str, value: Any, rule: Rule) -> None:
 
 
 def check_all(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> None:
-    """Checks the arguments `given` by name."""
+    """Checks each argument in `given` against the rule of its name."""
     for name, rule in rules.items():
         check(name, given[name], rule)
 
 
 def check_fields(group: NamedTuple, rules: Mapping[str, Rule]) -> None:
-    """Checks the fields of a group of arguments by name."""
+    """Checks each field of a named tuple against the rule of its name."""
     for name, rule in rules.items():
         check(f"{type(group).__name__}: {name}", getattr(group, name), rule)
 
 
 def as_whole(name: str, value: Any, least: int | None = None) -> int:
-    """Returns the argument of this name as an `int`; SettingsError if it is not a whole number, or below `least`.
+    """Returns the argument `name` as an `int`; raises SettingsError if it is not a whole number or below `least`.
 
-    NumPy's own would overflow, and JSON does not take them.
+    NumPy integers can overflow, and JSON does not accept them.
 
     >>> as_whole("replicas", np.int64(4), 1)
     4
@@ -71,7 +71,7 @@ _SIMPLE = (bool, int, float, str, bytes, np.generic, np.ndarray, type(None))
 
 
 def shown(value: Any) -> str:
-    """What a value looks like, in a part of a line: a number, a text or a short list of them, else its type.
+    """Formats a value for an error message: a number, a string or a short list of them as such, else its type.
 
     >>> shown([1, 2, 3, 4, 5, 6, 7, 8]), shown({}), shown(dict)
     ('[1, 2, 3, 4, 5, 6, ...]', 'of type dict', 'a class, dict')
@@ -83,7 +83,7 @@ def shown(value: Any) -> str:
 
 
 def whole(least: int | None = None, most: int | None = None) -> Rule:
-    """A whole number, from `least` and to `most` where these are given."""
+    """Allows a whole number; `least` and `most` are inclusive bounds."""
     low, high = -math.inf if least is None else least, math.inf if most is None else most
 
     def fits(value: Any) -> bool:
@@ -101,10 +101,10 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
 def number(
     least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Rule:
-    """A finite number from `least` to `most`, greater than `above` and less than `below`; a traced one may be."""
+    """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar."""
 
     def fits(value: Any) -> bool:
-        if isinstance(value, jax.core.Tracer):  # as `optax.inject_hyperparams` hands them in
+        if isinstance(value, jax.core.Tracer):  # `optax.inject_hyperparams` passes tracers
             return value.ndim == 0
         if isinstance(value, bool | str | bytes):
             return False
@@ -121,7 +121,7 @@ def number(
 
 
 def has(wanted: str, *names: str, lacks: str = "") -> Rule:
-    """An object with these attributes, and without one by which it would be known for something else."""
+    """Allows an object, not a class, that has the attributes `names` and not `lacks`, the mark of another kind."""
 
     def fits(value: Any) -> bool:
         like = not isinstance(value, type) and all(hasattr(value, name) for name in names)
@@ -131,7 +131,7 @@ def has(wanted: str, *names: str, lacks: str = "") -> Rule:
 
 
 def takes(arguments: int, wanted: str) -> Rule:
-    """A function that can be called with so many positional arguments, as far as that can be known."""
+    """Allows a function that accepts `arguments` positional arguments; one without a signature passes."""
 
     def fits(value: Any) -> bool:
         if not callable(value):
@@ -140,7 +140,7 @@ def takes(arguments: int, wanted: str) -> Rule:
             inspect.signature(value).bind(*range(arguments))
         except TypeError:
             return False
-        except ValueError:  # written in C, without a signature
+        except ValueError:  # a C function without a signature
             pass
         return True
 
@@ -148,17 +148,17 @@ def takes(arguments: int, wanted: str) -> Rule:
 
 
 def instance(kind: type | tuple[type, ...], wanted: str) -> Rule:
-    """An instance of a class, or of one of several."""
+    """Allows an instance of `kind`."""
     return Rule(lambda value: isinstance(value, kind), wanted)
 
 
 def either(*rules: Rule) -> Rule:
-    """What one of the rules allows."""
+    """Allows a value that fits any of the rules."""
     return Rule(lambda value: any(rule.fits(value) for rule in rules), ", or ".join(rule.wanted for rule in rules))
 
 
 def each(rule: Rule, wanted: str, least: int = 0) -> Rule:
-    """A sequence of at least so many values that all fit a rule."""
+    """Allows a sequence of at least `least` values that all fit the rule."""
 
     def fits(values: Any) -> bool:
         listed = isinstance(values, Sequence) and not isinstance(values, str)
@@ -190,10 +190,10 @@ def _is_json(value: Any) -> bool:
 
 NONE = Rule(lambda value: value is None, "None")
 YES_OR_NO = instance(bool, "True or False")
-TEXT = Rule(lambda value: isinstance(value, str) and bool(value), "a text")
+TEXT = Rule(lambda value: isinstance(value, str) and bool(value), "a non-empty string")
 PATH = instance((str, os.PathLike), "the path of a folder")
 MAPPING = instance(Mapping, "a dict")
-JSON = Rule(_is_json, "what JSON can hold: a text, a number, None, or a list, dict or array of them")
+JSON = Rule(_is_json, "a JSON value: a string, number, bool, None, or a list, dict or array of them")
 FLOATING = Rule(_floating, "a floating dtype, such as jnp.bfloat16")
 FUNCTION = Rule(callable, "a function")
 OPTIMIZER = has("an optax transformation, such as optax.sgd(0.05)", "init", "update", lacks="needs")

@@ -1,4 +1,4 @@
-"""Checks of inputs by structure, shape and dtype alone, at trace time: the compiled program pays nothing for them."""
+"""Trace-time checks of structure, shape and dtype; they cost the compiled program nothing."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,33 +11,33 @@ from wavg_jax.base import PyTree, SettingsError
 
 
 def _named(name: str, tree: PyTree) -> dict[str, Any]:
-    """The leaves by the expression that reaches them, such as `params['dense']['bias']`."""
+    """Maps each leaf's expression, such as `params['dense']['bias']`, to the leaf."""
     return {name + jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def _leaves(name: str, tree: PyTree) -> dict[str, Any]:
-    """The same, and they must be arrays."""
+    """Like `_named`, but raises SettingsError for a leaf that is not an array."""
     leaves = _named(name, tree)
     for where, x in leaves.items():
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):
-            raise SettingsError(f"{where} is a {type(x).__name__}; it must be an array, such as jnp.asarray(...) makes")
+            raise SettingsError(f"{where} is a {type(x).__name__}; it must be an array, e.g. jnp.asarray(...)")
     return leaves
 
 
 def arrays(name: str, tree: PyTree) -> None:
-    """Raises SettingsError if a tree has no leaves, or one that is not an array."""
+    """Raises SettingsError if a tree has no leaves or a leaf is not an array."""
     if not _leaves(name, tree):
         raise SettingsError(f"{name} is {tree!r}, which holds no arrays; give a tree of arrays")
 
 
 def parameters(name: str, tree: PyTree) -> None:
-    """Raises SettingsError if a tree has no leaves, or one that is not an array of floating-point numbers."""
+    """Raises SettingsError if a tree has no leaves or a leaf is not a floating-point array."""
     arrays(name, tree)
     for where, x in _named(name, tree).items():
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise SettingsError(
                 f"{where} is {x.dtype}; only floating-point numbers are trained and averaged: keep counts, flags and "
-                "random keys apart from the parameters (in fit, among the mutable collections)"
+                "random keys out of the parameters (in fit, put them in the mutable collections)"
             )
 
 
@@ -52,29 +52,31 @@ def _same_tree(name: str, tree: PyTree, of: str, like: PyTree, fix: str) -> None
     elif more:
         difference = f"{name}{more[0]} is not in {of}"
     else:
-        difference = f"one is a {type(tree).__name__}, the other a {type(like).__name__}, or they differ so inside"
+        difference = (
+            f"one is a {type(tree).__name__}, the other a {type(like).__name__}, or their nested containers differ"
+        )
     raise SettingsError(f"{name} is not a tree like {of}: {difference}; {fix}")
 
 
 def alike(name: str, tree: PyTree, of: str, like: PyTree, fix: str) -> None:
-    """Raises SettingsError, which ends in `fix`, unless two trees have the same structure and shapes."""
+    """Raises a SettingsError that ends in `fix` unless two trees have the same structure and shapes."""
     _same_tree(name, tree, of, like, fix)
     for (where, x), y in zip(_named(name, tree).items(), jax.tree.leaves(like), strict=True):
         if np.shape(x) != np.shape(y):
             raise SettingsError(f"{where} has shape {np.shape(x)} where {of} has {np.shape(y)}; {fix}")
 
 
-_REPLICATE = "wavg.replicate(params, K) makes such a tree"
+_REPLICATE = "use wavg.replicate(params, K)"
 
 
 def stacked(tree: PyTree, like: PyTree, name: str = "stacked", of: str = "params") -> int:
-    """Checks that every leaf of `tree` is [K, *shape] for the [*shape] of its counterpart in `like`, in its dtype.
+    """Checks that each leaf of `tree` is [K, *shape] for a leaf [*shape] of `like`, with the same dtype.
 
     Returns:
       K, the number of replicas.
 
     Raises:
-      SettingsError: the structure, a shape or a dtype differs, or K is 0. It names the leaf.
+      SettingsError: the structure, a shape or a dtype differs, or K is 0. The message names the leaf.
     """
     arrays(of, like)
     _same_tree(name, tree, of, like, _REPLICATE)
@@ -86,11 +88,11 @@ def stacked(tree: PyTree, like: PyTree, name: str = "stacked", of: str = "params
             wanted = ", ".join(map(str, ("K" if replicas is None else replicas, *y.shape)))
             raise SettingsError(
                 f"{where} has shape {x.shape}; with {of}{where.removeprefix(name)} of shape {y.shape} it must be "
-                f"[{wanted}], one for each of K replicas; {_REPLICATE}"
+                f"[{wanted}], with a leading axis of K replicas; {_REPLICATE}"
             )
         if jnp.result_type(x) != jnp.result_type(y):
             raise SettingsError(
-                f"{where} is {x.dtype}, {of}{where.removeprefix(name)} {y.dtype}; give both in one dtype (x.astype)"
+                f"{where} is {x.dtype}, {of}{where.removeprefix(name)} {y.dtype}; give both the same dtype (x.astype)"
             )
     if not replicas:
         raise SettingsError(f"{name} holds 0 replicas; {_REPLICATE} with K of at least 1")
@@ -98,26 +100,26 @@ def stacked(tree: PyTree, like: PyTree, name: str = "stacked", of: str = "params
 
 
 def replicas(tree: PyTree) -> int:
-    """Returns K, the length of the leading axis, which all leaves of a stacked tree have in common.
+    """Returns K, the length of the leading axis that all leaves of a stacked tree share.
 
     Raises:
-      SettingsError: they do not.
+      SettingsError: the leaves differ in it, or there are none.
     """
     leaves = _leaves("stacked", tree)
     if not leaves:
-        raise SettingsError("stacked holds no arrays, so the number of replicas is not known")
+        raise SettingsError("stacked holds no arrays, so the number of replicas is unknown")
     (first, x), *_ = leaves.items()
     for where, y in leaves.items():
         if not y.ndim or y.shape[:1] != x.shape[:1]:
             raise SettingsError(
-                f"{first} has shape {x.shape} and {where} {y.shape}: the leading axis of every leaf must be that of "
-                f"the replicas; {_REPLICATE}"
+                f"{first} has shape {x.shape} and {where} {y.shape}: the leading axis of every leaf must be the "
+                f"replica axis; {_REPLICATE}"
             )
     return int(x.shape[0])
 
 
 def mask(alive: Any, replicas: int | None = None) -> jax.Array:
-    """Returns `alive` as an array; SettingsError if it is not a bool [K], for this K if one is given."""
+    """Returns `alive` as an array; raises SettingsError unless it is bool [K], with K = `replicas` if given."""
     if alive is None:
         raise SettingsError("alive= is missing; it must be a bool for each replica, [K]")
     alive = jnp.asarray(alive)
@@ -131,7 +133,7 @@ def mask(alive: Any, replicas: int | None = None) -> jax.Array:
 
 
 def signals(needs: Iterable[str], given: Mapping[str, Any]) -> None:
-    """Raises SettingsError unless every signal that a weighting needs is given."""
+    """Raises SettingsError if a signal that a weighting needs is missing."""
     missing = sorted(set(needs) - set(given))
     if missing:
         what = "one number per replica [K], which fit and make_rounds measure themselves"
@@ -141,13 +143,13 @@ def signals(needs: Iterable[str], given: Mapping[str, Any]) -> None:
 
 
 def weights(given: PyTree, stacked: PyTree) -> None:
-    """Raises SettingsError unless weights are a prefix tree of a stacked tree, with leaves [K] or like the leaf."""
+    """Raises SettingsError unless weights are a prefix tree of a stacked tree, with leaves [K] or one per element."""
     try:
         wide = jax.tree.leaves(jax.tree.broadcast(given, stacked))
     except ValueError:
         raise SettingsError(
-            f"the weights, a {type(given).__name__}, are not a prefix of the tree of the parameters; give one array "
-            "[K] for all of it, or an array for each of its branches or leaves"
+            f"the weights, a {type(given).__name__}, are not a prefix of the parameter tree; give one array "
+            "[K] for the whole tree, or one for each branch or leaf"
         ) from None
     for (where, x), w in zip(_leaves("stacked", stacked).items(), wide, strict=True):
         if not x.ndim or jnp.shape(w) not in (x.shape[:1], x.shape):
@@ -158,18 +160,18 @@ def weights(given: PyTree, stacked: PyTree) -> None:
 
 
 def pair(name: str, given: Any, of: str) -> tuple[Any, Any]:
-    """Returns what the function of this name gave; SettingsError if it is not two things, `of` in words."""
+    """Returns `given`, the result of the function `name`; raises SettingsError unless it is the pair `of`."""
     if not isinstance(given, tuple) or len(given) != 2:
-        raise SettingsError(f"{name} returns {_kind(given)}; it must return two things, {of}")
+        raise SettingsError(f"{name} returns {_kind(given)}; it must return a pair, {of}")
     return given
 
 
 def _kind(given: Any) -> str:
-    return f"{len(given)} things" if isinstance(given, tuple) else f"a {type(given).__name__}"
+    return f"a tuple of {len(given)}" if isinstance(given, tuple) else f"a {type(given).__name__}"
 
 
 def broadcasts(name: str, given: Any, shape: tuple[int, ...], fix: str) -> None:
-    """Raises SettingsError, which ends in `fix`, unless `given` is an array that broadcasts to a shape."""
+    """Raises a SettingsError that ends in `fix` unless `given` is an array that broadcasts to `shape`."""
     arrays(name, given)
     try:
         fits = np.broadcast_shapes(given.shape, shape) == shape

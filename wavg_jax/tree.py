@@ -1,4 +1,4 @@
-"""Pytree arithmetic over the replica axis; everything that does not touch that axis is `optax.tree`'s business."""
+"""Pytree arithmetic over the replica axis, and other tree helpers that `optax.tree` lacks."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from wavg_jax.base import PyTree, SettingsError
 
 
 def replicate(tree: PyTree, replicas: int) -> PyTree:
-    """Copies every leaf K times: [...] -> [K, ...], each replica with memory of its own, so that it can be donated.
+    """Copies every leaf K times: [...] -> [K, ...]; each replica has its own memory, so the result can be donated.
 
     Raises:
       SettingsError: `replicas` is not a whole number of at least 1.
@@ -31,10 +31,10 @@ def replica(stacked: PyTree, k: int | jax.Array) -> PyTree:
 
     Args:
       stacked: tree with leaves [K, ...].
-      k: 0 to K - 1. A traced `k` cannot be checked, and is clamped as JAX clamps indices.
+      k: 0 to K - 1. A traced `k` is not checked; JAX clamps it.
 
     Raises:
-      SettingsError: there is no such replica, or the leaves do not have one K.
+      SettingsError: there is no such replica, or the leaves differ in K.
     """
     if not isinstance(k, jax.core.Tracer):
         replicas = checks.replicas(stacked)
@@ -46,17 +46,17 @@ def replica(stacked: PyTree, k: int | jax.Array) -> PyTree:
 
 
 def count_replicas(stacked: PyTree) -> int:
-    """Returns K, the length of the leading axis of a stacked tree's leaves; SettingsError if they differ in it."""
+    """Returns K, the length of a stacked tree's leading axis; raises SettingsError if the leaves differ in it."""
     return checks.replicas(stacked)
 
 
 def on_cpu() -> bool:
-    """Whether programs run on the host's processor."""
+    """Returns whether CPU is JAX's default backend."""
     return jax.default_backend() == "cpu"
 
 
 def all_finite(stacked: PyTree) -> jax.Array:
-    """Says for each replica whether all its floating-point numbers are finite: bool [K].
+    """Returns for each replica whether all its floating-point numbers are finite: bool [K].
 
     >>> import jax.numpy as jnp
     >>> all_finite({"w": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}).tolist()
@@ -73,24 +73,23 @@ def _each_finite(x: jax.Array) -> jax.Array:
 
 
 def _zeros_out(x: jax.Array) -> jax.Array:
-    """Whether x[k] . 0 = 0 for each row of `x` [K, n], which it is not if a number is infinite or NaN."""
-    # On CPU a product with a vector runs at the speed of a copy, the reduction of `isfinite` at a fifth of it.
-    # Elsewhere the product is another library's, which may skip zeros. The compiler must not know them, or it would
-    # know the result.
+    """Returns whether x[k] . 0 == 0 for each row of `x` [K, n]; an infinite or NaN entry makes the product NaN."""
+    # On CPU a matrix-vector product runs at the speed of a copy, reducing `isfinite` at a fifth of it. Other backends
+    # call libraries that may skip zeros. The barrier hides the zeros from the compiler, which would fold the product.
     zeros = jax.lax.optimization_barrier(jnp.zeros(x.shape[1], x.dtype))
     return x @ zeros == 0
 
 
 def ordered_sum(values: jax.Array) -> jax.Array:
-    """Sums [K] numbers one after another.
+    """Sums values [K, ...] over K, one replica after another.
 
-    XLA's own sum groups them by K, so that zeros for dead replicas would change the last bit of what the others sum to.
+    The grouping in XLA's own sum depends on K, so the zeros of dead replicas would change the last bit of the total.
     """
     return functools.reduce(operator.add, [values[k] for k in range(values.shape[0])])
 
 
 def equal_weights(alive: jax.Array) -> jax.Array:
-    """Weights of 1 / n for the n living replicas and 0 for the dead; all 0 if none lives.
+    """Returns weights 1 / n for the n living replicas and 0 for the dead; all 0 if none is alive.
 
     Args:
       alive: bool [K].
@@ -106,27 +105,27 @@ def equal_weights(alive: jax.Array) -> jax.Array:
 
 
 def select_replicas(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
-    """Takes replica k from stacked tree `yes` where `mask[k]`, else from stacked tree `no`; `mask` is bool [K]."""
+    """Takes replica k from the stacked tree `yes` where `mask[k]`, else from `no`; `mask` is bool [K]."""
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b), yes, no)
 
 
 def is_key(x: jax.Array) -> bool:
-    """Whether `x` holds typed random keys. A raw uint32 key cannot be told from integers."""
+    """Returns whether `x` holds typed random keys; raw uint32 keys look like integers."""
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def is_float(x: jax.Array) -> bool:
-    """Whether `x` holds floating-point numbers, which can be averaged; counts, flags and random keys cannot."""
+    """Returns whether `x` holds floating-point numbers, which can be averaged; counts, flags and keys cannot."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def floats(tree: PyTree) -> list[jax.Array]:
-    """The floating-point leaves of a tree, which are what is averaged and exchanged."""
+    """Returns a tree's floating-point leaves; only these are averaged and exchanged."""
     return [x for x in jax.tree.leaves(tree) if is_float(x)]
 
 
 def with_floats(stacked: PyTree, one: PyTree) -> PyTree:
-    """Gives every replica the floating-point leaves of `one`: [K, ...], [...] -> [K, ...]; it keeps its other leaves.
+    """Gives every replica the floating-point leaves of `one`: [K, ...], [...] -> [K, ...]; other leaves stay.
 
     >>> stacked = {"moment": jnp.array([1.0, 2.0]), "count": jnp.array([7, 8])}
     >>> {name: x.tolist() for name, x in with_floats(stacked, {"moment": jnp.array(0.0), "count": 0}).items()}
@@ -136,12 +135,12 @@ def with_floats(stacked: PyTree, one: PyTree) -> PyTree:
 
 
 def select(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
-    """Takes the whole tree `yes` if the bool scalar `condition` holds, else `no`."""
+    """Returns the tree `yes` if the bool scalar `condition` is true, else `no`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which values of `dtype` are summed and updated: at least float32."""
+    """Returns the dtype for sums and updates of values of `dtype`: at least float32."""
     wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
     return dtype if wide else jnp.dtype(jnp.float32)
 
@@ -152,15 +151,15 @@ def as_accumulators(tree: PyTree) -> PyTree:
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Casts every leaf to the dtype of its counterpart in `like`."""
+    """Casts every leaf to the dtype of the matching leaf in `like`."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def count(tree: PyTree) -> int:
-    """Returns how many numbers a tree holds."""
+    """Returns the number of scalars in a tree."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def nbytes(tree: PyTree) -> int:
-    """Returns how many bytes a tree holds."""
+    """Returns the size of a tree in bytes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

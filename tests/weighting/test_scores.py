@@ -256,7 +256,7 @@ def test_effective_replicas():
         (lambda: wavg.inverse("val_accuracy"), "'val_accuracy'.*higher_is_better="),
         (lambda: wavg.proportional("val_loss", higher_is_better=False), "worst val_loss most; use inverse"),
         (lambda: wavg.inverse("val_accuracy", higher_is_better=True), "worst val_accuracy most; use proportional"),
-        (lambda: wavg.softmax("val_loss", higher_is_better="no"), "higher_is_better is 'no'; say True or False"),
+        (lambda: wavg.softmax("val_loss", higher_is_better="no"), "higher_is_better is 'no'; it must be True or False"),
         (lambda: wavg.proportional("accuracy", power=0.0), "greater than 0"),
         (lambda: wavg.proportional("accuracy", chance=NAN), "finite"),
         (lambda: rank("cosine"), "higher_is_better"),

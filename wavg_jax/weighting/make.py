@@ -1,4 +1,4 @@
-"""The constructor behind every weighting of the library: it checks what `init` and `update` are given."""
+"""Constructor of the library's weightings; adds argument checks to `init` and `update`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,25 +11,25 @@ from wavg_jax.base import Init, PyTree, SettingsError, Weighting, WeightingUpdat
 
 
 def stateless(params: PyTree, replicas: int) -> tuple:
-    """The `init` of a weighting without a memory."""
+    """The `init` of a stateless weighting."""
     del params, replicas
     return ()
 
 
 def _no_blend(weights: PyTree) -> PyTree:
     raise SettingsError(
-        "this weighting tries blends: pass blend=, a function weights -> tree, such as "
-        "functools.partial(wavg.weighted_mean, stacked); averager(weighting).update does"
+        "this weighting evaluates blends: pass blend=, a function weights -> tree, such as "
+        "functools.partial(wavg.weighted_mean, stacked), or call averager(weighting).update, which passes it"
     )
 
 
 def make_weighting(update: WeightingUpdate, *, needs: tuple[str, ...] = (), init: Init = stateless) -> Weighting:
-    """Builds a `Weighting` that refuses, in one line, a bad K, a bad mask and a missing signal or blend.
+    """Builds a `Weighting` that raises a one-line SettingsError for a bad K or mask and a missing signal or blend.
 
     Args:
-      update: as in `Weighting`; it is given all of `alive`, `blend` and the signals in `needs`.
+      update: as in `Weighting`; always receives `alive`, `blend` and the signals in `needs`.
       needs: names of the signals that `update` reads.
-      init: `(params, replicas) -> state`; it is given an `int` of at least 1.
+      init: `(params, replicas) -> state`; receives an `int` of at least 1.
     """
 
     def checked_init(params: PyTree, replicas: int) -> PyTree:

@@ -1,9 +1,9 @@
 """Weightings that search: they evaluate blended networks on held-out data and keep the best.
 
-The score rules judge each replica on its own; these judge the blend, where the next round starts if replicas are
-replaced and there is no outer optimizer. With an outer optimizer they still judge the blend, not the step.
-They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run whole inside jit,
-one blend at a time.
+Score rules judge each replica on its own; these judge the blend. The next round starts from that blend if it replaces
+the replicas and there is no outer optimizer. With an outer optimizer they still judge the blend, not the outer step.
+They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run entirely inside
+jit, one blend at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ from wavg_jax.weighting.scores import normalise, per_replica, uniform
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER, values_of
 
 Held = Callable[[PyTree], Mapping[str, jax.Array]]
-"""`weights -> {"loss", "accuracy"}` of the network that they blend, float32 scalars."""
+"""`weights -> {"loss", "accuracy"}` of the blended network, float32 scalars."""
 
 
 def _scalars(scores: Any) -> bool:
-    """Whether these are named scalars, in floating point; a dict that lacks what is needed says so itself."""
+    """Whether `scores` is a mapping of floating-point scalars; a missing key raises its own KeyError later."""
     return isinstance(scores, Mapping) and all(
         jnp.ndim(score) == 0 and jnp.issubdtype(jnp.result_type(score), jnp.floating) for score in scores.values()
     )
@@ -39,7 +39,7 @@ _SCORES = Rule(_scalars, _WANTED)
 
 
 class LearnedState(NamedTuple):
-    """What `learned` remembers: the state of its start and, if it carries them, its logits [K] and their optimizer."""
+    """State of `learned`: the state of `start` and, with `carry=True`, the logits [K] and their optimizer state."""
 
     start: PyTree
     logits: PyTree
@@ -47,12 +47,12 @@ class LearnedState(NamedTuple):
 
 
 def _held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyTree) -> Held:
-    """How weights are tried out: the blend they give, in the dtypes of the parameters, on the held-out data."""
+    """Returns a function that evaluates the blend, cast to the parameters' dtypes, on the held-out data."""
     check("evaluate", evaluate, _EVALUATE)
 
     def held_out(weights: PyTree) -> Mapping[str, jax.Array]:
         scores = evaluate(tree.cast_like(blend(weights), params), per_replica(weights))
-        check("what evaluate returned", scores, _SCORES)
+        check("the result of evaluate", scores, _SCORES)
         return scores
 
     return held_out
@@ -60,11 +60,11 @@ def _held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyT
 
 def _check_signal(signal: str, name: str) -> None:
     if signal not in ("loss", "accuracy"):
-        raise SettingsError(f'{name}(signal={signal!r}): blends are judged by "loss" or by "accuracy"')
+        raise SettingsError(f'{name}(signal={signal!r}): judge blends by "loss" or "accuracy"')
 
 
 def _goodness(score: jax.Array, signal: str) -> jax.Array:
-    """Turns scores so that more is better; those that are not finite become -inf, which beats nothing."""
+    """Signs a score so that higher is better; non-finite scores become -inf and never win."""
     return jnp.where(jnp.isfinite(score), score if HIGHER_IS_BETTER[signal] else -score, -jnp.inf)
 
 
@@ -72,21 +72,22 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
     """Equal weights over the replicas that help: the greedy soup of Wortsman et al. (2022, arXiv:2203.05482), recipe 1.
 
         soup = []
-        for k in the living, the best own score first:
+        for k in living replicas, best own score first:
             if score(mean(soup + [k])) >= score(mean(soup)): soup += [k]
         w_k = 1 / |soup| for k in the soup, else 0
 
-    Replicas whose own score is NaN or infinite are not ingredients, and a blend with such a score is never kept; if
-    none is, all ingredients are. Replicas with equal own scores are tried in the order of their numbers: the only case
-    in which that order matters.
+    Replicas with a NaN or infinite score of their own are not ingredients, and a blend with such a score is never
+    kept. If no blend is kept, the soup is all ingredients. Replicas with equal scores are tried by index; otherwise
+    the order of the replicas does not matter.
 
-    Costs K evaluations and K blends a round, beside the pass that measures the replicas' own scores; holds one blend.
+    Costs K evaluations and K blends a round, on top of the pass that measures each replica's own score. Holds one
+    blend in memory.
 
     Args:
-      signal: "accuracy" or "loss", by which both the replicas and the blends are judged.
+      signal: "accuracy" or "loss"; judges both the replicas and the blends.
 
     Raises:
-      SettingsError: another signal.
+      SettingsError: `signal` is neither.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -132,7 +133,7 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
 
 
 def _lean(weights: PyTree, logits: PyTree, alive: jax.Array) -> PyTree:
-    """Leans weights by logits: `w_k e^{z_k} / sum_j w_j e^{z_j}`, leaf by leaf; what was 0 stays 0."""
+    """Tilts weights by logits: `w_k e^{z_k} / sum_j w_j e^{z_j}`, leaf by leaf; zero weights stay 0."""
 
     def leaf(w: jax.Array, z: jax.Array) -> jax.Array:
         z = jnp.where(w > 0, z, -jnp.inf)
@@ -143,7 +144,7 @@ def _lean(weights: PyTree, logits: PyTree, alive: jax.Array) -> PyTree:
 
 
 def _keep(loss: jax.Array, weights: PyTree, best: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
-    """The better of two (loss, weights); a tie, or a loss that is not finite, keeps `best`."""
+    """Returns the better of two (loss, weights) pairs; ties and non-finite losses keep `best`."""
     return tree.select(jnp.isfinite(loss) & (loss < best[0]), (loss, weights), best)
 
 
@@ -155,10 +156,10 @@ def _descend(
     steps: int,
     alive: jax.Array,
 ) -> tuple[PyTree, PyTree, tuple[jax.Array, PyTree]]:
-    """Walks (logits, optimizer state) down the held-out loss.
+    """Descends the held-out loss from `walk`, a pair (logits, optimizer state).
 
     Returns:
-      Where the walk ended; whether all on it was finite; and the best (loss, weights) seen.
+      The final (logits, optimizer state); whether every loss, gradient and logit was finite; the best (loss, weights).
     """
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
@@ -180,23 +181,23 @@ def _descend(
 
 
 _DEEPEST = 8.0
-"""How far below the best a carried logit may sink: e^-8 is as good as no weight, but leaves a slope to return by."""
+"""Carried logits stay within this of the largest: e^-8 is practically no weight, but its gradient can still recover."""
 
 
 def _carried(logits: jax.Array, uniform_won: jax.Array, equal: jax.Array, alive: jax.Array) -> jax.Array:
-    """What a round's logits [K] become for the next one: centred, so that 0, the logit of the dead, is neutral."""
+    """Prepares a round's logits [K] for the next: clips and centres them, so that the dead replicas' 0 is neutral."""
     logits = jnp.where(uniform_won, 0.5 * logits, logits)
     logits = jnp.maximum(logits, jnp.where(alive, logits, -jnp.inf).max() - _DEEPEST)
     return jnp.where(alive, logits - weighted_mean(logits, equal), 0)
 
 
 def _default_descent(carry: bool, learning_rate: float | None) -> optax.GradientTransformation:
-    """The optimizer of `learned`: normalised for a fixed loss, plain for one that changes every round."""
+    """Default optimizer of `learned`: normalised for a fixed loss, plain for a loss that changes every round."""
     if carry:
-        # A normalised step stays long when the gradient is noise: on IID shards the weights would drift.
+        # Normalised steps stay long even when the gradient is noise; on IID shards the weights would drift.
         return optax.sgd(1.0 if learning_rate is None else learning_rate)
-    # Short memories converge fastest in few steps. optax.rprop lags a step behind its gradient and wastes the first;
-    # optax.adam does not run under strict dtype promotion.
+    # A short memory converges fastest in few steps. optax.rprop lags its gradient by a step and wastes the first one;
+    # optax.adam fails under strict dtype promotion.
     return optax.rmsprop(0.3 if learning_rate is None else learning_rate, decay=0.5, momentum=0.5, eps=1e-10)
 
 
@@ -208,44 +209,44 @@ def learned(
     carry: bool = False,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Weighting:
-    """Weights learned on held-out data: a few optimizer steps on the loss of the blend, keeping the best weights seen.
+    """Weights learned on held-out data: takes a few optimizer steps on the blend's loss and keeps the best weights.
 
         w(z)_k = s_k e^{z_k} / sum_j s_j e^{z_j}            s: the weights of `start`; z = 0 at first
         z <- z - optimizer(g - sum_j w_j g_j)               g_k = d loss(blend(w)) / d w_k, steps times
-        w = the w(z) of least loss on the way, its start and its end included
+        w = the visited w(z) with the lowest loss, first and last included
 
-    The slope is the natural gradient of the softmax: with `optax.sgd(eta)` the steps are exponentiated gradient
-    descent, `w_k ~ w_k e^{-eta g_k}` (Kivinen and Warmuth 1997), in which a replica's step does not shrink with its
-    weight. A replica with weight 0 in `start` keeps 0. Logits have the granularity of the start's weights: one per
+    `g - sum_j w_j g_j` is the natural gradient of the softmax: with `optax.sgd(eta)` the steps are exponentiated
+    gradient descent, `w_k ~ w_k e^{-eta g_k}` (Kivinen and Warmuth 1997), and a replica's step does not shrink with
+    its weight. A replica with weight 0 in `start` keeps 0. Logits have the granularity of the start's weights: one per
     replica, layer or element.
 
-    With `carry=True` the logits are kept over the rounds: each round takes up those of the last one, which is meant for
-    `steps=1` or 2 on a held-out subset that changes every round, so that a subset's noise averages out. The result is
-    used only if its loss on the round's subset is no worse than that of equal weights; else those are returned, and
-    the logits halved. A dead replica comes back with the mean logit of those that lived. `start` then needs to give one
-    weight per replica.
+    With `carry=True` each round continues from the last round's logits. Use it with `steps=1` or 2 and a held-out
+    subset that changes every round, so that the subsets' noise averages out. If the result's loss on the round's subset
+    is worse than that of equal weights, the round returns equal weights and halves the logits. A dead replica returns
+    with the mean logit of the living. `start` must then give one weight per replica.
 
-    The result is never worse than its start on the data it was learned on; `carry=True`: than equal weights. A loss or
-    gradient that is not finite ends the walk, and the best seen until then is returned: the start, if there is none.
-    (Carried logits start anew in the next round.)
+    The result is never worse than `start` (with `carry=True`: than equal weights) on the data it was learned on. At the
+    first non-finite loss or gradient the descent stops and returns the best weights so far, or the start if there are
+    none. (Carried logits then reset for the next round.)
 
-    Costs, beside the start's own: `steps` gradients of a held-out pass, each about three evaluations' work (no further
-    evaluation: its forward half is one), and 1 evaluation, of the end; `steps + 1` blends, and for each step one more
-    pass over `stacked` for the slope. With `carry=True` 1 evaluation and 1 blend more, of equal weights. Holds, beside
-    `stacked` and the averager's copy of it, one blend and its gradient.
+    Costs, on top of `start`: `steps` gradients of a held-out pass, each about the work of three evaluations (its
+    forward pass serves as that step's evaluation), plus 1 final evaluation; `steps + 1` blends, plus one pass over
+    `stacked` per step for the gradient. `carry=True` adds 1 evaluation and 1 blend, of equal weights. Holds one blend
+    and its gradient, on top of `stacked` and the averager's copy of it.
 
     Args:
-      start: where the descent starts; equal weights if left out.
-      steps: optimizer steps a round.
-      learning_rate: of the default optimizer: 0.3, about a logit's step, or with `carry=True` 1.0 per unit of
-        loss.
-      carry: keep the logits over rounds; call `init(params, replicas=K)`.
-      optimizer: instead of the default, `optax.rmsprop(0.3, decay=0.5, momentum=0.5)`, or with `carry=True`
-        `optax.sgd(1.0)`. It should work element by element: a norm over replicas would round differently
-        with dead replicas in the sum.
+      start: weighting to start from; equal weights by default.
+      steps: optimizer steps per round.
+      learning_rate: learning rate of the default optimizer; by default 0.3, roughly the step of a logit, or with
+        `carry=True` 1.0 per unit of loss.
+      carry: keep the logits between rounds; call `init(params, replicas=K)`.
+      optimizer: replaces the default, `optax.rmsprop(0.3, decay=0.5, momentum=0.5)` or with `carry=True`
+        `optax.sgd(1.0)`. It should work elementwise: a norm over replicas would round differently with dead replicas
+        in the sum.
 
     Raises:
-      SettingsError: `steps` is not a whole number, 1 or more; both a learning rate and an optimizer are given.
+      SettingsError: `steps` is not a whole number, 1 or more, or both `learning_rate` and `optimizer` are given; from
+        `update` with `carry=True`, `start` does not give weights [K].
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -262,7 +263,7 @@ def learned(
     check("learned: learning_rate", learning_rate, either(NONE, RATE))
     check("learned: optimizer", optimizer, either(NONE, OPTIMIZER))
     if optimizer is not None and learning_rate is not None:
-        raise SettingsError("learned: an optimizer brings its own learning rate; give one of the two")
+        raise SettingsError("learned: an optimizer has its own learning rate; give only one of the two")
     descent = optimizer or _default_descent(carry, learning_rate)
 
     def init(params: PyTree, replicas: int) -> LearnedState:
@@ -299,7 +300,7 @@ def learned(
 
 
 def _aligned(weights: PyTree, like: PyTree) -> PyTree:
-    """Broadcasts weights to a finer prefix structure and to leaves of more dimensions."""
+    """Broadcasts weights to a finer prefix tree with higher-rank leaves."""
 
     def leaf(w: jax.Array, to: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.broadcast_to(w.reshape(w.shape + (1,) * (len(to.shape) - w.ndim)), to.shape)
@@ -308,7 +309,7 @@ def _aligned(weights: PyTree, like: PyTree) -> PyTree:
 
 
 def _finest(shapes: Sequence[PyTree], params: PyTree) -> PyTree:
-    """The coarsest of the structures at hand, or else that of `params`, that all these weights broadcast to."""
+    """Finds the coarsest of the given structures that all weights broadcast to; `params` is the fallback."""
 
     def widest(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return max(leaves, key=lambda leaf: len(leaf.shape))
@@ -322,28 +323,28 @@ def _finest(shapes: Sequence[PyTree], params: PyTree) -> PyTree:
 
 
 def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
-    """The candidate whose blend does best on held-out data; equal weights are always a candidate.
+    """Picks the candidate whose blend scores best on held-out data; equal weights are always a candidate.
 
-        w = the w_c of best score(blend(w_c)) over c = uniform, weightings...
+        w = the w_c with the best score(blend(w_c)) over c = uniform, weightings...
 
-    No fixed rule is safe: this one is never worse than plain averaging on the data it chooses by. Equal weights are
-    tried first and win ties, then earlier candidates win over later ones. A score that is not finite never wins; if
-    none is finite the weights are equal. The states of all candidates move on each round, whichever is chosen.
+    No fixed rule is safe; this one is never worse than plain averaging on the data it selects with. Equal weights win
+    ties, then earlier candidates do. A non-finite score never wins; if no score is finite, the weights are equal. Every
+    round updates the states of all candidates, whichever wins.
 
-    Costs one evaluation and one blend for each candidate and for equal weights, beside what the candidates cost
-    themselves. They are tried one after another: it holds one blend and the best weights so far, which are small unless
-    a candidate weighs every element apart (then twice the size of the replicas).
+    Costs one evaluation and one blend per candidate, equal weights included, on top of the candidates' own costs. It
+    tries them one after another, so it holds one blend and the best weights so far, which are small unless a candidate
+    gives weights per element (then twice the size of the replicas).
 
     Args:
       *weightings: the candidates.
-      signal: "loss" (lower is better) or "accuracy" (higher is better) of the blends.
+      signal: judges the blends: "loss" (lower is better) or "accuracy" (higher is better).
 
     Returns:
-      The chosen weights, in the finest granularity among the candidates'. The weighting `needs` all that they need, and
-      `evaluate`.
+      A weighting that gives the winner's weights at the finest granularity among the candidates. It `needs` `evaluate`
+      and all signals of the candidates.
 
     Raises:
-      SettingsError: another signal; no candidate.
+      SettingsError: `signal` is neither, or there is no candidate.
 
     >>> import jax.numpy as jnp
     >>> import wavg_jax as wavg
@@ -358,7 +359,7 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
     """
     _check_signal(signal, "best_of")
     if not weightings:
-        raise SettingsError("best_of() needs at least one weighting to choose from, beside uniform")
+        raise SettingsError("best_of() needs at least one weighting besides uniform")
     candidates = (uniform(), *weightings)
 
     def init(params: PyTree, replicas: int) -> tuple:

@@ -1,4 +1,4 @@
-"""The signals that a weighting can ask for: their names, which way is better, and their shapes.
+"""Names, directions and shapes of the signals that a weighting can request.
 
 A signal is one number per replica [K], or a tree like the parameters with one number per tensor (leaves [K]) or per
 element (leaves [K, *shape]). `wavg_jax.rounds.score` measures them.
@@ -27,24 +27,24 @@ HIGHER_IS_BETTER = {
     "samples": True,
     "steps": True,
 }
-"""Every signal that `fit` can measure, and which way is better."""
+"""Every signal that `fit` can measure, and whether higher is better."""
 
 FREE = ("train_loss", "samples", "steps")
-"""Signals that need no pass: the mean loss over the round's local steps (nats), the samples in the replica's shard, and
-the local steps it did."""
+"""Signals that need no extra pass: the mean loss over the round's local steps (nats), the number of samples in the
+replica's shard, and the number of local steps it took."""
 
 
 _PER_TENSOR: dict[str, Callable[[jax.Array], tuple[int, ...]]] = {
     "layer_grad_norm": lambda leaf: (),
     "fisher": lambda leaf: leaf.shape,
 }
-"""Signals that are trees like the parameters, and the shape of what they tell of one tensor of one replica."""
+"""Tree-shaped signals: maps a tensor of one replica to the shape of its signal."""
 
 
 def zeros(name: str, params: PyTree, replicas: int) -> PyTree:
-    """A signal of 0 in the shape in which `fit` measures it: [K], or a tree with leaves [K] or [K, *shape]; float32.
+    """Returns a zero signal in the shape that `fit` measures: [K], or a tree with leaves [K] or [K, *shape]; float32.
 
-    Signals that the library does not know are taken for [K].
+    Signals unknown to the library are assumed to be [K].
 
     >>> zeros("layer_grad_norm", {"w": jnp.ones((2, 3))}, 4)["w"].shape, zeros("loss", None, 4).shape
     ((4,), (4,))
@@ -55,24 +55,24 @@ def zeros(name: str, params: PyTree, replicas: int) -> PyTree:
 
 
 def direction(signal: str, higher_is_better: bool | None = None) -> float:
-    """1 where more of a signal is better, -1 where less is; what is not said is looked up in `HIGHER_IS_BETTER`.
+    """Returns 1 if higher values of a signal are better, -1 if lower ones are; `HIGHER_IS_BETTER` is the default.
 
     Raises:
-      SettingsError: neither said nor known, or not said by True or False.
+      SettingsError: the direction of an unknown signal is missing, or `higher_is_better` is not a bool.
 
     >>> direction("loss"), direction("accuracy"), direction("profit", higher_is_better=True)
     (-1.0, 1.0, 1.0)
     """
     known = HIGHER_IS_BETTER.get(signal) if higher_is_better is None else higher_is_better
     if known is None:
-        raise SettingsError(f"whether more of {signal!r} is better is not known; say higher_is_better=True or False")
+        raise SettingsError(f"the direction of {signal!r} is unknown; pass higher_is_better=True or False")
     if not isinstance(known, bool):
-        raise SettingsError(f"higher_is_better is {known!r}; say True or False")
+        raise SettingsError(f"higher_is_better is {known!r}; it must be True or False")
     return 1.0 if known else -1.0
 
 
 def values_of(signal: str, signals: Mapping[str, Any], alive: jax.Array) -> PyTree:
-    """One of the signals that `update` was given, in float32, with its shape checked; a list of numbers is an array."""
+    """Returns the named signal from `update`'s arguments as float32 and checks its shape; a list becomes an array."""
     given = signals[signal]
     if isinstance(given, list | tuple) and all(jnp.isscalar(x) or getattr(x, "ndim", None) == 0 for x in given):
         given = jnp.asarray(given, jnp.float32)

@@ -1,6 +1,6 @@
-"""Wrappers: each takes any weighting and returns one that behaves better over rounds or trusts it less.
+"""Wrappers that smooth, temper or narrow any weighting.
 
-They nest, and keep the weighting's granularity.
+They nest and keep the weighting's granularity.
 """
 
 from typing import Any, NamedTuple
@@ -19,21 +19,21 @@ _HUGE = float(jnp.finfo(jnp.float32).max) / 4
 
 
 def _columns(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """A mask or number per replica [K] in the shape in which it broadcasts against [K, ...]."""
+    """Reshapes a mask or number per replica [K] to broadcast against [K, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - 1))
 
 
 def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
-    """Mixes the weights with equal ones: `w_k <- (1 - floor) w_k + floor / n` over the n living.
+    """Mixes the weights with equal weights: `w_k <- (1 - floor) w_k + floor / n` over the n living.
 
-    No living replica counts less than floor / n, so that none is shut out by a score that happens to be bad.
+    Every living replica gets at least floor / n, so one bad score cannot shut it out.
 
     Args:
       weighting: any weighting.
-      floor: between 0 (the weights unchanged) and 1 (equal weights).
+      floor: from 0 (weights unchanged) to 1 (equal weights).
 
     Raises:
-      SettingsError: the floor is not.
+      SettingsError: `floor` is not a number from 0 to 1.
 
     >>> from wavg_jax.weighting.scores import proportional
     >>> mixed = uniform_floor(proportional("accuracy"), 0.5)
@@ -55,7 +55,7 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
 
 
 class MomentumState(NamedTuple):
-    """The wrapped weighting's state, the smoothed weights (a tree with leaves [K, ...]) and who has any: bool [K]."""
+    """The wrapped weighting's state, the smoothed weights (leaves [K, ...]) and which replicas have any: bool [K]."""
 
     weighting: PyTree
     weights: PyTree
@@ -63,7 +63,7 @@ class MomentumState(NamedTuple):
 
 
 def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
-    """Shapes of the weights that `weighting` returns for K replicas; computes nothing."""
+    """Returns the shapes of the weights that `weighting` gives for K replicas, without computing them."""
 
     def run(state: PyTree, params: PyTree) -> PyTree:
         signals = {name: zeros(name, params, replicas) for name in weighting.needs}
@@ -82,16 +82,16 @@ def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas:
 
 
 def momentum(weighting: Weighting, decay: float) -> Weighting:
-    """Smooths the weights over rounds: `m_k <- decay m_k + (1 - decay) w_k`, then normalised over the living.
+    """Smooths the weights over rounds: `m_k <- decay m_k + (1 - decay) w_k`, then normalises over the living.
 
-    A replica's first weight enters unchanged. A dead replica keeps its memory until it returns.
+    A replica's first weight becomes its average. A dead replica keeps its average until it returns.
 
     Args:
-      weighting: any weighting whose signals have the shapes that `fit` measures them in.
-      decay: share of the memory, at least 0 (no memory) and less than 1.
+      weighting: any weighting, if its signals have the same shapes as in `fit`.
+      decay: share of the old average, at least 0 (no smoothing) and less than 1.
 
     Raises:
-      SettingsError: the decay is not.
+      SettingsError: `decay` is outside that range.
     """
     check("momentum: decay", decay, number(0, below=1))
     decay = float(decay)
@@ -115,7 +115,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
 
 
 class SmoothState(NamedTuple):
-    """The wrapped weighting's state, the running sums of its signals, and their weights so far (leaves [K])."""
+    """The wrapped weighting's state, the moving averages of its signals, and their total weights (leaves [K])."""
 
     weighting: PyTree
     sums: dict[str, PyTree]
@@ -123,19 +123,19 @@ class SmoothState(NamedTuple):
 
 
 def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
-    """Smooths every array signal that a weighting needs over rounds, by a bias-corrected moving average.
+    """Smooths a weighting's array signals over rounds with a bias-corrected moving average.
 
         m_k <- decay m_k + (1 - decay) s_k,    signal_k = m_k / (1 - decay^t)    after t rounds of replica k
 
-    A replica whose new value is not finite (anywhere in the tensor, for signals per element) counts as unusable in that
-    round, and it and dead replicas keep their memory.
+    A replica with a non-finite new value (anywhere in the tensor, for signals per element) is unusable in that round.
+    Unusable and dead replicas keep their averages.
 
     Args:
-      weighting: any weighting whose signals have the shapes that `fit` measures them in.
-      decay: share of the memory, at least 0 and less than 1; the default is that of GRAWA's code.
+      weighting: any weighting, if its signals have the same shapes as in `fit`.
+      decay: share of the old average, at least 0 and less than 1; defaults to the value in GRAWA's code.
 
     Raises:
-      SettingsError: the decay is not.
+      SettingsError: `decay` is outside that range.
     """
     check("smooth_signals: decay", decay, number(0, below=1))
     decay = float(decay)
@@ -153,7 +153,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
         fresh = jax.tree.map(lambda v: usable(v, alive).reshape(v.shape[0], -1).all(axis=1), values)
 
         def enter(new: jax.Array, memory: jax.Array, value: jax.Array) -> jax.Array:
-            value = jnp.clip(value, -_HUGE, _HUGE)  # so that no difference of two values overflows
+            value = jnp.clip(value, -_HUGE, _HUGE)  # keeps differences from overflowing
             return jnp.where(_columns(new, memory), memory + (1 - decay) * (value - memory), memory)
 
         sums = jax.tree.map(enter, fresh, state.sums, values)
@@ -161,7 +161,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
 
         def corrected(new: jax.Array, total: jax.Array, mass: jax.Array) -> jax.Array:
             mean = total / _columns(jnp.where(new, mass, 1), total)
-            # The bounds keep the product apart from what it enters, as in `wavg_jax.weighting.scores`.
+            # The clip keeps XLA from fusing the product into later sums, as in `wavg_jax.weighting.scores`.
             return jnp.where(_columns(new, total), jnp.clip(mean, -_HUGE, _HUGE), jnp.nan)
 
         smooth = jax.tree.map(corrected, fresh, sums, mass)
@@ -174,19 +174,19 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
 def shortlist(
     weighting: Weighting, keep: int, signal: str = "train_loss", *, higher_is_better: bool | None = None
 ) -> Weighting:
-    """Lets a weighting see only the `keep` living replicas that are best by a signal; the others count as dead to it.
+    """Restricts a weighting to the `keep` living replicas with the best signal; it sees the others as dead.
 
-    Replicas that tie for the last place all stay. If the signal is usable of no replica, all stay. It narrows what the
-    weighting, or a search, chooses from; other signals are measured of every replica all the same.
+    Replicas that tie for last place all stay. If no replica has a usable signal, all living replicas stay. This narrows
+    the choice of a weighting or a search, but does not save measurements: other signals still cover every replica.
 
     Args:
       weighting: any weighting.
-      keep: how many replicas, at least 1.
-      signal: name of a signal [K], such as one that is free (`wavg_jax.signals.FREE`).
-      higher_is_better: which way the signal goes; may be left out for the signals that the library measures.
+      keep: number of replicas, at least 1.
+      signal: name of a signal [K], such as a free one (`wavg_jax.signals.FREE`).
+      higher_is_better: the signal's direction; optional for signals that the library measures.
 
     Raises:
-      SettingsError: `keep` is not a whole number, 1 or more, the direction of an unknown signal is not given, or, from
+      SettingsError: `keep` is not a whole number, 1 or more, or the direction of an unknown signal is missing; from
         `update`, the signal is not an array [K].
     """
     keep = as_whole("shortlist: keep", keep, 1)
@@ -194,7 +194,7 @@ def shortlist(
 
     def chosen(values: jax.Array, alive: jax.Array) -> jax.Array:
         if not isinstance(values, jax.Array) or values.ndim != 1:
-            raise SettingsError(f"shortlist needs one number per replica, and {signal!r} is not an array [K]")
+            raise SettingsError(f"shortlist needs one number per replica, but {signal!r} is not an array [K]")
         s, candidates = sign * values, usable(values, alive)
         better = candidates[:, None] & (s[:, None] > s[None, :])  # [j, k]: j is better than k
         return jnp.where(candidates.any(), candidates & (better.sum(axis=0) < keep), alive)
@@ -211,16 +211,16 @@ def shortlist(
 
 
 def grawa(layerwise: bool = False) -> Weighting:
-    """Weights in inverse proportion to the norm of each replica's gradient on one common batch: GRAWA.
+    """GRAWA: weights inversely proportional to the norm of each replica's gradient on one common batch.
 
         w_k = (1 / g_k) / sum_j (1 / g_j),    g_k smoothed over rounds
 
-    A small gradient stands for a flat valley. `g_k` is the sum over tensors of each tensor's gradient norm (MGRAWA), or
-    that norm itself, with weights per tensor (LGRAWA), smoothed by `smooth_signals` with the decay 0.9^8, as in the
-    authors' code (Dimlioglu and Choromanska 2024, arXiv:2403.04206, github.com/tolgadimli/GRAWA). Theirs pulls the
-    replicas toward this blend: `averager(grawa(), pull=...)`.
+    A small gradient indicates a flat valley. `g_k` is the sum of the gradient norms of all tensors (MGRAWA) or, with
+    weights per tensor, each tensor's own norm (LGRAWA). `smooth_signals` smooths it with decay 0.9^8, as in the
+    authors' code (Dimlioglu and Choromanska 2024, arXiv:2403.04206, github.com/tolgadimli/GRAWA). Their algorithm pulls
+    the replicas toward this blend: `averager(grawa(), pull=...)`.
 
     Args:
-      layerwise: weights per tensor.
+      layerwise: give weights per tensor (LGRAWA) instead of per replica (MGRAWA).
     """
     return smooth_signals(inverse("layer_grad_norm" if layerwise else "grad_norm"))
