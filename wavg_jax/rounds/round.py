@@ -107,14 +107,14 @@ def make_rounds(
       at_sync: how optimizer state and BatchNorm statistics carry across a blend, and smoothing over rounds.
       faults: simulated ones; see `wavg_jax.faults.simulate`.
       placement: one device, or a mesh; see `wavg_jax.place`. By default the default device.
-      prepare: stored held-out inputs [B, ...] -> the network's inputs, by default as they are.
+      prepare: stored held-out inputs [B, ...] -> the network's inputs; by default the same.
       fetch: `(item, shared, rng) -> Batch`, makes a step's batch; see `wavg_jax.local_steps`.
 
     Returns:
       `Rounds(init, step)`.
 
     Raises:
-      SettingsError: an argument is not what is said above.
+      SettingsError: an argument is none of the above.
 
     >>> import wavg_jax as wavg
     >>> task = wavg.models.regressor(
@@ -164,9 +164,8 @@ def make_rounds(
         params, averager_state, weights = blend(averager, forward, where.reduce, state, sent, alive, window, signals)
         share = per_replica(weights)
         # Carry over.
-        trained = Trained(
-            batches, shared, taken, alive & (share.sum() > 0)
-        )  # without a blend all restart as they began
+        blended = share.sum() > 0  # else all replicas restart from the old parameters
+        trained = Trained(batches, shared, taken, alive & blended)
         replicas, mutable, smoothed = carry_over(
             task, inner, averager, at_sync, where, rerun, state, after, params, share, trained
         )
