@@ -157,3 +157,12 @@ def test_bad_pulls_are_refused(bad):
     for make in (pull.toward_new, pull.toward_old, lambda factor: wavg.averager(wavg.uniform(), pull=factor)):
         with pytest.raises(wavg.SettingsError, match=r"between 0|at most 1"):
             make(bad)
+
+
+def test_a_pull_of_ones_own_sees_one_replica_at_a_time():
+    def to_length_one(x, old, new):
+        return x / jnp.sqrt((x * x).sum())
+
+    avg = wavg.averager(wavg.uniform(), pull=to_length_one)
+    old, stacked = {"w": jnp.zeros(2)}, {"w": jnp.array([[3.0, 4.0], [0.0, 2.0]])}
+    np.testing.assert_allclose(avg.restart(stacked, old, old)["w"], [[0.6, 0.8], [0.0, 1.0]], rtol=1e-6)

@@ -93,7 +93,7 @@ def _living(stacked: PyTree, alive: jax.Array, check_finite: bool) -> jax.Array:
 def _pulled(pull: Pull, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Pulls one leaf of all replicas [K, ...], computing in the accumulator dtype."""
     wide = tree.accumulator_dtype(x.dtype)
-    moved = pull(x.astype(wide), old.astype(wide)[None], new.astype(wide)[None])
+    moved = jax.vmap(pull, in_axes=(0, None, None))(x.astype(wide), old.astype(wide), new.astype(wide))
     checks.broadcasts("pull(...)", moved, x.shape, "a pull returns the replica it is given, moved")
     return jnp.broadcast_to(moved.astype(x.dtype), x.shape)
 
