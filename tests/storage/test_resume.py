@@ -297,7 +297,7 @@ def test_sigterm_to_the_binary_leaves_a_checkpoint_and_exit_code_143(tmp_path):
         "experiments.train",
         f"--workdir={tmp_path}",
         "--rounds=100000",
-        "it was started with local_steps=50, now",
+        "--local_steps=50",
     ]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=HERE.parent, stderr=subprocess.PIPE)
     rows = tmp_path / "rows.jsonl"
@@ -311,7 +311,7 @@ def test_sigterm_to_the_binary_leaves_a_checkpoint_and_exit_code_143(tmp_path):
     recorded = read_rows(tmp_path)
     assert (tmp_path / "checkpoints" / "weighted-seed0" / str(recorded[-1]["round"])).exists()
     more = recorded[-1]["round"] + 2
-    command[-2:] = [f"--rounds={more}", "it was started with local_steps=50, now", "--resume"]
+    command[-2:] = [f"--rounds={more}", "--local_steps=50", "--resume"]
     subprocess.run(command, env=ENVIRONMENT, cwd=HERE.parent, check=True, capture_output=True)
     assert [row["round"] for row in read_rows(tmp_path)[1:]] == list(range(1, more + 1))
 
