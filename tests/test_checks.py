@@ -113,7 +113,7 @@ REFUSED = {
     ),
     "a pull to another shape": (
         lambda: pulling(lambda x, old, new: jnp.ones(3)).restart(STACKED, PARAMS, PARAMS),
-        r"pull\(...\) has shape \(3,\) for a leaf of shape \(4, 5\)",
+        r"pull\(...\) has shape \(4, 3\) for a leaf of shape \(4, 5\)",
     ),
     "a pull to nothing": (
         lambda: pulling(lambda x, old, new: None).restart(STACKED, PARAMS, PARAMS),
