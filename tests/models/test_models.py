@@ -4,7 +4,6 @@ import functools
 import math
 import subprocess
 import sys
-from functools import cache
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -80,17 +79,17 @@ ROWS = {
 every_row = pytest.mark.parametrize("name", ROWS)
 
 
-@cache
+@functools.cache
 def _initial(name: str):
     return jax.jit(ROWS[name].task.init)(jax.random.key(0))
 
 
-@cache
+@functools.cache
 def _step(name: str):
     return jax.jit(jax.value_and_grad(ROWS[name].task.loss, has_aux=True))
 
 
-@cache
+@functools.cache
 def _predict(name: str):
     return jax.jit(ROWS[name].task.predict)
 
