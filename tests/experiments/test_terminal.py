@@ -23,7 +23,7 @@ def test_ctrl_c_while_a_binary_is_imported_is_one_line_and_exit_code_130():
 
 def test_ctrl_c_while_a_run_is_compiled_is_one_line_exit_code_130_and_nothing_written(tmp_path):
     code, shown = terminal.run("experiments.train", f"--workdir={tmp_path / 'run'}", *QUICK, interrupt_at=["compiling"])
-    assert code == 130
+    assert code == 130, shown
     assert "Traceback" not in shown
     assert shown.rstrip().splitlines()[-1].strip() == "interrupted"
     assert list(tmp_path.iterdir()) == []
