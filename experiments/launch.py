@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         raise SettingsError("nothing to run; give it after --, such as: -- -m experiments.train --arm=weighted")
     log_dir = pathlib.Path(F.log_dir) if F.log_dir else None
     every = commands(argv, F.processes, f"127.0.0.1:{free_port()}")
-    raise SystemExit(launch(every, log_dir=log_dir, grace=F.grace))
+    raise SystemExit(launch(every, log_dir=log_dir, grace=F.grace).code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import BinaryIO, NamedTuple
 
@@ -26,6 +26,19 @@ _POLL = 0.05
 """Seconds between two looks at the processes."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EMULATED = "xla_force_host_platform_device_count"
+
+
+class Ended(NamedTuple):
+    """How processes ended.
+
+    Attributes:
+      code: 0, or the exit code of the process that failed first: 128 + the signal's number if a signal ended it. After
+        a second signal, 128 + its number.
+      signal: the number of the signal that was forwarded to them; None if none was.
+    """
+
+    code: int
+    signal: int | None
 
 
 class Command(NamedTuple):
@@ -59,8 +72,13 @@ def share(processes: int) -> dict[str, str]:
 
 
 def launch(
-    commands: Sequence[Command], *, log_dir: pathlib.Path | None = None, grace: float = GRACE, show: bool = True
-) -> int:
+    commands: Sequence[Command],
+    *,
+    log_dir: pathlib.Path | None = None,
+    grace: float = GRACE,
+    show: bool = True,
+    watch: Callable[[], int | None] = lambda: None,
+) -> Ended:
     """Runs processes until all have ended, and leaves none behind.
 
     Process 0 writes to our terminal as if it ran alone; every line of process i > 0 gets the prefix `[i] `. Standard
@@ -73,10 +91,7 @@ def launch(
       log_dir: folder for the output of each process, as process-i.log; made if missing.
       grace: seconds between SIGTERM and SIGKILL.
       show: whether to show the output too.
-
-    Returns:
-      0, or the exit code of the process that failed first: 128 + the signal's number if a signal ended it. After a
-      second signal, 128 + its number.
+      watch: called many times a second; a signal's number that it returns is sent to all, each number once.
 
     Raises:
       WavgError: a program cannot be started, or a log cannot be written.
@@ -90,7 +105,8 @@ def launch(
                 group.start(command)
         except OSError as error:
             raise WavgError(f"cannot start process {len(group.running)}: {error}") from error
-        return group.wait(asked)
+        code = group.wait(asked, watch)
+        return Ended(code, asked[0] if asked else None)
 
 
 @contextlib.contextmanager
@@ -202,25 +218,26 @@ class _Group:
         for process in self.running:
             process.wait()
 
-    def wait(self, asked: list[int]) -> int:
+    def wait(self, asked: list[int], watch: Callable[[], int | None]) -> int:
         """Forwards signals and output until all have ended; returns the exit code."""
-        forwarded, deadline, ended = 0, float("inf"), set[int]()
-        while len(ended) < len(self.running):
+        sent, deadline, left = set[int](), float("inf"), dict(enumerate(self.running))
+        while left:
             self.read(_POLL)
-            for number, process in enumerate(self.running):
-                if number not in ended and process.poll() is not None:
-                    ended.add(number)
-                    if process.returncode and not self.code:
-                        self.fail(number, process.returncode, quiet=bool(forwarded))
-                        deadline = time.monotonic() + self.grace
+            for number, process in list(left.items()):
+                if process.poll() is None:
+                    continue
+                del left[number]
+                if process.returncode and not self.code:
+                    self.fail(number, process.returncode, quiet=bool(sent))
+                    deadline = time.monotonic() + self.grace
             if len(asked) > 1:
-                self.code, deadline = 128 + asked[-1], 0.0
-            elif len(asked) > forwarded:
-                forwarded = len(asked)
-                self.signal(asked[0])
+                self.code, deadline = 128 + asked[1], 0.0
+            for wanted in (*asked[:1], watch()):
+                if wanted is not None and wanted not in sent:
+                    sent.add(wanted)
+                    self.signal(wanted)
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
-                deadline = float("inf") if len(asked) < 2 else 0.0
         self.signal(signal.SIGKILL)  # what the processes left behind
         while self.selector.get_map() and self.read(_POLL):
             pass

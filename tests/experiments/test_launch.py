@@ -18,7 +18,7 @@ WAITS = "import time; time.sleep(60)"
 TIDY = """
 import signal, sys, time
 def end(number, frame):
-    print("told", number, flush=True)
+    print(f"told {number}", flush=True)
     sys.exit(7)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, end)
@@ -28,7 +28,7 @@ time.sleep(60)
 STUBBORN = """
 import signal, time
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: print("told", number, flush=True))
+    signal.signal(number, lambda number, frame: print(f"told {number}", flush=True))
 print("ready", flush=True)
 while True:
     time.sleep(60)
@@ -57,7 +57,7 @@ def ends(pid):
 
 def test_lines_of_all_but_process_0_have_a_prefix_and_none_is_lost(capfd):
     text = "import sys; print('a'); print('b', end=''); print('c\\nd', file=sys.stderr)"
-    assert launch([code(text)] * 3) == 0
+    assert launch([code(text)] * 3).code == 0
     out, err = capfd.readouterr()
     assert sorted(out.replace("ba", "b\na").replace("b[", "b\n[").splitlines()) == sorted(
         ["a", "b", "[1] a", "[1] b", "[2] a", "[2] b"]
@@ -67,7 +67,7 @@ def test_lines_of_all_but_process_0_have_a_prefix_and_none_is_lost(capfd):
 
 def test_a_long_output_arrives_whole(capfd):
     text = "print('\\n'.join(str(number) for number in range(50_000)))"
-    assert launch([code("pass"), code(text)]) == 0
+    assert launch([code("pass"), code(text)]).code == 0
     assert capfd.readouterr().out == "".join(f"[1] {number}\n" for number in range(50_000))
 
 
@@ -75,7 +75,7 @@ def test_logs_hold_what_each_process_wrote_shown_or_not(tmp_path, capfd):
     both = [code(f"import sys; print({name!r}); sys.stderr.write('e')") for name in "xy"]
     for show in (True, False):
         folder = tmp_path / str(show) / "new"
-        assert launch(both, log_dir=folder, show=show) == 0
+        assert launch(both, log_dir=folder, show=show).code == 0
         for number, name in enumerate("xy"):
             assert sorted((folder / f"process-{number}.log").read_text()) == sorted(f"{name}\ne")
         assert "".join(sorted("".join(capfd.readouterr()))) == ("".join(sorted("x\n[1] y\ne[1] e\n")) if show else "")
@@ -84,7 +84,7 @@ def test_logs_hold_what_each_process_wrote_shown_or_not(tmp_path, capfd):
 def test_the_first_failure_ends_the_others_and_gives_the_exit_code(tmp_path, capfd):
     log = tmp_path / "process-1.log"
     fails = code(f"import time\nwhile not open({str(log)!r}).read(): time.sleep(0.01)\nexit(3)")
-    assert launch([code("pass"), code(TIDY), fails], log_dir=tmp_path) == 3
+    assert launch([code("pass"), code(TIDY), fails], log_dir=tmp_path).code == 3
     out, err = capfd.readouterr()
     assert out == "[1] ready\n[1] told 15\n"
     assert err == "error: process 2 ended with exit code 3; ending the others\n"
@@ -108,7 +108,7 @@ while''',
     }
 """
     fails = f"import os, time\nwhile not os.path.exists({str(child)!r}): time.sleep(0.01)\nos.kill(os.getpid(), 11)"
-    assert launch([code(parent), code(fails)], grace=0.2, show=False) == 128 + signal.SIGSEGV
+    assert launch([code(parent), code(fails)], grace=0.2, show=False).code == 128 + signal.SIGSEGV
     assert ends(int(child.read_text()))
 
 
@@ -164,6 +164,18 @@ def test_process_0_sees_the_terminal(logged, tmp_path):
     assert exit_code == 7
     assert shown.replace("starting", "").split() == ["80", "True", "True", "ready", "told", "2"]
     assert (tmp_path / "process-0.log").exists() == logged
+
+
+def test_a_watch_ends_the_processes_with_a_signal_of_its_choice(tmp_path):
+    def watch():
+        logs = [tmp_path / f"process-{number}.log" for number in range(2)]
+        return number if all(log.exists() and "ready" in log.read_text() for log in logs) else None
+
+    number = signal.SIGTERM
+    assert launch([code(TIDY)] * 2, log_dir=tmp_path, show=False, watch=watch) == (7, None)
+    assert [(tmp_path / f"process-{i}.log").read_text() for i in range(2)] == ["ready\ntold 15\n"] * 2
+    number = signal.SIGKILL
+    assert launch([code(STUBBORN)] * 2, log_dir=tmp_path, show=False, watch=watch) == (128 + 9, None)
 
 
 def test_processes_are_told_where_to_meet_and_have_a_share_of_the_cores(monkeypatch):

@@ -74,7 +74,7 @@ def test_bytes_between_nodes_are_counted_on_both_and_leave_no_trace(rate):
     with namespaces.network(2, rate) as (one, two):
         assert interfaces() == before
         counted = [node.traffic() for node in (one, two)]
-        assert launch([python(one, TAKES, one.address), python(two, SENDS, one.address)]) == 0
+        assert launch([python(one, TAKES, one.address), python(two, SENDS, one.address)]).code == 0
         (_, received), (sent, _) = (node.traffic() - then for node, then in zip((one, two), counted, strict=True))
     assert 1e6 < sent < 1.15e6
     assert 1e6 < received < 1.15e6
@@ -158,10 +158,8 @@ def test_an_all_reduce_of_jax_crosses_the_nodes():
     with namespaces.network(2, "1gbit") as nodes:
         variables = processes.share(2)
         address = f"{nodes[0].address}:7001"
-        assert (
-            launch([python(node, PSUM, address, str(i))._replace(variables=variables) for i, node in enumerate(nodes)])
-            == 0
-        )
+        every = [python(node, PSUM, address, str(i))._replace(variables=variables) for i, node in enumerate(nodes)]
+        assert launch(every).code == 0
         for node in nodes:
             sent, received = node.traffic()
             assert 4e6 < sent < 4.5e6  # a ring of two sends every float once
