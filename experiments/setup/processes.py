@@ -81,7 +81,8 @@ def launch(
 ) -> Ended:
     """Runs processes until all have ended, and leaves none behind.
 
-    Process 0 writes to our terminal as if it ran alone; every line of process i > 0 gets the prefix `[i] `. Standard
+    Process 0 writes to our terminal as if it ran alone; every line of process i > 0 gets the prefix `[i] `, and only
+    whole lines are shown. Standard
     input is empty. SIGINT, SIGTERM and SIGHUP are forwarded to all; a second one kills them. When a process fails, the
     others get SIGTERM and, `grace` seconds later, SIGKILL. After a forwarded signal they get no SIGTERM on top, since
     our binaries take a second signal as an order to end at once.
@@ -132,13 +133,13 @@ class _Stream(NamedTuple):
     """What a process writes.
 
     Attributes:
-      prefix: of every line shown.
+      prefix: of every line shown; None shows everything as it comes.
       shown: file descriptor to show it on; None shows nothing.
       log: gets it unchanged; None logs nothing.
       rest: the bytes of a line that has not ended yet.
     """
 
-    prefix: bytes
+    prefix: bytes | None
     shown: int | None
     log: BinaryIO | None
     rest: bytearray
@@ -146,7 +147,7 @@ class _Stream(NamedTuple):
     def take(self, data: bytes) -> None:
         if self.log is not None:
             self.log.write(data)
-        if self.prefix:
+        if self.prefix is not None:
             self.rest.extend(data)
             whole = self.rest.rfind(b"\n") + 1
             data = b"".join(self.prefix + line for line in bytes(self.rest[:whole]).splitlines(keepends=True))
@@ -155,9 +156,9 @@ class _Stream(NamedTuple):
             data = data[os.write(self.shown, data) :]
 
     def end(self) -> None:
+        """Shows a last line that has no end."""
         if self.rest:
-            line, self.rest[:] = bytes(self.rest), b""
-            self._replace(log=None).take(line + b"\n")
+            self._replace(log=None).take(b"\n")
 
 
 class _Group:
@@ -174,10 +175,7 @@ class _Group:
         if self.log_dir is not None:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             log = self.stack.enter_context((self.log_dir / f"process-{number}.log").open("wb", buffering=0))
-        if number == 0 and self.show and log is None:
-            outputs: list[int | None] = [None, None]  # the very terminal
-        else:
-            outputs = [self._output(number, shown, log) for shown in (1, 2)]
+        outputs = [self._output(number, shown, log) for shown in (1, 2)]
         try:
             process = subprocess.Popen(
                 command.arguments,
@@ -193,16 +191,19 @@ class _Group:
                     os.close(output)
         self.running.append(process)
 
-    def _output(self, number: int, shown: int, log: BinaryIO | None) -> int:
-        """A file descriptor for a process to write to; we read what arrives there."""
+    def _output(self, number: int, shown: int, log: BinaryIO | None) -> int | None:
+        """A file descriptor for a process to write to, where we read it; None for our own, a terminal."""
+        prefix: bytes | None = f"[{number}] ".encode() if number else b""
         if number == 0 and self.show and os.isatty(shown):  # a progress bar wants a terminal
+            if log is None:
+                return None
+            prefix = None
             ours, theirs = pty.openpty()
             tty.setraw(theirs)
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, fcntl.ioctl(shown, termios.TIOCGWINSZ, bytes(8)))
         else:
             ours, theirs = os.pipe()
         self.stack.callback(os.close, ours)
-        prefix = f"[{number}] ".encode() if number else b""
         stream = _Stream(prefix, shown if self.show else None, log, bytearray())
         self.selector.register(ours, selectors.EVENT_READ, stream)
         return theirs
