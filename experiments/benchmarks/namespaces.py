@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NamedTuple
 
-from wavg_jax.base import WavgError
+from wavg_jax.base import SettingsError, WavgError
 
 PREFIX = "wavg"
 INTERFACE = "eth0"
@@ -63,6 +63,12 @@ class Node(NamedTuple):
         """The bytes so far."""
         (link,) = json.loads(_run("ip", "-n", self.name, "-s", "-j", "link", "show", "dev", INTERFACE))
         return Traffic(link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"])
+
+
+def check_rate(rate: str) -> None:
+    """Raises SettingsError unless `tc` knows such a rate of bits."""
+    if not re.fullmatch(r"\d+(\.\d+)?[kmgt]?bit", rate):
+        raise SettingsError(f"{rate!r} is no rate; give one such as 100mbit or 1gbit")
 
 
 def unavailable() -> str | None:
