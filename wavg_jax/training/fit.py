@@ -35,7 +35,7 @@ from wavg_jax.devices import mapping
 from wavg_jax.rounds import score
 from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.round import AVERAGER, TASK
-from wavg_jax.rounds.score import SCORING, Scoring
+from wavg_jax.rounds.score import SCORING, Forward, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, AtSync
 from wavg_jax.storage.journal import open_journal
 from wavg_jax.storage.rows import check_name, check_writable, recorded_run
@@ -45,7 +45,7 @@ from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
 from wavg_jax.training.callbacks import Callback, as_callbacks
 from wavg_jax.training.interrupt import stop_requests
-from wavg_jax.training.recipe import Layout, Recipe, forward_of, make_recipe
+from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 from wavg_jax.training.run import Plan, Run, evaluated
 from wavg_jax.training.schedule import Schedule, fixed
 
@@ -287,8 +287,9 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
 
     def trace(rng: jax.Array, one: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         network, x = recipe.task.init(rng), recipe.prepare(one.x)
-        score.scalar_metrics(forward_of(recipe), *network, one)  # its errors
-        return recipe.task.predict(*network, x), score.metrics(forward_of(recipe), *network, one)
+        forward = Forward(recipe.task, recipe.prepare)
+        score.scalar_metrics(forward, *network, one)  # its errors
+        return recipe.task.predict(*network, x), score.metrics(forward, *network, one)
 
     logits, metrics = jax.eval_shape(trace, jax.random.key(0), one)
     arrays = [name for name, x in metrics.items() if x.ndim]

@@ -46,15 +46,14 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
     rounds, forward, placement = rounds_of(recipe), forward_of(recipe), recipe.placement
 
     def assemble(params: PyTree, mutable: PyTree, rng: jax.Array) -> TrainState:
-        smoothing = recipe.at_sync.smoothing
-        state = initial_state(params, mutable, rng, replicas, recipe.averager, recipe.inner, smoothing)
+        state = initial_state(params, mutable, rng, replicas, recipe.averager, recipe.inner, recipe.at_sync)
         return place_state(placement, state)
 
     def run(state: TrainState, work: Work, shared: Shared) -> tuple[TrainState, RoundLog]:
         return rounds.step(state, work.items, shared.held_out, shared=shared.train, pace=work.pace, sizes=shared.sizes)
 
     def evaluate(params: PyTree, mutable: PyTree, test: Batch) -> dict[str, jax.Array]:
-        return score.metrics(forward, params, mutable, test)
+        return placement.together(functools.partial(score.metrics, forward))(params, mutable, test)
 
     patient, assembled = compiler_options(placement), jax.jit(assemble, compiler_options=_QUICKLY)
     return Programs(

@@ -11,7 +11,7 @@ from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
-from wavg_jax.devices.placement import put
+from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import sync
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
