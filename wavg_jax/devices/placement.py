@@ -41,6 +41,7 @@ class Placement(NamedTuple):
       stacked: the sharding of a stacked tree, its leading axis over the devices.
       items: the sharding of what the replicas train on, [K, H, B].
       shared: the sharding of what all replicas read (global parameters), a copy on every device.
+      each: the sharding of one entry per device [D].
       parts: into how many `Parts` data are cut.
       devices: the devices in use.
       replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
@@ -54,6 +55,7 @@ class Placement(NamedTuple):
     stacked: Sharding
     items: Sharding
     shared: Sharding
+    each: Sharding
     parts: int
     devices: tuple[jax.Device, ...]
     replica_map: str
@@ -109,7 +111,7 @@ def _single(device: jax.Device, replica_map: str) -> Placement:
     """All replicas on one device."""
     here = SingleDeviceSharding(device)
     spread = functools.partial(_here, replica_map)
-    return Placement(spread, _as_is, _as_is, _as_is, _as_is, here, here, here, 1, (device,), replica_map)
+    return Placement(spread, _as_is, _as_is, _as_is, _as_is, here, here, here, here, 1, (device,), replica_map)
 
 
 def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
@@ -125,6 +127,7 @@ def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placeme
         stacked=shared,
         items=NamedSharding(grid, PartitionSpec(None, None, _AXIS)),
         shared=shared,
+        each=NamedSharding(grid, _ALONG),
         parts=1,
         devices=devices,
         replica_map=replica_map,
@@ -168,6 +171,7 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
         stacked=stacked,
         items=stacked,
         shared=NamedSharding(grid, _EVERYWHERE),
+        each=stacked,
         parts=len(devices),
         devices=devices,
         replica_map=replica_map,

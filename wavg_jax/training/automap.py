@@ -20,7 +20,7 @@ from wavg_jax.averaging.averager import averager
 from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
 from wavg_jax.data.arrays import Split
-from wavg_jax.devices import machine, placement
+from wavg_jax.devices import machine, placement, processes
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.rows import write_atomically
@@ -67,10 +67,13 @@ def settle(
         same bit for bit; None chooses.
 
     Returns:
-      The recipe with its placement changed; unchanged if every device has one replica, which all maps run alike.
+      The recipe with its placement changed; unchanged if every device has one replica, which all maps run alike. In
+      several processes always "vmap".
     """
     if decided is not None:
         return _mapped(recipe, decided)
+    if processes.count() > 1:  # all must run the same program
+        return _mapped(recipe, "vmap")
     here = len(data.shards) // recipe.placement.parts
     if here == 1:
         return recipe

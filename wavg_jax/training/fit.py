@@ -31,7 +31,7 @@ from wavg_jax.arguments import (
 )
 from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stopped, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
-from wavg_jax.devices import mapping
+from wavg_jax.devices import mapping, processes
 from wavg_jax.rounds import score
 from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.round import AVERAGER, TASK
@@ -190,7 +190,8 @@ def fit(
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
     with contextlib.ExitStack() as stack:
-        show = stack.enter_context(_shown(progress, plan.rounds))
+        stack.enter_context(processes.guarded())
+        show = stack.enter_context(_shown(processes.first() and progress, plan.rounds))
         if layout.replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, store.name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
@@ -199,7 +200,8 @@ def fit(
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         state = journal.begin(run.describe() | extra, run.initial, resume)
         state, message = loop.train(run, journal, state, callbacks, show, stopped)
-    result = Result(*evaluated(state), state, journal.rows(), stopped())
+        asked = bool(processes.gather(stopped()).any())
+    result = Result(*evaluated(state), state, journal.rows(), asked)
     if message is not None:
         raise Stopped(message, result)
     if lost_at_the_end(result.rows):

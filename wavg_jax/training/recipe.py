@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from wavg_jax.base import Averager, Batch, PyTree, Task
 from wavg_jax.data import ShardedData
+from wavg_jax.devices import processes
 from wavg_jax.devices.placement import Placement, place
 from wavg_jax.devices.transfer import room
 from wavg_jax.rounds.faults import Faults
@@ -73,7 +75,9 @@ def make_recipe(
     """
     replica_map = "vmap" if layout.replica_map == "auto" else layout.replica_map
     where = place(len(data.shards), layout.devices, replica_map)
-    resident = data.train.x.nbytes // where.parts <= room(where.devices) if layout.resident is None else layout.resident
+    resident = layout.resident
+    if resident is None:  # as the process with the least room decides
+        resident = bool(data.train.x.nbytes // where.parts <= processes.gather(np.int64(room(where.devices))).min())
     return Recipe(
         task,
         averager,
