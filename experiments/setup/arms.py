@@ -18,6 +18,7 @@ from experiments.setup import shared_flags
 from experiments.setup.choices import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.setup.conditions import Condition, read_condition, settings_of
 from experiments.setup.shared_flags import ARMS, RUN, numbers
+from experiments.setup.simulation import exchange
 from experiments.setup.weightings import COMPARING, WEIGHTINGS
 from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
@@ -232,18 +233,17 @@ def exchange_of(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> network
     sync reduces gradients at every step, the others what they blend, once a round: in a ring, or gathered where the
     weighting looks at all replicas, to try blends out or to compare them. `norm_preserving` reduces two trees.
     """
-    if arm.name == "sequential":
-        return network.NOTHING
-    if arm.name == "sync":
+    if arm.pooled:
         gradients, _ = jax.eval_shape(task.init, jax.random.key(0))
-        return network.all_reduce(tree.count(gradients), F.replicas)._replace(times=arm.local_steps)
+        return exchange(arm.name, tree.count(gradients), F.replicas, arm.local_steps)
     recipe = recipe_of(arm, task, sharded)
     state = jax.eval_shape(lambda rng: rounds_of(recipe).init(rng, F.replicas), jax.random.key(0))
     numbers = blended_bytes(recipe, state) / network.WIRES["float32"]
     names = {F.reduce, F.weighting if arm.name == "weighted" else "plain"}
-    if "evaluate" in arm.averager.needs or names.intersection(COMPARING):
-        return network.all_gather(numbers, F.replicas)
-    return network.all_reduce(numbers * (2 if "norm_preserving" in names else 1), F.replicas)
+    gathers = "evaluate" in arm.averager.needs or names.intersection(COMPARING)
+    if "norm_preserving" in names and not gathers:
+        numbers *= 2
+    return exchange(arm.name, numbers, F.replicas, arm.local_steps, collective="gather" if gathers else "ring")
 
 
 @functools.cache
