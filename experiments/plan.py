@@ -40,7 +40,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float("flops", 1e14, "Operations a second that a worker achieves.", lower_bound=1)
 flags.DEFINE_list("workers", "100,1000,10000,100000", "Numbers of workers, K.")
-flags.DEFINE_list("wires", list(WIRES), f"Formats on the wire, of {', '.join(WIRES)}.")
+flags.DEFINE_list("wire_formats", list(WIRES), f"Formats on the wire, of {', '.join(WIRES)}.")
 flags.DEFINE_enum(
     "collective",
     "ring",
@@ -61,7 +61,7 @@ flags.DEFINE_float("tolerance", 0.2, "Largest relative error of a prediction tha
 F = flags.FLAGS
 
 PLANNED = (
-    *("parameters", "flop_per_sample", "flops", "batch_size", "workers", "steps", "wires", "collective"),
+    *("parameters", "flop_per_sample", "flops", "batch_size", "workers", "steps", "wire_formats", "collective"),
     *("link_bandwidth", "failure_rate", "restart_seconds", "checkpoint_seconds", "workdir"),
 )
 """Flags of a plan alone."""
@@ -99,7 +99,7 @@ def _load() -> Load:
 def make_plan() -> dict[Case, Outcome]:
     """The outcome of every case that the flags ask for, in the order of the tables."""
     cluster = Cluster(F.flops, shared_flags.read_link(), F.failure_rate, F.restart_seconds, F.checkpoint_seconds)
-    wires = shared_flags.names("wires", WIRES)
+    wires = shared_flags.names("wire_formats", WIRES)
     found = {}
     for workers, steps, wire in itertools.product(numbers("workers", int), (0, *numbers("steps", int)), wires):
         how = "ring" if not steps and F.collective == "gather" else F.collective
@@ -186,6 +186,8 @@ def _publish(found: Mapping[Case, Outcome], folder: pathlib.Path) -> None:
 
 POINT = ("nodes", "rate", "local_steps", "arm", "wire", "parameters", "seconds_per_round", "local_seconds")
 """What a measured point must have."""
+ARMS = ("sequential", "sync", "accumulate", "plain", "weighted")
+"""What its arm may be."""
 
 
 def _points(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -202,17 +204,26 @@ def _points(path: pathlib.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             point = json.loads(line)
-            lacking = [name for name in POINT if name not in point]
-            if lacking:
-                raise ValueError(f"it lacks {', '.join(lacking)}")
-            if not predicted(point, Link()) > 0 or not 0 < point["seconds_per_round"] < math.inf:
-                raise ValueError("its seconds are not positive")
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            _check_point(point)
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise DataError(f"{path}, line {number}: not a measured point ({error}); fix or delete the line") from error
         points.append(point)
     if not points:
         raise DataError(f"no measured points in {path}: the file is empty")
     return points
+
+
+def _check_point(point: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError, KeyError or ArithmeticError unless its round can be predicted."""
+    if lacking := [name for name in POINT if name not in point]:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
+    if point["arm"] not in ARMS:
+        raise ValueError(f"its arm is {point['arm']!r}; the arms are {', '.join(ARMS)}")
+    for name in ("nodes", "local_steps", "parameters"):
+        if not point[name] >= 1:
+            raise ValueError(f"its {name} is {point[name]!r}; it must be 1 or more")
+    if not predicted(point, Link()) > 0 or not 0 < point["seconds_per_round"] < math.inf:
+        raise ValueError("its seconds are not positive")
 
 
 def errors_of(points: Sequence[Mapping[str, Any]], link: Link) -> list[float]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
 from experiments.setup.simulation import Outcome
@@ -21,23 +20,19 @@ def draw_plan(found: Mapping[tuple[int, int, str], Outcome], subtitle: str) -> P
       subtitle: what was planned with.
     """
     title = "Share of the time spent on work that is kept"
-    forms, wires = (list(dict.fromkeys(case[at] for case in found)) for at in (1, 2))
-    dashes = ("-", DASHES[2], DASHES[1])
+    workers, forms = sorted({case[0] for case in found}), sorted({case[1] for case in found})
+    wires, dashes = dict.fromkeys(case[2] for case in found), ("-", DASHES[2], DASHES[1])
 
     def paint(theme: Theme) -> Figure:
         figure, axes = canvas.make_axes(theme, title, subtitle, HEIGHT)
         for i, form in enumerate(forms):
             ink, marker = theme.colours[i % len(theme.colours)], MARKERS[i % len(MARKERS)]
-            for j, wire in enumerate(wires):
-                line = {
-                    case[0]: 100 * one.efficiency for case, one in sorted(found.items()) if case[1:] == (form, wire)
-                }
-                axes.plot(
-                    *zip(*line.items(), strict=True), color=ink, linestyle=dashes[j], marker=marker, linewidth=1.8
-                )
+            for wire, dash in zip(wires, dashes, strict=False):
+                shares = [100 * found[at, form, wire].efficiency for at in workers]
+                axes.plot(workers, shares, color=ink, linestyle=dash, marker=marker, linewidth=1.8)
             axes.plot([], [], color=ink, marker=marker, label=f"H = {form:,}" if form else "sync")
-        for dash, wire in zip(dashes, wires, strict=False):
-            axes.add_line(Line2D([], [], color=theme.ink, linestyle=dash, label=wire))
+        for wire, dash in zip(wires, dashes, strict=False):
+            axes.plot([], [], color=theme.ink, linestyle=dash, label=wire)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(0, 105)
