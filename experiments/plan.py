@@ -217,8 +217,9 @@ def _check_point(point: dict[str, Any]) -> None:
     """Raises ValueError, TypeError, KeyError or ArithmeticError unless its round can be predicted."""
     if lacking := [name for name in POINT if name not in point]:
         raise ValueError(f"it lacks {', '.join(lacking)}")
-    if point["arm"] not in ARMS:
-        raise ValueError(f"its arm is {point['arm']!r}; the arms are {', '.join(ARMS)}")
+    for name, allowed in {"arm": ARMS, "wire": WIRES, "collective": COLLECTIVES}.items():
+        if name in point and point[name] not in allowed:
+            raise ValueError(f"its {name} is {point[name]!r}; choose from {', '.join(allowed)}")
     for name in ("nodes", "local_steps", "parameters"):
         if not point[name] >= 1:
             raise ValueError(f"its {name} is {point[name]!r}; it must be 1 or more")

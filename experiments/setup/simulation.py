@@ -194,7 +194,7 @@ def predicted(point: Mapping[str, Any], link: Link) -> float:
     20.0
     """
     wire = point["wire"]
-    how = point.get("collective") or ("ring" if wire == "float32" else "gather")
+    how = point.get("collective", "ring" if wire == "float32" else "gather")
     sends = exchange(point["arm"], point["parameters"], point["nodes"], point["local_steps"], wire, how)
     rate = math.inf if point["rate"] is None else point["rate"]
     return point["local_seconds"] + sends.seconds(link._replace(bandwidth=rate))
