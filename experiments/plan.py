@@ -26,7 +26,7 @@ from absl import flags
 
 from experiments.setup import app, shared_flags
 from experiments.setup.shared_flags import numbers
-from experiments.setup.simulation import ASSUMPTIONS, Cluster, Load, Outcome, predicted, simulate
+from experiments.setup.simulation import ASSUMPTIONS, Cluster, Load, Outcome, collective_of, predicted, simulate
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.devices.network import COLLECTIVES, WIRES, Link
 from wavg_jax.storage.rows import check_writable, write_atomically
@@ -251,10 +251,26 @@ def _check(points: Sequence[Mapping[str, Any]], link: Link) -> bool:
     lines = [
         f"Worst error: {100 * worst:+.1f} %. Off by more than {100 * F.tolerance:g} %: {off} of {len(points)} points.",
         f"Counted with every exchange: {_beside(link)}.",
+        *_by_collective(points, link),
     ]
     table = TextTable("Seconds of a round", "", heads, (tuple(rows),))
     app.console(log_width=120).print(terminal_block("Predicted against measured", [table], lines))
     return not off
+
+
+def _by_collective(points: Sequence[Mapping[str, Any]], link: Link) -> list[str]:
+    """How long exchanges took beside what was computed for them, which tells a slow collective from a slow link."""
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for point in points:
+        computed = predicted(point, link) - point["local_seconds"]
+        if computed > 0:
+            taken = (point["seconds_per_round"] - point["local_seconds"]) / computed
+            ratios.setdefault((collective_of(point), point["nodes"]), []).append(taken)
+    return [
+        f"{how.capitalize()} over {nodes} nodes: exchanges took {min(found):.2f} to {max(found):.2f} times what was "
+        "computed for them."
+        for (how, nodes), found in sorted(ratios.items())
+    ]
 
 
 def _beside(link: Link) -> str:

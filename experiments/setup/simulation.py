@@ -181,20 +181,24 @@ def lost_by_all(rate: float, restart: float, checkpoint: float) -> float:
     return 1 - checkpoint / ((1 / rate + restart) * math.expm1(rate * checkpoint)) if rate else 0.0
 
 
+def collective_of(point: Mapping[str, Any]) -> str:
+    """How a measured point exchanged: as it says, else in a ring in float32 and by gathering in narrower formats."""
+    return point.get("collective", "ring" if point["wire"] == "float32" else "gather")
+
+
 def predicted(point: Mapping[str, Any], link: Link) -> float:
     """The seconds of a round of a measured point: its local seconds, and what its exchanges take.
 
     Args:
-      point: nodes, rate (bits a second; None for unlimited), local_steps, arm, wire, parameters, local_seconds; and
-        maybe collective, by default ring in float32 and gather in narrower formats, which sync too then gathers.
+      point: nodes, rate (bits a second; None for unlimited), local_steps, arm, wire, parameters, local_seconds, and
+        maybe collective, see `collective_of`.
       link: whose latency and overhead count with the point's rate.
 
     >>> point = {"nodes": 2, "rate": 1e8, "local_steps": 50, "arm": "sync", "wire": "float32", "parameters": 1_000_000}
     >>> predicted(point | {"local_seconds": 4.0}, Link())
     20.0
     """
-    wire = point["wire"]
-    how = point.get("collective", "ring" if wire == "float32" else "gather")
-    sends = exchange(point["arm"], point["parameters"], point["nodes"], point["local_steps"], wire, how)
+    arm, wire = point["arm"], point["wire"]
+    sends = exchange(arm, point["parameters"], point["nodes"], point["local_steps"], wire, collective_of(point))
     rate = math.inf if point["rate"] is None else point["rate"]
     return point["local_seconds"] + sends.seconds(link._replace(bandwidth=rate))

@@ -203,6 +203,15 @@ def test_the_check_passes_within_the_tolerance_and_fails_beyond(tmp_path, capsys
     assert check(tmp_path / "points", far, arguments=["--tolerance=0.1", "--link_overhead=0.15"]) == 0
 
 
+def test_the_check_tells_a_slow_collective_from_a_slow_link(tmp_path, capsys):
+    gathered = POINT | {"collective": "gather", "seconds_per_round": 0.5 + 1.6 * 0.32}
+    unshaped = POINT | {"rate": None}
+    assert check(tmp_path / "points", POINT, gathered, gathered | {"seconds_per_round": 1.14}, unshaped) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Ring over 2 nodes: exchanges took 1.00 to 1.00 times what was computed for them." in said
+    assert "Gather over 2 nodes: exchanges took 1.60 to 2.00 times what was computed for them." in said
+
+
 BAD_POINTS = {
     "no JSON": "{",
     "no object": "3",
