@@ -238,12 +238,12 @@ def _check(points: Sequence[Mapping[str, Any]], link: Link) -> bool:
     from wavg_jax.reporting.terminal import terminal_block
 
     errors = errors_of(points, link)
-    heads = ("arm", "wire", "nodes", "link", "H", "measured (s)", "predicted (s)", "error (%)")
+    heads = ("arm", "wire", "collective", "nodes", "link", "H", "measured (s)", "predicted (s)", "error (%)")
     rows = []
     for point, error in zip(points, errors, strict=True):
         rate = "unshaped" if point["rate"] is None else str(Link(point["rate"]))
         measured = point["seconds_per_round"]
-        cells = (point["arm"], point["wire"], point["nodes"], rate, point["local_steps"])
+        cells = (point["arm"], point["wire"], collective_of(point), point["nodes"], rate, point["local_steps"])
         figures = (_figure(measured), _figure(measured * (1 + error)), f"{100 * error:+.1f}")
         rows.append((*map(str, cells), *figures))
     off = sum(abs(error) > F.tolerance for error in errors)
