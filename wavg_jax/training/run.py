@@ -38,6 +38,20 @@ def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
     return (state.params, state.mutable) if state.smoothed is None else state.smoothed[:2]
 
 
+def blended_bytes(recipe: Recipe, state: TrainState) -> int:
+    """What one replica sends at a blend: parameters, statistics and, where they are averaged, optimizer state.
+
+    Args:
+      recipe: of the rounds.
+      state: their state, or its shapes.
+    """
+    nbytes = tree.nbytes(state.params) + tree.nbytes(tree.floats(state.mutable))
+    opt_state = state.replicas.opt_state
+    if sync.averages(recipe.at_sync.opt_state, opt_state):
+        nbytes += tree.nbytes(tree.floats(opt_state)) // tree.count_replicas(opt_state)
+    return nbytes
+
+
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
@@ -86,10 +100,6 @@ class Run:
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
-        per_replica = tree.nbytes(initial.params) + tree.nbytes(tree.floats(initial.mutable))
-        opt_state = initial.replicas.opt_state
-        if sync.averages(self.recipe.at_sync.opt_state, opt_state):
-            per_replica += tree.nbytes(tree.floats(opt_state)) // self.replicas
         return run_row(
             run=self.name,
             seed=plan.seed,
@@ -111,7 +121,7 @@ class Run:
             rounds=plan.rounds,
             checkpoint_every=plan.checkpoint_every,
             parameters=tree.count(initial.params),
-            blended_bytes=per_replica,
+            blended_bytes=blended_bytes(self.recipe, initial),
             compile_seconds=self.step.seconds + self._evaluate.seconds,
             score_samples=self.recipe.scoring.samples,
             faults=None if self.recipe.faults is None else self.recipe.faults._asdict(),
