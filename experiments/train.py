@@ -18,7 +18,7 @@ flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run;
 flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and sample order.", lower_bound=0)
 F = flags.FLAGS
 
-READS = shared_flags.NAMES - {"seeds", "steps"}
+READS = shared_flags.NAMES - {"seeds", "steps", *shared_flags.LINK}
 for _name in READS:
     flags.declare_key_flag(_name)
 

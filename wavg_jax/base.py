@@ -160,11 +160,14 @@ class Weighting(NamedTuple):
         or [K, *leaf.shape]; they are not negative and sum to 1 over K, with 0 for every dead replica; all 0 when none
         is alive.
       needs: names of the signals `update` reads.
+      reads_replicas: whether `update` may read the numbers in `stacked`, or call `blend` or `evaluate`. False promises
+        that it weighs by scores alone, so that devices can exchange one weighted sum instead of all replicas.
     """
 
     init: Init
     update: WeightingUpdate
     needs: tuple[str, ...] = ()
+    reads_replicas: bool = True
 
 
 class AveragerUpdate(Protocol):
@@ -204,12 +207,15 @@ class Averager(NamedTuple):
       restart: `(stacked, old, new, *, alive=None, check_finite=True) -> stacked`: the parameters the replicas start the
         next round from, given their own and the global ones before and after the update; copies of `new` when replicas
         are replaced. `check_finite` is as in `update`.
+      reads_replicas: whether `update` needs all replicas on every device; if not, one all-reduce of their weighted sum
+        will do.
     """
 
     init: Init
     update: AveragerUpdate
     needs: tuple[str, ...]
     restart: Restart
+    reads_replicas: bool = True
 
 
 class Replicas(NamedTuple):
@@ -220,12 +226,15 @@ class Replicas(NamedTuple):
       opt_state: state of the inner optimizer [K, ...]; random keys in it differ from replica to replica.
       mutable: collections such as BatchNorm statistics [K, ...].
       rng: one key per replica [K], for dropout and augmentation.
+      residual: what a narrow wire has not sent yet, float32 [K, n]; `()` unless the wire carries it. See
+        `wavg_jax.rounds.wire`.
     """
 
     params: PyTree
     opt_state: PyTree
     mutable: PyTree
     rng: jax.Array
+    residual: PyTree = ()
 
 
 class Smoothed(NamedTuple):

@@ -14,18 +14,22 @@ import optax
 from absl import flags
 
 import wavg_jax as wavg
+from experiments.setup import shared_flags
 from experiments.setup.choices import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.setup.conditions import Condition, read_condition, settings_of
 from experiments.setup.shared_flags import ARMS, RUN, numbers
-from experiments.setup.weightings import WEIGHTINGS
+from experiments.setup.simulation import exchange
+from experiments.setup.weightings import COMPARING, WEIGHTINGS
 from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
+from wavg_jax.devices import network
 from wavg_jax.rounds import policy
 from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
 from wavg_jax.training import timing
-from wavg_jax.training.recipe import Recipe, make_recipe
+from wavg_jax.training.recipe import Recipe, make_recipe, rounds_of
+from wavg_jax.training.run import blended_bytes
 
 F = flags.FLAGS
 
@@ -194,7 +198,8 @@ def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -
     """For each arm, the seconds of a round on one of K devices, from parts measured with a single replica.
 
     sequential stays on one device; sync exchanges gradients, as large as the parameters, at every step. All arms but
-    sequential share one measurement of the local phase. None where --schedule lets rounds differ.
+    sequential share one measurement of the local phase. What the exchanges take over the link of --link_bandwidth is
+    computed. None where --schedule lets rounds differ.
     """
     by_name = {arm.name: arm for arm in arms}
     if F.schedule != "fixed":
@@ -211,14 +216,34 @@ def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -
         averaged = [by_name[name] for name in ("plain", "weighted") if name in by_name] or make_arms(("plain",))
         own = {arm.name: parts(arm, sharded) for arm in averaged}
         one = own[averaged[0].name]
-        measured["sync"] = one._replace(score=0.0, blend=F.local_steps * one.exchange)
+        measured["sync"] = one._replace(score=0.0, blend=F.local_steps * one.mean)
         measured |= {name: found._replace(local=one.local) for name, found in own.items()}
-    return {name: _path(measured[name]) for name in by_name}
+    link = shared_flags.read_link()
+    return {name: _path(measured[name], exchange_of(arm, task, sharded), link) for name, arm in by_name.items()}
 
 
-def _path(parts: timing.Parts) -> Row:
-    path = {"local": parts.local, "score": parts.score, "blend": parts.blend}
-    return path | {"round": sum(path.values())}
+def _path(parts: timing.Parts, exchange: network.Exchange, link: network.Link | None) -> Row:
+    path = {"local": parts.local, "score": parts.score, "blend": parts.blend, "exchange": exchange.seconds(link)}
+    return path | {"round": sum(path.values()), "link": network.as_entry(link)}
+
+
+def exchange_of(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> network.Exchange:
+    """What each of K devices sends in a round of an arm, in float32.
+
+    sync reduces gradients at every step, the others what they blend, once a round: in a ring, or gathered where the
+    weighting looks at all replicas, to try blends out or to compare them. `norm_preserving` reduces two trees.
+    """
+    if arm.pooled:
+        gradients, _ = jax.eval_shape(task.init, jax.random.key(0))
+        return exchange(arm.name, tree.count(gradients), F.replicas, arm.local_steps)
+    recipe = recipe_of(arm, task, sharded)
+    state = jax.eval_shape(lambda rng: rounds_of(recipe).init(rng, F.replicas), jax.random.key(0))
+    numbers = blended_bytes(recipe, state) / network.WIRES["float32"]
+    names = {F.reduce, F.weighting if arm.name == "weighted" else "plain"}
+    gathers = "evaluate" in arm.averager.needs or names.intersection(COMPARING)
+    if "norm_preserving" in names and not gathers:
+        numbers *= 2
+    return exchange(arm.name, numbers, F.replicas, arm.local_steps, collective="gather" if gathers else "ring")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Every binary declares which ones it reads and refuses the rest: a flag without e
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 from absl import flags
 
@@ -12,6 +13,7 @@ from experiments.setup.choices import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCH
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
+from wavg_jax.devices.network import Link
 
 ARMS = ("sequential", "sync", "plain", "weighted")
 
@@ -138,6 +140,26 @@ flags.DEFINE_integer(
     "post_local_steps", 5, "schedule=post_local: local steps with H=1 before H rises to --local_steps.", lower_bound=0
 )
 
+_topic("The link")
+flags.DEFINE_float(
+    "link_bandwidth",
+    None,
+    "Bits per second of each device's link, both ways at once, for what is computed; by default no network.",
+    lower_bound=1,
+)
+flags.DEFINE_float(
+    "link_latency",
+    None,
+    "Seconds from one device to the next, at each step of an exchange; by default none.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "link_overhead",
+    None,
+    "Seconds that each exchange takes beside its bytes and latency; by default none.",
+    lower_bound=0,
+)
+
 _topic("The run")
 flags.DEFINE_list(
     "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and sample order; at least 3 for a comparison."
@@ -176,6 +198,8 @@ SHARDS = ("partition", "alpha", "proportions", "noisy")
 NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
 WEIGHTING = ("temperature", "chance", "byzantine")
 """Flags that a weighting reads; see `experiments.setup.weightings`."""
+LINK = ("link_bandwidth", "link_latency", "link_overhead")
+"""Flags of the network that is computed with; without any there is none."""
 _BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "feed", "data_dir", "rounds", "seeds", "steps")
 """Flags that may differ when a run resumes."""
 RUN = NAMES.difference(_BOOKKEEPING)
@@ -187,6 +211,13 @@ def refuse_unused(reads: Collection[str]) -> None:
     for name in sorted(NAMES.difference(reads)):
         if flags.FLAGS[name].present:
             raise SettingsError(f"--{name} has no effect here; leave it out, --help lists the flags that have one")
+
+
+def read_link() -> Link | None:
+    """The link that the flags describe, of unlimited bandwidth unless given; None, no network, without any of them."""
+    given: dict[str, Any] = {name.removeprefix("link_"): flags.FLAGS[name].value for name in LINK}
+    given = {field: value for field, value in given.items() if value is not None}
+    return Link(**given) if given else None
 
 
 def read_seeds() -> tuple[int, ...]:

@@ -32,6 +32,7 @@ report = reporting.summarise(rows)
 assert "<table>" in report._repr_html_()
 assert all(plot._repr_png_().startswith(b"\\x89PNG") for plot in report.figures())
 reporting.write_report(sys.argv[3], rows)
+assert {name for name in sys.modules if name.startswith("wavg_jax.devices.")} == {"wavg_jax.devices.network"}
 rooms = {name.split(".")[1] for name in sys.modules if name.startswith("wavg_jax.")}
 print(sorted(rooms))
 """
@@ -42,7 +43,7 @@ def test_a_notebook_summarises_and_writes_from_rows_without_a_line_of_training(t
     arguments = [str(ROOM.parent), str(tmp_path / "rows.jsonl"), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", NOTEBOOK, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['base', 'extras', 'reporting', 'storage']"
+    assert done.stdout.strip() == "['base', 'devices', 'extras', 'reporting', 'storage']"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "report.html", "plots"}
 
 

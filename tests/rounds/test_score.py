@@ -158,10 +158,9 @@ def test_the_metrics_of_a_blend_are_those_of_a_replica_and_differentiable(chunk)
 def test_samples_spread_over_devices_measure_the_same(samples):
     where = place(4, 4)
     split = Batch(*(a[:samples] for a in HELD_OUT_SPLIT))  # 13 do not divide, and run on every device
-    alone, spread = (
-        jax.jit(functools.partial(score.metrics, one))(*network(), split)
-        for one in (forward(3), forward(3)._replace(over_samples=where.over_samples))
-    )
+    alone = jax.jit(functools.partial(score.metrics, forward(3)))(*network(), split)
+    shared = functools.partial(score.metrics, forward(3)._replace(over_samples=where.over_samples))
+    spread = jax.jit(where.together(shared))(*network(), split)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), alone, spread)
 
 

@@ -60,7 +60,7 @@ def test_the_state_is_donated():
     state = program.init(jax.random.key(0))
     shared = put_shared(recipe, source)
     work = make_work(recipe, source, seed=0, first_step=0, longest=4, batch_size=8, steps=4)
-    after, _ = program.run(state, work, shared)
+    after, *_ = program.run(state, work, shared)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
     assert int(after.round) == 1
 

@@ -10,7 +10,7 @@ from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax.devices import machine, placement
+from wavg_jax.devices import machine, transfer
 from wavg_jax.rounds import policy
 from wavg_jax.training import batches, schedule
 
@@ -73,19 +73,19 @@ def test_streamed_data_are_the_same_data(options):
 @pytest.mark.slow
 def test_data_too_large_for_the_devices_are_streamed(monkeypatch):
     nbytes, few = sharded().train.x.nbytes, {"local_steps": 1, "batch_size": 2, "rounds": 1}
-    for devices, room in ((1, nbytes), (4, 4 * nbytes)):  # devices of the host share its memory
-        monkeypatch.setattr(machine, "memory", lambda room=room: room / placement._ROOM)
+    for devices, room in ((1, nbytes), (4, nbytes)):  # devices of the host share its memory, and each holds its own part
+        monkeypatch.setattr(machine, "memory", lambda room=room: room / transfer._ROOM)
         assert run(devices=devices, **few).rows[0]["resident"]
-        monkeypatch.setattr(machine, "memory", lambda room=room: (room - 1) / placement._ROOM)
+        monkeypatch.setattr(machine, "memory", lambda room=room: (room - 1) / transfer._ROOM)
         assert not run(devices=devices, **few).rows[0]["resident"]
 
 
 def test_streamed_rounds_that_do_not_fit_are_refused(monkeypatch):
     samples = 3 * 4 * 3 * 8  # three rounds of K=4, H=3, B=8
     nbytes = samples * sharded().train.x[:1].nbytes
-    monkeypatch.setattr(machine, "memory", lambda: nbytes / placement._ROOM)
+    monkeypatch.setattr(machine, "memory", lambda: nbytes / transfer._ROOM)
     assert not run(rounds=1, resident=False, devices=1).rows[0]["resident"]
-    monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / placement._ROOM)
+    monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / transfer._ROOM)
     with pytest.raises(wavg.SettingsError, match="local_steps="):
         run(rounds=1, resident=False, devices=1)
 

@@ -32,7 +32,7 @@ def test_every_part_that_a_round_has_takes_time_and_no_other():
     assert min(scored) > 0
     plain = parts(wavg.averager(wavg.uniform()), sharded())
     assert plain.score == 0
-    assert min(plain.local, plain.blend, plain.exchange) > 0
+    assert min(plain.local, plain.blend, plain.mean) > 0
     alone = parts(wavg.averager(wavg.uniform()), data.pool(sharded()))
     assert alone.local > 0
     assert alone[1:] == (0, 0, 0)
@@ -47,7 +47,7 @@ def test_a_device_is_charged_with_its_share_of_one_mean(monkeypatch):
 
 def test_each_arm_is_charged_with_what_it_does(monkeypatch):
     # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, or 0.05 with a search, one
-    # exchange 0.001.
+    # device's share of a mean 0.001.
     def measured(recipe, source, *, local_steps, batch_size):
         if len(source.shards) == 1:
             return timing.Parts(7.0, 0.0, 0.0, 0.0)
@@ -68,7 +68,50 @@ def test_each_arm_is_charged_with_what_it_does(monkeypatch):
     assert changing == {"plain": None, "weighted": None}
     # Newer Pythons add floats up more exactly than a + b + c does.
     assert all(path["round"] == pytest.approx(path["local"] + path["score"] + path["blend"]) for path in paths.values())
+    assert all((path["exchange"], path["link"]) == (0.0, None) for path in paths.values())
     assert flags.FLAGS.local_steps != 50
+
+
+def exchanges(monkeypatch, *arguments):
+    """The seconds of each arm's exchanges in a round; its parts take 1 s together."""
+    monkeypatch.setattr(timing, "measure_parts", lambda *_, **__: timing.Parts(1.0, 0.0, 0.0, 0.0))
+    with flagsaver.flagsaver():
+        app.parse(["binary", "--local_steps=50", "--heldout=100", *arguments])
+        dataset = arms.load()
+        task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
+        paths = arms.critical_path(arms.make_arms(), task, source)
+    assert all(path["round"] == pytest.approx(1 + path["exchange"]) for path in paths.values())
+    return {name: path["exchange"] for name, path in paths.items()}, paths["plain"]["link"]
+
+
+# 64-8-10: 610 parameters; a ring over 4 devices sends 8 * 610 * 3 / 4 = 3,660 bytes.
+SLOW = ("--hidden=8", "--link_bandwidth=29280")
+RING, GATHER = 1.0, 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plain", "weighted"),
+    [
+        (["--weighting=accuracy"], RING, RING),
+        (["--weighting=learned"], RING, GATHER),
+        (["--weighting=greedy_soup"], RING, GATHER),
+        (["--weighting=krum"], RING, GATHER),
+        (["--weighting=norm_preserving"], RING, 2 * RING),
+        (["--weighting=accuracy", "--reduce=norm_preserving"], 2 * RING, 2 * RING),
+        (["--weighting=accuracy", "--inner=momentum", "--opt_state_at_sync=average"], 2 * RING, 2 * RING),
+    ],
+    ids=str,
+)
+def test_each_arm_is_charged_with_what_it_sends_over_the_link(arguments, plain, weighted, monkeypatch):
+    found, link = exchanges(monkeypatch, *SLOW, *arguments)
+    assert found == pytest.approx({"sequential": 0, "sync": 50 * RING, "plain": plain, "weighted": weighted}, rel=1e-3)
+    assert link == {"bandwidth": 29280, "latency": 0, "overhead": 0}
+
+
+def test_latency_and_overhead_count_with_every_exchange(monkeypatch):
+    found, link = exchanges(monkeypatch, "--link_latency=0.1", "--link_overhead=0.01", "--weighting=learned")
+    assert found == pytest.approx({"sequential": 0, "sync": 50 * 0.61, "plain": 0.61, "weighted": 0.31})
+    assert link["bandwidth"] == float("inf")
 
 
 def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():

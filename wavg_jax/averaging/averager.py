@@ -304,10 +304,13 @@ def averager(
     """
     check_all(_ARGUMENTS, locals())
     parts = _Parts(weighting, outer, reduce, transform)
+    # Only the plain weighted mean is one sum over the replicas.
+    reads_replicas = weighting.reads_replicas or transform is not None or reduce is not weighted_mean
     how = None if pull == 1.0 else pull if callable(pull) else toward_new(pull)
     return Averager(
         functools.partial(_init, parts),
         functools.partial(_update, parts),
         weighting.needs,
         functools.partial(_restart, how),
+        reads_replicas,
     )

@@ -10,7 +10,13 @@ from wavg_jax.data.shards import as_indices
 
 
 def round_indices(
-    shards: Sequence[np.ndarray], *, seed: int, first_step: int, local_steps: int, batch_size: int
+    shards: Sequence[np.ndarray],
+    *,
+    seed: int,
+    first_step: int,
+    local_steps: int,
+    batch_size: int,
+    replicas: slice = slice(None),
 ) -> np.ndarray:
     """Draws the batches of one round, as indices into the training split.
 
@@ -25,9 +31,10 @@ def round_indices(
       first_step: local steps of each replica before this round.
       local_steps: H, batches per replica.
       batch_size: B, no larger than the smallest shard.
+      replicas: those to draw for; all by default.
 
     Returns:
-      Indices [K, H, B], int32.
+      Indices [K, H, B], int32; K replicas, or those asked for.
 
     Raises:
       SettingsError: an argument is out of range.
@@ -50,7 +57,7 @@ def round_indices(
             f"set batch_size= to {sizes[smallest]}{' or less' * (sizes[smallest] > 1)}, or use fewer replicas"
         )
     start, count = first_step * batch_size, local_steps * batch_size
-    streams = [_stream(shard, seed, k, start, count) for k, shard in enumerate(shards)]
+    streams = [_stream(shards[k], seed, k, start, count) for k in range(len(shards))[replicas]]
     return np.stack(streams).reshape(len(streams), local_steps, batch_size)
 
 

@@ -23,6 +23,7 @@ def hardware() -> dict[str, str | int]:
         "device": device.platform,
         "kind": device.device_kind,
         "count": jax.device_count(),
+        "processes": jax.process_count(),
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores(),
         # On a GPU, the versions of its driver and libraries; on a CPU just "cpu".

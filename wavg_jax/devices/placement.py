@@ -1,60 +1,64 @@
-"""Where the replicas live: all on one device, or spread over a mesh. No other module needs to know which."""
+"""Where the replicas live: on one device, or spread over the devices of one process or many. No other module needs to
+know which."""
 
 import bisect
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from wavg_jax.base import PyTree, SettingsError
-from wavg_jax.devices import machine, mapping
+from wavg_jax.devices import mapping
+from wavg_jax.devices.collectives import gather_rows, sum_over_samples
 
 _AXIS = "replicas"
 
 
+class Parts(NamedTuple):
+    """Data of which every device has a part of its own, among what all replicas read.
+
+    Attributes:
+      values: leaves [parts, ...], `Placement.parts` of them; a replica's function sees its device's part, [...].
+    """
+
+    values: PyTree
+
+
 class Placement(NamedTuple):
-    """How K replicas are mapped and reduced.
+    """How K replicas are mapped, exchanged and reduced.
 
     Attributes:
       map: turns `f(one, shared) -> out` for one replica into `g(stacked, shared) -> stacked out`.
-      reduce: turns a reduction `(stacked, weights) -> tree` into the same reduction over all devices.
-      over_samples: turns `f(network, samples [N, ...]) -> sums over the samples` into the same function with the
-        samples spread over the devices, if the number of devices divides N.
+      reduce: turns a reduction `(stacked, weights) -> tree` into the same reduction over all devices, one all-reduce.
+      gather: `stacked -> stacked`, all replicas on every device, in one exchange.
+      together: turns `f(*arrays)` of gathered arrays into the same function run by every device, which may share the
+        work in `over_samples`.
+      over_samples: inside `together`, turns `f(given, samples [N, ...]) -> sums over the samples` into the same
+        function with the samples spread over the devices.
       stacked: the sharding of a stacked tree, its leading axis over the devices.
-      shared: the sharding of what all replicas read (data, global parameters), a copy on every device.
+      items: the sharding of what the replicas train on, [K, H, B].
+      shared: the sharding of what all replicas read (global parameters), a copy on every device.
+      each: the sharding of one entry per device [D].
+      parts: into how many `Parts` data are cut.
       devices: the devices in use.
       replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
     """
 
     map: Callable[[Callable], Callable]
     reduce: Callable[[Callable], Callable]
+    gather: Callable[[PyTree], PyTree]
+    together: Callable[[Callable], Callable]
     over_samples: Callable[[Callable], Callable]
     stacked: Sharding
+    items: Sharding
     shared: Sharding
+    each: Sharding
+    parts: int
     devices: tuple[jax.Device, ...]
     replica_map: str
-
-
-def put(values: PyTree, sharding: Sharding) -> PyTree:
-    """Copies a tree of host arrays to devices; never aliases host memory, where a later write would reach the copy."""
-    return jax.device_put(values, sharding, may_alias=False)
-
-
-_ROOM = 0.25
-"""Share of a device's memory that the training split may take; the rest is for replicas and their activations."""
-
-
-def has_room(placement: Placement, nbytes: int) -> bool:
-    """Whether every device of a placement can hold `nbytes` bytes of data for the whole run."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in placement.devices]
-    if all(limits):
-        return nbytes <= _ROOM * min(limits)
-    # CPU devices share the host's memory, and each would hold a copy.
-    return nbytes * len(placement.devices) <= _ROOM * machine.memory()
 
 
 _PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 7 * 86400}
@@ -67,64 +71,114 @@ def compiler_options(placement: Placement) -> dict[str, int]:
     return _PATIENCE if len(placement.devices) > 1 and placement.devices[0].platform == "cpu" else {}
 
 
+def _as_is(x: Any) -> Any:
+    return x
+
+
+def _is_parts(x: Any) -> bool:
+    return isinstance(x, Parts)
+
+
+def _own(shared: PyTree) -> PyTree:
+    """What all replicas read, with this device's part of every `Parts`."""
+    return jax.tree.map(
+        lambda x: jax.tree.map(lambda v: v[0], x.values) if _is_parts(x) else x, shared, is_leaf=_is_parts
+    )
+
+
+def _here(replica_map: str, function: Callable) -> Callable:
+    """Maps over the replicas of one device."""
+
+    def run(stacked: PyTree, shared: PyTree) -> PyTree:
+        return mapping.mapped(replica_map, function)(stacked, _own(shared))
+
+    return run
+
+
+def _grid(devices: tuple[jax.Device, ...]) -> jax.sharding.Mesh:
+    # Auto, not make_mesh's default Explicit: on an Explicit axis, sorting over the replicas raises.
+    return jax.sharding.Mesh(np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+
+
+_ALONG, _EVERYWHERE = PartitionSpec(_AXIS), PartitionSpec()
+
+
+def _together(grid: jax.sharding.Mesh, function: Callable) -> Callable:
+    return jax.shard_map(function, mesh=grid, in_specs=_EVERYWHERE, out_specs=_EVERYWHERE, check_vma=False)
+
+
 def _single(device: jax.Device, replica_map: str) -> Placement:
     """All replicas on one device."""
     here = SingleDeviceSharding(device)
-    spread = functools.partial(mapping.mapped, replica_map)
-    return Placement(spread, lambda reduce: reduce, lambda run: run, here, here, (device,), replica_map)
+    spread = functools.partial(_here, replica_map)
+    return Placement(spread, _as_is, _as_is, _as_is, _as_is, here, here, here, here, 1, (device,), replica_map)
+
+
+def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
+    """One replica on all devices, which share the samples of every batch: the compiler sums gradients at every step."""
+    grid = _grid(devices)
+    shared = NamedSharding(grid, _EVERYWHERE)
+    return Placement(
+        map=functools.partial(_here, replica_map),
+        reduce=_as_is,
+        gather=_as_is,
+        together=functools.partial(_together, grid),
+        over_samples=functools.partial(sum_over_samples, _AXIS, len(devices)),
+        stacked=shared,
+        items=NamedSharding(grid, PartitionSpec(None, None, _AXIS)),
+        shared=shared,
+        each=NamedSharding(grid, _ALONG),
+        parts=1,
+        devices=devices,
+        replica_map=replica_map,
+    )
 
 
 def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
     """Replicas spread evenly over several devices: `jax.shard_map` over the mesh, `replica_map` inside each device."""
-    # Auto, not make_mesh's default Explicit: on an Explicit axis, sorting over the replicas raises.
-    grid = jax.sharding.Mesh(np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,))
-    over_replicas, everywhere = PartitionSpec(_AXIS), PartitionSpec()
+    grid = _grid(devices)
 
     def spread(function: Callable) -> Callable:
-        return jax.shard_map(
-            mapping.mapped(replica_map, function),
-            mesh=grid,
-            in_specs=(over_replicas, everywhere),
-            out_specs=over_replicas,
-            check_vma=False,
-        )
+        here = _here(replica_map, function)
+
+        def run(stacked: PyTree, shared: PyTree) -> PyTree:
+            specs = jax.tree.map(lambda x: _ALONG if _is_parts(x) else _EVERYWHERE, shared, is_leaf=_is_parts)
+            return jax.shard_map(here, mesh=grid, in_specs=(_ALONG, specs), out_specs=_ALONG, check_vma=False)(
+                stacked, shared
+            )
+
+        return run
 
     def reduce(reduction: Callable) -> Callable:
         return jax.shard_map(
             functools.partial(reduction, sum_over=_AXIS),
             mesh=grid,
-            in_specs=(over_replicas, over_replicas),
-            out_specs=everywhere,
+            in_specs=(_ALONG, _ALONG),
+            out_specs=_EVERYWHERE,
             check_vma=False,
         )
 
-    def over_samples(function: Callable) -> Callable:
-        def each(network: PyTree, samples: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: x[None], function(network, samples))
-
-        split = jax.shard_map(
-            each, mesh=grid, in_specs=(everywhere, over_replicas), out_specs=over_replicas, check_vma=False
-        )
-
-        def run(network: PyTree, samples: PyTree) -> PyTree:
-            n = len(jax.tree.leaves(samples)[0])
-            even = n - n % len(devices)
-            parts = []
-            if even:
-                shares = split(network, jax.tree.map(lambda a: a[:even], samples))
-                parts.append(jax.tree.map(lambda x: x.sum(0), shares))
-            if even < n:  # the few that are left run on every device
-                parts.append(function(network, jax.tree.map(lambda a: a[even:], samples)))
-            return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
-
-        return run
-
-    stacked, shared = NamedSharding(grid, over_replicas), NamedSharding(grid, everywhere)
-    return Placement(spread, reduce, over_samples, stacked, shared, devices, replica_map)
+    gather = jax.shard_map(
+        functools.partial(gather_rows, _AXIS), mesh=grid, in_specs=_ALONG, out_specs=_EVERYWHERE, check_vma=False
+    )
+    stacked = NamedSharding(grid, _ALONG)
+    return Placement(
+        map=spread,
+        reduce=reduce,
+        gather=gather,
+        together=functools.partial(_together, grid),
+        over_samples=functools.partial(sum_over_samples, _AXIS, len(devices)),
+        stacked=stacked,
+        items=stacked,
+        shared=NamedSharding(grid, _EVERYWHERE),
+        each=stacked,
+        parts=len(devices),
+        devices=devices,
+        replica_map=replica_map,
+    )
 
 
-@functools.cache
-def on(devices: tuple[jax.Device, ...], replica_map: str = "vmap") -> Placement:
+def on(devices: tuple[jax.Device, ...], replica_map: str = "vmap", *, batches: bool = False) -> Placement:
     """Spreads the replicas over these devices, whose number must divide K.
 
     Cached: the same arguments give the same placement, so that equal recipes share their programs.
@@ -132,21 +186,39 @@ def on(devices: tuple[jax.Device, ...], replica_map: str = "vmap") -> Placement:
     Args:
       devices: one or more.
       replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
+      batches: spread the samples of each batch of one replica instead.
 
     Raises:
       SettingsError: there is no such mapping.
     """
     mapping.check(replica_map)
-    return _single(devices[0], replica_map) if len(devices) == 1 else _mesh(devices, replica_map)
+    return _made(devices, replica_map, batches and len(devices) > 1)
+
+
+@functools.cache
+def _made(devices: tuple[jax.Device, ...], replica_map: str, batches: bool) -> Placement:
+    if len(devices) == 1:
+        return _single(devices[0], replica_map)
+    return (_data_parallel if batches else _mesh)(devices, replica_map)
+
+
+def remapped(placement: Placement, replica_map: str) -> Placement:
+    """The same placement with another way to run the replicas of a device."""
+    return on(placement.devices, replica_map, batches=placement.parts == 1)
 
 
 def single() -> Placement:
-    """All replicas on the default device, mapped by vmap."""
-    return on((jax.devices()[0],))
+    """All replicas on this process's default device, mapped by vmap."""
+    return on((jax.local_devices()[0],))
 
 
-def check_spread(replicas: int, devices: int) -> None:
-    """Raises SettingsError unless K replicas spread evenly over so many devices."""
+def check_spread(replicas: int, placement: Placement) -> None:
+    """Raises SettingsError unless K replicas spread evenly over a placement's devices, or one over all of them."""
+    if replicas != 1:
+        _check_multiple(replicas, placement.parts)
+
+
+def _check_multiple(replicas: int, devices: int) -> None:
     if replicas % devices:
         divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
         at = bisect.bisect(divisors, devices)
@@ -156,25 +228,63 @@ def check_spread(replicas: int, devices: int) -> None:
         )
 
 
+def _in_turn(devices: Sequence[jax.Device], count: int) -> tuple[jax.Device, ...]:
+    """The first `count` devices, as many of every process, those of one process side by side."""
+    each = count // jax.process_count()
+    ranks = {
+        device: rank
+        for process in range(jax.process_count())
+        for rank, device in enumerate(one for one in devices if one.process_index == process)
+    }
+    chosen = [device for device in devices if ranks[device] < each]
+    return tuple(sorted(chosen, key=lambda device: (device.process_index, ranks[device])))
+
+
+def _choose(replicas: int, at_hand: int, processes: int) -> int:
+    """The largest number of devices that divides K and is the same in every process.
+
+    Raises:
+      SettingsError: the processes cannot share the replicas evenly.
+    """
+    counts = [n for n in range(processes, at_hand + 1, processes) if replicas == 1 or replicas % n == 0]
+    if not counts:
+        below = replicas - replicas % processes
+        nearest = " or ".join(str(k) for k in (below, below + processes) if k)
+        raise SettingsError(
+            f"{replicas} replicas do not spread evenly over {processes} processes: set replicas= to {nearest}, or "
+            "start another number of processes"
+        )
+    return max(counts) if replicas > 1 or processes > 1 else 1
+
+
 def place(replicas: int, devices: int | Sequence[jax.Device] | None = None, replica_map: str = "vmap") -> Placement:
     """Chooses the placement of K replicas.
 
+    One replica on several devices shares the samples of each batch among them; their number must divide B. Several
+    processes (`wavg_jax.initialize`) take the same number of devices each.
+
     Args:
       replicas: K.
-      devices: a number of devices, the devices themselves, or None for the largest available number that divides K.
+      devices: a number of devices, the devices themselves, or None for the largest available number that divides K; for
+        K = 1 one device, or all of them in several processes.
       replica_map: how a device runs its replicas; see `wavg_jax.devices.mapping`.
 
     Raises:
       SettingsError: JAX sees fewer devices, their number does not divide K, or there is no such mapping.
     """
-    at_hand = jax.devices()
-    if devices is None:
-        devices = max(n for n in range(1, len(at_hand) + 1) if replicas % n == 0)
+    at_hand, processes = jax.devices(), jax.process_count()
     if not isinstance(devices, Sequence):
-        if not 1 <= devices <= len(at_hand):
+        count = _choose(replicas, len(at_hand), processes) if devices is None else devices
+        if not 1 <= count <= len(at_hand):
             raise SettingsError(
-                f"devices={devices}: JAX sees {len(at_hand)} on this machine: set devices= between 1 and {len(at_hand)}"
+                f"devices={count}: JAX sees {len(at_hand)} on this machine: set devices= between 1 and {len(at_hand)}"
             )
-        devices = at_hand[:devices]
-    check_spread(replicas, len(devices))
-    return on(tuple(devices), replica_map)
+        if count % processes:
+            raise SettingsError(
+                f"devices={count} for {processes} processes: every process takes the same number of devices, so set "
+                f"devices= to a multiple of {processes}"
+            )
+        devices = _in_turn(at_hand, count)
+    if replicas != 1:
+        _check_multiple(replicas, len(devices))
+    return on(tuple(devices), replica_map, batches=replicas == 1)

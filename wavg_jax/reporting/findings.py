@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from wavg_jax.reporting.measures import KNOWN, Measure
+from wavg_jax.reporting.runs import links_in_words
 from wavg_jax.reporting.shares import Shares
 from wavg_jax.reporting.statistic import Statistic
 from wavg_jax.reporting.summary import RATE, ArmSummary, Summary, scenario_names
@@ -147,9 +148,10 @@ def caveats(summaries: Sequence[Summary]) -> list[str]:
     lines = by_chance(sum(not d.too_few for d in differences), " or ".join(references))
     if any(len(distinct(run.header.get("devices") for run in one.runs)) > 1 for one in summaries):
         lines.append("The arms ran on different numbers of devices, so their measured times are not comparable.")
+    links = links_in_words([run for one in summaries for run in one.runs])
     lines.append(
         "One device that is already busy gains nothing from K replicas: it works through them all. Hence two clocks: "
-        "measured, on this hardware, and computed, the critical path with a device for each replica."
+        f"measured, on this hardware, and computed, the critical path with a device for each replica {links}."
     )
     return lines
 

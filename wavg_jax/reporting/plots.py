@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import DASHES, MARKERS, SMALL, TEXT, Plot, Theme
 from wavg_jax.reporting.measures import Measure
-from wavg_jax.reporting.runs import RecordedRun
+from wavg_jax.reporting.runs import RecordedRun, links_in_words
 from wavg_jax.reporting.statistic import Floats
 from wavg_jax.reporting.summary import ArmSummary, Summary
 from wavg_jax.reporting.wording import capitalised, clock_unit, distinct, seeds
@@ -71,7 +71,8 @@ def draw_scenario(summary: Summary, places: Places) -> tuple[Plot, ...]:
             places,
             f"{metric}_critical_path",
             f"{words} on the computed clock (critical path)",
-            f"{band} Computed, not measured: rounds times the time of one replica's local phase, scoring and blend.",
+            f"{band} Computed, not measured: rounds times the time of one replica's local phase, scoring and blend, "
+            f"with one device for each replica {links_in_words(summary.runs)}.",
             (f"critical path, computed for {k} device{'s' if k > 1 else ''}", lambda run: run.critical),
         ),
         _quality(summary, places, f"{metric}_samples", f"{words} against samples", band, None),

@@ -13,6 +13,7 @@ from wavg_jax.reporting.findings import answer, caveats, scenario_sentences
 from wavg_jax.reporting.headline import draw_headline
 from wavg_jax.reporting.page import html_fragment
 from wavg_jax.reporting.plots import arm_places, draw_scenario
+from wavg_jax.reporting.runs import links_in_words
 from wavg_jax.reporting.summary import UNIFORM, ArmSummary, Summary, scenario_names
 from wavg_jax.reporting.tables import TextTable, comparison_tables, escape, markdown_table
 from wavg_jax.reporting.terminal import terminal_block
@@ -24,7 +25,7 @@ CLOCKS = {
     "measured": "wall time on this hardware, whose devices all replicas share; neither clock counts compilation or "
     "evaluation on the test split",
     "computed": "the critical path, from parts measured on this hardware: the time of the same rounds with one device "
-    "for each replica, without the network between them",
+    "for each replica {links}",
 }
 
 
@@ -107,7 +108,9 @@ class RunReport(NamedTuple):
         arms: dict[str, list[str]] = {}
         for arm in (arm for one in self.summaries for arm in one.arms):
             arms.setdefault(arm.name, []).append(self.caller.meanings.get(arm.name) or _meaning(arm))
-        terms = {name: "; or ".join(distinct(found)) for name, found in arms.items()} | CLOCKS
+        links = links_in_words([run for one in self.summaries for run in one.runs])
+        terms = {name: "; or ".join(distinct(found)) for name, found in arms.items()}
+        terms |= {name: meaning.format(links=links) for name, meaning in CLOCKS.items()}
         lines = [f"- **{escape(name)}**: {escape(meaning)}." for name, meaning in terms.items()]
         intro = "All arms see the same number of training samples in a round. The arms, then the two clocks:"
         return "\n".join([intro, "", *lines])

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wavg_jax.base import DataError
+from wavg_jax.devices.network import Link, from_entry
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
+from wavg_jax.reporting.wording import distinct
 from wavg_jax.storage.schema import PATIENCE, Row, check_rounds, lost_at_the_end
 
 IDENTITY = (
@@ -97,6 +99,11 @@ class RecordedRun(NamedTuple):
         return as_float((self.header["critical_path"] or {}).get("round"))
 
     @property
+    def link(self) -> Link | None:
+        """The link that the critical path assumes; None for no network."""
+        return from_entry((self.header["critical_path"] or {}).get("link"))
+
+    @property
     def critical(self) -> Floats:
         """Computed seconds on the critical path so far [R]."""
         return self.rounds * self.critical_round
@@ -124,6 +131,13 @@ COSTS: Mapping[str, Callable[[RecordedRun], float]] = {
     "bytes_per_round": lambda run: as_float(run.header["bytes_per_round"]),
 }
 """What a run took, by name."""
+
+
+def links_in_words(runs: Sequence[RecordedRun]) -> str:
+    """The links that the runs' critical paths assume, to follow "with one device for each replica"."""
+    found = distinct(run.link for run in runs if run.header["critical_path"])
+    words = distinct("no network" if link is None else f"a link of {link}" for link in found)
+    return f"and {' or '.join(words) or 'no network'} between them"
 
 
 def read_runs(rows: Sequence[Row]) -> list[RecordedRun]:
@@ -165,7 +179,7 @@ def _checked_run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
         # Reads what is read later, so that a missing or odd field is found here, by name.
         int(header["seed"]), int(header["replicas"])
         if rounds:
-            run.metrics()
+            run.metrics(), links_in_words([run])
     except KeyError as e:
         raise DataError(f"a row of run {header.get('run')!r} lacks the field {e}") from e
     except DataError:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wavg_jax.reporting.measures import Measure
+from wavg_jax.reporting.runs import links_in_words
 from wavg_jax.reporting.shares import Shares
 from wavg_jax.reporting.statistic import Statistic
 from wavg_jax.reporting.summary import ArmSummary, Summary
@@ -78,7 +79,8 @@ def comparison_tables(one: Summary) -> list[TextTable]:
     if math.isfinite(one.target):
         note = (
             "Up to the first round that reaches it; means over the seeds that do. Computed, not measured: rounds to "
-            f"target {TIMES} the measured time of one replica's local phase, scoring and blend."
+            f"target {TIMES} the measured time of one replica's local phase, scoring and blend, with one device for "
+            f"each replica {links_in_words(one.runs)}."
         )
         result.append(_table(one, f"To {100 * one.target:.4g} % test accuracy", note, TARGET, reached=True))
     note = (

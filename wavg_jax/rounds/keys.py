@@ -6,7 +6,7 @@ split, in one place alone, or handed to one consumer:
     key(seed)           init | replicas | states | gradient | fisher          `roots`
       replicas          one key for each of the K
         local step      next step's | fetch | loss                  `wavg_jax.rounds.local`
-        sync            next round's | statistics | smoothing       `wavg_jax.rounds.round`
+        sync            next round's | statistics | smoothing | wire            `at_sync`
           re-estimation keys that a state holds | batches, each fetch | loss
       states            one for each of the K, from which the keys inside a state are made     `own`
 
@@ -42,6 +42,21 @@ class Roots(NamedTuple):
 def roots(rng: jax.Array) -> Roots:
     """Splits the key of a run."""
     return Roots(*jax.random.split(rng, len(Roots._fields)))
+
+
+class AtSyncKeys(NamedTuple):
+    """The keys [K] that the replicas' keys split into at the sync: for the next round, for re-estimating statistics and
+    those of smoothed parameters, and for the stochastic rounding of a narrow wire."""
+
+    following: jax.Array
+    statistics: jax.Array
+    smoothing: jax.Array
+    wire: jax.Array
+
+
+def at_sync(rng: jax.Array) -> AtSyncKeys:
+    """Splits the replicas' keys [K] at the sync."""
+    return AtSyncKeys(*split_each(rng, len(AtSyncKeys._fields)))
 
 
 def split_each(rng: jax.Array, count: int) -> tuple[jax.Array, ...]:

@@ -60,7 +60,8 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
         updates, opt_state = inner.update(gradient, replica.opt_state, replica.params)
         if rate is not None:
             updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
-        return Replicas(optax.apply_updates(replica.params, updates), opt_state, mutable, rng), loss
+        params = optax.apply_updates(replica.params, updates)
+        return Replicas(params, opt_state, mutable, rng), loss
 
     def run(replica: Replicas, items: PyTree, shared: PyTree, pace: Pace = EVERY_STEP) -> tuple[Replicas, jax.Array]:
         longest = jax.tree.leaves(items)[0].shape[0]
@@ -100,6 +101,7 @@ def train(
     Returns:
       The replicas after their local steps, and their mean training losses [K].
     """
+    residual, replicas = replicas.residual, replicas._replace(residual=())  # no matter of the local steps
     # A number common to all stays out of the mapping, so that a loop of one length needs no masking.
     dtypes = {"steps": jnp.int32, "rate": jnp.float32}
     given = {name: jnp.asarray(x, dtypes[name]) for name, x in pace._asdict().items() if x is not None}
@@ -111,7 +113,8 @@ def train(
         shared, common = everywhere
         return steps(replica, items, shared, Pace(**own, **common))
 
-    return over_replicas(one)((replicas, batches, own), (shared, common))
+    after, loss = over_replicas(one)((replicas, batches, own), (shared, common))
+    return after._replace(residual=residual), loss
 
 
 def longest(batches: PyTree) -> int:

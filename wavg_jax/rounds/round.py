@@ -23,13 +23,16 @@ from wavg_jax.arguments import (
 )
 from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
 from wavg_jax.devices.placement import Placement, check_spread, single
-from wavg_jax.rounds import keys, local, score, sync
+from wavg_jax.devices.transfer import put
+from wavg_jax.rounds import keys, local, score, sync, wire
+from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
 from wavg_jax.rounds.reestimation import reestimate
 from wavg_jax.rounds.score import SCORING, Forward, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, REESTIMATED, AtSync, Trained
 from wavg_jax.weighting.scores import effective_replicas, per_replica
+from wavg_jax.weighting.signals import FREE
 
 
 class RoundLog(NamedTuple):
@@ -132,12 +135,18 @@ def make_rounds(
     steps = local.local_steps(task, inner, fetch)
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
     measured = score.measure(forward, averager.needs)
+    exchange = make_exchange(averager, forward, where, at_sync.wire)
     rerun = reestimate(task, fetch)
 
-    def init(rng: jax.Array, replicas: int) -> TrainState:
-        check_spread(as_whole("replicas", replicas, 1), len(where.devices))
+    def make(rng: jax.Array, replicas: int) -> TrainState:
         params, mutable = task.init(keys.roots(rng).init)
-        return place_state(where, initial_state(params, mutable, rng, replicas, averager, inner, at_sync.smoothing))
+        return place_state(where, initial_state(params, mutable, rng, replicas, averager, inner, at_sync))
+
+    def init(rng: jax.Array, replicas: int) -> TrainState:
+        check_spread(as_whole("replicas", replicas, 1), where)
+        if where.shared.is_fully_addressable or isinstance(rng, jax.core.Tracer):
+            return make(rng, replicas)
+        return jax.jit(make, static_argnums=1)(put(rng, where.shared), replicas)
 
     def step(
         state: TrainState,
@@ -158,66 +167,28 @@ def make_rounds(
         alive = survivors(state.replicas, sent, train_loss)
         # Score.
         window = score.window(held_out, state.round, scoring.samples)
-        scores = score.of_replicas(measured, averager.needs, where.map, where.reduce, sent, alive, window)
-        signals = scores | score.free(train_loss, sizes, taken)
+        signals = score.of_replicas(measured, where.map, sent, window) | score.free(train_loss, sizes, taken)
         # Blend.
-        params, averager_state, weights = blend(averager, forward, where.reduce, state, sent, alive, window, signals)
+        split = keys.at_sync(after.rng)
+        blended, told, residual = exchange(
+            state, Sent(sent.params, sent.mutable, alive, signals), after.residual, split.wire, window
+        )
+        params, averager_state, weights, distances = blended
         share = per_replica(weights)
         # Carry over.
-        blended = share.sum() > 0  # else all replicas restart from the old parameters
-        trained = Trained(batches, shared, taken, alive & blended)
+        kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
+        trained = Trained(batches, shared, taken, kept)
+        after = after._replace(residual=residual)
         replicas, mutable, smoothed = carry_over(
-            task, inner, averager, at_sync, where, rerun, state, after, params, share, trained
+            task, inner, averager, at_sync, where, rerun, state, after, split, params, share, trained
         )
         new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
-        logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
-        log = RoundLog(train_loss, logged, share, effective_replicas(share), alive, taken)
-        return place_state(where, new), log
+        scores = {name: x for name, x in told.signals.items() if name in averager.needs and name not in FREE}
+        logged = {name: x for name, x in (scores | distances).items() if isinstance(x, jax.Array) and x.ndim == 1}
+        log = RoundLog(told.signals["train_loss"], logged, share, effective_replicas(share), told.alive, taken)
+        return place_state(where, new), everywhere(where, log)
 
     return Rounds(init, step)
-
-
-def blend(
-    averager: Averager,
-    forward: Forward,
-    reduce: Callable[[Callable], Callable],
-    state: TrainState,
-    sent: Replicas,
-    alive: jax.Array,
-    window: Batch | None,
-    signals: dict[str, PyTree],
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Blends what the replicas sent into the next global parameters.
-
-    Args:
-      averager: how.
-      forward: how a blend runs over the held-out samples, for weightings that try weights out.
-      reduce: lays a reduction out over devices.
-      state: before the round.
-      sent: the replicas [K, ...] as they were sent.
-      alive: bool [K]; a dead replica has no weight.
-      window: the held-out samples [N, ...] of this round.
-      signals: {name: [K] or tree}.
-
-    Returns:
-      `(params, averager state, weights)`; see `Averager.update`.
-    """
-
-    def evaluate(params: PyTree, weights: jax.Array) -> dict[str, jax.Array]:
-        assert window is not None  # checked at the start of the step
-        mutable = sync.mean_over_living(reduce, sent.mutable, weights, state.mutable)
-        return score.scalar_metrics(forward, params, mutable, window)
-
-    return averager.update(
-        sent.params,
-        state.averager,
-        state.params,
-        alive=alive,
-        check_finite=False,
-        place=reduce,
-        evaluate=evaluate,
-        **signals,
-    )
 
 
 def carry_over(
@@ -229,6 +200,7 @@ def carry_over(
     rerun: Callable,
     state: TrainState,
     after: Replicas,
+    split: keys.AtSyncKeys,
     params: PyTree,
     weights: jax.Array,
     trained: Trained,
@@ -240,6 +212,7 @@ def carry_over(
       rerun: re-estimates a network's mutable collections; see `wavg_jax.rounds.reestimation`.
       state: before the round.
       after: the replicas after their local steps.
+      split: their keys.
       params: the global parameters after the blend.
       weights: [K], of the replicas in it.
       trained: what they trained on, and who is alive.
@@ -248,7 +221,6 @@ def carry_over(
       The replicas, the global mutable collections, and the average over rounds.
     """
     alive = trained.alive
-    rng, stats_rng, smooth_rng = keys.split_each(after.rng, 3)
     refresh = functools.partial(sync.refresh, rerun, where.map, where.reduce, trained)
     stats, mutable = sync.carry_stats(
         at_sync.stats,
@@ -258,7 +230,7 @@ def carry_over(
         state.mutable,
         alive,
         weights,
-        lambda mutable, steps: refresh(params, mutable, stats_rng, steps),
+        lambda mutable, steps: refresh(params, mutable, split.statistics, steps),
     )
     few = min(REESTIMATED, local.longest(trained.batches))
     smoothed = sync.smooth(
@@ -267,11 +239,11 @@ def carry_over(
         weights.sum() > 0,
         params,
         mutable,
-        lambda params, mutable: refresh(params, mutable, smooth_rng, few),
+        lambda params, mutable: refresh(params, mutable, split.smoothing, few),
     )
     restarted = averager.restart(after.params, state.params, params, alive=alive, check_finite=False)
     opt_state = sync.carry_opt_state(at_sync.opt_state, inner, where.reduce, after.opt_state, params, alive, weights)
-    return Replicas(restarted, opt_state, stats, rng), mutable, smoothed
+    return Replicas(restarted, opt_state, stats, split.following, after.residual), mutable, smoothed
 
 
 def initial_state(
@@ -281,7 +253,7 @@ def initial_state(
     replicas: int,
     averager: Averager,
     inner: optax.GradientTransformation,
-    smoothing: optax.GradientTransformation | None,
+    at_sync: AtSync,
 ) -> TrainState:
     """The state before the first round: K equal replicas with different keys, also for keys in their states.
 
@@ -289,7 +261,7 @@ def initial_state(
       params, mutable: of `Task.init`, called with the key `keys.roots(rng).init`.
       rng: the key of the run.
       replicas: K.
-      averager, inner, smoothing: of the rounds.
+      averager, inner, at_sync: of the rounds.
     """
     replicas, roots = as_whole("replicas", replicas, 1), keys.roots(rng)
     states = tree.replicate((inner.init(params), mutable), replicas)
@@ -298,11 +270,15 @@ def initial_state(
         params=params,
         mutable=mutable,
         replicas=Replicas(
-            tree.replicate(params, replicas), opt_state, own_mutable, jax.random.split(roots.replicas, replicas)
+            tree.replicate(params, replicas),
+            opt_state,
+            own_mutable,
+            jax.random.split(roots.replicas, replicas),
+            wire.no_residual(at_sync.wire, params, replicas),
         ),
         averager=averager.init(params, replicas),
         round=jnp.zeros((), jnp.int32),
-        smoothed=None if smoothing is None else _unsmoothed(params, mutable, smoothing),
+        smoothed=None if at_sync.smoothing is None else _unsmoothed(params, mutable, at_sync.smoothing),
     )
 
 
@@ -363,11 +339,17 @@ def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.A
 
 def place_state(placement: Placement, state: TrainState) -> TrainState:
     """Keeps the replicas spread over the devices and all else on every one; nothing to do on one device."""
-    if len(placement.devices) == 1:
-        return state
-
-    def at(sharding: Any, part: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(part, sharding)
-
-    placed = [at(placement.stacked if part is state.replicas else placement.shared, part) for part in state]
+    placed = [
+        _constrained(placement, placement.stacked if part is state.replicas else placement.shared, part)
+        for part in state
+    ]
     return TrainState(*placed)
+
+
+def everywhere(placement: Placement, part: PyTree) -> PyTree:
+    """Copies a tree to every device, where each process can read it."""
+    return _constrained(placement, placement.shared, part)
+
+
+def _constrained(placement: Placement, sharding: Any, part: PyTree) -> PyTree:
+    return part if len(placement.devices) == 1 else jax.lax.with_sharding_constraint(part, sharding)

@@ -11,7 +11,7 @@ Every replica is scored on the same samples. What a signal costs for one replica
 `evaluate`, the metrics of a blend, costs one forward pass over N samples per call, and about three with its gradient.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from wavg_jax.arguments import FLOATING, NONE, either, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import Batch, PyTree, Replicas, SettingsError, Sums, Task
 from wavg_jax.rounds import keys
+from wavg_jax.weighting.scores import per_replica
 from wavg_jax.weighting.signals import FREE
 
 GRADIENTS = ("grad_norm", "layer_grad_norm")
@@ -84,7 +85,7 @@ class Forward(NamedTuple):
       task: the network.
       prepare: stored inputs [B, ...] -> the network's inputs, such as uint8 -> normalised float32.
       dtype, chunk: of `Scoring`.
-      over_samples: lays the samples out over devices, as `devices.placement.Placement.over_samples` does.
+      over_samples: `Placement.over_samples`, which spreads the samples over the devices.
     """
 
     task: Task
@@ -157,11 +158,20 @@ def _summed(function: Callable[[Batch], Sums], samples: Batch, chunk: int) -> Su
     return optax.tree.add(total, one(jax.tree.map(lambda a: a[n - rest :], samples))) if rest else total
 
 
+Network = Callable[[PyTree], tuple[PyTree, PyTree]]
+"""`given -> (params, mutable)`: makes a network of what is given, such as a blend of weights."""
+
+
 def metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> dict[str, jax.Array]:
     """Metrics of one network on samples [N, ...], as `Task.metrics` defines them; differentiable in the parameters."""
+    return _metrics(forward, lambda network: network, (params, mutable), samples)
 
-    def over(network: PyTree, samples: Batch) -> Sums:
-        params, mutable = network
+
+def _metrics(forward: Forward, network: Network, given: PyTree, samples: Batch) -> dict[str, jax.Array]:
+    """Metrics of the network that every device makes of what is `given`."""
+
+    def over(given: PyTree, samples: Batch) -> Sums:
+        params, mutable = _cast(network(given), forward.dtype)
 
         def one(batch: Batch) -> Sums:
             x = _cast(forward.prepare(batch.x), forward.dtype)
@@ -169,7 +179,7 @@ def metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -
 
         return _summed(one, samples, forward.chunk)
 
-    sums = forward.over_samples(over)(_cast((params, mutable), forward.dtype), samples)
+    sums = forward.over_samples(over)(given, samples)
     return dict(forward.task.metrics(sums, jnp.float32(len(samples.y))))
 
 
@@ -179,10 +189,32 @@ def scalar_metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: B
     Raises:
       SettingsError: while tracing, if a metric has the name of another signal.
     """
-    found = metrics(forward, params, mutable, samples)
+    return _scalars(metrics(forward, params, mutable, samples))
+
+
+def _scalars(found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     if taken := sorted(set(found) & set(_NO_METRICS)):
         raise SettingsError(f"the task's metric {taken[0]!r} has the name of a signal; rename it in Task.measure")
     return {name: value for name, value in found.items() if not jnp.ndim(value)}
+
+
+class Evaluate:
+    """The signal `evaluate`: `(params, weights [K]) -> {metric: scalar}` of a blend on held-out samples."""
+
+    def __init__(self, forward: Forward, mean: Callable[[PyTree], PyTree], held_out: Batch):
+        """`mean` is `weights [K] -> mutable`, the collections that belong to a blend."""
+        self._forward, self._mean, self._held_out = forward, mean, held_out
+
+    def __call__(self, params: PyTree, weights: jax.Array) -> dict[str, jax.Array]:
+        return scalar_metrics(self._forward, params, self._mean(weights), self._held_out)
+
+    def of_blend(self, blend: Callable[[PyTree], PyTree], weights: PyTree) -> dict[str, jax.Array]:
+        """`self(blend(weights), per_replica(weights))`, whose slope in the weights is all that devices exchange."""
+
+        def network(weights: PyTree) -> tuple[PyTree, PyTree]:
+            return blend(weights), self._mean(per_replica(weights))
+
+        return _scalars(_metrics(self._forward, network, weights, self._held_out))
 
 
 def _common_batch(forward: Forward, held_out: Batch, samples: int) -> Batch:
@@ -281,33 +313,27 @@ def distance(params: PyTree, centre: PyTree) -> jax.Array:
     return optax.tree.norm(jax.tree.map(lambda x, c: x.astype(jnp.float32) - c.astype(jnp.float32), params, centre))
 
 
+def distances(stacked: PyTree, alive: jax.Array) -> jax.Array:
+    """L2 distance of every replica's parameters from the mean of the living: float32 [K]."""
+    centre = weighted_mean(stacked, tree.equal_weights(alive))
+    return jax.vmap(distance, in_axes=(0, None))(stacked, centre)
+
+
 def of_replicas(
-    measured: Callable,
-    needs: Iterable[str],
-    over_replicas: Callable[[Callable], Callable],
-    reduce: Callable[[Callable], Callable],
-    replicas: Replicas,
-    alive: jax.Array,
-    held_out: Batch | None,
+    measured: Callable, over_replicas: Callable[[Callable], Callable], replicas: Replicas, held_out: Batch | None
 ) -> dict[str, PyTree]:
     """Scores K replicas on the same held-out samples.
 
     Args:
-      measured: of `measure`, for the same `needs`.
-      needs: names of signals.
-      over_replicas, reduce: of the placement.
+      measured: of `measure`.
+      over_replicas: of the placement.
       replicas: [K, ...].
-      alive: bool [K].
       held_out: [N, ...]; None if no signal reads it.
 
     Returns:
       {signal: [K] or tree with leaves [K, ...]}.
     """
-    scores = {} if held_out is None else over_replicas(measured)((replicas.params, replicas.mutable), held_out)
-    if "distance" in needs:
-        centre = reduce(weighted_mean)(replicas.params, tree.equal_weights(alive))
-        scores["distance"] = over_replicas(distance)(replicas.params, centre)
-    return scores
+    return {} if held_out is None else over_replicas(measured)((replicas.params, replicas.mutable), held_out)
 
 
 def free(train_loss: jax.Array, sizes: jax.Array | None, steps: jax.Array) -> dict[str, jax.Array]:

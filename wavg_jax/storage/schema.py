@@ -6,14 +6,12 @@ A run has two kinds of rows.
 
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
-  weighting             the scheme that weighs the replicas, "uniform" for a plain average; missing unless
-                        `Store(facts=...)` gives it
+  weighting             the scheme that weighs the replicas, "uniform" for a plain average; may be missing
   started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"; missing in older rows
   dataset, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
   classes               number of classes; for tokens, the size of the vocabulary; null for regression
   class_names           [classes]; null if unknown, missing in older rows
-  data_crc              CRC-32 of labels, shards and inputs as stored (all of them), to tell data apart; older rows omit
-                        the inputs
+  data_crc              CRC-32 of labels, shards and stored inputs, to tell data apart; older rows omit the inputs
   devices               how many devices the replicas were spread over
   replica_map           how the replicas of one device were run, a name in `wavg_jax.devices.mapping.MAPS`
   resident              whether the whole training split lay on the devices
@@ -26,8 +24,10 @@ A run has two kinds of rows.
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
   compile_seconds       tracing and compiling the round and the evaluation, added up, though they compile side by side;
                         spent once per process, and on no other clock
-  critical_path         {local, score, blend, round}: the time a round would take on one of K devices, computed from
-                        measured parts; null if not measured
+  critical_path         {local, score, blend, exchange, round, link}: the time a round would take on one of K devices,
+                        computed from measured parts; exchange over link {bandwidth, latency, overhead} in bits a
+                        second (null: unlimited) and seconds; link is null, in older rows both are missing, for no
+                        network; all null if not measured
   target_accuracy       the test accuracy that "time to target" refers to; null if none is set
   hardware, versions    where the run ran, and with which versions
   settings              the flags, or `Store(settings=...)`; must agree when the run resumes

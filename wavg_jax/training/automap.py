@@ -20,7 +20,8 @@ from wavg_jax.averaging.averager import averager
 from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
 from wavg_jax.data.arrays import Split
-from wavg_jax.devices import machine, placement
+from wavg_jax.devices import machine, placement, processes
+from wavg_jax.devices.transfer import put
 from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.training import progress
@@ -66,11 +67,14 @@ def settle(
         same bit for bit; None chooses.
 
     Returns:
-      The recipe with its placement changed; unchanged if every device has one replica, which all maps run alike.
+      The recipe with its placement changed; unchanged if every device has one replica, which all maps run alike. In
+      several processes always "vmap".
     """
     if decided is not None:
         return _mapped(recipe, decided)
-    here = len(data.shards) // len(recipe.placement.devices)
+    if processes.count() > 1:  # all must run the same program
+        return _mapped(recipe, "vmap")
+    here = len(data.shards) // recipe.placement.parts
     if here == 1:
         return recipe
     # Runs that differ in their weighting alone are mapped alike.
@@ -92,7 +96,7 @@ def settle(
 
 
 def _mapped(recipe: Recipe, name: str) -> Recipe:
-    return recipe._replace(placement=placement.on(recipe.placement.devices, name))
+    return recipe._replace(placement=placement.remapped(recipe.placement, name))
 
 
 def _first_samples(data: ShardedData, batch_size: int) -> ShardedData:
@@ -129,7 +133,7 @@ def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> d
     """For recipes that differ only in their map: functions that take a few local steps and return the seconds."""
     one = next(iter(recipes.values()))
     work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
-    rng = placement.put(jax.random.key(0), one.placement.shared)
+    rng = put(jax.random.key(0), one.placement.shared)
     replicas = programs_of(one, len(data.shards)).init(rng).replicas
     arguments = (replicas, work, put_shared(one, data))
     trains = compiled_together(*((jax.jit(local_phase(recipe)), *arguments) for recipe in recipes.values()), keep=False)

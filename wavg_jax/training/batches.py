@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from wavg_jax.base import Batch, PyTree, SettingsError
+from wavg_jax.base import Batch, SettingsError
 from wavg_jax.data import ShardedData, round_indices
-from wavg_jax.devices.placement import has_room, put
+from wavg_jax.devices.placement import Parts
+from wavg_jax.devices.transfer import own_part, put, put_own, room
 from wavg_jax.rounds.local import Pace
 from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.training.recipe import Recipe
@@ -20,12 +21,13 @@ class Shared(NamedTuple):
     """What every replica reads in every round.
 
     Attributes:
-      train: `(x, y)`, the training split [N, ...] as stored; `()` if it is streamed.
+      train: `Parts` of `(x, y)`, the training split as stored: all of it [N, ...] where one device reads all shards,
+        else each device's own samples; `()` if it is streamed.
       held_out: the samples to score on [N, ...]; None if the weighting reads none.
       sizes: of the shards, float32 [K].
     """
 
-    train: PyTree
+    train: Any
     held_out: Batch | None
     sizes: jax.Array | np.ndarray
 
@@ -34,8 +36,8 @@ class Work(NamedTuple):
     """One round's batches.
 
     Attributes:
-      items: indices [K, H, B] int32 into the training split, or, if that is streamed, the samples as stored: a `Batch`
-        with leaves [K, H, B, ...]. H is that of the longest round.
+      items: indices [K, H, B] int32 into the device's part of the training split, or, if that is streamed, the
+        samples as stored: a `Batch` with leaves [K, H, B, ...]. H is that of the longest round.
       pace: how many of the H steps to take.
     """
 
@@ -57,10 +59,50 @@ def put_shared(recipe: Recipe, data: ShardedData) -> Shared:
     scored = reads_heldout(recipe.averager.needs)
     if scored and not len(data.heldout.y):
         raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (heldout=)")
-    train = (data.train.x, as_targets(data.train.y)) if recipe.resident else ()
     held_out = Batch(data.heldout.x, as_targets(data.heldout.y)) if scored else None
     sizes = np.array([len(shard) for shard in data.shards], np.float32)
-    return put(Shared(train, held_out, sizes), recipe.placement.shared)
+    everywhere = put(Shared((), held_out, sizes), recipe.placement.shared)
+    return everywhere._replace(train=_put_train(recipe, data) if recipe.resident else ())
+
+
+def _put_train(recipe: Recipe, data: ShardedData) -> Parts:
+    """The training split on the devices: whole, or on each the samples of its own replicas, shard after shard."""
+    where, split = recipe.placement, (data.train.x, as_targets(data.train.y))
+    if where.parts == 1:
+        return put(Parts(jax.tree.map(lambda a: a[None], split)), where.shared)
+    groups = [np.concatenate(data.shards[k : k + _each(recipe, data)]) for k in _firsts(recipe, data)]
+    longest = max(len(group) for group in groups)
+    mine = groups[own_part(where.stacked, (where.parts,))[0]]
+
+    def parts(a: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(mine), longest, *a.shape[1:]), a.dtype)
+        for row, group in zip(out, mine, strict=True):
+            row[: len(group)] = a[group]
+        return out
+
+    return put_own(Parts(jax.tree.map(parts, split)), where.stacked, (where.parts,))
+
+
+def _each(recipe: Recipe, data: ShardedData) -> int:
+    """Replicas per device."""
+    return len(data.shards) // recipe.placement.parts
+
+
+def _firsts(recipe: Recipe, data: ShardedData) -> range:
+    """The first replica of every device."""
+    return range(0, len(data.shards), _each(recipe, data))
+
+
+def _positions(recipe: Recipe, data: ShardedData, replicas: slice) -> list[np.ndarray]:
+    """The shards as positions in what `_put_train` puts on the device of each of these replicas."""
+    shards = list(data.shards)
+    for first in _firsts(recipe, data):
+        end = 0
+        for k in range(first, first + _each(recipe, data)):
+            if replicas.start <= k < replicas.stop:
+                shards[k] = np.arange(end, end + len(shards[k]), dtype=np.int32)
+            end += len(shards[k])
+    return shards
 
 
 _ROUNDS_HELD = 3
@@ -78,7 +120,7 @@ def check_room(recipe: Recipe, data: ShardedData, longest: int, batch_size: int)
     """
     samples = _ROUNDS_HELD * len(data.shards) * longest * batch_size
     nbytes = samples * (4 if recipe.resident else data.train.x[:1].nbytes)
-    if not has_room(recipe.placement, nbytes // len(recipe.placement.devices)):
+    if nbytes // len(recipe.placement.devices) > room(recipe.placement.devices):
         what, also = ("the sample indices", "") if recipe.resident else ("the streamed samples", ", or resident=True")
         raise SettingsError(
             f"{what} of {_ROUNDS_HELD} rounds would take {nbytes / 1e9:.1f} GB, more than a quarter of the memory; "
@@ -105,13 +147,23 @@ def make_work(
       longest: H of the longest round; a shorter round is padded with its last batch.
       steps: H of this round; None if all rounds have the same H, so that the compiler knows it.
     """
-    taken = longest if steps is None else steps
-    indices = round_indices(data.shards, seed=seed, first_step=first_step, local_steps=taken, batch_size=batch_size)
+    taken, where = longest if steps is None else steps, recipe.placement
+    shape = (len(data.shards), longest, batch_size)
+    mine, _, columns = own_part(where.items, shape)
+    resident = recipe.resident and where.parts > 1
+    indices = round_indices(
+        _positions(recipe, data, mine) if resident else data.shards,
+        seed=seed,
+        first_step=first_step,
+        local_steps=taken,
+        batch_size=batch_size,
+        replicas=mine,
+    )[:, :, columns]
     indices = np.pad(indices, ((0, 0), (0, longest - taken), (0, 0)), mode="edge")
     items: Any = indices if recipe.resident else Batch(data.train.x[indices], as_targets(data.train.y[indices]))
     # H is an argument only where it changes, so that the compiler knows it otherwise.
-    given = None if steps is None else put(np.int32(steps), recipe.placement.shared)
-    return Work(put(items, recipe.placement.stacked), Pace(given))
+    given = None if steps is None else put(np.int32(steps), where.shared)
+    return Work(put_own(items, where.items, shape), Pace(given))
 
 
 Make = Callable[[int, int], Work]

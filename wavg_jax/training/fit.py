@@ -31,11 +31,11 @@ from wavg_jax.arguments import (
 )
 from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stopped, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
-from wavg_jax.devices import mapping
+from wavg_jax.devices import mapping, processes
 from wavg_jax.rounds import score
 from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.round import AVERAGER, TASK
-from wavg_jax.rounds.score import SCORING, Scoring
+from wavg_jax.rounds.score import SCORING, Forward, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, AtSync
 from wavg_jax.storage.journal import open_journal
 from wavg_jax.storage.rows import check_name, check_writable, recorded_run
@@ -45,7 +45,7 @@ from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
 from wavg_jax.training.callbacks import Callback, as_callbacks
 from wavg_jax.training.interrupt import stop_requests
-from wavg_jax.training.recipe import Layout, Recipe, forward_of, make_recipe
+from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 from wavg_jax.training.run import Plan, Run, evaluated
 from wavg_jax.training.schedule import Schedule, fixed
 
@@ -190,7 +190,8 @@ def fit(
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
     with contextlib.ExitStack() as stack:
-        show = stack.enter_context(_shown(progress, plan.rounds))
+        stack.enter_context(processes.guarded())
+        show = stack.enter_context(_shown(processes.first() and progress, plan.rounds))
         if layout.replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, store.name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
@@ -199,7 +200,8 @@ def fit(
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         state = journal.begin(run.describe() | extra, run.initial, resume)
         state, message = loop.train(run, journal, state, callbacks, show, stopped)
-    result = Result(*evaluated(state), state, journal.rows(), stopped())
+        asked = bool(processes.gather(stopped()).any())
+    result = Result(*evaluated(state), state, journal.rows(), asked)
     if message is not None:
         raise Stopped(message, result)
     if lost_at_the_end(result.rows):
@@ -287,8 +289,9 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
 
     def trace(rng: jax.Array, one: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         network, x = recipe.task.init(rng), recipe.prepare(one.x)
-        score.scalar_metrics(forward_of(recipe), *network, one)  # its errors
-        return recipe.task.predict(*network, x), score.metrics(forward_of(recipe), *network, one)
+        forward = Forward(recipe.task, recipe.prepare)
+        score.scalar_metrics(forward, *network, one)  # its errors
+        return recipe.task.predict(*network, x), score.metrics(forward, *network, one)
 
     logits, metrics = jax.eval_shape(trace, jax.random.key(0), one)
     arrays = [name for name, x in metrics.items() if x.ndim]

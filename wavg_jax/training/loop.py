@@ -2,7 +2,8 @@
 
 The loop launches a round before it writes the row of the one before, and makes its batches while that one runs, so that
 the devices never wait for the host. A round waits for the row of the one before only where the host needs the state in
-between, to evaluate, to save or for a callback, or where H depends on the last loss.
+between, to evaluate, to save or for a callback, or where H depends on the last loss. Where there are several processes
+each runs this loop, and whatever decides its course is the same in all.
 """
 
 import time
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from wavg_jax.base import TrainState
+from wavg_jax.devices import processes
 from wavg_jax.rounds.round import RoundLog
 from wavg_jax.storage.journal import Journal
 from wavg_jax.storage.schema import PATIENCE, Row, lost, lost_at_the_end, quality_row, round_row
@@ -24,11 +26,12 @@ from wavg_jax.training.schedule import Past
 
 
 class _Launched(NamedTuple):
-    """A round under way: its number, its H, what it will report, and when it began."""
+    """A round under way: its number, its H, what it will report, what it heard of wishes to stop, and when it began."""
 
     number: int
     steps: int
     log: RoundLog
+    heard: jax.Array | None
     begun: float
 
 
@@ -43,6 +46,8 @@ class _Books:
         self._died = np.zeros(run.replicas, bool)
         self.lost = lost_at_the_end(journal.rows())
         """Rounds lost in a row, up to the last one closed."""
+        self.heard = False
+        """Whether a process wished to stop, as far as all processes know by the last round closed."""
 
     def past(self, number: int, steps: int) -> Past:
         """What a schedule of H may look at before round `number`, after `steps` local steps."""
@@ -58,6 +63,7 @@ class _Books:
         self._ended = now
         self._elapsed += seconds
         log = jax.device_get(launched.log)
+        self.heard = launched.heard is not None and bool(launched.heard)
         self.lost = self.lost + 1 if lost(log.weights) else 0
         over = self.lost >= PATIENCE or (self.lost and launched.number == self._run.plan.rounds)
         if not over:  # else it is an error
@@ -120,28 +126,30 @@ def train(
     given = sum(row["local_steps"] for row in journal.rows()[1:])
     waits = plan.schedule.varies or bool(callbacks)
     pending: _Launched | None = None
+    # Processes agree on the round to stop after, by what its program carried.
+    stops = stopped if processes.count() == 1 else lambda: books.heard
     progress.doing(f"{run.name}: round {done + 1}")
     with open_feeder(run.work) as feeder:
         for number in range(done + 1, plan.rounds + 1):
             steps = plan.schedule.steps(books.past(number, given))
             journal.wait()  # else this round's clock would include a checkpoint still being written
             begun = time.perf_counter()
-            state, log = run.step.call(state, feeder.take(given, steps), run.shared)
+            state, log, heard = run.step.call(state, feeder.take(given, steps), run.shared, run.ask(stopped()))
             given += steps
             if number < plan.rounds and not plan.schedule.varies:
                 feeder.prepare(given, steps)
             if pending is not None:
                 books.close(pending, None)
-            pending = _Launched(number, steps, log, begun)
+            pending = _Launched(number, steps, log, heard, begun)
             due = number % plan.checkpoint_every == 0 or number == plan.rounds
-            if due or books.lost or waits or run.evaluates(number) or stopped():
+            if due or books.lost or waits or run.evaluates(number) or stops():
                 books.close(pending, state)
                 pending = None
             if due:  # before a callback, which may raise
                 journal.save(state)
-            early = ends(callbacks, journal.rows()[-1], state)
+            early = bool(callbacks) and bool(processes.gather(ends(callbacks, journal.rows()[-1], state)).any())
             # Asked once: a request that comes later must find the next round's checkpoint.
-            stop = pending is None and number < plan.rounds and stopped()
+            stop = pending is None and number < plan.rounds and stops()
             over = books.lost >= PATIENCE
             if early and number < plan.rounds:
                 books.end_early(state)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import jax
 
 from wavg_jax.base import Batch, PyTree, Replicas, TrainState
-from wavg_jax.rounds import score
+from wavg_jax.rounds import keys, score
+from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.local import local_steps, train
-from wavg_jax.rounds.round import blend
 from wavg_jax.rounds.score import Forward
 from wavg_jax.training.batches import Shared, Work
 from wavg_jax.training.recipe import Recipe, fetch_of
@@ -35,19 +35,22 @@ def score_phase(recipe: Recipe) -> Callable[[Replicas, Batch | None, jax.Array],
     measured = score.measure(_forward(recipe), needs)
 
     def run(replicas: Replicas, held_out: Batch | None, alive: jax.Array) -> dict[str, PyTree]:
-        return score.of_replicas(measured, needs, where.map, where.reduce, replicas, alive, held_out)
+        near = {"distance": score.distances(replicas.params, alive)} if "distance" in needs else {}
+        return score.of_replicas(measured, where.map, replicas, held_out) | near
 
     return run
 
 
 def blend_phase(recipe: Recipe) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
     """Builds `(state, replicas, alive, held_out, signals) -> (params, averager state, weights)`: the whole update."""
-    forward, where = _forward(recipe), recipe.placement
+    exchange = make_exchange(recipe.averager, _forward(recipe), recipe.placement, recipe.at_sync.wire)
 
     def run(
         state: TrainState, replicas: Replicas, alive: jax.Array, held_out: Batch | None, signals: dict[str, PyTree]
     ) -> tuple[PyTree, PyTree, PyTree]:
-        return blend(recipe.averager, forward, where.reduce, state, replicas, alive, held_out, signals)
+        sent = Sent(replicas.params, replicas.mutable, alive, signals)
+        blended, _, _ = exchange(state, sent, replicas.residual, keys.at_sync(replicas.rng).wire, held_out)
+        return blended[:3]
 
     return run
 

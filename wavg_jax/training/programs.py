@@ -12,7 +12,7 @@ from wavg_jax.base import Batch, PyTree, Task, TrainState
 from wavg_jax.devices import machine
 from wavg_jax.devices.placement import compiler_options
 from wavg_jax.rounds import keys, score
-from wavg_jax.rounds.round import RoundLog, initial_state, place_state
+from wavg_jax.rounds.round import RoundLog, everywhere, initial_state, place_state
 from wavg_jax.training.batches import Shared, Work
 from wavg_jax.training.recipe import Recipe, forward_of, rounds_of
 
@@ -22,7 +22,8 @@ class Programs(NamedTuple):
 
     Attributes:
       init: `(rng) -> TrainState`.
-      run: `(state, work, shared) -> (state, RoundLog)`; donates the state.
+      run: `(state, work, shared, stop) -> (state, RoundLog, stop)`; donates the state. `stop` goes in as bool [D], one
+        entry per device, and comes out as whether any is true; None where nobody asks.
       evaluate: `(params, mutable, test) -> {metric: value}` on the test split, a `Batch` [N, ...].
     """
 
@@ -46,15 +47,18 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
     rounds, forward, placement = rounds_of(recipe), forward_of(recipe), recipe.placement
 
     def assemble(params: PyTree, mutable: PyTree, rng: jax.Array) -> TrainState:
-        smoothing = recipe.at_sync.smoothing
-        state = initial_state(params, mutable, rng, replicas, recipe.averager, recipe.inner, smoothing)
+        state = initial_state(params, mutable, rng, replicas, recipe.averager, recipe.inner, recipe.at_sync)
         return place_state(placement, state)
 
-    def run(state: TrainState, work: Work, shared: Shared) -> tuple[TrainState, RoundLog]:
-        return rounds.step(state, work.items, shared.held_out, shared=shared.train, pace=work.pace, sizes=shared.sizes)
+    def run(
+        state: TrainState, work: Work, shared: Shared, stop: jax.Array | None = None
+    ) -> tuple[TrainState, RoundLog, jax.Array | None]:
+        held_out, train, sizes = shared.held_out, shared.train, shared.sizes
+        state, log = rounds.step(state, work.items, held_out, shared=train, pace=work.pace, sizes=sizes)
+        return state, log, None if stop is None else everywhere(placement, stop.any())
 
     def evaluate(params: PyTree, mutable: PyTree, test: Batch) -> dict[str, jax.Array]:
-        return score.metrics(forward, params, mutable, test)
+        return placement.together(functools.partial(score.metrics, forward))(params, mutable, test)
 
     patient, assembled = compiler_options(placement), jax.jit(assemble, compiler_options=_QUICKLY)
     return Programs(

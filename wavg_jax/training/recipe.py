@@ -5,11 +5,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from wavg_jax.base import Averager, Batch, PyTree, Task
 from wavg_jax.data import ShardedData
-from wavg_jax.devices.placement import Placement, has_room, place
+from wavg_jax.devices import processes
+from wavg_jax.devices.placement import Placement, place
+from wavg_jax.devices.transfer import room
 from wavg_jax.rounds.faults import Faults
 from wavg_jax.rounds.local import Fetch
 from wavg_jax.rounds.round import Rounds, make_rounds
@@ -24,8 +27,8 @@ class Layout(NamedTuple):
       devices: number of devices; by default as many of those at hand as divide K.
       replica_map: how the replicas of one device run, a name in `wavg_jax.devices.mapping.MAPS`; "auto" times the ways
         once and takes the fastest. Results are equal up to rounding.
-      resident: whether the devices hold the whole training split; if not, each round's batches are sent there while the
-        round before runs. None decides by its size.
+      resident: whether the devices hold the training samples of their replicas; if not, each round's batches are sent
+        there while the round before runs. None decides by their size.
     """
 
     devices: int | None = None
@@ -40,7 +43,7 @@ class Recipe(NamedTuple):
       task, averager, inner, scoring, at_sync, faults, placement: as for `wavg_jax.make_rounds`.
       prepare: stored inputs [B, ...] -> the network's inputs, inside the compiled program.
       augment: `(rng, x) -> x` on prepared inputs, with a key per replica and step; or None.
-      resident: whether the devices hold the whole training split.
+      resident: whether the devices hold the training samples of their replicas.
     """
 
     task: Task
@@ -72,7 +75,9 @@ def make_recipe(
     """
     replica_map = "vmap" if layout.replica_map == "auto" else layout.replica_map
     where = place(len(data.shards), layout.devices, replica_map)
-    resident = has_room(where, data.train.x.nbytes) if layout.resident is None else layout.resident
+    resident = layout.resident
+    if resident is None:  # as the process with the least room decides
+        resident = bool(data.train.x.nbytes // where.parts <= processes.gather(np.int64(room(where.devices))).min())
     return Recipe(
         task,
         averager,

@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,8 @@ import numpy as np
 from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
-from wavg_jax.devices import machine
-from wavg_jax.devices.placement import put
+from wavg_jax.devices import machine, processes
+from wavg_jax.devices.transfer import own_part, put, put_own
 from wavg_jax.rounds import sync
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
@@ -37,6 +38,20 @@ def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
     return (state.params, state.mutable) if state.smoothed is None else state.smoothed[:2]
 
 
+def blended_bytes(recipe: Recipe, state: TrainState) -> int:
+    """What one replica sends at a blend: parameters, statistics and, where they are averaged, optimizer state.
+
+    Args:
+      recipe: of the rounds.
+      state: their state, or its shapes.
+    """
+    nbytes = tree.nbytes(state.params) + tree.nbytes(tree.floats(state.mutable))
+    opt_state = state.replicas.opt_state
+    if sync.averages(recipe.at_sync.opt_state, opt_state):
+        nbytes += tree.nbytes(tree.floats(opt_state)) // tree.count_replicas(opt_state)
+    return nbytes
+
+
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
@@ -50,7 +65,7 @@ class Run:
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = program.init(rng)
         self.step, self._evaluate = compiled_together(
-            (program.run, self.initial, self.work(0, 1), self.shared),
+            (program.run, self.initial, self.work(0, 1), self.shared, self.ask(False)),
             (program.evaluate, *evaluated(self.initial), self._test),
         )
 
@@ -67,6 +82,13 @@ class Run:
             steps=steps if plan.schedule.varies else None,
         )
 
+    def ask(self, stop: bool) -> jax.Array | None:
+        """This process's wish to stop, as the round's program takes it to all others; None if there are none."""
+        where = self.recipe.placement
+        shape = (len(where.devices),)
+        wishes = np.full(len(range(*own_part(where.each, shape)[0].indices(shape[0]))), stop)
+        return put_own(wishes, where.each, shape) if processes.count() > 1 else None
+
     def evaluates(self, number: int) -> bool:
         """Whether to evaluate the round of this number on the test split."""
         return number == self.plan.rounds or number % self.plan.test_every == 0
@@ -78,10 +100,6 @@ class Run:
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
-        per_replica = tree.nbytes(initial.params) + tree.nbytes(tree.floats(initial.mutable))
-        opt_state = initial.replicas.opt_state
-        if sync.averages(self.recipe.at_sync.opt_state, opt_state):
-            per_replica += tree.nbytes(tree.floats(opt_state)) // self.replicas
         return run_row(
             run=self.name,
             seed=plan.seed,
@@ -103,7 +121,7 @@ class Run:
             rounds=plan.rounds,
             checkpoint_every=plan.checkpoint_every,
             parameters=tree.count(initial.params),
-            blended_bytes=per_replica,
+            blended_bytes=blended_bytes(self.recipe, initial),
             compile_seconds=self.step.seconds + self._evaluate.seconds,
             score_samples=self.recipe.scoring.samples,
             faults=None if self.recipe.faults is None else self.recipe.faults._asdict(),
@@ -118,7 +136,25 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def _fingerprint(data: ShardedData) -> int:
-    """Tells apart data that differ in inputs, labels, splits or shards: 0.3 s a gigabyte, one part after another."""
-    splits = (data.train, data.heldout, data.test)
-    parts = (*(split.y for split in splits), *data.shards, *(split.x for split in splits))
+    """Tells apart data that differ in inputs, labels, splits or shards: 0.3 s a gigabyte.
+
+    Every process reads its share of the shards alone.
+    """
+    share, rest = divmod(len(data.shards), processes.count())
+    mine = data.shards if rest else data.shards[share * processes.index() :][:share]
+    shards = [_crc(shard, data.train.y[shard], *_pieces(data.train.x, shard)) for shard in mine]
+    common = [a for split in (data.heldout, data.test) for a in split]
+    each = processes.gather(np.asarray(shards, np.uint32))
+    return _crc(each[0] if rest else each, *common)
+
+
+_AT_ONCE = 2**14
+"""Samples copied at a time."""
+
+
+def _pieces(x: np.ndarray, shard: np.ndarray) -> Iterator[np.ndarray]:
+    return (x[shard[start : start + _AT_ONCE]] for start in range(0, len(shard), _AT_ONCE))
+
+
+def _crc(*parts: np.ndarray) -> int:
     return functools.reduce(lambda crc, part: zlib.crc32(_bytes(part), crc), parts, 0)

@@ -29,14 +29,14 @@ class Parts(NamedTuple):
       local: one replica's local phase.
       score: scoring one replica.
       blend: the averager's whole update, of all K, with the blends that a search tries.
-      exchange: one device's share of one bare mean over K trees, as in a ring all-reduce, where each of K devices sums
-        1/K of the numbers.
+      mean: one device's share of one bare mean over K trees, as in a ring all-reduce, where each of K devices sums 1/K
+        of the numbers.
     """
 
     local: float
     score: float
     blend: float
-    exchange: float
+    mean: float
 
 
 def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
@@ -53,7 +53,8 @@ def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
 def measure_parts(recipe: Recipe, data: ShardedData, *, local_steps: int, batch_size: int, repeats: int = 5) -> Parts:
     """Times the parts of a round with one replica alone on one device, as on each of K devices.
 
-    Blend and exchange run on K stacked copies; neither includes the network between devices.
+    Blend and mean run on K stacked copies; neither includes the network between devices, see
+    `wavg_jax.devices.network`.
 
     Args:
       recipe: of the round; its placement does not matter.

@@ -23,13 +23,16 @@ def _no_blend(weights: PyTree) -> PyTree:
     )
 
 
-def make_weighting(update: WeightingUpdate, *, needs: tuple[str, ...] = (), init: Init = stateless) -> Weighting:
+def make_weighting(
+    update: WeightingUpdate, *, needs: tuple[str, ...] = (), init: Init = stateless, reads_replicas: bool = True
+) -> Weighting:
     """Builds a `Weighting` that raises a one-line SettingsError for a bad K or mask and a missing signal or blend.
 
     Args:
       update: as in `Weighting`; always receives `alive`, `blend` and the signals in `needs`.
       needs: names of the signals that `update` reads.
       init: `(params, replicas) -> state`; receives an `int` of at least 1.
+      reads_replicas: as in `Weighting`.
     """
 
     def checked_init(params: PyTree, replicas: int) -> PyTree:
@@ -47,4 +50,4 @@ def make_weighting(update: WeightingUpdate, *, needs: tuple[str, ...] = (), init
         checks.signals(needs, signals)
         return update(stacked, state, params, alive=checks.mask(alive), blend=blend, **signals)
 
-    return Weighting(checked_init, checked_update, needs)
+    return Weighting(checked_init, checked_update, needs, reads_replicas)

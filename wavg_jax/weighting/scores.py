@@ -107,7 +107,7 @@ def _from_signal(signal: str, scores: Scores, whole: Callable[[PyTree], PyTree] 
         values = whole(values_of(signal, signals, alive))
         return jax.tree.map(lambda v: normalise(scores(v, usable(v, alive)), alive), values), state
 
-    return make_weighting(update, needs=(signal,))
+    return make_weighting(update, needs=(signal,), reads_replicas=False)
 
 
 def _check_direction(signal: str, higher_is_better: bool | None, needed: bool, instead: str) -> None:
@@ -126,7 +126,7 @@ def uniform() -> Weighting:
         del stacked, params, signals
         return tree.equal_weights(alive), state
 
-    return make_weighting(update)
+    return make_weighting(update, reads_replicas=False)
 
 
 def proportional(

@@ -50,8 +50,13 @@ def _held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyT
     """Returns a function that evaluates the blend, cast to the parameters' dtypes, on the held-out data."""
     check("evaluate", evaluate, _EVALUATE)
 
+    def blended(weights: PyTree) -> PyTree:
+        return tree.cast_like(blend(weights), params)
+
     def held_out(weights: PyTree) -> Mapping[str, jax.Array]:
-        scores = evaluate(tree.cast_like(blend(weights), params), per_replica(weights))
+        # A round's evaluate can exchange the slope of K weights in place of that of all parameters.
+        whole = getattr(evaluate, "of_blend", None)
+        scores = evaluate(blended(weights), per_replica(weights)) if whole is None else whole(blended, weights)
         check("the result of evaluate", scores, _SCORES)
         return scores
 

@@ -51,7 +51,7 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
         equal = tree.equal_weights(alive)
         return jax.tree.map(lambda w: w + floor * (_columns(equal, w) - w), weights), state
 
-    return make_weighting(update, needs=weighting.needs, init=weighting.init)
+    return make_weighting(update, needs=weighting.needs, init=weighting.init, reads_replicas=weighting.reads_replicas)
 
 
 class MomentumState(NamedTuple):
@@ -111,7 +111,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
         memory = tree.select_replicas(alive, entered, state.weights)
         return jax.tree.map(lambda m: normalise(m, alive), memory), MomentumState(inner, memory, state.seen | alive)
 
-    return make_weighting(update, needs=weighting.needs, init=init)
+    return make_weighting(update, needs=weighting.needs, init=init, reads_replicas=weighting.reads_replicas)
 
 
 class SmoothState(NamedTuple):
@@ -168,7 +168,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
         weights, inner = weighting.update(stacked, state.weighting, params, alive=alive, **(signals | smooth))
         return weights, SmoothState(inner, sums, mass)
 
-    return make_weighting(update, needs=weighting.needs, init=init)
+    return make_weighting(update, needs=weighting.needs, init=init, reads_replicas=weighting.reads_replicas)
 
 
 def shortlist(
@@ -207,7 +207,7 @@ def shortlist(
         return weighting.update(sent, state, params, alive=listed, **signals)
 
     needs = tuple(dict.fromkeys((*weighting.needs, signal)))
-    return make_weighting(update, needs=needs, init=weighting.init)
+    return make_weighting(update, needs=needs, init=weighting.init, reads_replicas=weighting.reads_replicas)
 
 
 def grawa(layerwise: bool = False) -> Weighting:

@@ -16,7 +16,7 @@ from wavg_jax import data
 from wavg_jax.base import PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
-from wavg_jax.devices.placement import put
+from wavg_jax.devices.transfer import put
 from wavg_jax.rounds.local import Pace
 from wavg_jax.training import automap
 from wavg_jax.training.batches import Work, make_work, put_shared

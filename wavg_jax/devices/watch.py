@@ -1,0 +1,229 @@
+"""Each process watches the others: a process that dies, freezes or fails ends all, each with one clear line.
+
+Process 0 has a connection to each of the others, over which both sides say every few seconds that they are alive. The
+system closes the connections of a process that dies, so the others know at once; a machine that is lost, or a process
+that is frozen, is silent.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+
+from wavg_jax.base import SettingsError
+from wavg_jax.devices.wire import Message, Wire, background, connect, listen, parts, receive_hellos
+
+EXIT_CODE = 3
+"""Exit code of a process that ends because another one died, froze or failed."""
+GRACE = 5.0
+"""Seconds in which a process may fail by itself, with its own error, after another one has failed."""
+_FAREWELL = 10.0
+"""Seconds in which all processes leave JAX's coordination service after one has failed."""
+_SLICES = 10
+"""Silent parts of the time after which a process counts as frozen. Counted rather than timed: when all processes were
+suspended together, as in a laptop's sleep, none of them has missed more than one."""
+
+
+def name(index: int, hosts: Sequence[str]) -> str:
+    """How messages call a process: process 1 of 4 (on node2)."""
+    return f"process {index} of {len(hosts)} (on {hosts[index]})"
+
+
+class Watch:
+    """Watches the other processes, in the background, from `start` to `leave`."""
+
+    def __init__(self, index: int, hosts: Sequence[str], wires: dict[int, Wire], heartbeat: float):
+        """Args:
+        index: of this process.
+        hosts: the machine of each process.
+        wires: process -> connection: all others in process 0, process 0 in the others.
+        heartbeat: seconds of silence after which a process counts as frozen.
+        """
+        self._index, self._hosts, self._wires, self._heartbeat = index, hosts, wires, heartbeat
+        self._parted: set[int] = set()
+        self._leaving = threading.Event()
+        self._over = threading.Lock()
+        self._failed = -1e9
+
+    def start(self) -> None:
+        """Starts to watch."""
+        for peer in self._wires:
+            background(self._listen, peer)
+        background(self._beat)
+
+    def announce(self, error: str) -> None:
+        """Tells the others that this process fails, and why in one line."""
+        self._failed = time.monotonic()
+        self._send({"failed": self._index, "error": error})
+
+    def wait_for_death(self) -> None:
+        """Waits as long as it can take to learn that another process is gone, which ends this one."""
+        time.sleep(self._heartbeat)
+
+    def leave(self) -> None:
+        """Ends in order: waits until every process has come here, then stops watching."""
+        self._leaving.set()
+        jax.distributed.shutdown()  # waits for all
+        self._part()
+        self._over.acquire(blocking=False)  # nothing ends this process any more
+        for wire in self._wires.values():
+            wire.close()
+
+    def _part(self) -> None:
+        self._send({"bye": self._index})
+        end = time.monotonic() + _FAREWELL
+        # Process 0 last, since the connections of all others lead through it.
+        while self._index == 0 and len(self._parted) < len(self._wires) and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _send(self, message: Message, but: int | None = None) -> None:
+        for peer, wire in self._wires.items():
+            if peer != but:
+                wire.send(message)
+
+    def _beat(self) -> None:
+        while True:
+            self._send({"alive": self._index})
+            time.sleep(self._heartbeat / 4)
+
+    def _listen(self, peer: int) -> None:
+        silent = 0
+        while silent < _SLICES:
+            try:
+                message = self._wires[peer].receive(self._heartbeat / _SLICES)
+            except TimeoutError:
+                silent += 1
+                continue
+            except ValueError:
+                message = None
+            if message is None or "bye" in message:
+                self._parted.add(peer)
+                if message is None:
+                    self._gone(peer, "is gone")
+                return
+            silent = 0
+            self._heard(peer, message)
+        self._gone(peer, f"has been silent for {self._heartbeat:g} seconds")
+
+    def _heard(self, peer: int, message: Message) -> None:
+        if "alive" in message:
+            return
+        if self._index == 0:
+            self._send(message, but=peer)
+        if "gone" in message:
+            self._gone(message["gone"], message["how"])
+        if "failed" in message:
+            background(self._other_failed, message["failed"], message["error"])
+
+    def _gone(self, peer: int, how: str) -> None:
+        self._send({"gone": peer, "how": how}, but=peer)
+        self._end(f"{name(peer, self._hosts)} {how}: this one, process {self._index}, ends too; {_AGAIN}")
+
+    def _other_failed(self, peer: int, error: str) -> None:
+        time.sleep(GRACE)
+        if self._leaving.is_set() or time.monotonic() - self._failed < 2 * GRACE:
+            return  # this process ends by itself, mostly with the same error
+        self._end(f"{name(peer, self._hosts)} failed: {error}; this one, process {self._index}, ends too", part=True)
+
+    def _end(self, line: str, part: bool = False) -> None:
+        """Ends the process at once, whatever its main thread waits for."""
+        if not self._over.acquire(blocking=False):
+            return
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            print(line, file=sys.stderr, flush=True)
+        if part:  # the process that failed waits for this one at its end
+            leaving = background(_leave_service)
+            leaving.join(_FAREWELL)
+            self._part()
+        os._exit(EXIT_CODE)
+
+
+_AGAIN = "start all again, with resume=True to go on from the last checkpoint"
+
+
+def _leave_service() -> None:
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
+
+
+def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple[list[str], dict[int, Wire]]:
+    """Waits, in process 0, for the other processes.
+
+    Args:
+      address: HOST:PORT, whose port this process opens.
+      hosts: number of processes.
+      service: the port of JAX's coordination service on this machine.
+      timeout: seconds.
+
+    Returns:
+      (each process's machine, process -> connection)
+
+    Raises:
+      SettingsError: a process did not come, or two do not agree with one another.
+    """
+    wires: dict[int, Wire] = {}
+    names, wrong = {0: socket.gethostname()}, []
+    changed = threading.Condition()
+
+    def arrived(wire: Wire, hello: Message) -> None:
+        index, of = hello["index"], hello["of"]
+        with changed:
+            if of != hosts:
+                wrong.append(f"process {index} was given num_processes={of}, process 0 num_processes={hosts}")
+            elif index in names:
+                wrong.append(f"two processes were given process_id={index}; each needs its own, 0 to {hosts - 1}")
+            names[index], wires[index] = hello["host"], wire
+            if wrong:
+                wire.send({"refused": wrong[0]})
+            changed.notify_all()
+
+    try:
+        server = listen("", parts(address)[1])
+    except OSError as error:
+        raise SettingsError(
+            f"process 0 cannot use the port of coordinator_address={address!r} ({error.strerror}); choose another one"
+        ) from error
+    receive_hellos(server, service, arrived)
+    with changed:
+        changed.wait_for(lambda: wrong or len(names) == hosts, timeout)
+    missing = [str(index) for index in range(hosts) if index not in names]
+    if missing and not wrong:
+        wrong.append(
+            f"waited {timeout:g} seconds for process {', '.join(missing)} of {hosts}, which did not come to "
+            f"coordinator_address={address!r}; start it, or wait longer"
+        )
+    for wire in wires.values():
+        wire.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
+    if wrong:
+        raise SettingsError(wrong[0])
+    return [names[index] for index in range(hosts)], wires
+
+
+def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], dict[int, Wire]]:
+    """Comes, as one of the other processes, to process 0, and waits until all are there; returns as `receive_all`.
+
+    Raises:
+      SettingsError: process 0 does not answer, or refuses.
+    """
+    hello = {"wants": "watch", "index": index, "of": of, "host": socket.gethostname()}
+    try:
+        wire = Wire(connect(*parts(address), timeout))
+        wire.send(hello)
+        answer = wire.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
+        why = "it answers in another language than ours"
+    except (OSError, ValueError) as error:
+        answer, why = {}, getattr(error, "strerror", None) or str(error)
+    if "refused" in answer:
+        raise SettingsError(answer["refused"])
+    if "hosts" not in answer:
+        raise SettingsError(
+            f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does "
+            f"not answer ({why}); start process 0 there, correct the address, or wait longer"
+        )
+    return answer["hosts"], {0: wire}
