@@ -14,8 +14,9 @@ Further flags, such as --dataset or --lr_weighted, go to experiments.train and a
 and the same --workdir, and the cells are added. A cell that is there already is skipped, so an interrupted bench goes
 on with the same command.
 
-Writes rows.jsonl and a picture for each link and number of nodes to --workdir. A row's entries beside those of
-`link_cells.Cell`, `link_cells.summary` and `link_cells.sent`: started.
+Writes rows.jsonl and a picture for each link and number of nodes to --workdir, and, where the same runs were measured
+unshaped too, points.jsonl, which `experiments.plan --check` compares with what it computes. A row's entries beside
+those of `link_cells.Cell`, `link_cells.summary` and `link_cells.sent`: started.
 """
 
 import pathlib
@@ -53,6 +54,7 @@ F = flags.FLAGS
 
 OWN = ("link_rates", "link_steps", "wires", "nodes", "link_arms", "targets", "link_seconds", "link_patience", "seeds")
 _SET = {"seeds", "steps", "local_steps", "checkpoint_every", "workdir", "resume", "target_accuracy", "wire"}
+_SET |= {"coordinator_address", "num_processes", "process_id", *shared_flags.LINK}
 OPTIONS = sorted(shared_flags.NAMES - _SET)
 """Flags that go to experiments.train as they are."""
 READS = (*OWN, *OPTIONS)
@@ -110,7 +112,7 @@ def _links() -> list[str]:
     if not links or len(set(links)) < len(links):
         raise SettingsError(f"--link_rates={','.join(links)}: give rates such as 100mbit,{UNSHAPED}, each once")
     for link in set(links) - {UNSHAPED}:
-        namespaces.check_rate(link)
+        namespaces.bits(link)
     return links
 
 
