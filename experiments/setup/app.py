@@ -53,10 +53,11 @@ def parse(argv: Sequence[str]) -> list[str]:
     An unknown flag or value exits with code 2. --help, -h or -? prints the binary's help, --helpfull the flags of all
     libraries; both exit with 0.
     """
-    if {"--helpfull", "-helpfull"}.intersection(argv[1:]):
+    own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]  # what follows is another binary's
+    if {"--helpfull", "-helpfull"}.intersection(own):
         app.usage(writeto_stdout=True)  # absl's own would end with 1
         raise SystemExit(0)
-    if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"}.intersection(argv[1:]):
+    if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"}.intersection(own):
         print(help_text.text(sys.modules["__main__"], shared_flags.TOPICS | {"JAX": OWN}, OWN))
         raise SystemExit(0)
     try:
