@@ -168,6 +168,7 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
       SettingsError: a process did not come, or two do not agree with one another.
     """
     wires: dict[int, Wire] = {}
+    came: list[Wire] = []
     names, wrong = {0: socket.gethostname()}, []
     changed = threading.Condition()
 
@@ -179,15 +180,15 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
             elif index in names:
                 wrong.append(f"two processes were given process_id={index}; each needs its own, 0 to {hosts - 1}")
             names[index], wires[index] = hello["host"], wire
-            if wrong:
-                wire.send({"refused": wrong[0]})
+            came.append(wire)
             changed.notify_all()
 
     try:
         server = listen("", parts(address)[1])
     except OSError as error:
         raise SettingsError(
-            f"process 0 cannot use the port of coordinator_address={address!r} ({error.strerror}); choose another one"
+            f"process 0 cannot use the port of coordinator_address={address!r} ({os.strerror(error.errno or 0)}); "
+            "choose another one"
         ) from error
     receive_hellos(server, service, arrived)
     with changed:
@@ -198,9 +199,13 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
             f"waited {timeout:g} seconds for process {', '.join(missing)} of {hosts}, which did not come to "
             f"coordinator_address={address!r}; start it, or wait longer"
         )
-    for wire in wires.values():
-        wire.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
+    with changed:
+        for wire in came:
+            wire.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
     if wrong:
+        server.close()
+        for wire in came:
+            wire.close()
         raise SettingsError(wrong[0])
     return [names[index] for index in range(hosts)], wires
 
@@ -212,18 +217,24 @@ def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], 
       SettingsError: process 0 does not answer, or refuses.
     """
     hello = {"wants": "watch", "index": index, "of": of, "host": socket.gethostname()}
-    try:
-        wire = Wire(connect(*parts(address), timeout))
-        wire.send(hello)
-        answer = wire.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
-        why = "it answers in another language than ours"
-    except (OSError, ValueError) as error:
-        answer, why = {}, getattr(error, "strerror", None) or str(error)
+    answer: Message = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            wire = Wire(connect(*parts(address), timeout))
+            stack.callback(wire.close)
+            wire.send(hello)
+            why = "something else answers there"
+            answer = wire.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
+        except ValueError:
+            pass
+        except OSError as error:
+            why = error.strerror or str(error)
+        if "hosts" in answer:
+            stack.pop_all()
+            return answer["hosts"], {0: wire}
     if "refused" in answer:
         raise SettingsError(answer["refused"])
-    if "hosts" not in answer:
-        raise SettingsError(
-            f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does "
-            f"not answer ({why}); start process 0 there, correct the address, or wait longer"
-        )
-    return answer["hosts"], {0: wire}
+    raise SettingsError(
+        f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does not "
+        f"answer ({why}); start process 0 there, correct the address, or wait longer"
+    )
