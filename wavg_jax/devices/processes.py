@@ -1,7 +1,8 @@
 """Several processes, such as one per machine: how they start, speak to one another, and end together.
 
 Each process runs the same program over its own devices; `jax.distributed` joins them, NCCL (GPU) or gloo (CPU) moves
-the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier` and `decided`, in the same order.
+the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier`, `decided` and
+`first_error`, in the same order.
 """
 
 import atexit
@@ -82,6 +83,7 @@ def initialize(
     # JAX speaks to its service on loopback only, where no proxy can help; see `wire`.
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     if which == 0:
         port = wire.free_port()
         hosts, wires = watch.receive_all(address, of, port, timeout)
@@ -280,6 +282,17 @@ def decided(decide: Callable[[], Value]) -> Value:
     if theirs is not None:
         raise failed or theirs  # process 0's own, with its cause
     return sent  # type: ignore[return-value]
+
+
+def first_error(error: str) -> str:
+    """Returns the first of the processes' errors, each one line or "" for none, in all processes."""
+    line = np.frombuffer(error.encode()[:_LINE].ljust(_LINE, b"\0"), np.uint8)
+    said = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gather(line)]
+    return next(filter(None, said), "")
+
+
+_LINE = 1024
+"""Bytes of an error that other processes hear of."""
 
 
 @contextlib.contextmanager

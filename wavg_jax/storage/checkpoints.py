@@ -3,6 +3,9 @@
 Once a checkpoint is on disk, a last file with the SHA-256 of each of its files joins them, in the format of
 `sha256sum`. Orbax reads only checkpoints that match their sums: one without sums was never finished, one that differs
 is damaged, and a run resumes from neither.
+
+Several processes save and restore together, each its part of the arrays. Process 0 alone looks for checkpoints, writes
+the sums and tidies up. The folder is one that all processes share.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.devices import processes
 from wavg_jax.extras import need
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import FILE
@@ -75,11 +79,15 @@ class Checkpoints:
         # Opened at the first save, once damaged checkpoints are out of the way.
         return ocp.training.Checkpointer(
             self._folder.absolute(),
+            context=_context(),
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
         )
 
     def find(self) -> Found:
-        """Looks for the newest whole checkpoint. Reads no older one, and changes nothing."""
+        """Looks for the newest whole checkpoint. Reads no older one, and changes nothing. Process 0 looks for all."""
+        return processes.decided(self._find)
+
+    def _find(self) -> Found:
         names = [path.name for path in self._folder.iterdir() if path.name.isascii() and path.name.isdecimal()]
         steps = {int(name): self._folder / name for name in names}
         unfinished = tuple(step for step, path in steps.items() if not (path / SUMS).exists())
@@ -92,7 +100,10 @@ class Checkpoints:
         return Found(None, damaged, unfinished)
 
     def set_aside(self, step: int, rows: bytes) -> None:
-        """Moves an unusable checkpoint into `damaged-N`, beside its rows, so that its round can be saved again."""
+        """Moves an unusable checkpoint into `damaged-N`, beside its rows, so that its round can be saved again.
+
+        For process 0.
+        """
         with _writing(self._folder):
             aside = self._folder / f"damaged-{step}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -102,7 +113,7 @@ class Checkpoints:
             (self._folder / str(step)).rename(aside / str(step))  # last, so that a call cut short can be repeated
 
     def save(self, state: TrainState) -> None:
-        """Starts saving; returns once the state may be donated."""
+        """Starts saving; returns once the state may be donated. All processes save together."""
         self.wait()
         with _writing(self._folder):
             tree, step = _without_keys(state), int(state.round)
@@ -111,13 +122,15 @@ class Checkpoints:
             self._unsealed = step  # not before: a save that failed to start leaves nothing to seal
 
     def wait(self) -> None:
-        """Blocks until every save is on disk."""
+        """Blocks until every save is on disk. All processes wait together."""
         if self._unsealed is None:
             return
         step, self._unsealed = self._unsealed, None
         with _writing(self._folder):
             with _failing():
-                self._checkpointer.wait()
+                self._checkpointer.wait()  # for all processes
+            if not processes.first():
+                return
             try:
                 _seal(self._folder / str(step))
             except OSError:
@@ -134,7 +147,7 @@ class Checkpoints:
                     self._checkpointer.close()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`.
+        """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`, in all processes.
 
         Raises:
           ResumeError: the checkpoint belongs to another network, optimizer or averager, or cannot be read.
@@ -152,7 +165,8 @@ class Checkpoints:
                     f"{then.get(name, 'missing')}, now it is {now.get(name, 'missing')}; repeat what it was started "
                     "with, or choose another workdir="
                 )
-            restored = _with_keys(ocp.load(path, abstract), like)
+            with _context():
+                restored = _with_keys(ocp.load(path, abstract), like)
         except ResumeError:
             raise
         except Exception as error:  # Orbax raises many types
@@ -167,6 +181,13 @@ class Checkpoints:
 def _orbax() -> Any:
     """Imported late: it takes half a second, which a run without a folder need not wait for."""
     return need("orbax.checkpoint", extra="run", why="workdir=").v1
+
+
+def _context() -> Any:
+    """Orbax's processes meet at the coordination service, since a save's thread must not use the devices."""
+    ocp = _orbax()
+    active = set(range(processes.count())) if processes.count() > 1 else None
+    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=active))
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
@@ -243,6 +264,12 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _prepare(folder: pathlib.Path) -> None:
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+
+
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
     """Turns a failed write into one clear line."""
@@ -296,7 +323,8 @@ def _quiet() -> Iterator[None]:
 def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
     """Opens the folder of one run's checkpoints, and makes it if need be; leaving the block waits for the last save.
 
-    Removes what a killed process left half written: the caller holds the folder (`storage.lock`).
+    All processes open it together. Removes what a killed process left half written: the caller holds the folder
+    (`storage.lock`).
 
     Args:
       folder: holds each checkpoint in a sub-folder named after the rounds done.
@@ -306,9 +334,7 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
       WorkdirError: the folder cannot be made, or a save failed.
     """
     with _quiet():
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(folder)
+        processes.decided(lambda: _prepare(folder))
         checkpoints = Checkpoints(folder, keep)
         try:
             yield checkpoints
@@ -316,4 +342,5 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
             try:
                 checkpoints.close()
             finally:
-                _remove_unfinished(folder)
+                if processes.first():
+                    _remove_unfinished(folder)
