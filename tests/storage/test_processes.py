@@ -37,7 +37,8 @@ def state(step):
     rng = jax.jit(jax.random.wrap_key_data)(spread(keys, stacked))
     put = lambda tree, sharding: jax.tree.map(lambda x: spread(x, sharding), tree)
     return TrainState(
-        put(params, shared), {}, Replicas(put(each, stacked), {}, {}, rng), {}, spread(np.asarray(step, np.int32), shared)
+        put(params, shared), {}, Replicas(put(each, stacked), {}, {}, rng), {},
+        spread(np.asarray(step, np.int32), shared),
     )
 
 def check(got, step):
@@ -184,13 +185,13 @@ def test_a_folder_that_processes_do_not_share_is_refused_by_all(tmp_path):
 
 def test_a_save_that_fails_in_one_process_ends_the_other(tmp_path):
     script = """
-import orbax.checkpoint.v1 as ocp
+from orbax.checkpoint import v1 as ocp
 def full(*args, **kwargs):
     raise OSError(28, os.strerror(28))
 with processes.guarded(), open_journal(workdir, "run") as journal:
     journal.begin(first(4), state(0), resume=False)
     if INDEX == 1:
-        ocp.training.Checkpointer.save_async = full
+        ocp.save_async = full
     advance(journal, (1, 2))
 """
     done = spawn(2, joined(COMMON + script), tmp_path, devices=2)

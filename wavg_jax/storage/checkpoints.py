@@ -9,7 +9,6 @@ the sums and tidies up. The folder is one that all processes share.
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
 import logging
@@ -72,24 +71,14 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int):
         self._folder, self._keep = folder, keep
         self._unsealed: int | None = None
-
-    @functools.cached_property
-    def _checkpointer(self) -> "ocp.training.Checkpointer":
-        ocp = _orbax()
-        # Opened at the first save, once damaged checkpoints are out of the way.
-        return ocp.training.Checkpointer(
-            self._folder.absolute(),
-            context=_context(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-        )
+        self._saving: ocp.AsyncResponse[None] | None = None
 
     def find(self) -> Found:
         """Looks for the newest whole checkpoint. Reads no older one, and changes nothing. Process 0 looks for all."""
         return processes.decided(self._find)
 
     def _find(self) -> Found:
-        names = [path.name for path in self._folder.iterdir() if path.name.isascii() and path.name.isdecimal()]
-        steps = {int(name): self._folder / name for name in names}
+        steps = _steps(self._folder)
         unfinished = tuple(step for step, path in steps.items() if not (path / SUMS).exists())
         damaged: dict[int, str] = {}
         for step in sorted(steps.keys() - set(unfinished), reverse=True):
@@ -117,8 +106,9 @@ class Checkpoints:
         self.wait()
         with _writing(self._folder):
             tree, step = _without_keys(state), int(state.round)
-            with _failing():
-                self._checkpointer.save_async(step, tree, force=True, custom_metadata={"leaves": _leaves(tree)})
+            path, leaves = self._folder.absolute() / str(step), _leaves(tree)
+            with _failing(), _context():
+                self._saving = _orbax().save_async(path, tree, custom_metadata={"leaves": leaves})
             self._unsealed = step  # not before: a save that failed to start leaves nothing to seal
 
     def wait(self) -> None:
@@ -126,9 +116,10 @@ class Checkpoints:
         if self._unsealed is None:
             return
         step, self._unsealed = self._unsealed, None
+        assert self._saving is not None
         with _writing(self._folder):
             with _failing():
-                self._checkpointer.wait()  # for all processes
+                self._saving.result()  # for all processes
             if not processes.first():
                 return
             try:
@@ -136,15 +127,8 @@ class Checkpoints:
             except OSError:
                 shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 raise
-
-    def close(self) -> None:
-        """Waits for the last save and releases the folder."""
-        try:
-            self.wait()
-        finally:
-            if "_checkpointer" in self.__dict__:
-                with _writing(self._folder), _failing():
-                    self._checkpointer.close()
+            for old in sorted(_steps(self._folder))[: -self._keep]:
+                _remove(self._folder / str(old))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`, in all processes.
@@ -259,6 +243,18 @@ def _failing() -> Iterator[None]:
         raise
 
 
+def _steps(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Rounds done -> checkpoint, whole or not."""
+    paths = folder.iterdir()
+    return {int(path.name): path for path in paths if path.name.isascii() and path.name.isdecimal()}
+
+
+def _remove(step: pathlib.Path) -> None:
+    """Removes a checkpoint whole, under a name that `_remove_unfinished` knows in case a kill cuts it short."""
+    step = step.rename(step.with_name(f"{step.name}.orbax-checkpoint-tmp-old"))
+    shutil.rmtree(step, ignore_errors=True)
+
+
 def _remove_unfinished(folder: pathlib.Path) -> None:
     for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -340,7 +336,7 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
             yield checkpoints
         finally:
             try:
-                checkpoints.close()
+                checkpoints.wait()
             finally:
                 if processes.first():
                     _remove_unfinished(folder)
