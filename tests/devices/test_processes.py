@@ -94,8 +94,7 @@ def test_a_killed_process_ends_the_other_with_one_line(victim):
 def test_a_frozen_process_ends_the_other_with_one_line(victim):
     # It is killed once the other one has ended.
     freeze = f"""
-            from subprocess import Popen
-            Popen(["sh", "-c", f"sleep 6; kill -9 {{os.getpid()}}"])
+            os.system(f"(sleep 6; kill -9 {{os.getpid()}}) &")
             os.kill(os.getpid(), {signal.SIGSTOP:d})"""
     codes = [processes.EXIT_CODE] * 2
     codes[victim] = -signal.SIGKILL
@@ -120,9 +119,52 @@ def test_an_error_outside_the_guard_ends_the_other_too():
     assert "failed: KeyError: 'x'" in said[0]
 
 
+def test_what_comes_to_all_processes_ends_no_other_one():
+    script = """
+import time
+from wavg_jax.base import Stopped
+time.sleep(7 * INDEX)  # longer than the others would wait after a failure
+with processes.guarded():
+    raise Stopped("stopped")
+"""
+    done = spawn(2, joined(script))
+    assert [process.returncode for process in done] == [1, 1]
+    assert all(process.stderr.endswith("Stopped: stopped\n") for process in done)
+
+
+@pytest.mark.parametrize(("broken", "says"), [("psum", "a sum over 2 dev"), ("all_gather", "a gather over 2 dev")])
+def test_collectives_that_return_wrong_values_are_found_at_the_start(broken, says):
+    script = f"import jax\njax.lax.{broken} = lambda x, *_, **__: x * 0\n" + joined("")
+    done = spawn(2, script)
+    assert [process.returncode for process in done] == [1, 1]
+    assert all(f"WavgError: {says}" in process.stderr for process in done)
+
+
+def test_sigterm_ends_a_process_and_with_it_the_other():
+    script = joined(LOOP.format(act=f"os.kill(os.getpid(), {signal.SIGTERM:d})"))
+    said = ended(spawn(2, script, 1), processes.EXIT_CODE, -signal.SIGTERM)
+    assert "process 1 of 2" in said[0]
+
+
 def test_processes_that_all_fail_raise_their_own_errors():
     done = spawn(2, joined("with processes.guarded():\n    raise SystemExit(7 + INDEX)"))
     assert ended(done, 7, 8) == ["", ""]
+
+
+def test_a_process_that_ends_earlier_waits_for_the_other_without_a_word():
+    done = spawn(2, joined("import time\nif INDEX == int(ARGUMENTS[0]):\n    time.sleep(3)\nprint('done')"), 0)
+    assert ended(done, 0, 0) == ["", ""]
+    assert [process.stdout for process in done] == ["done\n"] * 2
+
+
+def test_processes_that_were_suspended_together_go_on():
+    pause = """
+processes.barrier("before")
+os.system(f"(sleep 5; kill -CONT {os.getpid()}) &")
+os.kill(os.getpid(), 19)
+processes.barrier("after")
+"""
+    assert ended(spawn(2, joined(pause, heartbeat=2)), 0, 0) == ["", ""]
 
 
 START = """
@@ -138,15 +180,18 @@ except SettingsError as error:
 """
 
 
-def test_processes_that_were_told_different_things_all_refuse():
-    for told, wrong in (({"count": "2 + index", "index": "index"}, "was given num_processes=3"),):
-        done = spawn(2, START.format(**told))
-        assert ended(done, 0, 0) == ["", ""]
-        assert all(wrong in process.stdout for process in done)
-    done = spawn(2, START.format(count=3, index="index"))
-    assert all("waited 3 seconds for process 2 of 3" in process.stdout for process in done)
-    done = spawn(3, START.format(count=3, index="min(index, 1)"))
-    assert all("two processes were given process_id=1" in process.stdout for process in done)
+@pytest.mark.parametrize(
+    ("started", "count", "index", "wrong"),
+    [
+        (2, "2 + index", "index", "process 1 was given num_processes=3, process 0 num_processes=2"),
+        (2, 3, "index", "waited 3 seconds for process 2 of 3"),
+        (3, 3, "min(index, 1)", "two processes were given process_id=1"),
+    ],
+)
+def test_processes_that_were_told_what_does_not_fit_together_all_refuse(started, count, index, wrong):
+    done = spawn(started, START.format(count=count, index=index))
+    assert ended(done, *[0] * started) == [""] * started
+    assert all(wrong in process.stdout for process in done)
 
 
 @pytest.mark.parametrize("address", [None, "nowhere.invalid:1234"])

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavg_jax.arguments import Rule, as_whole, check, number
-from wavg_jax.base import SettingsError, WavgError
+from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError
 from wavg_jax.devices import watch, wire
 
 EXIT_CODE = watch.EXIT_CODE
@@ -300,11 +300,12 @@ def guarded() -> Iterator[None]:
     """Ends the other processes if the block raises in this one.
 
     The error is raised here as always. The others print it in one line and exit with `EXIT_CODE`, unless they fail by
-    themselves within `wavg_jax.devices.watch.GRACE` seconds.
+    themselves within `wavg_jax.devices.watch.GRACE` seconds. `Diverged` and `Stopped` end no other process, since they
+    come to all.
     """
     try:
         yield
-    except GeneratorExit:
+    except (Diverged, Stopped):
         raise
     except BaseException as error:
         _announce(error)

@@ -22,6 +22,8 @@ EXIT_CODE = 3
 """Exit code of a process that ends because another one died, froze or failed."""
 GRACE = 5.0
 """Seconds in which a process may fail by itself, with its own error, after another one has failed."""
+LAST = 600.0
+"""Seconds for which a process that has ended waits for the others, which may still write a report."""
 _FAREWELL = 10.0
 """Seconds in which all processes leave JAX's coordination service after one has failed."""
 _SLICES = 10
@@ -45,6 +47,7 @@ class Watch:
         heartbeat: seconds of silence after which a process counts as frozen.
         """
         self._index, self._hosts, self._wires, self._heartbeat = index, hosts, wires, heartbeat
+        self._ended: set[int] = set()
         self._parted: set[int] = set()
         self._leaving = threading.Event()
         self._over = threading.Lock()
@@ -68,6 +71,12 @@ class Watch:
     def leave(self) -> None:
         """Ends in order: waits until every process has come here, then stops watching."""
         self._leaving.set()
+        self._send({"ended": self._index})
+        end = time.monotonic() + LAST
+        while len(self._ended) < len(self._hosts) - 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        if len(self._ended) < len(self._hosts) - 1:
+            self.announce(f"it ended {LAST:g} seconds ago, before the others")
         jax.distributed.shutdown()  # waits for all
         self._part()
         self._over.acquire(blocking=False)  # nothing ends this process any more
@@ -113,6 +122,8 @@ class Watch:
     def _heard(self, peer: int, message: Message) -> None:
         if "alive" in message:
             return
+        if "ended" in message:
+            self._ended.add(message["ended"])
         if self._index == 0:
             self._send(message, but=peer)
         if "gone" in message:
@@ -138,6 +149,7 @@ class Watch:
             sys.stdout.flush()
             print(line, file=sys.stderr, flush=True)
         if part:  # the process that failed waits for this one at its end
+            self._send({"ended": self._index})
             leaving = background(_leave_service)
             leaving.join(_FAREWELL)
             self._part()

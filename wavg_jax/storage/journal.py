@@ -163,9 +163,13 @@ def _agreed(first: Row) -> Row:
 def open_journal(workdir: pathlib.Path | None, name: str) -> Iterator[Journal]:
     """Opens the journal of the run `name` in a folder, or in memory if `workdir` is None.
 
+    An error inside the block ends all processes; see `wavg_jax.devices.processes.guarded`.
+
     Raises:
       WorkdirError: the folder cannot be made or written, or another process writes to it.
     """
     with contextlib.ExitStack() as stack:
         folder = None if workdir is None else workdir / "checkpoints" / name
-        yield Journal(stack.enter_context(open_records(workdir)), name, folder, stack)
+        journal = Journal(stack.enter_context(open_records(workdir)), name, folder, stack)
+        with processes.guarded():  # the others hear of a failure before the last save is waited for
+            yield journal
