@@ -196,10 +196,10 @@ def _best(some: Sequence[Group]) -> list[Group]:
 def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
     best = _best([one for one in some if all(row["curve"] for row in one.rows)])
     counts = {len(one.rows) for one in best}
-    subtitle = f"{nodes} nodes, links of {link}, {seeds(max(counts, default=0))}; H is each arm's best of those tried"
+    subtitle = f"{nodes} nodes, links of {link}, {seeds(max(counts, default=0))}, each arm at its best H"
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.make_axes(theme, "Test accuracy on the measured clock", subtitle, 4.4)
+        figure, axes = canvas.make_axes(theme, "Test accuracy on the measured clock", subtitle, 5.0)
         for one in best:
             place = PLACES[one.arm]
             times, accuracy = _middle(one)
@@ -218,14 +218,25 @@ def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
-        axes.set_xlabel("wall time (s), without compilation and evaluation")
+        axes.set_xlabel("wall time without compilation and evaluation (s)")
         axes.set_ylabel("test accuracy (%)")
         axes.grid(axis="y", color=theme.faint, linewidth=0.8)
-        canvas.legend(theme, axes)
+        axes.set_ylim(bottom=_bottom(best))
+        canvas.legend(theme, axes, columns=2)
         return figure
 
-    caption = "Line: median over the seeds, while all of them run."
+    caption = "Line: median over the seeds, while all of them run. The frame cuts off the start."
     return canvas.make_plot(f"accuracy_{link}_{nodes}nodes", f"Test accuracy on links of {link}", caption, paint)
+
+
+def _bottom(some: Sequence[Group]) -> float:
+    """Where the frame starts, in percent: the way up to the lowest target would squash the part where arms differ."""
+    lowest = min((float(target) for one in some for row in one.rows for target in row["reached"]), default=0.0)
+    return max(100 * lowest - _BELOW, 0)
+
+
+_BELOW = 15
+"""Percentage points below the lowest target that a picture shows."""
 
 
 def _middle(one: Group) -> tuple[np.ndarray, np.ndarray]:

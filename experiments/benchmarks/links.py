@@ -42,7 +42,9 @@ flags.DEFINE_list(
     "link_rates", ["50mbit", "100mbit", "1gbit", UNSHAPED], f"Rates of the links, as tc writes them, or {UNSHAPED}."
 )
 flags.DEFINE_list("link_steps", ["10", "50", "200"], "The values of H.")
-flags.DEFINE_list("wires", list(WIRES), f"Formats on the wire of plain, accumulate and weighted, of {', '.join(WIRES)}.")
+flags.DEFINE_list(
+    "wires", list(WIRES), f"Formats on the wire of plain, accumulate and weighted, of {', '.join(WIRES)}."
+)
 flags.DEFINE_list("nodes", ["2", "4"], "Numbers of nodes.")
 flags.DEFINE_list("link_arms", list(shared_flags.ARMS), f"Which arms, of {', '.join(shared_flags.ARMS)}.")
 flags.DEFINE_list("targets", ["0.8", "0.82", "0.85"], "Test accuracies; a run ends once it has reached the highest.")
