@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, Singl
 from wavg_jax.base import PyTree, SettingsError
 from wavg_jax.devices import mapping
 from wavg_jax.devices.collectives import gather_rows, sum_over_samples
+from wavg_jax.devices.transfer import own_part, put_own
 
 _AXIS = "replicas"
 
@@ -59,6 +60,16 @@ class Placement(NamedTuple):
     parts: int
     devices: tuple[jax.Device, ...]
     replica_map: str
+
+    def mine(self, replicas: int) -> slice:
+        """Which of K replicas live on the devices of this process."""
+        return own_part(self.stacked, (replicas,))[0]
+
+    def share(self, own: PyTree) -> PyTree:
+        """Makes stacked arrays [K, ...] of what each process has for its own replicas, [K / processes, ...]."""
+        each = len(jax.tree.leaves(own)[0])
+        count = len({device.process_index for device in self.devices}) if self.parts > 1 else 1
+        return put_own(own, self.stacked, (each * count,))
 
 
 _PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 7 * 86400}
@@ -150,13 +161,14 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
         return run
 
     def reduce(reduction: Callable) -> Callable:
-        return jax.shard_map(
-            functools.partial(reduction, sum_over=_AXIS),
-            mesh=grid,
-            in_specs=(_ALONG, _ALONG),
-            out_specs=_EVERYWHERE,
-            check_vma=False,
-        )
+        def own(stacked: PyTree, weights: PyTree) -> PyTree:
+            each = len(jax.tree.leaves(stacked)[0])
+            start = jax.lax.axis_index(_AXIS) * each
+            mine = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, each), weights)
+            return reduction(stacked, mine, sum_over=_AXIS)
+
+        # Every device knows all weights: spread over the devices, XLA would normalise them in an exchange for each.
+        return jax.shard_map(own, mesh=grid, in_specs=(_ALONG, _EVERYWHERE), out_specs=_EVERYWHERE, check_vma=False)
 
     gather = jax.shard_map(
         functools.partial(gather_rows, _AXIS), mesh=grid, in_specs=_ALONG, out_specs=_EVERYWHERE, check_vma=False

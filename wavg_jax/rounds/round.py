@@ -210,7 +210,7 @@ def _step(
     outgoing = Sent(sent.params, sent.mutable, alive, signals)
     blended, told, residual = parts.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
-    share = per_replica(weights)
+    share = everywhere(where, per_replica(weights))
     # Carry over.
     kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
     trained = Trained(batches, shared, taken, kept)
