@@ -24,7 +24,7 @@ from wavg_jax.training.recipe import make_recipe
 K = 8
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
 COLLECTIVE = re.compile(
-    r"= (?P<shapes>\(?[^=]*?\)?) (?P<kind>(?:all|reduce)-(?:reduce|gather|to-all|scatter)|collective-permute)(?:-start)?\("
+    r"= (?P<shapes>\(?[^=]*?\)?) (?P<kind>all-\w+(?:-all)?|reduce-scatter|collective-permute)(?:-start)?\("
 )
 
 
