@@ -13,12 +13,7 @@ from wavg_jax.tree import is_float, is_key
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
-_PIECE = 2**17
-"""Bytes that gloo gathers at a time. Over links it takes 1.5 times as long for 2.7 MB at once as for the same in pieces
-(2 nodes, 100 Mbit/s), since its two directions wait for one another."""
-
-
-def gather_rows(axis: str, in_pieces: bool, stacked: PyTree) -> PyTree:
+def gather_rows(axis: str, stacked: PyTree) -> PyTree:
     """Gathers the replicas of all devices on every device: [K/D, ...] -> [K, ...], bit for bit.
 
     All leaves of one width travel as one array, so that parameters and scores cost one exchange and not one each; on a
@@ -26,7 +21,6 @@ def gather_rows(axis: str, in_pieces: bool, stacked: PyTree) -> PyTree:
 
     Args:
       axis: name of the mapped axis.
-      in_pieces: exchange a little at a time.
       stacked: this device's replicas, leaves [K/D, ...] of any dtype, random keys too.
     """
     leaves, structure = jax.tree.flatten(stacked)
@@ -34,25 +28,12 @@ def gather_rows(axis: str, in_pieces: bool, stacked: PyTree) -> PyTree:
     every = list(rows)
     for width in sorted({row.dtype.itemsize for row in rows}):
         chosen = [i for i, row in enumerate(rows) if row.dtype.itemsize == width]
-        wide = jnp.concatenate([rows[i] for i in chosen], axis=1)
-        size = max(_PIECE // (wide.shape[0] * width), 1) if in_pieces else wide.shape[1]
-        together = _gathered(axis, wide, size)
+        together = jax.lax.all_gather(jnp.concatenate([rows[i] for i in chosen], axis=1), axis, axis=0, tiled=True)
         ends = [0]
         for i in chosen:
             ends.append(ends[-1] + rows[i].shape[1])
             every[i] = together[:, ends[-2] : ends[-1]]
     return jax.tree.unflatten(structure, [_restored(row, x) for row, x in zip(every, leaves, strict=True)])
-
-
-def _gathered(axis: str, rows: jax.Array, size: int) -> jax.Array:
-    """Gathers rows [k, n] of every device, `size` columns at a time: [K, n]."""
-    count = -(-rows.shape[1] // max(size, 1))
-    if count <= 1:
-        return jax.lax.all_gather(rows, axis, axis=0, tiled=True)
-    padded = jnp.pad(rows, ((0, 0), (0, count * size - rows.shape[1])))
-    pieces = padded.reshape(rows.shape[0], count, size).swapaxes(0, 1)
-    gathered = jax.lax.map(lambda piece: jax.lax.all_gather(piece, axis, axis=0, tiled=True), pieces)
-    return gathered.swapaxes(0, 1).reshape(gathered.shape[1], -1)[:, : rows.shape[1]]
 
 
 def _words(x: jax.Array) -> jax.Array:

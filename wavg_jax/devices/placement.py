@@ -100,11 +100,6 @@ def _grid(devices: tuple[jax.Device, ...]) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.asarray(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def _over_gloo(devices: tuple[jax.Device, ...]) -> bool:
-    """Whether CPUs of several processes exchange, which gloo does for them."""
-    return devices[0].platform == "cpu" and len({device.process_index for device in devices}) > 1
-
-
 _ALONG, _EVERYWHERE = PartitionSpec(_AXIS), PartitionSpec()
 
 
@@ -164,11 +159,7 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
         )
 
     gather = jax.shard_map(
-        functools.partial(gather_rows, _AXIS, _over_gloo(devices)),
-        mesh=grid,
-        in_specs=_ALONG,
-        out_specs=_EVERYWHERE,
-        check_vma=False,
+        functools.partial(gather_rows, _AXIS), mesh=grid, in_specs=_ALONG, out_specs=_EVERYWHERE, check_vma=False
     )
     stacked = NamedSharding(grid, _ALONG)
     return Placement(
