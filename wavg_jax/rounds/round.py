@@ -22,6 +22,7 @@ from wavg_jax.arguments import (
     shown,
 )
 from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
+from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys, local, score, sync, wire
@@ -142,7 +143,7 @@ def make_rounds(
         faults=faults,
         where=where,
         batches=Batch if fetch is local.as_is else object,
-        steps=local.local_steps(task, inner, fetch),
+        steps=local.local_steps(task, inner, fetch, where),
         measured=score.measure(forward, averager.needs),
         exchange=make_exchange(averager, forward, where, at_sync.wire),
         rerun=reestimate(task, fetch),
@@ -210,7 +211,7 @@ def _step(
     outgoing = Sent(sent.params, sent.mutable, alive, signals)
     blended, told, residual = parts.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
-    share = per_replica(weights)
+    share = everywhere(where, per_replica(weights))
     # Carry over.
     kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
     trained = Trained(batches, shared, taken, kept)
@@ -247,6 +248,7 @@ def _carry_over(
       The replicas, the global mutable collections, and the average over rounds.
     """
     alive, at_sync, where = trained.alive, parts.at_sync, parts.where
+    weights = after_exchange(weights, params)
     refresh = functools.partial(sync.refresh, parts.rerun, where.map, where.reduce, trained)
     stats, mutable = sync.carry_stats(
         at_sync.stats,
@@ -268,6 +270,7 @@ def _carry_over(
         lambda params, mutable: refresh(params, mutable, split.smoothing, few),
     )
     restarted = parts.averager.restart(after.params, state.params, params, alive=alive, check_finite=False)
+    weights = after_exchange(weights, (mutable, smoothed))
     opt_state = sync.carry_opt_state(
         at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, alive, weights
     )
