@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import re
 import shutil
 import signal
 import statistics
@@ -213,10 +214,13 @@ def measure(cell: Cell, limits: Limits, folder: pathlib.Path) -> Row:
 
 
 def _last_words(folder: pathlib.Path) -> str:
-    """The last line that a process wrote, the first process's that wrote any, and rather an error."""
-    lines = [line for log in sorted(folder.glob("process-*.log")) for line in log.read_text().splitlines()[-1:]]
-    errors = [line for line in lines if "rror" in line]
-    return [*errors, *lines, "nothing said"][0]
+    """The last error that a process wrote, or else its last line; the first process's that wrote one."""
+    logs = [log.read_text(errors="replace").splitlines() for log in sorted(folder.glob("process-*.log"))]
+    errors = [found[-1] for lines in logs if (found := [line for line in lines if _ERROR.match(line)])]
+    return [*errors, *(lines[-1] for lines in logs if lines), "it said nothing"][0]
+
+
+_ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Diverged): ")
 
 
 def summary(rows: Sequence[Row], targets: Sequence[float]) -> Row:

@@ -296,6 +296,14 @@ def test_a_run_that_fails_or_is_stopped_says_so_and_keeps_its_logs(tmp_path, mon
         link_cells.measure(cell, LIMITS, folder)
 
 
+def test_of_a_failed_run_the_error_is_shown(tmp_path):
+    assert link_cells._last_words(tmp_path) == "it said nothing"
+    (tmp_path / "process-0.log").write_text("a\nprocess 1 is gone\n")
+    assert link_cells._last_words(tmp_path) == "process 1 is gone"
+    (tmp_path / "process-1.log").write_text("Traceback\n  raise\nIndexError: 7\nmore follows\n")
+    assert link_cells._last_words(tmp_path) == "IndexError: 7"
+
+
 @pytest.mark.slow
 def test_a_run_alone_and_one_over_the_loopback_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(namespaces, "unavailable", lambda: "no root today")
