@@ -167,7 +167,7 @@ def test_process_0_sees_the_terminal(logged, tmp_path):
 def test_a_watch_ends_the_processes_with_a_signal_of_its_choice(tmp_path):
     def watch():
         logs = [tmp_path / f"process-{number}.log" for number in range(2)]
-        return number if all(log.exists() and "ready" in log.read_text() for log in logs) else None
+        return number if all(log.exists() and "ready\n" in log.read_text() for log in logs) else None
 
     number = signal.SIGTERM
     assert launch([code(TIDY)] * 2, log_dir=tmp_path, show=False, watch=watch) == (7, None)
