@@ -18,18 +18,18 @@ WAITS = "import time; time.sleep(60)"
 TIDY = """
 import signal, sys, time
 def end(number, frame):
-    print(f"told {number}", flush=True)
+    print(f"told {number}\\n", end="", flush=True)
     sys.exit(7)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, end)
-print("ready", flush=True)
+print("ready\\n", end="", flush=True)
 time.sleep(60)
 """
 STUBBORN = """
 import signal, time
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: print(f"told {number}", flush=True))
-print("ready", flush=True)
+    signal.signal(number, lambda number, frame: print(f"told {number}\\n", end="", flush=True))
+print("ready\\n", end="", flush=True)
 while True:
     time.sleep(60)
 """
