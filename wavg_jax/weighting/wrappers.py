@@ -62,7 +62,7 @@ class MomentumState(NamedTuple):
     seen: jax.Array
 
 
-def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
+def weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
     """Returns the shapes of the weights that `weighting` gives for K replicas, without computing them."""
 
     def run(state: PyTree, params: PyTree) -> PyTree:
@@ -98,7 +98,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
 
     def init(params: PyTree, replicas: int) -> MomentumState:
         state = weighting.init(params, replicas)
-        like = _weights_like(weighting, state, params, replicas)
+        like = weights_like(weighting, state, params, replicas)
         weights = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), like)
         return MomentumState(state, weights, jnp.zeros(replicas, bool))
 
