@@ -17,12 +17,12 @@ from absl import flags
 
 from experiments.setup import app, arms, shared_flags
 from experiments.setup.conditions import Condition, read_conditions, title
-from experiments.setup.shared_flags import ARMS
+from experiments.setup.shared_flags import ARMS, COMPARED
 from wavg_jax.base import Stopped
 from wavg_jax.storage.rows import check_writable
 from wavg_jax.training import progress
 
-flags.DEFINE_list("arms", list(ARMS), f"Which arms to run, of {', '.join(ARMS)}.")
+flags.DEFINE_list("arms", list(COMPARED), f"Which arms to run, of {', '.join(ARMS)}.")
 F = flags.FLAGS
 
 READS = shared_flags.NAMES - {"steps"}

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from experiments.setup import app, arms, shared_flags
 from experiments.setup.conditions import Condition, read_conditions, title
-from experiments.setup.shared_flags import ARMS, numbers
+from experiments.setup.shared_flags import ARMS, COMPARED, numbers
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, Task
 from wavg_jax.reporting.statistic import Statistic
 from wavg_jax.training import progress
 
-flags.DEFINE_list("tune", list(ARMS), f"Which arms to tune, of {', '.join(ARMS)}.")
+flags.DEFINE_list("tune", list(COMPARED), f"Which arms to tune, of {', '.join(ARMS)}.")
 flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")
 flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
 F = flags.FLAGS

@@ -42,6 +42,10 @@ class WorkdirError(WavgError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])  # OSError would write its errno and filename instead
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        cause = None if self.errno is None else OSError(self.errno, self.strerror)
+        return type(self), (self.args[0], self.filename, cause)  # OSError would lose its filename
+
 
 class ResumeError(WavgError):
     """A run cannot be resumed: its settings differ, or what it left does not fit together."""

@@ -176,12 +176,14 @@ class Recording(NamedTuple):
         console.print(f"wrote {path}", soft_wrap=True)
 
 
-def begin(name: str, reads: Collection[str], **facts: Any) -> Recording:
+def begin(name: str, reads: Collection[str], *, again: bool = False, **facts: Any) -> Recording:
     """Checks the flags, opens --workdir (by default a new folder under runs/), and writes the first row.
 
     Args:
       name: of the benchmark.
       reads: the flags that it reads, except --workdir.
+      again: whether to go on in a folder that holds rows of this benchmark; it gets another first row only if hardware
+        or versions are others now.
       facts: further entries of the first row.
 
     Raises:
@@ -192,12 +194,14 @@ def begin(name: str, reads: Collection[str], **facts: Any) -> Recording:
     folder = pathlib.Path(F.workdir or pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     check_writable(folder)
     records = Records(folder)
-    if records.rows:
+    if records.rows and not (again and records.rows[0]["run"] == name):
         raise SettingsError("the folder already holds rows; choose another --workdir")
     settings = {flag: F[flag].value for flag in _given(reads)}
     where = {name: getattr(machine, name)() for name in ("hardware", "versions", "environment")}
     first = {"kind": "benchmark", "run": name, "command": _command(name, reads), "settings": settings, **where}
-    records.append(first | facts)
+    before = [row for row in records.rows if row["kind"] == "benchmark"]
+    if not before or any(before[-1][part] != where[part] for part in ("hardware", "versions")):
+        records.append(first | facts)
     return Recording(name, records, folder)
 
 

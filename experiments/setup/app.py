@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments.setup import before_imports, captions, help_text, shared_flags
 from experiments.setup.translate import to_flags
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError, WavgWarning
-from wavg_jax.devices import machine
+from wavg_jax.devices import machine, processes
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import Row
 
@@ -33,7 +33,15 @@ flags.DEFINE_enum(
     ["bfloat16", "tensorfloat32", "float32"],
     "Precision of matrix products and convolutions, where the hardware offers several; by default the backend's.",
 )
-OWN = ["compilation_cache", "matmul_precision"]
+flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "Several processes: HOST:PORT of process 0. All three flags, or none where SLURM, Open MPI or Kubernetes "
+    "starts them; experiments.launch starts the processes of one machine.",
+)
+flags.DEFINE_integer("num_processes", None, "Several processes: how many.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.", lower_bound=0)
+OWN = ["compilation_cache", "matmul_precision", "coordinator_address", "num_processes", "process_id"]
 F = flags.FLAGS
 
 Main = Callable[[Sequence[str]], None]
@@ -45,10 +53,11 @@ def parse(argv: Sequence[str]) -> list[str]:
     An unknown flag or value exits with code 2. --help, -h or -? prints the binary's help, --helpfull the flags of all
     libraries; both exit with 0.
     """
-    if {"--helpfull", "-helpfull"}.intersection(argv[1:]):
+    own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]  # what follows is another binary's
+    if {"--helpfull", "-helpfull"}.intersection(own):
         app.usage(writeto_stdout=True)  # absl's own would end with 1
         raise SystemExit(0)
-    if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"}.intersection(argv[1:]):
+    if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"}.intersection(own):
         print(help_text.text(sys.modules["__main__"], shared_flags.TOPICS | {"JAX": OWN}, OWN))
         raise SystemExit(0)
     try:
@@ -177,6 +186,7 @@ def run(main: Main) -> None:
       2: one line says what is wrong: an unknown flag, a bad value, unusable data or folder, too little memory, or a run
         that diverged.
       130: interrupted by Ctrl-C before the first round, or by a second Ctrl-C.
+      3: another process died or failed; see `wavg_jax.devices.processes`.
       143: stopped after a whole round by SIGTERM or the first Ctrl-C, with a checkpoint; or ended by SIGTERM elsewhere.
     """
     warnings.showwarning = _show_warning
@@ -185,7 +195,11 @@ def run(main: Main) -> None:
     def configured(rest: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C unwinds, see `call`
         configure()
-        main(rest)
+        processes.initialize(F.coordinator_address, F.num_processes, F.process_id)
+        if not processes.first():  # one says it for all
+            warnings.filterwarnings("ignore", category=WavgWarning)
+        with processes.guarded():
+            main(rest)
 
     try:
         app.run(lambda argv: call(configured, argv), flags_parser=parse)
@@ -202,7 +216,12 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 
 
 def console(log_width: int = 100) -> Console:
-    """The terminal, without markup; a log is `log_width` columns wide, where rich would fold at 80."""
+    """The terminal, without markup; a log is `log_width` columns wide, where rich would fold at 80.
+
+    Of several processes the first alone speaks.
+    """
+    if not processes.first():
+        return Console(quiet=True)
     return Console(width=None if sys.stdout.isatty() else log_width, markup=False, highlight=False)
 
 
@@ -212,9 +231,14 @@ def reported(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Diverged:
-        publish(read_rows(folder), folder)
+        _publish_rows(folder)
         raise
-    publish(read_rows(folder), folder)
+    _publish_rows(folder)
+
+
+def _publish_rows(folder: pathlib.Path) -> None:
+    if processes.first():
+        publish(read_rows(folder), folder)
 
 
 def publish(rows: Sequence[Row], folder: pathlib.Path) -> None:

@@ -19,11 +19,12 @@ from experiments.setup.choices import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, 
 from experiments.setup.conditions import Condition, read_condition, settings_of
 from experiments.setup.shared_flags import ARMS, RUN, numbers
 from experiments.setup.simulation import exchange
-from experiments.setup.weightings import COMPARING, WEIGHTINGS
+from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
-from wavg_jax.devices import network
+from wavg_jax.devices import network, processes
 from wavg_jax.rounds import policy
+from wavg_jax.rounds.exchange import gathers
 from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
@@ -67,7 +68,11 @@ class Arm(NamedTuple):
 
 def load() -> data.Dataset:
     """Loads --dataset, and sets the default of --chance, 1 / classes."""
+    if not processes.first():  # process 0 may have to prepare the files first
+        processes.barrier("data")
     dataset = data.load(F.dataset, F.data_dir)
+    if processes.first():
+        processes.barrier("data")
     if F.chance is None:
         F["chance"].value = 1 / classes_of(dataset)
     return dataset
@@ -104,17 +109,22 @@ def make_arms(names: tuple[str, ...] = ARMS, condition: Condition | None = None)
     plain = wavg.averager(wavg.uniform(), **options)
     weighted = wavg.averager(**(options | WEIGHTINGS[F.weighting](F)))
     alone = wavg.averager(wavg.uniform())
-    if F.schedule != "fixed" and not {"sequential", "sync"}.isdisjoint(names):
+    if F.schedule != "fixed" and not {"plain", "weighted"}.issuperset(names):
         raise SettingsError(
             f"--schedule={F.schedule} is for plain and weighted; the other arms would see more samples (--arms)"
         )
+    # Blending the steps of a rate of 1 gives the mean gradient, which the outer optimizer takes a step with.
+    summed = optax.MultiSteps(optax.sgd(1.0), steps).gradient_transformation()
+    large = wavg.averager(wavg.uniform(), outer=make_inner(F.inner, rates["accumulate"]))
     arms = {
         "sequential": (alone, True, replicas * steps, batch),
         "sync": (alone, True, steps, replicas * batch),
+        "accumulate": (large, False, steps, batch),
         "plain": (plain, False, steps, batch),
         "weighted": (weighted, False, steps, batch),
     }
-    return [Arm(name, arms[name][0], make_inner(F.inner, rates[name]), *arms[name][1:]) for name in names]
+    made = [Arm(name, arms[name][0], make_inner(F.inner, rates[name]), *arms[name][1:]) for name in names]
+    return [arm._replace(inner=summed) if arm.name == "accumulate" else arm for arm in made]
 
 
 @functools.cache
@@ -125,6 +135,8 @@ def make_inner(name: str, rate: float) -> optax.GradientTransformation:
 
 def at_rates(arm: Arm, condition: Condition) -> Arm:
     """The same arm at its learning rate under a condition; at equal rates it shares its programs."""
+    if arm.name == "accumulate":
+        return make_arms((arm.name,), condition)[0]
     return arm._replace(inner=make_inner(F.inner, condition.rates[arm.name]))
 
 
@@ -186,12 +198,30 @@ def _groups(arm: Arm) -> dict[str, Any]:
     if arm.pooled:
         at_sync = wavg.AtSync(policy.keep, policy.keep, smoothing)
     else:
-        at_sync = wavg.AtSync(POLICIES[F.opt_state_at_sync], POLICIES[F.stats_at_sync], smoothing)
+        keeps = policy.keep if arm.name == "accumulate" else POLICIES[F.opt_state_at_sync]
+        at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire)
     return {
         "scoring": wavg.Scoring(samples=F.score_samples),
         "at_sync": at_sync,
-        "layout": wavg.Layout(1 if arm.pooled else F.devices, F.replica_map, FEEDS[F.feed]),
+        "layout": wavg.Layout(
+            _devices_of_batch(arm.batch_size) if arm.pooled else F.devices, F.replica_map, FEEDS[F.feed]
+        ),
     }
+
+
+def _devices_of_batch(batch_size: int) -> int:
+    """The devices that the pooled arms split their batches over: as many as divide them, the same in every process.
+
+    CPU devices of one process share its cores, and one of them computes faster than several that exchange gradients.
+    """
+    here = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+    counts = [n * processes.count() for n in range(1, here + 1) if not batch_size % (n * processes.count())]
+    if not counts:
+        raise SettingsError(
+            f"batches of {batch_size} do not split over {processes.count()} processes: set --batch_size to a multiple, "
+            "or leave out sequential and sync (--arms)"
+        )
+    return counts[-1]
 
 
 def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row | None]:
@@ -213,7 +243,7 @@ def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -
     if "sequential" in by_name:
         measured["sequential"] = parts(by_name["sequential"], data.pool(sharded))
     if set(by_name) - {"sequential"}:
-        averaged = [by_name[name] for name in ("plain", "weighted") if name in by_name] or make_arms(("plain",))
+        averaged = [arm for arm in arms if not arm.pooled] or make_arms(("plain",))
         own = {arm.name: parts(arm, sharded) for arm in averaged}
         one = own[averaged[0].name]
         measured["sync"] = one._replace(score=0.0, blend=F.local_steps * one.mean)
@@ -228,10 +258,10 @@ def _path(parts: timing.Parts, exchange: network.Exchange, link: network.Link | 
 
 
 def exchange_of(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> network.Exchange:
-    """What each of K devices sends in a round of an arm, in float32.
+    """What each of K devices sends in a round of an arm.
 
     sync reduces gradients at every step, the others what they blend, once a round: in a ring, or gathered where the
-    weighting looks at all replicas, to try blends out or to compare them. `norm_preserving` reduces two trees.
+    weighting looks at all replicas, to try blends out or to compare them, and on a narrow wire.
     """
     if arm.pooled:
         gradients, _ = jax.eval_shape(task.init, jax.random.key(0))
@@ -239,11 +269,8 @@ def exchange_of(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> network
     recipe = recipe_of(arm, task, sharded)
     state = jax.eval_shape(lambda rng: rounds_of(recipe).init(rng, F.replicas), jax.random.key(0))
     numbers = blended_bytes(recipe, state) / network.WIRES["float32"]
-    names = {F.reduce, F.weighting if arm.name == "weighted" else "plain"}
-    gathers = "evaluate" in arm.averager.needs or names.intersection(COMPARING)
-    if "norm_preserving" in names and not gathers:
-        numbers *= 2
-    return exchange(arm.name, numbers, F.replicas, arm.local_steps, collective="gather" if gathers else "ring")
+    collective = "gather" if gathers(arm.averager, F.wire) else "ring"
+    return exchange(arm.name, numbers, F.replicas, arm.local_steps, F.wire, collective)
 
 
 @functools.cache
@@ -306,7 +333,7 @@ def choose_workdir(binary: str) -> pathlib.Path:
     if F.resume:
         raise SettingsError("--resume needs --workdir, the folder of the run's first part")
     name = pathlib.Path(F.dataset).stem
-    return pathlib.Path("runs") / f"{binary}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return pathlib.Path("runs") / processes.broadcast(f"{binary}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
 
 
 def rounds_done(workdir: pathlib.Path) -> int:

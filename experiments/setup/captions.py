@@ -4,6 +4,8 @@ ARMS = {
     "sequential": "one network, small batches one after another, on all shards together; no data parallelism",
     "sync": "one network on all shards together, with a batch K times as large: what averaging gradients at every "
     "step does",
+    "accumulate": "gradients averaged over K workers and H steps before one update: large batches, as many bytes as "
+    "plain sends",
     "plain": "K replicas, each trained on its own shard and blended with equal weights after every round",
     "weighted": "K replicas, each trained on its own shard and blended after every round with weights that depend on "
     "how good each replica is",

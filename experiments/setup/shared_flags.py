@@ -13,9 +13,11 @@ from experiments.setup.choices import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCH
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
-from wavg_jax.devices.network import Link
+from wavg_jax.devices.network import WIRES, Link
 
-ARMS = ("sequential", "sync", "plain", "weighted")
+ARMS = ("sequential", "sync", "plain", "accumulate", "weighted")
+COMPARED = ("sequential", "sync", "plain", "weighted")
+"""The arms that a comparison runs by default; `accumulate` matters where links are slow."""
 
 _STARTS: dict[str, int] = {}
 
@@ -63,7 +65,13 @@ flags.DEFINE_integer("local_steps", 10, "H, local steps between two blends.", lo
 flags.DEFINE_integer("rounds", 20, "Number of rounds: H local steps each, then a blend.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 16, "Samples per replica and local step.", lower_bound=1)
 flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
-RATES = {"sequential": (0.4, 0.025), "sync": (0.4, 0.1), "plain": (0.4, 0.4), "weighted": (0.4, 0.4)}
+RATES = {
+    "sequential": (0.4, 0.025),
+    "sync": (0.4, 0.1),
+    "accumulate": (0.8, 0.8),
+    "plain": (0.4, 0.4),
+    "weighted": (0.4, 0.4),
+}
 """Arm -> default learning rate with clean and with noisy shards; experiments/results/tuning/digits.txt."""
 for _arm, (_clean, _noisy) in RATES.items():
     _default = f"{_clean}" if _clean == _noisy else f"{_clean} with clean shards and {_noisy} with noisy ones"
@@ -118,6 +126,12 @@ flags.DEFINE_enum(
     list(PULLS),
     "Pull toward the global parameters after (new) or before (old) the blend; old gives EASGD, with "
     "--outer=fedavgm --outer_momentum=0 --outer_lr=K*PULL.",
+)
+flags.DEFINE_enum(
+    "wire",
+    "float32",
+    list(WIRES),
+    "What replicas send in: float32 parameters, or changes in bfloat16 or int8; see wavg_jax/rounds/wire.py.",
 )
 flags.DEFINE_enum("reduce", "mean", list(REDUCES), "Reduction that plain and weighted blend with.")
 flags.DEFINE_enum("smoothing", "none", list(SMOOTHINGS), "Evaluate an average of the global parameters over rounds.")

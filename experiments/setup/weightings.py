@@ -22,8 +22,6 @@ def _candidates(f: Flags) -> tuple[Weighting, ...]:
     return (scores.proportional("accuracy"), *softmaxes, search.learned(scores.uniform()))
 
 
-COMPARING = ("coordinate_median", "trimmed_mean", "geometric_median", "krum", "multi_krum")
-"""Weightings that compare the replicas' parameters with one another, so that every device gathers all of them."""
 WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
     "plain": lambda f: {"weighting": scores.uniform()},
     # From scores of each replica

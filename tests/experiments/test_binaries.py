@@ -17,6 +17,7 @@ from binary import invoke
 import wavg_jax as wavg
 from experiments import compare, reductions, report, scenarios, scoring_cost, train, tune
 from experiments.setup import app, arms, choices
+from experiments.setup.shared_flags import COMPARED
 from wavg_jax import data
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import read_rows
@@ -210,7 +211,7 @@ def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp
     assert compiled["plain-seed0"] > 0
     # The others have another learning rate there.
     assert [compiled[f"{arm}-noisy1-seed0"] for arm in ("plain", "weighted")] == [0, 0]
-    assert [compiled[f"{arm}-noisy1-seed1"] for arm in arms.ARMS] == [0] * 4
+    assert [compiled[f"{arm}-noisy1-seed1"] for arm in COMPARED] == [0] * 4
     rows = read_rows(tmp_path)
     assert len(rows) == 2 * 4 * 2 * (1 + 2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {row["run"] for row in rows}

@@ -13,6 +13,7 @@ from binary import invoke
 import wavg_jax as wavg
 from experiments import compare, reductions, scenarios, scoring_cost, train, tune
 from experiments.setup import app, arms, conditions
+from experiments.setup.shared_flags import COMPARED
 from wavg_jax import data
 from wavg_jax.training import progress
 
@@ -85,7 +86,7 @@ def test_the_plan_is_folded_at_words_and_counts_in_plain_words(planned, capfd):
 
 def test_all_arms_of_a_scenario_see_the_same_number_of_samples_in_a_round(planned):
     assert invoke(compare.main, "--replicas=3", "--local_steps=5", "--batch_size=7", "--seeds=4", "--noisy=1") == 0
-    assert [run.name for run in planned.runs] == [f"{arm}-seed4" for arm in arms.ARMS]
+    assert [run.name for run in planned.runs] == [f"{arm}-seed4" for arm in COMPARED]
     assert [run.samples for run in planned.runs] == [3 * 5 * 7] * 4
     pooled = [len(run.sharded.shards) for run in planned.runs]
     assert pooled == [1, 1, 3, 3]
@@ -97,10 +98,10 @@ def test_an_arm_has_a_rate_for_each_scenario_and_where_they_agree_one_optimizer(
     assert invoke(compare.main, "--noisy=3,0,1", "--lr_sync=0.3,0.2,0.1", "--lr_plain=0.7", "--seeds=0") == 0
     for noisy, sequential, sync in ((3, 0.025, 0.3), (0, 0.4, 0.2), (1, 0.025, 0.1)):
         for run in planned.of(noisy):
-            rates = [run.settings[f"lr_{arm}"] for arm in arms.ARMS]
+            rates = [run.settings[f"lr_{arm}"] for arm in COMPARED]
             assert rates == [sequential, sync, 0.7, 0.4]
     made = {(run.facts["arm"], run.inner, run.averager) for run in planned.runs}  # where equal, programs are shared
-    assert [sum(name == arm for name, *_ in made) for arm in arms.ARMS] == [2, 3, 1, 1]
+    assert [sum(name == arm for name, *_ in made) for arm in COMPARED] == [2, 3, 1, 1]
     assert len({(run.facts["arm"], tuple(map(len, run.sharded.shards))) for run in planned.runs}) == 4
 
 

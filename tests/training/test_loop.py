@@ -73,10 +73,10 @@ def test_streamed_data_are_the_same_data(options):
 @pytest.mark.slow
 def test_data_too_large_for_the_devices_are_streamed(monkeypatch):
     nbytes, few = sharded().train.x.nbytes, {"local_steps": 1, "batch_size": 2, "rounds": 1}
-    for devices, room in ((1, nbytes), (4, nbytes)):  # devices of the host share its memory, and each holds its own part
-        monkeypatch.setattr(machine, "memory", lambda room=room: room / transfer._ROOM)
+    for devices in (1, 4):  # which share the host's memory, and hold the split between them
+        monkeypatch.setattr(machine, "memory", lambda: nbytes / transfer._ROOM)
         assert run(devices=devices, **few).rows[0]["resident"]
-        monkeypatch.setattr(machine, "memory", lambda room=room: (room - 1) / transfer._ROOM)
+        monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / transfer._ROOM)
         assert not run(devices=devices, **few).rows[0]["resident"]
 
 

@@ -1,7 +1,8 @@
 """Several processes, such as one per machine: how they start, speak to one another, and end together.
 
 Each process runs the same program over its own devices; `jax.distributed` joins them, NCCL (GPU) or gloo (CPU) moves
-the arrays. Every function here but `count`, `index`, `first` and `announce` must be called by all of them.
+the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier`, `decided` and
+`first_error`, in the same order.
 """
 
 import atexit
@@ -12,7 +13,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavg_jax.arguments import Rule, as_whole, check, number
-from wavg_jax.base import SettingsError, WavgError
+from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError
 from wavg_jax.devices import watch, wire
 
 EXIT_CODE = watch.EXIT_CODE
@@ -82,6 +83,7 @@ def initialize(
     # JAX speaks to its service on loopback only, where no proxy can help; see `wire`.
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     if which == 0:
         port = wire.free_port()
         hosts, wires = watch.receive_all(address, of, port, timeout)
@@ -201,17 +203,17 @@ def _quiet() -> Iterator[None]:
 
 def count() -> int:
     """P, the number of processes."""
-    return jax.process_count()
+    return jax.process_count() if jax.distributed.is_initialized() else 1  # asking JAX alone would make its devices
 
 
 def index() -> int:
     """Which process this is, from 0."""
-    return jax.process_index()
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def first() -> bool:
     """Whether this is process 0, which alone writes rows, reports and progress."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def broadcast(value: Value) -> Value:
@@ -260,23 +262,37 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-@contextlib.contextmanager
-def together(kinds: type[Exception] | tuple[type[Exception], ...] = WavgError) -> Iterator[None]:
-    """Raises an error of these kinds that process 0 meets inside the block in all processes.
+def decided(decide: Callable[[], Value]) -> Value:
+    """Calls a function in process 0 alone, and returns its value, or raises its error, in all processes.
 
-    For what process 0 alone decides or does. No collective may run inside the block; another process's own error of
-    these kinds is raised there alone.
+    For what is decided, read or written once, so that no process waits for one that has given up.
+
+    Args:
+      decide: without collectives; its value, and errors that are `WavgError`, must be what pickle takes.
     """
-    failed: Exception | None = None
-    try:
-        yield
-    except kinds as error:
-        failed = error
-    theirs = broadcast(failed)
-    if failed is not None and (first() or theirs is None):
-        raise failed
+    if count() == 1:
+        return decide()
+    value, failed = None, None
+    if first():
+        try:
+            value = decide()
+        except WavgError as error:
+            failed = error
+    sent, theirs = broadcast((value, failed))
     if theirs is not None:
-        raise theirs
+        raise failed or theirs  # process 0's own, with its cause
+    return sent  # type: ignore[return-value]
+
+
+def first_error(error: str) -> str:
+    """Returns the first of the processes' errors, each one line or "" for none, in all processes."""
+    line = np.frombuffer(error.encode()[:_LINE].ljust(_LINE, b"\0"), np.uint8)
+    said = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gather(line)]
+    return next(filter(None, said), "")
+
+
+_LINE = 1024
+"""Bytes of an error that other processes hear of."""
 
 
 @contextlib.contextmanager
@@ -284,11 +300,12 @@ def guarded() -> Iterator[None]:
     """Ends the other processes if the block raises in this one.
 
     The error is raised here as always. The others print it in one line and exit with `EXIT_CODE`, unless they fail by
-    themselves within `wavg_jax.devices.watch.GRACE` seconds.
+    themselves within `wavg_jax.devices.watch.GRACE` seconds. `Diverged` and `Stopped` end no other process, since they
+    come to all.
     """
     try:
         yield
-    except GeneratorExit:
+    except (Diverged, Stopped):
         raise
     except BaseException as error:
         _announce(error)

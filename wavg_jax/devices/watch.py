@@ -22,6 +22,8 @@ EXIT_CODE = 3
 """Exit code of a process that ends because another one died, froze or failed."""
 GRACE = 5.0
 """Seconds in which a process may fail by itself, with its own error, after another one has failed."""
+LAST = 600.0
+"""Seconds for which a process that has ended waits for the others, which may still write a report."""
 _FAREWELL = 10.0
 """Seconds in which all processes leave JAX's coordination service after one has failed."""
 _SLICES = 10
@@ -45,6 +47,7 @@ class Watch:
         heartbeat: seconds of silence after which a process counts as frozen.
         """
         self._index, self._hosts, self._wires, self._heartbeat = index, hosts, wires, heartbeat
+        self._ended: set[int] = set()
         self._parted: set[int] = set()
         self._leaving = threading.Event()
         self._over = threading.Lock()
@@ -68,6 +71,12 @@ class Watch:
     def leave(self) -> None:
         """Ends in order: waits until every process has come here, then stops watching."""
         self._leaving.set()
+        self._send({"ended": self._index})
+        end = time.monotonic() + LAST
+        while len(self._ended) < len(self._hosts) - 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        if len(self._ended) < len(self._hosts) - 1:
+            self.announce(f"it ended {LAST:g} seconds ago, before the others")
         jax.distributed.shutdown()  # waits for all
         self._part()
         self._over.acquire(blocking=False)  # nothing ends this process any more
@@ -113,6 +122,8 @@ class Watch:
     def _heard(self, peer: int, message: Message) -> None:
         if "alive" in message:
             return
+        if "ended" in message:
+            self._ended.add(message["ended"])
         if self._index == 0:
             self._send(message, but=peer)
         if "gone" in message:
@@ -138,6 +149,7 @@ class Watch:
             sys.stdout.flush()
             print(line, file=sys.stderr, flush=True)
         if part:  # the process that failed waits for this one at its end
+            self._send({"ended": self._index})
             leaving = background(_leave_service)
             leaving.join(_FAREWELL)
             self._part()
@@ -168,6 +180,7 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
       SettingsError: a process did not come, or two do not agree with one another.
     """
     wires: dict[int, Wire] = {}
+    came: list[Wire] = []
     names, wrong = {0: socket.gethostname()}, []
     changed = threading.Condition()
 
@@ -179,15 +192,15 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
             elif index in names:
                 wrong.append(f"two processes were given process_id={index}; each needs its own, 0 to {hosts - 1}")
             names[index], wires[index] = hello["host"], wire
-            if wrong:
-                wire.send({"refused": wrong[0]})
+            came.append(wire)
             changed.notify_all()
 
     try:
         server = listen("", parts(address)[1])
     except OSError as error:
         raise SettingsError(
-            f"process 0 cannot use the port of coordinator_address={address!r} ({error.strerror}); choose another one"
+            f"process 0 cannot use the port of coordinator_address={address!r} ({os.strerror(error.errno or 0)}); "
+            "choose another one"
         ) from error
     receive_hellos(server, service, arrived)
     with changed:
@@ -198,9 +211,13 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
             f"waited {timeout:g} seconds for process {', '.join(missing)} of {hosts}, which did not come to "
             f"coordinator_address={address!r}; start it, or wait longer"
         )
-    for wire in wires.values():
-        wire.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
+    with changed:
+        for wire in came:
+            wire.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
     if wrong:
+        server.close()
+        for wire in came:
+            wire.close()
         raise SettingsError(wrong[0])
     return [names[index] for index in range(hosts)], wires
 
@@ -212,18 +229,24 @@ def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], 
       SettingsError: process 0 does not answer, or refuses.
     """
     hello = {"wants": "watch", "index": index, "of": of, "host": socket.gethostname()}
-    try:
-        wire = Wire(connect(*parts(address), timeout))
-        wire.send(hello)
-        answer = wire.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
-        why = "it answers in another language than ours"
-    except (OSError, ValueError) as error:
-        answer, why = {}, getattr(error, "strerror", None) or str(error)
+    answer: Message = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            wire = Wire(connect(*parts(address), timeout))
+            stack.callback(wire.close)
+            wire.send(hello)
+            why = "something else answers there"
+            answer = wire.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
+        except ValueError:
+            pass
+        except OSError as error:
+            why = error.strerror or str(error)
+        if "hosts" in answer:
+            stack.pop_all()
+            return answer["hosts"], {0: wire}
     if "refused" in answer:
         raise SettingsError(answer["refused"])
-    if "hosts" not in answer:
-        raise SettingsError(
-            f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does "
-            f"not answer ({why}); start process 0 there, correct the address, or wait longer"
-        )
-    return answer["hosts"], {0: wire}
+    raise SettingsError(
+        f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does not "
+        f"answer ({why}); start process 0 there, correct the address, or wait longer"
+    )

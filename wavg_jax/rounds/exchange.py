@@ -41,6 +41,11 @@ Blended = tuple[PyTree, PyTree, PyTree, dict[str, jax.Array]]
 """`(params, averager state, weights, {"distance": [K]} if the weighting needs it)`."""
 
 
+def gathers(averager: Averager, how: str) -> bool:
+    """Whether all replicas travel to every device, in the format `how`, rather than one weighted sum of them."""
+    return averager.reads_replicas or "distance" in averager.needs or how != "float32"
+
+
 def make_exchange(averager: Averager, forward: Forward, where: Placement, how: str) -> Callable:
     """Builds the sync: what the replicas send travels between devices once, and becomes a blend.
 
@@ -52,7 +57,7 @@ def make_exchange(averager: Averager, forward: Forward, where: Placement, how: s
       `(state, sent, residual, rng, window) -> (blended, sent, residual)`: `Blended`; what was sent, on every device;
       and the next residual.
     """
-    all_travel = averager.reads_replicas or "distance" in averager.needs or how != "float32"
+    all_travel = gathers(averager, how)
 
     def pack(one: tuple[PyTree, PyTree, jax.Array], start: PyTree) -> tuple[PyTree, PyTree]:
         params, residual, rng = one

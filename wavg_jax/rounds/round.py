@@ -132,72 +132,99 @@ def make_rounds(
     """
     _check_arguments(locals())
     where = single() if placement is None else placement
-    steps = local.local_steps(task, inner, fetch)
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
-    measured = score.measure(forward, averager.needs)
-    exchange = make_exchange(averager, forward, where, at_sync.wire)
-    rerun = reestimate(task, fetch)
-
-    def make(rng: jax.Array, replicas: int) -> TrainState:
-        params, mutable = task.init(keys.roots(rng).init)
-        return place_state(where, initial_state(params, mutable, rng, replicas, averager, inner, at_sync))
-
-    def init(rng: jax.Array, replicas: int) -> TrainState:
-        check_spread(as_whole("replicas", replicas, 1), where)
-        if where.shared.is_fully_addressable or isinstance(rng, jax.core.Tracer):
-            return make(rng, replicas)
-        return jax.jit(make, static_argnums=1)(put(rng, where.shared), replicas)
-
-    def step(
-        state: TrainState,
-        batches: PyTree,
-        held_out: Batch | None = None,
-        *,
-        shared: PyTree = (),
-        pace: Pace = EVERY_STEP,
-        sizes: jax.Array | None = None,
-    ) -> tuple[TrainState, RoundLog]:
-        check_state(state, faults, at_sync)
-        check_data(state, batches, held_out, averager.needs, Batch if fetch is local.as_is else object)
-        # Train.
-        pace = slow_down(faults, pace, local.longest(batches))
-        after, train_loss = local.train(steps, where.map, state.replicas, batches, shared, pace)
-        taken = local.steps_taken(batches, pace)
-        sent = after._replace(params=distort(faults, after.params, state.replicas.params))
-        alive = survivors(state.replicas, sent, train_loss)
-        # Score.
-        window = score.window(held_out, state.round, scoring.samples)
-        signals = score.of_replicas(measured, where.map, sent, window) | score.free(train_loss, sizes, taken)
-        # Blend.
-        split = keys.at_sync(after.rng)
-        blended, told, residual = exchange(
-            state, Sent(sent.params, sent.mutable, alive, signals), after.residual, split.wire, window
-        )
-        params, averager_state, weights, distances = blended
-        share = per_replica(weights)
-        # Carry over.
-        kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
-        trained = Trained(batches, shared, taken, kept)
-        after = after._replace(residual=residual)
-        replicas, mutable, smoothed = carry_over(
-            task, inner, averager, at_sync, where, rerun, state, after, split, params, share, trained
-        )
-        new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
-        scores = {name: x for name, x in told.signals.items() if name in averager.needs and name not in FREE}
-        logged = {name: x for name, x in (scores | distances).items() if isinstance(x, jax.Array) and x.ndim == 1}
-        log = RoundLog(told.signals["train_loss"], logged, share, effective_replicas(share), told.alive, taken)
-        return place_state(where, new), everywhere(where, log)
-
-    return Rounds(init, step)
+    parts = _Parts(
+        task=task,
+        averager=averager,
+        inner=inner,
+        scoring=scoring,
+        at_sync=at_sync,
+        faults=faults,
+        where=where,
+        batches=Batch if fetch is local.as_is else object,
+        steps=local.local_steps(task, inner, fetch),
+        measured=score.measure(forward, averager.needs),
+        exchange=make_exchange(averager, forward, where, at_sync.wire),
+        rerun=reestimate(task, fetch),
+    )
+    return Rounds(functools.partial(_init, parts), functools.partial(_step, parts))
 
 
-def carry_over(
-    task: Task,
-    inner: optax.GradientTransformation,
-    averager: Averager,
-    at_sync: AtSync,
-    where: Placement,
-    rerun: Callable,
+class _Parts(NamedTuple):
+    """The arguments of `make_rounds`, and what is made of them."""
+
+    task: Task
+    averager: Averager
+    inner: optax.GradientTransformation
+    scoring: Scoring
+    at_sync: AtSync
+    faults: Faults | None
+    where: Placement
+    batches: type
+    steps: local.LocalSteps
+    measured: Callable
+    exchange: Callable
+    rerun: Callable
+
+
+def _init(parts: _Parts, rng: jax.Array, replicas: int) -> TrainState:
+    """`Rounds.init`."""
+    where = parts.where
+    check_spread(as_whole("replicas", replicas, 1), where)
+
+    def make(rng: jax.Array) -> TrainState:
+        params, mutable = parts.task.init(keys.roots(rng).init)
+        state = initial_state(params, mutable, rng, replicas, parts.averager, parts.inner, parts.at_sync)
+        return place_state(where, state)
+
+    if where.shared.is_fully_addressable or isinstance(rng, jax.core.Tracer):
+        return make(rng)
+    return jax.jit(make)(put(rng, where.shared))  # only a program makes arrays that several processes share
+
+
+def _step(
+    parts: _Parts,
+    state: TrainState,
+    batches: PyTree,
+    held_out: Batch | None = None,
+    *,
+    shared: PyTree = (),
+    pace: Pace = EVERY_STEP,
+    sizes: jax.Array | None = None,
+) -> tuple[TrainState, RoundLog]:
+    """`Rounds.step`."""
+    where, needs = parts.where, parts.averager.needs
+    check_state(state, parts.faults, parts.at_sync)
+    check_data(state, batches, held_out, needs, parts.batches)
+    # Train.
+    pace = slow_down(parts.faults, pace, local.longest(batches))
+    after, train_loss = local.train(parts.steps, where.map, state.replicas, batches, shared, pace)
+    taken = local.steps_taken(batches, pace)
+    sent = after._replace(params=distort(parts.faults, after.params, state.replicas.params))
+    alive = survivors(state.replicas, sent, train_loss)
+    # Score.
+    window = score.window(held_out, state.round, parts.scoring.samples)
+    signals = score.of_replicas(parts.measured, where.map, sent, window) | score.free(train_loss, sizes, taken)
+    # Blend.
+    split = keys.at_sync(after.rng)
+    outgoing = Sent(sent.params, sent.mutable, alive, signals)
+    blended, told, residual = parts.exchange(state, outgoing, after.residual, split.wire, window)
+    params, averager_state, weights, distances = blended
+    share = per_replica(weights)
+    # Carry over.
+    kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
+    trained = Trained(batches, shared, taken, kept)
+    after = after._replace(residual=residual)
+    replicas, mutable, smoothed = _carry_over(parts, state, after, split, params, share, trained)
+    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
+    scores = {name: x for name, x in told.signals.items() if name in needs and name not in FREE} | distances
+    logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
+    log = RoundLog(told.signals["train_loss"], logged, share, effective_replicas(share), told.alive, taken)
+    return place_state(where, new), everywhere(where, log)
+
+
+def _carry_over(
+    parts: _Parts,
     state: TrainState,
     after: Replicas,
     split: keys.AtSyncKeys,
@@ -208,8 +235,7 @@ def carry_over(
     """What the next round starts with beside the global parameters.
 
     Args:
-      task, inner, averager, at_sync, where: of the rounds.
-      rerun: re-estimates a network's mutable collections; see `wavg_jax.rounds.reestimation`.
+      parts: of the rounds.
       state: before the round.
       after: the replicas after their local steps.
       split: their keys.
@@ -220,11 +246,11 @@ def carry_over(
     Returns:
       The replicas, the global mutable collections, and the average over rounds.
     """
-    alive = trained.alive
-    refresh = functools.partial(sync.refresh, rerun, where.map, where.reduce, trained)
+    alive, at_sync, where = trained.alive, parts.at_sync, parts.where
+    refresh = functools.partial(sync.refresh, parts.rerun, where.map, where.reduce, trained)
     stats, mutable = sync.carry_stats(
         at_sync.stats,
-        task,
+        parts.task,
         where.reduce,
         after.mutable,
         state.mutable,
@@ -241,8 +267,10 @@ def carry_over(
         mutable,
         lambda params, mutable: refresh(params, mutable, split.smoothing, few),
     )
-    restarted = averager.restart(after.params, state.params, params, alive=alive, check_finite=False)
-    opt_state = sync.carry_opt_state(at_sync.opt_state, inner, where.reduce, after.opt_state, params, alive, weights)
+    restarted = parts.averager.restart(after.params, state.params, params, alive=alive, check_finite=False)
+    opt_state = sync.carry_opt_state(
+        at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, alive, weights
+    )
     return Replicas(restarted, opt_state, stats, split.following, after.residual), mutable, smoothed
 
 

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 
 from wavg_jax import tree
 from wavg_jax.base import PyTree
+from wavg_jax.devices.network import BLOCK, WIRES
 
-FORMATS = ("float32", "bfloat16", "int8")
-BLOCK = 256
-"""Numbers that share a scale."""
+FORMATS = tuple(WIRES)
 
 _MOST = 127.0
 

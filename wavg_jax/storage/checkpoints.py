@@ -3,10 +3,12 @@
 Once a checkpoint is on disk, a last file with the SHA-256 of each of its files joins them, in the format of
 `sha256sum`. Orbax reads only checkpoints that match their sums: one without sums was never finished, one that differs
 is damaged, and a run resumes from neither.
+
+Several processes save and restore together, each its part of the arrays. Process 0 alone looks for checkpoints, writes
+the sums and tidies up. The folder is one that all processes share.
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
 import logging
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.devices import processes
 from wavg_jax.extras import need
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import FILE
@@ -68,20 +71,14 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int):
         self._folder, self._keep = folder, keep
         self._unsealed: int | None = None
-
-    @functools.cached_property
-    def _checkpointer(self) -> "ocp.training.Checkpointer":
-        ocp = _orbax()
-        # Opened at the first save, once damaged checkpoints are out of the way.
-        return ocp.training.Checkpointer(
-            self._folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-        )
+        self._saving: ocp.AsyncResponse[None] | None = None
 
     def find(self) -> Found:
-        """Looks for the newest whole checkpoint. Reads no older one, and changes nothing."""
-        names = [path.name for path in self._folder.iterdir() if path.name.isascii() and path.name.isdecimal()]
-        steps = {int(name): self._folder / name for name in names}
+        """Looks for the newest whole checkpoint. Reads no older one, and changes nothing. Process 0 looks for all."""
+        return processes.decided(self._find)
+
+    def _find(self) -> Found:
+        steps = _steps(self._folder)
         unfinished = tuple(step for step, path in steps.items() if not (path / SUMS).exists())
         damaged: dict[int, str] = {}
         for step in sorted(steps.keys() - set(unfinished), reverse=True):
@@ -92,7 +89,10 @@ class Checkpoints:
         return Found(None, damaged, unfinished)
 
     def set_aside(self, step: int, rows: bytes) -> None:
-        """Moves an unusable checkpoint into `damaged-N`, beside its rows, so that its round can be saved again."""
+        """Moves an unusable checkpoint into `damaged-N`, beside its rows, so that its round can be saved again.
+
+        For process 0.
+        """
         with _writing(self._folder):
             aside = self._folder / f"damaged-{step}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -102,39 +102,36 @@ class Checkpoints:
             (self._folder / str(step)).rename(aside / str(step))  # last, so that a call cut short can be repeated
 
     def save(self, state: TrainState) -> None:
-        """Starts saving; returns once the state may be donated."""
+        """Starts saving; returns once the state may be donated. All processes save together."""
         self.wait()
         with _writing(self._folder):
             tree, step = _without_keys(state), int(state.round)
-            with _failing():
-                self._checkpointer.save_async(step, tree, force=True, custom_metadata={"leaves": _leaves(tree)})
+            path, leaves = self._folder.absolute() / str(step), _leaves(tree)
+            with _failing(), _context():
+                self._saving = _orbax().save_async(path, tree, custom_metadata={"leaves": leaves})
             self._unsealed = step  # not before: a save that failed to start leaves nothing to seal
 
     def wait(self) -> None:
-        """Blocks until every save is on disk."""
+        """Blocks until every save is on disk. All processes wait together."""
         if self._unsealed is None:
             return
         step, self._unsealed = self._unsealed, None
+        assert self._saving is not None
         with _writing(self._folder):
             with _failing():
-                self._checkpointer.wait()
+                self._saving.result()  # for all processes
+            if not processes.first():
+                return
             try:
                 _seal(self._folder / str(step))
             except OSError:
                 shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 raise
-
-    def close(self) -> None:
-        """Waits for the last save and releases the folder."""
-        try:
-            self.wait()
-        finally:
-            if "_checkpointer" in self.__dict__:
-                with _writing(self._folder), _failing():
-                    self._checkpointer.close()
+            for old in sorted(_steps(self._folder))[: -self._keep]:
+                _remove(self._folder / str(old))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`.
+        """Returns a whole checkpoint with the structure, shapes, dtypes and shardings of `like`, in all processes.
 
         Raises:
           ResumeError: the checkpoint belongs to another network, optimizer or averager, or cannot be read.
@@ -152,7 +149,8 @@ class Checkpoints:
                     f"{then.get(name, 'missing')}, now it is {now.get(name, 'missing')}; repeat what it was started "
                     "with, or choose another workdir="
                 )
-            restored = _with_keys(ocp.load(path, abstract), like)
+            with _context():
+                restored = _with_keys(ocp.load(path, abstract), like)
         except ResumeError:
             raise
         except Exception as error:  # Orbax raises many types
@@ -167,6 +165,13 @@ class Checkpoints:
 def _orbax() -> Any:
     """Imported late: it takes half a second, which a run without a folder need not wait for."""
     return need("orbax.checkpoint", extra="run", why="workdir=").v1
+
+
+def _context() -> Any:
+    """Orbax's processes meet at the coordination service, since a save's thread must not use the devices."""
+    ocp = _orbax()
+    active = set(range(processes.count())) if processes.count() > 1 else None
+    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=active))
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
@@ -238,9 +243,27 @@ def _failing() -> Iterator[None]:
         raise
 
 
+def _steps(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """Rounds done -> checkpoint, whole or not."""
+    paths = folder.iterdir()
+    return {int(path.name): path for path in paths if path.name.isascii() and path.name.isdecimal()}
+
+
+def _remove(step: pathlib.Path) -> None:
+    """Removes a checkpoint whole, under a name that `_remove_unfinished` knows in case a kill cuts it short."""
+    step = step.rename(step.with_name(f"{step.name}.orbax-checkpoint-tmp-old"))
+    shutil.rmtree(step, ignore_errors=True)
+
+
 def _remove_unfinished(folder: pathlib.Path) -> None:
     for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _prepare(folder: pathlib.Path) -> None:
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
 
 
 @contextlib.contextmanager
@@ -296,7 +319,8 @@ def _quiet() -> Iterator[None]:
 def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
     """Opens the folder of one run's checkpoints, and makes it if need be; leaving the block waits for the last save.
 
-    Removes what a killed process left half written: the caller holds the folder (`storage.lock`).
+    All processes open it together. Removes what a killed process left half written: the caller holds the folder
+    (`storage.lock`).
 
     Args:
       folder: holds each checkpoint in a sub-folder named after the rounds done.
@@ -306,14 +330,13 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
       WorkdirError: the folder cannot be made, or a save failed.
     """
     with _quiet():
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(folder)
+        processes.decided(lambda: _prepare(folder))
         checkpoints = Checkpoints(folder, keep)
         try:
             yield checkpoints
         finally:
             try:
-                checkpoints.close()
+                checkpoints.wait()
             finally:
-                _remove_unfinished(folder)
+                if processes.first():
+                    _remove_unfinished(folder)

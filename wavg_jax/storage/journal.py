@@ -1,4 +1,8 @@
-"""A run's rows and checkpoints, kept in step, in a folder or in memory."""
+"""A run's rows and checkpoints, kept in step, in a folder or in memory.
+
+With several processes, all call the same functions in the same order; process 0 decides what to resume from and what to
+refuse, and alone writes rows.
+"""
 
 import contextlib
 import pathlib
@@ -6,9 +10,10 @@ import warnings
 from collections.abc import Iterator
 
 from wavg_jax.base import ResumeError, SettingsError, TrainState, WavgWarning
+from wavg_jax.devices import processes
 from wavg_jax.storage.checkpoints import Checkpoints, Found, open_checkpoints
 from wavg_jax.storage.rows import Records, as_lines, open_records
-from wavg_jax.storage.schema import Row, check_settings
+from wavg_jax.storage.schema import FIXED, Row, check_settings, plain
 
 
 def _useless(found: Found) -> list[int]:
@@ -42,17 +47,13 @@ class Journal:
         """Records a run's first row and returns the state to start or resume from.
 
         Raises:
-          SettingsError: the folder already holds this run, and `resume` is False.
+          SettingsError: the folder already holds this run, and `resume` is False; or processes differ in settings.
           ResumeError: the run cannot resume.
         """
+        first = _agreed(first)
         self._identity = {key: first[key] for key in ("run", "arm", "seed")}
         before = self.rows()
-        if not resume and (before or (self._folder is not None and self._folder.exists())):
-            raise SettingsError(
-                f"the folder already holds the run {self._name!r}; use resume=True, or choose another workdir="
-            )
-        if before:
-            check_settings(before[0], first)
+        processes.decided(lambda: self._check(before, first, resume))
         if self._folder is None:
             self._records.append(first)
             return initial
@@ -66,6 +67,22 @@ class Journal:
             )
         # Read everything before changing anything: if reading fails, nothing is lost.
         state = self._checkpoints.restore(done, initial) if done else initial
+        self._records.rows = processes.decided(lambda: self._settle(found, done, before, first))
+        if processes.first():
+            self._say(found, done, len(before) - 1)
+        return state
+
+    def _check(self, before: list[Row], first: Row, resume: bool) -> None:
+        """Refuses to start what is there, and to resume what is something else."""
+        if not resume and (before or (self._folder is not None and self._folder.exists())):
+            raise SettingsError(
+                f"the folder already holds the run {self._name!r}; use resume=True, or choose another workdir="
+            )
+        if before:
+            check_settings(before[0], first)
+
+    def _settle(self, found: Found, done: int, before: list[Row], first: Row) -> list[Row]:
+        """Makes folder and rows those of a run that has done so many rounds; returns the rows."""
         if not done:
             self._check_start(found, before)
         dropped = self._records.beyond(self._name, done)
@@ -73,8 +90,7 @@ class Journal:
         self._records.rewind(self._name, done, first["rounds"])
         if not done:
             self._records.append(first)
-        self._say(found, done, len(before) - 1)
-        return state
+        return self._records.rows
 
     def _check_start(self, found: Found, before: list[Row]) -> None:
         """Refuses to start a recorded run over if it once had a checkpoint."""
@@ -124,13 +140,36 @@ class Journal:
             self._checkpoints.wait()
 
 
+def _agreed(first: Row) -> Row:
+    """Process 0's first row.
+
+    Raises:
+      SettingsError: another process has other settings.
+    """
+    theirs = processes.broadcast(first)
+    zero, mine = ({name: row[name] for name in FIXED} | row["settings"] for row in (plain(theirs), plain(first)))
+    differing = [
+        f"process {processes.index()} was given {name}={mine.get(name)!r}, process 0 {name}={zero.get(name)!r}; give "
+        "all processes the same settings"
+        for name in sorted({*mine, *zero})
+        if mine.get(name) != zero.get(name)
+    ]
+    if error := processes.first_error("".join(differing[:1])):
+        raise SettingsError(error)
+    return theirs
+
+
 @contextlib.contextmanager
 def open_journal(workdir: pathlib.Path | None, name: str) -> Iterator[Journal]:
     """Opens the journal of the run `name` in a folder, or in memory if `workdir` is None.
+
+    An error inside the block ends all processes; see `wavg_jax.devices.processes.guarded`.
 
     Raises:
       WorkdirError: the folder cannot be made or written, or another process writes to it.
     """
     with contextlib.ExitStack() as stack:
         folder = None if workdir is None else workdir / "checkpoints" / name
-        yield Journal(stack.enter_context(open_records(workdir)), name, folder, stack)
+        journal = Journal(stack.enter_context(open_records(workdir)), name, folder, stack)
+        with processes.guarded():  # the others hear of a failure before the last save is waited for
+            yield journal

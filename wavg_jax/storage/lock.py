@@ -1,19 +1,72 @@
-"""One process at a time writes a run folder."""
+"""One run at a time writes a folder, and process 0 alone writes for all processes of the run."""
 
 import contextlib
 import os
 import pathlib
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from wavg_jax.base import WorkdirError
+from wavg_jax.devices import processes
 from wavg_jax.extras import need
 
 FILE = ".lock"
 
 _LOOK = 0.2
 """Seconds for which a folder may seem held only because another process is checking it."""
+
+
+_SIGHT = 10.0
+"""Seconds in which a network file system must show a new file on other machines."""
+
+
+@contextlib.contextmanager
+def hold_together(folder: pathlib.Path) -> Iterator[None]:
+    """Holds a folder for all processes of a run, as `hold`; process 0 does it.
+
+    Raises:
+      WorkdirError: as in `hold`, or a process does not see what process 0 writes there; the same one in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.decided(lambda: stack.enter_context(hold(folder)))
+        _check_shared(folder)
+        yield
+
+
+def _check_shared(folder: pathlib.Path) -> None:
+    """Raises WorkdirError in all processes unless all of them see a file that process 0 writes."""
+    if processes.count() == 1:
+        return
+    token = folder / processes.broadcast(f".seen-{uuid.uuid4().hex}")
+    try:
+        processes.decided(lambda: _write_token(token))
+        end = time.monotonic() + _SIGHT
+        while not (seen := token.exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        blind = np.flatnonzero(~processes.gather(np.asarray(seen)))
+    finally:
+        if processes.first():
+            token.unlink(missing_ok=True)
+    if len(blind):
+        raise WorkdirError(
+            f"process {', '.join(map(str, blind))} of {processes.count()} does not see what process 0 writes to "
+            f"{folder}: give a workdir= on a file system that all processes share, by the same path",
+            folder,
+        )
+
+
+def _write_token(token: pathlib.Path) -> None:
+    try:
+        token.touch()
+    except OSError as error:
+        raise WorkdirError(
+            f"the folder {token.parent} cannot be written: {error.strerror}; choose another workdir=", token, error
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Reading and writing `rows.jsonl`, one JSON object per line; `wavg_jax.storage.schema` says what a row holds."""
+"""Reading and writing `rows.jsonl`, one JSON object per line; `wavg_jax.storage.schema` says what a row holds.
+
+Of several processes, process 0 alone reads and writes the file; the others keep the same rows in memory.
+"""
 
 import contextlib
 import errno
@@ -11,7 +14,8 @@ import uuid
 from collections.abc import Iterable, Iterator
 
 from wavg_jax.base import DataError, ResumeError, SettingsError, WorkdirError
-from wavg_jax.storage.lock import check_free, hold
+from wavg_jax.devices import processes
+from wavg_jax.storage.lock import check_free, hold_together
 from wavg_jax.storage.schema import FILE, Row, check_first, check_kept, plain
 
 
@@ -85,8 +89,11 @@ def _append_line(path: pathlib.Path, line: bytes) -> None:
 
 def check_writable(workdir: pathlib.Path | None) -> None:
     """Raises WorkdirError if a folder is in use or cannot be made or written. Makes nothing; None is fine."""
-    if workdir is None:
-        return
+    if workdir is not None:
+        processes.decided(lambda: _try_writing(workdir))
+
+
+def _try_writing(workdir: pathlib.Path) -> None:
     check_free(workdir)
     there = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     try:
@@ -112,6 +119,21 @@ _LONGEST = 200
 """Bytes in the name of a run; file systems allow 255."""
 
 
+def _opened(workdir: pathlib.Path, path: pathlib.Path) -> list[Row]:
+    """Makes a folder if need be, and returns its rows, rid of a last line that was cut short."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        message = f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another workdir="
+        raise WorkdirError(message, path, error) from error
+    whole = content[: content.rfind(b"\n") + 1]
+    rows = read_rows(path) if whole else []
+    if whole != content:  # a kill cut the last line short
+        write_atomically(path, whole)
+    return rows
+
+
 class Records:
     """The rows of a run folder, appended whole line by whole line. Use `open_records` where others might write too."""
 
@@ -124,20 +146,7 @@ class Records:
         self.rows: list[Row] = []
         self.path = None if workdir is None else workdir / FILE
         if workdir is not None:
-            self._open(workdir, workdir / FILE)
-
-    def _open(self, workdir: pathlib.Path, path: pathlib.Path) -> None:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            message = f"the folder {workdir} cannot be used: {path.name}: {error.strerror}; choose another workdir="
-            raise WorkdirError(message, path, error) from error
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole:
-            self.rows = read_rows(path)
-        if whole != content:  # a kill cut the last line short
-            write_atomically(path, whole)
+            self.rows = processes.decided(lambda: _opened(workdir, workdir / FILE))
 
     def append(self, row: Row) -> None:
         """Adds a row. A failed write leaves the file unchanged.
@@ -146,7 +155,7 @@ class Records:
           WorkdirError: the file cannot be written.
         """
         row = plain(row)
-        if self.path is not None:
+        if self.path is not None and processes.first():
             _append_line(self.path, as_lines([row]))
         self.rows.append(row)
 
@@ -158,7 +167,7 @@ class Records:
         """
         last = self.of(run)[-1]
         rows = [row | plain(entries) if row is last else row for row in self.rows]
-        if self.path is not None:
+        if self.path is not None and processes.first():
             write_atomically(self.path, as_lines(rows))
         self.rows = rows
 
@@ -194,7 +203,7 @@ class Records:
         dropped = {id(row) for row in self.beyond(run, done)}
         keep = [row for row in self.rows if id(row) not in dropped]
         keep = [r | {"rounds": planned} if r["run"] == run and r["kind"] == "run" else r for r in keep]
-        if self.path is not None:
+        if self.path is not None and processes.first():
             write_atomically(self.path, as_lines(keep))
         self.rows = keep
 
@@ -208,7 +217,7 @@ def open_records(workdir: pathlib.Path | None) -> Iterator[Records]:
     Raises:
       WorkdirError: the folder cannot be made or written, or another process writes to it.
     """
-    with contextlib.nullcontext() if workdir is None else hold(workdir):
+    with contextlib.nullcontext() if workdir is None else hold_together(workdir):
         yield Records(workdir)
 
 
@@ -218,7 +227,11 @@ def recorded_run(workdir: pathlib.Path | None, name: str) -> Row | None:
     Raises:
       ResumeError: it lacks an entry that resuming needs.
     """
-    if workdir is None or not (workdir / FILE).exists():
+    return None if workdir is None else processes.decided(lambda: _recorded(workdir, name))
+
+
+def _recorded(workdir: pathlib.Path, name: str) -> Row | None:
+    if not (workdir / FILE).exists():
         return None
     with contextlib.suppress(DataError):  # the first row may be cut short; other damage is found later
         first = next((row for row in read_rows(workdir) if row["run"] == name), None)

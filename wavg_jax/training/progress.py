@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import jax
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -44,6 +46,8 @@ def _shown(total: int, done: int) -> contextlib.AbstractContextManager[Say]:
     try:
         from rich.console import Console
     except ImportError:  # a bar is only decoration
+        return _nowhere()
+    if jax.process_index():  # one bar for all processes
         return _nowhere()
     console = Console(stderr=True)  # stdout may be piped
     if console.is_jupyter:

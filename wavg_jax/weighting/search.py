@@ -2,8 +2,7 @@
 
 Score rules judge each replica on its own; these judge the blend. The next round starts from that blend if it replaces
 the replicas and there is no outer optimizer. With an outer optimizer they still judge the blend, not the outer step.
-They need the signal `evaluate`, a function `(params, weights [K]) -> {"loss", "accuracy"}`, and run entirely inside
-jit, one blend at a time.
+They need the signal `evaluate`, `(params, weights [K]) -> {"loss", "accuracy"}`, and run inside jit, blend by blend.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +33,7 @@ def _scalars(scores: Any) -> bool:
 
 
 _WANTED = '{"loss": ..., "accuracy": ...}, floating-point scalars'
-_EVALUATE = takes(2, f"a function (params, weights [K]) that returns {_WANTED}")
-_SCORES = Rule(_scalars, _WANTED)
+_EVALUATE, _SCORES = takes(2, f"a function (params, weights [K]) that returns {_WANTED}"), Rule(_scalars, _WANTED)
 
 
 class LearnedState(NamedTuple):
@@ -50,13 +48,11 @@ def _held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyT
     """Returns a function that evaluates the blend, cast to the parameters' dtypes, on the held-out data."""
     check("evaluate", evaluate, _EVALUATE)
 
-    def blended(weights: PyTree) -> PyTree:
-        return tree.cast_like(blend(weights), params)
+    # A round's devices exchange the slope of K weights alone: `rounds.score.Evaluate.of_blend`.
+    of_blend = getattr(evaluate, "of_blend", lambda make, weights: evaluate(make(weights), per_replica(weights)))
 
     def held_out(weights: PyTree) -> Mapping[str, jax.Array]:
-        # A round's evaluate can exchange the slope of K weights in place of that of all parameters.
-        whole = getattr(evaluate, "of_blend", None)
-        scores = evaluate(blended(weights), per_replica(weights)) if whole is None else whole(blended, weights)
+        scores = of_blend(lambda weights: tree.cast_like(blend(weights), params), weights)
         check("the result of evaluate", scores, _SCORES)
         return scores
 
@@ -149,7 +145,7 @@ def _lean(weights: PyTree, logits: PyTree, alive: jax.Array) -> PyTree:
 
 
 def _keep(loss: jax.Array, weights: PyTree, best: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
-    """Returns the better of two (loss, weights) pairs; ties and non-finite losses keep `best`."""
+    """The better of two (loss, weights) pairs; ties and non-finite losses keep `best`."""
     return tree.select(jnp.isfinite(loss) & (loss < best[0]), (loss, weights), best)
 
 
