@@ -41,7 +41,13 @@ class AtSync(NamedTuple):
 
 _POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
 _WIRE = Rule(lambda name: name in wire.FORMATS, f"one of {', '.join(wire.FORMATS)}")
-AT_SYNC = {"opt_state": _POLICY, "stats": _POLICY, "smoothing": either(NONE, OPTIMIZER), "wire": _WIRE, "fragments": whole(1)}
+AT_SYNC = {
+    "opt_state": _POLICY,
+    "stats": _POLICY,
+    "smoothing": either(NONE, OPTIMIZER),
+    "wire": _WIRE,
+    "fragments": whole(1),
+}
 """What the fields of `AtSync` must be."""
 
 
