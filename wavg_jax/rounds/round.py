@@ -29,6 +29,7 @@ from wavg_jax.rounds.common import Parts, RoundLog, carry_statistics, everywhere
 from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
+from wavg_jax.rounds.pieces import Pieces, make_pieces
 from wavg_jax.rounds.reestimation import reestimate
 from wavg_jax.rounds.score import SCORING, Forward, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, AtSync, Trained
@@ -50,7 +51,7 @@ class Rounds(NamedTuple):
 
     init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, RoundLog]]
-    pieces: streaming.Pieces | None = None
+    pieces: Pieces | None = None
 
 
 TASK = has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", *Task._fields)
@@ -134,7 +135,7 @@ def make_rounds(
     init = functools.partial(_init, parts)
     if at_sync.fragments == 1:
         return Rounds(init, functools.partial(_step, parts))
-    pieces = streaming.make_pieces(parts)
+    pieces = make_pieces(parts)
     return Rounds(init, functools.partial(_streamed, parts, pieces), pieces)
 
 
@@ -200,7 +201,7 @@ def _step(
 
 def _streamed(
     parts: Parts,
-    pieces: streaming.Pieces,
+    pieces: Pieces,
     state: TrainState,
     batches: PyTree,
     held_out: Batch | None = None,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from wavg_jax import tree
 from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
-from wavg_jax.weighting.make import make_weighting
+from wavg_jax.weighting.make import make_weighting, weights_like
 from wavg_jax.weighting.scores import inverse, normalise, usable
 from wavg_jax.weighting.signals import direction, values_of, zeros
 
@@ -60,25 +60,6 @@ class MomentumState(NamedTuple):
     weighting: PyTree
     weights: PyTree
     seen: jax.Array
-
-
-def weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
-    """Returns the shapes of the weights that `weighting` gives for K replicas, without computing them."""
-
-    def run(state: PyTree, params: PyTree) -> PyTree:
-        signals = {name: zeros(name, params, replicas) for name in weighting.needs}
-        if "evaluate" in signals:
-            signals["evaluate"] = lambda params, weights: {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
-        return weighting.update(
-            tree.replicate(params, replicas),
-            state,
-            params,
-            alive=jnp.ones(replicas, bool),
-            blend=lambda weights: tree.as_accumulators(params),
-            **signals,
-        )[0]
-
-    return jax.eval_shape(run, state, params)
 
 
 def momentum(weighting: Weighting, decay: float) -> Weighting:
