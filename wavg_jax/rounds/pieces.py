@@ -225,7 +225,8 @@ def _exchange(
     if gathers(averager, how):
         return where.together(blended)(where.gather(packet), start, state, weights, views)
     alive = where.gather(packet.alive)
-    params, state, taken = step(packet.params, among(alive, weights), state, start, alive=alive, place=where.reduce)
+    shares = where.together(among)(alive, weights)  # left to itself, the compiler cuts it up and exchanges its parts
+    params, state, taken = step(packet.params, shares, state, start, alive=alive, place=where.reduce)
     return params, state, views, taken | ~alive.any()
 
 
