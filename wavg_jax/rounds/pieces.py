@@ -207,7 +207,7 @@ def _exchange(
 ) -> tuple[PyTree, AveragerState, PyTree, jax.Array]:
     """`Pieces.exchange`."""
     averager, how, where = parts.averager, parts.at_sync.wire, parts.where
-    assert averager.halves is not None  # `begin` has checked
+    assert averager.halves is not None  # `streaming.begin` has checked
     step = averager.halves.step
 
     def among(alive: jax.Array, weights: PyTree) -> PyTree:
@@ -247,52 +247,54 @@ def _close(
     stop: jax.Array | None,
 ) -> tuple:
     """`Pieces.close`; `state` is that before the round, without its replicas."""
-    averager = parts.averager
+    where, averager = parts.where, parts.averager
     window = score.window(held_out, state.round, parts.scoring.samples)
-    weights, weighting, told_alive, told = _weigh(parts, state, views, replicas, alive, signals, window)
-    kept = functools.reduce(jnp.logical_and, sound)  # no outer step went astray
-    taken = kept & told_alive.any()
-    weights = tree.select(kept, weights, optax.tree.zeros_like(weights))
-    weighting = tree.select(taken, weighting, state.averager.weighting)
-    share, steps = (
-        per_replica(weights),
-        local.steps_taken(batches, slow_down(parts.faults, pace, local.longest(batches))),
-    )
-    trained = Trained(batches, shared, steps, told_alive & (share.sum() > 0))
+    reads = reads_views(averager)
+    # Statistics of all replicas travel only where blends may be tried, each with its own mean.
+    told = where.gather((replicas.mutable if reads else (), alive, signals))
+    seen = views if reads else tree.replicate(state.params, len(alive))  # nobody reads those
+    decided = where.together(functools.partial(_decide, parts))(state, seen, *told, window, sound)
+    weights, weighting, share, effective, alive, signals = decided
+    steps = local.steps_taken(batches, slow_down(parts.faults, pace, local.longest(batches)))
+    trained = Trained(batches, shared, steps, alive & (share.sum() > 0))
     stats, mutable, smoothed = carry_statistics(parts, state, replicas.mutable, split, params, share, trained)
-    scores = {name: x for name, x in told.items() if name in averager.needs and name not in FREE}
+    scores = {name: x for name, x in signals.items() if name in averager.needs and name not in FREE}
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
-    log = RoundLog(told["train_loss"], logged, share, effective_replicas(share), told_alive, steps)
+    log = RoundLog(signals["train_loss"], logged, share, effective, alive, steps)
     asked = None if stop is None else stop.any()
     return weights, weighting, state.round + 1, mutable, smoothed, stats, log, asked
 
 
-def _weigh(
+def _decide(
     parts: Parts,
     state: TrainState,
     views: PyTree,
-    replicas: Replicas,
+    mutable: PyTree,
     alive: jax.Array,
     signals: dict[str, PyTree],
     window: Batch | None,
-) -> tuple[PyTree, PyTree, jax.Array, dict[str, PyTree]]:
-    """Weighs the replicas by what devices tell one another: `(weights, weighting state, alive, signals)`."""
-    averager, where, reads = parts.averager, parts.where, reads_views(parts.averager)
-    assert averager.halves is not None
-    weigh = averager.halves.weigh
+    sound: Sequence[jax.Array],
+) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array, dict[str, PyTree]]:
+    """Weighs the replicas, on every device alike, by what all have told.
 
-    def run(reduce: sync.Over, stacked: PyTree, mutable: PyTree, alive: jax.Array, told: dict[str, PyTree]) -> tuple:
-        def mean(weights: PyTree) -> PyTree:
-            return sync.mean_over_living(reduce, mutable, weights, state.mutable)
+    Returns:
+      The weights, and the weighting's state; the weights [K] and how many replicas they amount to; `alive` and
+      `signals`, with those made here.
+    """
+    averager = parts.averager
+    assert averager.halves is not None  # `streaming.begin` has checked
 
-        if "distance" in averager.needs:
-            told = told | {"distance": score.distances(stacked, alive)}
-        evaluate = {} if window is None else {"evaluate": score.Evaluate(parts.forward, mean, window)}
-        # The views are of what replicas sent while these were the global parameters.
-        given = (stacked, state.averager.weighting, state.params)
-        return *weigh(*given, alive=alive, place=reduce, **(told | evaluate)), alive, told
+    def mean(weights: PyTree) -> PyTree:
+        return sync.mean_over_living(lambda reduction: reduction, mutable, weights, state.mutable)
 
-    if not reads:
-        return run(where.reduce, replicas.params, replicas.mutable, *where.gather((alive, signals)))
-    mutable, alive, told = where.gather((replicas.mutable, alive, signals))
-    return where.together(functools.partial(run, lambda reduction: reduction))(views, mutable, alive, told)
+    if "distance" in averager.needs:
+        signals = signals | {"distance": score.distances(views, alive)}
+    evaluate = {} if window is None else {"evaluate": score.Evaluate(parts.forward, mean, window)}
+    # The views are of what replicas sent while these were the global parameters.
+    given = (views, state.averager.weighting, state.params)
+    weights, weighting = averager.halves.weigh(*given, alive=alive, **(signals | evaluate))
+    kept = functools.reduce(jnp.logical_and, sound)  # no outer step went astray
+    weights = tree.select(kept, weights, optax.tree.zeros_like(weights))
+    weighting = tree.select(kept & alive.any(), weighting, state.averager.weighting)
+    share = per_replica(weights)
+    return weights, weighting, share, effective_replicas(share), alive, signals
