@@ -124,6 +124,13 @@ def floats(tree: PyTree) -> list[jax.Array]:
     return [x for x in jax.tree.leaves(tree) if is_float(x)]
 
 
+def put_floats(tree: PyTree, floats: list[jax.Array]) -> PyTree:
+    """Returns the tree with its floating-point leaves replaced by these, which come in the order of `floats(tree)`."""
+    leaves, structure = jax.tree.flatten(tree)
+    new = iter(floats)
+    return jax.tree.unflatten(structure, [next(new) if is_float(x) else x for x in leaves])
+
+
 def with_floats(stacked: PyTree, one: PyTree) -> PyTree:
     """Gives every replica the floating-point leaves of `one`: [K, ...], [...] -> [K, ...]; other leaves stay.
 

@@ -215,17 +215,15 @@ def summary(rows: Sequence[Row], targets: Sequence[float]) -> Row:
 
     Returns:
       rounds, samples, elapsed (seconds on the measured clock), seconds (median of a round), final_accuracy, reached
-      ({accuracy: seconds on that clock, or None}), lr, predicted (seconds of a round; None if the run has no
-      critical_path), curve ([seconds, accuracy] pairs).
+      ({accuracy: seconds on that clock, or None}), lr, parameters, curve ([seconds, accuracy] pairs).
 
     Raises:
       DataError: no round was finished.
     """
-    first, rounds = rows[0], [row for row in rows if row["kind"] == "round"]
+    first, rounds = rows[0], _rounds(rows)
     if not rounds:
         raise DataError("no round was finished")
     seen = [(row["elapsed"], row["test_accuracy"]) for row in rounds if row.get("test_accuracy") is not None]
-    path = first.get("critical_path")
     return {
         "rounds": len(rounds),
         "samples": rounds[-1]["samples"],
@@ -234,9 +232,13 @@ def summary(rows: Sequence[Row], targets: Sequence[float]) -> Row:
         "final_accuracy": seen[-1][1] if seen else None,
         "reached": {f"{target:g}": _first(seen, target) for target in targets},
         "lr": (first.get("settings") or {}).get(f"lr_{first['arm']}"),
-        "predicted": path["round"] if path else None,
+        "parameters": first["parameters"],
         "curve": [(round(at, 4), round(accuracy, 5)) for at, accuracy in _thinned(seen)],
     }
+
+
+def _rounds(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["kind"] == "round"]
 
 
 def _first(seen: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -264,7 +266,7 @@ def sent(traffic: Sequence[Traffic], rows: Sequence[Row]) -> Row:
     """
     if not traffic:
         return dict.fromkeys(("sent", "received", "bytes_per_round", "bytes_per_sample"))
-    rounds = [row for row in rows if row["kind"] == "round"]
+    rounds = _rounds(rows)
     total = sum(one.sent for one in traffic)
     return {
         "sent": [one.sent for one in traffic],

@@ -1,4 +1,4 @@
-"""The table and the pictures of the link bench."""
+"""The table, the pictures and the points of the link bench."""
 
 import itertools
 import pathlib
@@ -12,11 +12,14 @@ from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks.link_cells import ALONE
+from experiments.benchmarks.link_cells import ALONE, LOOPBACK, UNSHAPED
+from experiments.benchmarks.namespaces import bits
+from experiments.setup.simulation import predicted
+from wavg_jax.devices.network import COLLECTIVES, Link
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import MARKERS, Plot, Theme
 from wavg_jax.reporting.wording import seeds
-from wavg_jax.storage.rows import write_atomically
+from wavg_jax.storage.rows import as_lines, write_atomically
 from wavg_jax.storage.schema import Row
 
 PLACES = {"sequential": 0, "sync": 1, "plain": 2, "weighted": 3, "accumulate": 4}
@@ -68,6 +71,32 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     return sorted(every, key=lambda one: (one.nodes, links.index(one.link)))
 
 
+def point(one: Group, every: Sequence[Group]) -> Row | None:
+    """A measured point for `experiments.plan --check`; None unless the links have a rate and the same runs none."""
+    same = one._replace(link=UNSHAPED, rows=())
+    bare = next((other for other in every if other._replace(rows=()) == same), None)
+    if bare is None or one.link in (ALONE, LOOPBACK, UNSHAPED):
+        return None
+    found = {
+        **one._asdict(),
+        "rate": bits(one.link),
+        "parameters": one.median("parameters"),
+        "seconds_per_round": one.median("seconds"),
+        "local_seconds": bare.median("seconds"),
+    }
+    del found["link"], found["options"], found["rows"]
+    return found | {"collective": _collective(one)}
+
+
+def _collective(one: Group) -> str:
+    """How the runs exchanged, by the bytes that were counted."""
+    size, counted = one.median("parameters"), one.median("bytes_per_round")
+    if one.arm in ("sync", "accumulate") or size is None or counted is None:
+        return "ring"
+    would = {name: COLLECTIVES[name](size, one.nodes, one.wire).sent for name in ("ring", "gather")}
+    return min(would, key=lambda name: abs(would[name] - counted))
+
+
 def line(row: Row) -> str:
     """A cell's result in a line."""
     times = [f"{100 * float(target):g} % in {at:.3g} s" for target, at in row["reached"].items() if at is not None]
@@ -87,15 +116,16 @@ def table(every: Sequence[Group]) -> Table:
     shown = Table(
         title="Time to test accuracy on slow links",
         caption="Medians over the seeds, in seconds on the measured clock; in brackets: how many times sooner than "
-        "sync. Sent: by a node in a round, headers included. Predicted: seconds of a round, by measured ones.",
+        "sync. Sent: by a node in a round, headers included. Predicted: s/round from the unshaped one and the bytes "
+        "that the link takes, and how many times what was measured.",
     )
     columns = ("nodes", "link", "arm", "H", "wire", "lr", "options", "seeds", "s/round")
     for name in (*columns, *(f"{100 * float(target):g} %" for target in targets), "final %", "sent", "B/sample"):
         shown.add_column(name)
-    predicted = any(one.median("predicted") is not None for one in every)
-    if predicted:
+    points = [point(one, every) for one in every]
+    if any(points):
         shown.add_column("predicted")
-    for one in every:
+    for one, measured in zip(every, points, strict=True):
         extra = " ".join(o for o in one.options if o not in shared and not o.startswith(_OTHER))
         final, per_sample, seconds = one.median("final_accuracy"), one.median("bytes_per_sample"), one.median("seconds")
         cells = [
@@ -107,9 +137,9 @@ def table(every: Sequence[Group]) -> Table:
             _amount(one.median("bytes_per_round")),
             "" if per_sample is None else f"{per_sample:.3g}",
         ]
-        if predicted:
-            guess = one.median("predicted")
-            cells.append("" if guess is None or not seconds else f"{guess:.3g} ({guess / seconds:.2f})")
+        if measured is not None:
+            computed = predicted(measured, Link())
+            cells.append(f"{computed:.3g} ({computed / measured['seconds_per_round']:.2f}x)")
         shown.add_row(*cells)
     return shown
 
@@ -128,9 +158,12 @@ def _time(one: Group, target: str, every: Iterable[Group]) -> str:
 
 
 def publish(rows: Sequence[Row], folder: pathlib.Path, out: Console) -> None:
-    """Prints the table, and writes a picture for each link and number of nodes."""
+    """Prints the table, and writes the points, and a picture for each link and number of nodes."""
     every = groups(rows)
     out.print(table(every))
+    if points := [found for one in every if (found := point(one, every)) is not None]:
+        write_atomically(folder / "points.jsonl", as_lines(points))
+        out.print(f"wrote {folder / 'points.jsonl'}", soft_wrap=True)
     for plot in plots(every):
         write_atomically(folder / f"{plot.name}.png", plot.png)
         out.print(f"wrote {folder / plot.name}.png", soft_wrap=True)
@@ -163,10 +196,10 @@ def _best(some: Sequence[Group]) -> list[Group]:
 def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
     best = _best([one for one in some if all(row["curve"] for row in one.rows)])
     counts = {len(one.rows) for one in best}
-    subtitle = f"{nodes} nodes, links of {link}, {seeds(max(counts, default=0))}; H is each arm's best of those tried"
+    subtitle = f"{nodes} nodes, links of {link}, {seeds(max(counts, default=0))}, each arm at its best H"
 
     def paint(theme: Theme) -> Figure:
-        figure, axes = canvas.make_axes(theme, "Test accuracy on the measured clock", subtitle, 4.4)
+        figure, axes = canvas.make_axes(theme, "Test accuracy on the measured clock", subtitle, 5.0)
         for one in best:
             place = PLACES[one.arm]
             times, accuracy = _middle(one)
@@ -185,14 +218,25 @@ def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
-        axes.set_xlabel("wall time (s), without compilation and evaluation")
+        axes.set_xlabel("wall time without compilation and evaluation (s)")
         axes.set_ylabel("test accuracy (%)")
         axes.grid(axis="y", color=theme.faint, linewidth=0.8)
-        canvas.legend(theme, axes)
+        axes.set_ylim(bottom=_bottom(best))
+        canvas.legend(theme, axes, columns=2)
         return figure
 
-    caption = "Line: median over the seeds, while all of them run."
+    caption = "Line: median over the seeds, while all of them run. The frame cuts off the start."
     return canvas.make_plot(f"accuracy_{link}_{nodes}nodes", f"Test accuracy on links of {link}", caption, paint)
+
+
+def _bottom(some: Sequence[Group]) -> float:
+    """Where the frame starts, in percent: the way up to the lowest target would squash the part where arms differ."""
+    lowest = min((float(target) for one in some for row in one.rows for target in row["reached"]), default=0.0)
+    return max(100 * lowest - _BELOW, 0)
+
+
+_BELOW = 15
+"""Percentage points below the lowest target that a picture shows."""
 
 
 def _middle(one: Group) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,9 @@ Further flags, such as --dataset or --lr_weighted, go to experiments.train and a
 and the same --workdir, and the cells are added. A cell that is there already is skipped, so an interrupted bench goes
 on with the same command.
 
-Writes rows.jsonl and a picture for each link and number of nodes to --workdir. A row's entries beside those of
-`link_cells.Cell`, `link_cells.summary` and `link_cells.sent`: started.
+Writes rows.jsonl and a picture for each link and number of nodes to --workdir, and, where the same runs were measured
+unshaped too, points.jsonl, which `experiments.plan --check` compares with what it computes. A row's entries beside
+those of `link_cells.Cell`, `link_cells.summary` and `link_cells.sent`: started.
 """
 
 import pathlib
@@ -34,16 +35,16 @@ from wavg_jax.devices import machine
 from wavg_jax.training import progress
 
 WIRES = ("float32", "bfloat16", "int8")
-EXACT = ("sequential", "sync", "accumulate")
-"""Arms without a choice of the wire's format."""
-EVERY_STEP = ("sequential", "sync")
-"""Arms that do not change with H."""
+POOLED = ("sequential", "sync")
+"""Arms that change neither with H nor with the wire's format."""
 
 flags.DEFINE_list(
     "link_rates", ["50mbit", "100mbit", "1gbit", UNSHAPED], f"Rates of the links, as tc writes them, or {UNSHAPED}."
 )
 flags.DEFINE_list("link_steps", ["10", "50", "200"], "The values of H.")
-flags.DEFINE_list("wires", list(WIRES), f"Formats on the wire of plain and weighted, of {', '.join(WIRES)}.")
+flags.DEFINE_list(
+    "wires", list(WIRES), f"Formats on the wire of plain, accumulate and weighted, of {', '.join(WIRES)}."
+)
 flags.DEFINE_list("nodes", ["2", "4"], "Numbers of nodes.")
 flags.DEFINE_list("link_arms", list(shared_flags.ARMS), f"Which arms, of {', '.join(shared_flags.ARMS)}.")
 flags.DEFINE_list("targets", ["0.8", "0.82", "0.85"], "Test accuracies; a run ends once it has reached the highest.")
@@ -53,6 +54,7 @@ F = flags.FLAGS
 
 OWN = ("link_rates", "link_steps", "wires", "nodes", "link_arms", "targets", "link_seconds", "link_patience", "seeds")
 _SET = {"seeds", "steps", "local_steps", "checkpoint_every", "workdir", "resume", "target_accuracy", "wire"}
+_SET |= set(shared_flags.LINK)
 OPTIONS = sorted(shared_flags.NAMES - _SET)
 """Flags that go to experiments.train as they are."""
 READS = (*OWN, *OPTIONS)
@@ -99,8 +101,8 @@ def _cells() -> list[Cell]:
             for link in links:
                 for arm in arms:
                     own_link = ALONE if arm == "sequential" else link
-                    for h in [min(steps)] if arm in EVERY_STEP else steps:
-                        for wire in ["float32"] if arm in EXACT else wires:
+                    for h in [min(steps)] if arm in POOLED else steps:
+                        for wire in ["float32"] if arm in POOLED else wires:
                             cells.append(Cell(own_link, nodes, arm, h, wire, seed, _options(arm, nodes)))
     return list(dict.fromkeys(cells))
 
@@ -110,7 +112,7 @@ def _links() -> list[str]:
     if not links or len(set(links)) < len(links):
         raise SettingsError(f"--link_rates={','.join(links)}: give rates such as 100mbit,{UNSHAPED}, each once")
     for link in set(links) - {UNSHAPED}:
-        namespaces.check_rate(link)
+        namespaces.bits(link)
     return links
 
 

@@ -65,10 +65,23 @@ class Node(NamedTuple):
         return Traffic(link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"])
 
 
-def check_rate(rate: str) -> None:
-    """Raises SettingsError unless `tc` knows such a rate of bits."""
-    if not re.fullmatch(r"\d+(\.\d+)?[kmgt]?bit", rate):
+_RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit")
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+def bits(rate: str) -> float:
+    """The bits a second of a rate as `tc` writes it.
+
+    Raises:
+      SettingsError: it is none.
+
+    >>> bits("100mbit"), bits("2.5gbit")
+    (100000000.0, 2500000000.0)
+    """
+    found = _RATE.fullmatch(rate)
+    if found is None or not float(found[1]):
         raise SettingsError(f"{rate!r} is no rate; give one such as 100mbit or 1gbit")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 def unavailable() -> str | None:

@@ -65,7 +65,7 @@ def collectives(text):
     [
         (SOFTMAX, "float32", lambda n: [("all-gather", 8), ("all-reduce", n)]),  # who is alive; one weighted sum
         (LEARNED, "float32", lambda n: [("all-gather", 8 * (n + 1))]),
-        (SOFTMAX, "bfloat16", lambda n: [("all-gather", 8), ("all-gather", 8 * n)]),
+        (SOFTMAX, "bfloat16", lambda n: [("all-gather", 8 * (n + 2))]),
     ],
 )
 def test_only_exchanges_have_collectives_and_each_sends_its_fragment_once(averager, wire, expected):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from wavg_jax import checks
 from wavg_jax.base import PyTree
+from wavg_jax.devices.collectives import sum_trees
 from wavg_jax.tree import accumulator_dtype
 
 
@@ -103,7 +104,8 @@ def weighted_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = No
     >>> blend["w"].tolist(), blend["b"].tolist()
     ([2.5, 5.0], 1.0)
     """
-    return _leafwise(lambda w, x: _weighted_sum(w, x, sum_over), stacked, weights)
+    sums = _leafwise(_sum, stacked, weights)
+    return sums if sum_over is None else sum_trees(sum_over, sums)
 
 
 _VANISHED = 1e-5

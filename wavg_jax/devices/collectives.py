@@ -1,6 +1,7 @@
 """What devices say to one another inside `jax.shard_map`: one exchange of whole replicas, and sums over samples."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,63 +14,92 @@ from wavg_jax.tree import is_float, is_key
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
+# One exchange at a time: XLA's CPU runs exchanges that do not depend on one another at once, in any order, and gloo
+# takes one's numbers for another's. So what travels together travels as one array.
 def gather_rows(axis: str, stacked: PyTree) -> PyTree:
-    """Gathers the replicas of all devices on every device: [K/D, ...] -> [K, ...], bit for bit.
-
-    All leaves of one width travel as one array, so that parameters and scores cost one exchange and not one each; on a
-    slow link every exchange waits for its own latency.
+    """Gathers the replicas of all devices on every device: [K/D, ...] -> [K, ...], bit for bit, in one exchange.
 
     Args:
       axis: name of the mapped axis.
       stacked: this device's replicas, leaves [K/D, ...] of any dtype, random keys too.
     """
     leaves, structure = jax.tree.flatten(stacked)
-    rows = [_words(x) for x in leaves]
-    every = list(rows)
-    for width in sorted({row.dtype.itemsize for row in rows}):
-        chosen = [i for i, row in enumerate(rows) if row.dtype.itemsize == width]
-        together = jax.lax.all_gather(jnp.concatenate([rows[i] for i in chosen], axis=1), axis, axis=0, tiled=True)
-        ends = [0]
-        for i in chosen:
-            ends.append(ends[-1] + rows[i].shape[1])
-            every[i] = together[:, ends[-2] : ends[-1]]
-    return jax.tree.unflatten(structure, [_restored(row, x) for row, x in zip(every, leaves, strict=True)])
+    plain = [_plain(x) for x in leaves]
+    # As words of the narrowest kind, which cuts up only the scores beside an int8 payload.
+    width = min(x.dtype.itemsize for x in plain)
+    rows = [jax.lax.bitcast_convert_type(x, _WORDS[width]).reshape(x.shape[0], -1) for x in plain]
+    together = jax.lax.all_gather(jnp.concatenate(rows, axis=1), axis, axis=0, tiled=True)
+    parts = _cut(together, [row.shape[1] for row in rows])
+    return jax.tree.unflatten(structure, [_restored(row, x) for row, x in zip(parts, leaves, strict=True)])
 
 
-def _words(x: jax.Array) -> jax.Array:
-    """A leaf [k, ...] as unsigned words [k, n] of its own width; flags and keys have four bytes, as scores do."""
+def _cut(rows: jax.Array, widths: list[int]) -> list[jax.Array]:
+    """Cuts the last axis into parts of these widths."""
+    ends = list(itertools.accumulate(widths, initial=0))
+    return [rows[..., a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _plain(x: jax.Array) -> jax.Array:
+    """Random keys as their integers, and flags in four bytes, as scores have."""
     if is_key(x):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).reshape(x.shape[0], -1)
+        return jax.random.key_data(x)
+    return x.astype(jnp.uint32) if x.dtype == jnp.bool_ else x
 
 
 def _restored(row: jax.Array, like: jax.Array) -> jax.Array:
+    plain = jax.eval_shape(_plain, like)
+    words = plain.dtype.itemsize // row.dtype.itemsize
+    shaped = row.reshape(row.shape[0], *plain.shape[1:], *([words] if words > 1 else []))
+    numbers = jax.lax.bitcast_convert_type(shaped, plain.dtype)
     if is_key(like):
-        data = row.reshape(row.shape[0], *jax.random.key_data(like).shape[1:])
-        return jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(like)))
-    shaped = row.reshape(row.shape[0], *like.shape[1:])
-    return shaped != 0 if like.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(shaped, like.dtype)
+        return jax.random.wrap_key_data(numbers, impl=str(jax.random.key_impl(like)))
+    return numbers != 0 if like.dtype == jnp.bool_ else numbers
+
+
+def sum_trees(axis: str, tree: PyTree) -> PyTree:
+    """Adds up the trees of all devices, in one exchange for each dtype, one after another."""
+    leaves, structure = jax.tree.flatten(tree)
+    summed: list[Any] = list(leaves)
+    last = None
+    for dtype in sorted({x.dtype for x in leaves}, key=str):
+        chosen = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = jnp.concatenate([leaves[i].reshape(-1) for i in chosen])
+        total = jax.lax.psum(flat if last is None else after(flat, last), axis)
+        for i, part in zip(chosen, _cut(total, [leaves[i].size for i in chosen]), strict=True):
+            summed[i] = part.reshape(leaves[i].shape)
+        last = total
+    return jax.tree.unflatten(structure, summed)
+
+
+def after(x: PyTree, first: PyTree) -> PyTree:
+    """`x`, available only once all of `first` is: for exchanges that must follow one another.
+
+    XLA drops barriers before it schedules, so this is arithmetic that it cannot foresee.
+    """
+    numbers = [leaf.reshape(-1)[:1].astype(jnp.float32) for leaf in jax.tree.leaves(first) if leaf.size]
+    if not numbers:
+        return x
+    never = (jnp.concatenate(numbers) * 0 == 1).any()
+    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), x)
 
 
 # The two ends of a computation that devices share, for autodiff: what goes in is the same everywhere, and its gradient
 # is the sum of the devices' parts; what comes out is a sum, and every part of it gets the whole gradient. Left to
 # itself inside shard_map, JAX would take the gradient of a psum to be a psum, and count every device D times.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _enter(axis: str, x: jax.Array) -> jax.Array:
-    return x
+def _enter(axis: str, given: list[jax.Array]) -> list[jax.Array]:
+    return given
 
 
-_enter.defvjp(lambda axis, x: (x, None), lambda axis, _, slope: (jax.lax.psum(slope, axis),))
+_enter.defvjp(lambda axis, given: (given, None), lambda axis, _, slopes: (sum_trees(axis, slopes),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _leave(axis: str, parts: PyTree) -> PyTree:
-    return jax.lax.psum(parts, axis)
+    return sum_trees(axis, parts)
 
 
-_leave.defvjp(lambda axis, parts: (jax.lax.psum(parts, axis), None), lambda axis, _, slope: (slope,))
+_leave.defvjp(lambda axis, parts: (sum_trees(axis, parts), None), lambda axis, _, slope: (slope,))
 
 
 def sum_over_samples(axis: str, devices: int, function: Callable[[PyTree, PyTree], PyTree]) -> Callable:
@@ -88,7 +118,9 @@ def sum_over_samples(axis: str, devices: int, function: Callable[[PyTree, PyTree
     """
 
     def run(given: PyTree, samples: PyTree) -> PyTree:
-        inside = jax.tree.map(lambda x: _enter(axis, x) if is_float(jnp.asarray(x)) else x, given)
+        leaves, structure = jax.tree.flatten(given)
+        entered = iter(_enter(axis, [x for x in leaves if is_float(x)]))
+        inside = jax.tree.unflatten(structure, [next(entered) if is_float(x) else x for x in leaves])
         here = jax.lax.axis_index(axis)
         each, rest = divmod(len(jax.tree.leaves(samples)[0]), devices)
         parts: list[Any] = []

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, Singl
 
 from wavg_jax.base import PyTree, SettingsError
 from wavg_jax.devices import mapping
-from wavg_jax.devices.collectives import gather_rows, sum_over_samples
+from wavg_jax.devices.collectives import gather_rows, sum_over_samples, sum_trees
+from wavg_jax.devices.transfer import own_part, put_own
 
 _AXIS = "replicas"
 
@@ -27,11 +28,23 @@ class Parts(NamedTuple):
     values: PyTree
 
 
+class Items(NamedTuple):
+    """Batches among what is mapped over replicas, of which the devices of a data-parallel placement take a share each.
+
+    Attributes:
+      values: leaves [K, H, B, ...].
+    """
+
+    values: PyTree
+
+
 class Placement(NamedTuple):
     """How K replicas are mapped, exchanged and reduced.
 
     Attributes:
       map: turns `f(one, shared) -> out` for one replica into `g(stacked, shared) -> stacked out`.
+      average: inside `map`, the mean over the devices that share a replica's batches, in one exchange.
+      apart: inside `map`, makes a random key differ between the devices that share a replica's batches.
       reduce: turns a reduction `(stacked, weights) -> tree` into the same reduction over all devices, one all-reduce.
       gather: `stacked -> stacked`, all replicas on every device, in one exchange.
       together: turns `f(*arrays)` of gathered arrays into the same function run by every device, which may share the
@@ -48,6 +61,8 @@ class Placement(NamedTuple):
     """
 
     map: Callable[[Callable], Callable]
+    average: Callable[[PyTree], PyTree]
+    apart: Callable[[jax.Array], jax.Array]
     reduce: Callable[[Callable], Callable]
     gather: Callable[[PyTree], PyTree]
     together: Callable[[Callable], Callable]
@@ -59,6 +74,16 @@ class Placement(NamedTuple):
     parts: int
     devices: tuple[jax.Device, ...]
     replica_map: str
+
+    def mine(self, replicas: int) -> slice:
+        """Which of K replicas live on the devices of this process."""
+        return own_part(self.stacked, (replicas,))[0]
+
+    def share(self, own: PyTree) -> PyTree:
+        """Makes stacked arrays [K, ...] of what each process has for its own replicas, [K / processes, ...]."""
+        each = len(jax.tree.leaves(own)[0])
+        count = len({device.process_index for device in self.devices}) if self.parts > 1 else 1
+        return put_own(own, self.stacked, (each * count,))
 
 
 _PATIENCE = {"xla_cpu_collective_call_terminate_timeout_seconds": 7 * 86400}
@@ -77,6 +102,10 @@ def _as_is(x: Any) -> Any:
 
 def _is_parts(x: Any) -> bool:
     return isinstance(x, Parts)
+
+
+def _is_items(x: Any) -> bool:
+    return isinstance(x, Items)
 
 
 def _own(shared: PyTree) -> PyTree:
@@ -111,21 +140,42 @@ def _single(device: jax.Device, replica_map: str) -> Placement:
     """All replicas on one device."""
     here = SingleDeviceSharding(device)
     spread = functools.partial(_here, replica_map)
-    return Placement(spread, _as_is, _as_is, _as_is, _as_is, here, here, here, here, 1, (device,), replica_map)
+    same = (_as_is,) * 6
+    return Placement(spread, *same, here, here, here, here, 1, (device,), replica_map)
 
 
 def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
-    """One replica on all devices, which share the samples of every batch: the compiler sums gradients at every step."""
-    grid = _grid(devices)
+    """One replica on all devices, which share the samples of every batch and average their gradients at every step."""
+    grid, split = _grid(devices), PartitionSpec(None, None, _AXIS)
     shared = NamedSharding(grid, _EVERYWHERE)
+
+    def spread(function: Callable) -> Callable:
+        here = _here(replica_map, function)
+
+        def run(stacked: PyTree, shared: PyTree) -> PyTree:
+            specs = jax.tree.map(lambda x: split if _is_items(x) else _EVERYWHERE, stacked, is_leaf=_is_items)
+            return jax.shard_map(
+                here, mesh=grid, in_specs=(specs, _EVERYWHERE), out_specs=_EVERYWHERE, check_vma=False
+            )(stacked, shared)
+
+        return run
+
+    def average(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x / len(devices), sum_trees(_AXIS, tree))
+
+    def apart(rng: jax.Array) -> jax.Array:
+        return jax.random.fold_in(rng, jax.lax.axis_index(_AXIS))
+
     return Placement(
-        map=functools.partial(_here, replica_map),
+        map=spread,
+        average=average,
+        apart=apart,
         reduce=_as_is,
         gather=_as_is,
         together=functools.partial(_together, grid),
         over_samples=functools.partial(sum_over_samples, _AXIS, len(devices)),
         stacked=shared,
-        items=NamedSharding(grid, PartitionSpec(None, None, _AXIS)),
+        items=NamedSharding(grid, split),
         shared=shared,
         each=NamedSharding(grid, _ALONG),
         parts=1,
@@ -150,13 +200,14 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
         return run
 
     def reduce(reduction: Callable) -> Callable:
-        return jax.shard_map(
-            functools.partial(reduction, sum_over=_AXIS),
-            mesh=grid,
-            in_specs=(_ALONG, _ALONG),
-            out_specs=_EVERYWHERE,
-            check_vma=False,
-        )
+        def own(stacked: PyTree, weights: PyTree) -> PyTree:
+            each = len(jax.tree.leaves(stacked)[0])
+            start = jax.lax.axis_index(_AXIS) * each
+            mine = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, each), weights)
+            return reduction(stacked, mine, sum_over=_AXIS)
+
+        # Every device knows all weights: spread over the devices, XLA would normalise them in an exchange for each.
+        return jax.shard_map(own, mesh=grid, in_specs=(_ALONG, _EVERYWHERE), out_specs=_EVERYWHERE, check_vma=False)
 
     gather = jax.shard_map(
         functools.partial(gather_rows, _AXIS), mesh=grid, in_specs=_ALONG, out_specs=_EVERYWHERE, check_vma=False
@@ -164,6 +215,8 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
     stacked = NamedSharding(grid, _ALONG)
     return Placement(
         map=spread,
+        average=_as_is,
+        apart=_as_is,
         reduce=reduce,
         gather=gather,
         together=functools.partial(_together, grid),

@@ -305,15 +305,13 @@ def guarded() -> Iterator[None]:
     """
     try:
         yield
-    except (Diverged, Stopped):
-        raise
     except BaseException as error:
         _announce(error)
         raise
 
 
 def _announce(error: BaseException) -> None:
-    if _watch is None or getattr(error, "_announced", False):
+    if _watch is None or isinstance(error, Diverged | Stopped) or getattr(error, "_announced", False):
         return
     if _LOST.search(str(error)):
         _watch.wait_for_death()  # this error is the consequence: the connection to a process that is gone broke

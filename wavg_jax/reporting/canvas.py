@@ -122,14 +122,14 @@ def make_axes(theme: Theme, title: str, subtitle: str, height: float, width: flo
     return figure, ax
 
 
-def legend(theme: Theme, ax: Axes) -> None:
+def legend(theme: Theme, ax: Axes, columns: int = 4) -> None:
     """Names the lines, above the axes, where the names cover nothing."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0.2,
         borderpad=0,
-        ncols=4,
+        ncols=columns,
         handlelength=2.8,
         handletextpad=0.4,
         columnspacing=0.9,

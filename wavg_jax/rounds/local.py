@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree, Replicas, Task
+from wavg_jax.devices.placement import Items, Placement, single
 
 Fetch = Callable[[PyTree, PyTree, jax.Array], Batch]
 """`(item, shared, rng) -> Batch`: makes the batch of one step inside the compiled loop."""
@@ -36,7 +38,9 @@ EVERY_STEP = Pace()
 LocalSteps = Callable[..., tuple[Replicas, jax.Array]]
 
 
-def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = as_is) -> LocalSteps:
+def local_steps(
+    task: Task, inner: optax.GradientTransformation, fetch: Fetch = as_is, where: Placement | None = None
+) -> LocalSteps:
     """Builds the local phase of one replica: a loop of optax steps.
 
     Args:
@@ -44,6 +48,7 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
       inner: the inner optimizer, any optax transformation.
       fetch: `(item, shared, rng) -> Batch` makes the batch of one step, for instance by gathering rows of a data set on
         the device and augmenting them. By default the item is the batch.
+      where: the placement, which may spread a replica's batches over devices; by default one device.
 
     Returns:
       `(replica, items, shared, pace=EVERY_STEP) -> (replica, loss)`: `replica` is a `Replicas` of one replica (no
@@ -51,12 +56,16 @@ def local_steps(task: Task, inner: optax.GradientTransformation, fetch: Fetch = 
       mean training loss over the steps taken, a float32 scalar. The function is pure; `train` maps it over replicas.
     """
 
+    where = single() if where is None else where
+
     def step(replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array | None) -> tuple[Replicas, jax.Array]:
         rng, fetch_rng, loss_rng = jax.random.split(replica.rng, 3)
-        batch = fetch(item, shared, fetch_rng)
+        batch = fetch(item, shared, where.apart(fetch_rng))
         (loss, (mutable, _)), gradient = jax.value_and_grad(task.loss, has_aux=True)(
-            replica.params, replica.mutable, batch, loss_rng
+            replica.params, replica.mutable, batch, where.apart(loss_rng)
         )
+        loss, gradient, floats = where.average((loss, gradient, tree.floats(mutable)))
+        mutable = tree.put_floats(mutable, floats)
         updates, opt_state = inner.update(gradient, replica.opt_state, replica.params)
         if rate is not None:
             updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
@@ -111,9 +120,9 @@ def train(
     def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
         replica, items, own = item
         shared, common = everywhere
-        return steps(replica, items, shared, Pace(**own, **common))
+        return steps(replica, items.values, shared, Pace(**own, **common))
 
-    after, loss = over_replicas(one)((replicas, batches, own), (shared, common))
+    after, loss = over_replicas(one)((replicas, Items(batches), own), (shared, common))
     return after._replace(residual=residual), loss
 
 

@@ -12,6 +12,7 @@ import optax
 from wavg_jax import tree
 from wavg_jax.averaging.averager import AveragerState
 from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, TrainState
+from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import fragments, keys, local, policy, score, sync, wire
 from wavg_jax.rounds.common import Parts, RoundLog, carry_statistics, constrained, survivors
@@ -251,7 +252,7 @@ def _close(
     window = score.window(held_out, state.round, parts.scoring.samples)
     reads = reads_views(averager)
     # Statistics of all replicas travel only where blends may be tried, each with its own mean.
-    told = where.gather((replicas.mutable if reads else (), alive, signals))
+    told = where.gather((replicas.mutable if reads else (), after_exchange(alive, list(sound)), signals))
     seen = views if reads else tree.replicate(state.params, len(alive))  # nobody reads those
     decided = where.together(functools.partial(_decide, parts))(state, seen, *told, window, sound)
     weights, weighting, share, effective, alive, signals = decided
@@ -261,7 +262,7 @@ def _close(
     scores = {name: x for name, x in signals.items() if name in averager.needs and name not in FREE}
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
     log = RoundLog(signals["train_loss"], logged, share, effective, alive, steps)
-    asked = None if stop is None else stop.any()
+    asked = None if stop is None else after_exchange(stop, tree.floats((share, mutable, smoothed))).any()
     return weights, weighting, state.round + 1, mutable, smoothed, stats, log, asked
 
 

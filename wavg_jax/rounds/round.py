@@ -22,6 +22,7 @@ from wavg_jax.arguments import (
     shown,
 )
 from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
+from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys, local, score, streaming, sync, wire
@@ -127,7 +128,7 @@ def make_rounds(
         faults=faults,
         where=where,
         batches=Batch if fetch is local.as_is else object,
-        steps=local.local_steps(task, inner, fetch),
+        steps=local.local_steps(task, inner, fetch, where),
         measured=score.measure(forward, averager.needs),
         exchange=make_exchange(averager, forward, where, at_sync.wire),
         rerun=reestimate(task, fetch),
@@ -182,14 +183,16 @@ def _step(
     outgoing = Sent(sent.params, sent.mutable, alive, signals)
     blended, told, residual = parts.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
-    share = per_replica(weights)
+    share = everywhere(where, per_replica(weights))
     # Carry over.
     kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
     trained = Trained(batches, shared, taken, kept)
-    stats, mutable, smoothed = carry_statistics(parts, state, after.mutable, split, params, share, trained)
+    follows = after_exchange(share, params)
+    stats, mutable, smoothed = carry_statistics(parts, state, after.mutable, split, params, follows, trained)
     restarted = parts.averager.restart(after.params, state.params, params, alive=kept, check_finite=False)
+    follows = after_exchange(follows, tree.floats((mutable, smoothed)))
     opt_state = sync.carry_opt_state(
-        parts.at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, kept, share
+        parts.at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, kept, follows
     )
     replicas = Replicas(restarted, opt_state, stats, split.following, residual)
     new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)

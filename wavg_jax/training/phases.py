@@ -15,7 +15,7 @@ from wavg_jax.training.recipe import Recipe, fetch_of
 
 def local_phase(recipe: Recipe) -> Callable[[Replicas, Work, Shared], tuple[Replicas, jax.Array]]:
     """Builds `(replicas, work, shared) -> (replicas, loss [K])`: the local steps."""
-    steps = local_steps(recipe.task, recipe.inner, fetch_of(recipe))
+    steps = local_steps(recipe.task, recipe.inner, fetch_of(recipe), recipe.placement)
 
     def run(replicas: Replicas, work: Work, shared: Shared) -> tuple[Replicas, jax.Array]:
         return train(steps, recipe.placement.map, replicas, work.items, shared.train, work.pace)
