@@ -198,6 +198,23 @@ class Restart(Protocol):
     ) -> PyTree: ...
 
 
+class Halves(NamedTuple):
+    """An averager's update in two; arguments are as for `Averager.update`, and `alive` [K] is trusted.
+
+    Attributes:
+      weighting: the weighting itself.
+      weigh: `(stacked, state, params, *, alive, place=identity, **signals) -> (weights, state)`, with the state of the
+        weighting alone.
+      step: `(stacked, weights, state, params, *, alive, place=identity) -> (params, state, taken)`: blends with weights
+        from anywhere, and takes the outer step, with a state of `Averager.init` whose part for the weighting may be
+        missing. `taken` is False, and nothing changes, if no replica is alive or the step is not finite.
+    """
+
+    weighting: Weighting
+    weigh: Callable[..., tuple[PyTree, PyTree]]
+    step: Callable[..., tuple[PyTree, Any, jax.Array]]
+
+
 class Averager(NamedTuple):
     """A weighting, then one reduction, then an optional outer optimizer; see `wavg_jax.averaging.averager.averager`.
 
@@ -213,6 +230,8 @@ class Averager(NamedTuple):
         are replaced. `check_finite` is as in `update`.
       reads_replicas: whether `update` needs all replicas on every device; if not, one all-reduce of their weighted sum
         will do.
+      halves: `update` in two, for rounds that blend fragments of the parameters one after another; None if it cannot
+        be taken apart.
     """
 
     init: Init
@@ -220,6 +239,7 @@ class Averager(NamedTuple):
     needs: tuple[str, ...]
     restart: Restart
     reads_replicas: bool = True
+    halves: Halves | None = None
 
 
 class Replicas(NamedTuple):
@@ -232,6 +252,8 @@ class Replicas(NamedTuple):
       rng: one key per replica [K], for dropout and augmentation.
       residual: what a narrow wire has not sent yet, float32 [K, n]; `()` unless the wire carries it. See
         `wavg_jax.rounds.wire`.
+      pending: what the replicas have sent of the last fragment, which the next round blends; `()` unless parameters
+        are synchronised in fragments. See `wavg_jax.rounds.streaming`.
     """
 
     params: PyTree
@@ -239,6 +261,7 @@ class Replicas(NamedTuple):
     mutable: PyTree
     rng: jax.Array
     residual: PyTree = ()
+    pending: PyTree = ()
 
 
 class Smoothed(NamedTuple):
@@ -265,6 +288,7 @@ class TrainState(NamedTuple):
       averager: state of the averager (weighting and outer optimizer).
       round: rounds done, int32 scalar.
       smoothed: the average of the global parameters over rounds, if the run keeps one.
+      stream: what rounds with fragments know of one another; `()` without. See `wavg_jax.rounds.streaming`.
     """
 
     params: PyTree
@@ -273,3 +297,4 @@ class TrainState(NamedTuple):
     averager: PyTree
     round: jax.Array
     smoothed: Smoothed | None = None
+    stream: PyTree = ()

@@ -13,7 +13,7 @@ from wavg_jax import checks, tree
 from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, number
 from wavg_jax.averaging.pull import Pull, toward_new
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
-from wavg_jax.base import Averager, PyTree, SettingsError, Weighting
+from wavg_jax.base import Averager, Halves, PyTree, SettingsError, Weighting
 
 Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
 """`(stacked, params, alive) -> stacked`: changes the replicas' parameters before weighting and blend."""
@@ -233,11 +233,61 @@ def _update(
     def blended() -> PyTree:
         return reduce(sent if parts.transform else _masked(stacked, params, living), weights)
 
-    new_params, outer_state, masters = _step(parts.outer, _apart(living, blended, params), state, params)
-    new_state = AveragerState(weighting_state, outer_state, masters)
-    taken = living.any() & _sound(new_params, outer_state, state.outer)
-    new_params, new_state = tree.select(taken, (new_params, new_state), (params, state))
+    stepped = state._replace(weighting=weighting_state)
+    new_params, new_state, taken = _taken(parts.outer, living, blended, state, stepped, params)
     return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
+
+
+def _taken(
+    outer: optax.GradientTransformation | None,
+    living: jax.Array,
+    blended: Callable[[], PyTree],
+    before: AveragerState,
+    state: AveragerState,
+    params: PyTree,
+) -> tuple[PyTree, AveragerState, jax.Array]:
+    """Blends and steps from `state`; parameters and `before` if no replica is left, or the step is not finite."""
+    new_params, outer_state, masters = _step(outer, _apart(living, blended, params), state, params)
+    taken = living.any() & _sound(new_params, outer_state, state.outer)
+    stepped = state._replace(outer=outer_state, masters=masters)
+    return *tree.select(taken, (new_params, stepped), (params, before)), taken
+
+
+def _weigh_alone(
+    parts: _Parts,
+    stacked: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    alive: jax.Array,
+    place: Callable[[Callable], Callable] = _as_is,
+    **signals: Any,
+) -> tuple[PyTree, PyTree]:
+    """`Halves.weigh`."""
+    checks.signals(parts.weighting.needs, signals)
+    checks.stacked(stacked, params)
+    sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
+    blend = functools.partial(_checked(place(parts.reduce), params), sent)
+    return _weigh(parts.weighting, sent, state, params, alive=alive, blend=blend, **signals)
+
+
+def _step_alone(
+    parts: _Parts,
+    stacked: PyTree,
+    weights: PyTree,
+    state: AveragerState,
+    params: PyTree,
+    *,
+    alive: jax.Array,
+    place: Callable[[Callable], Callable] = _as_is,
+) -> tuple[PyTree, AveragerState, jax.Array]:
+    """`Halves.step`."""
+
+    def blended() -> PyTree:
+        sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
+        return _checked(place(parts.reduce), params)(sent, weights)
+
+    return _taken(parts.outer, alive, blended, state, state, params)
 
 
 _ARGUMENTS = {
@@ -313,4 +363,5 @@ def averager(
         weighting.needs,
         functools.partial(_restart, how),
         reads_replicas,
+        Halves(weighting, functools.partial(_weigh_alone, parts), functools.partial(_step_alone, parts)),
     )

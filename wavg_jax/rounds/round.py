@@ -25,35 +25,17 @@ from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoo
 from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
-from wavg_jax.rounds import keys, local, score, sync, wire
+from wavg_jax.rounds import keys, local, score, streaming, sync, wire
+from wavg_jax.rounds.common import Parts, RoundLog, carry_statistics, everywhere, place_state, survivors
 from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
+from wavg_jax.rounds.pieces import Pieces, make_pieces
 from wavg_jax.rounds.reestimation import reestimate
 from wavg_jax.rounds.score import SCORING, Forward, Scoring
-from wavg_jax.rounds.sync import AT_SYNC, REESTIMATED, AtSync, Trained
+from wavg_jax.rounds.sync import AT_SYNC, AtSync, Trained
 from wavg_jax.weighting.scores import effective_replicas, per_replica
 from wavg_jax.weighting.signals import FREE
-
-
-class RoundLog(NamedTuple):
-    """What a round reports.
-
-    Attributes:
-      train_loss: [K], mean over the local steps.
-      scores: {signal: [K]}, those that the weighting needed.
-      weights: [K], of each replica in the blend.
-      effective_replicas: `1 / sum(weights^2)`.
-      alive: bool [K], who took part.
-      steps: int32 [K], local steps taken.
-    """
-
-    train_loss: jax.Array
-    scores: dict[str, jax.Array]
-    weights: jax.Array
-    effective_replicas: jax.Array
-    alive: jax.Array
-    steps: jax.Array
 
 
 class Rounds(NamedTuple):
@@ -65,10 +47,12 @@ class Rounds(NamedTuple):
         `batches` is a `Batch` with leaves [K, H, B, ...], or whatever `fetch` makes batches of. `held_out`, a `Batch`
         [N, ...], is needed if the weighting scores on held-out data. `shared` goes to `fetch`. `pace` sets fewer local
         steps or other rates without recompiling. `sizes` [K] is the signal `samples`, by default equal.
+      pieces: of which `step` is made where `AtSync(fragments=)` is more than 1; see `wavg_jax.rounds.streaming`.
     """
 
     init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, RoundLog]]
+    pieces: Pieces | None = None
 
 
 TASK = has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", *Task._fields)
@@ -134,7 +118,8 @@ def make_rounds(
     _check_arguments(locals())
     where = single() if placement is None else placement
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
-    parts = _Parts(
+    parts = Parts(
+        forward=forward,
         task=task,
         averager=averager,
         inner=inner,
@@ -148,27 +133,14 @@ def make_rounds(
         exchange=make_exchange(averager, forward, where, at_sync.wire),
         rerun=reestimate(task, fetch),
     )
-    return Rounds(functools.partial(_init, parts), functools.partial(_step, parts))
+    init = functools.partial(_init, parts)
+    if at_sync.fragments == 1:
+        return Rounds(init, functools.partial(_step, parts))
+    pieces = make_pieces(parts)
+    return Rounds(init, functools.partial(_streamed, parts, pieces), pieces)
 
 
-class _Parts(NamedTuple):
-    """The arguments of `make_rounds`, and what is made of them."""
-
-    task: Task
-    averager: Averager
-    inner: optax.GradientTransformation
-    scoring: Scoring
-    at_sync: AtSync
-    faults: Faults | None
-    where: Placement
-    batches: type
-    steps: local.LocalSteps
-    measured: Callable
-    exchange: Callable
-    rerun: Callable
-
-
-def _init(parts: _Parts, rng: jax.Array, replicas: int) -> TrainState:
+def _init(parts: Parts, rng: jax.Array, replicas: int) -> TrainState:
     """`Rounds.init`."""
     where = parts.where
     check_spread(as_whole("replicas", replicas, 1), where)
@@ -184,7 +156,7 @@ def _init(parts: _Parts, rng: jax.Array, replicas: int) -> TrainState:
 
 
 def _step(
-    parts: _Parts,
+    parts: Parts,
     state: TrainState,
     batches: PyTree,
     held_out: Batch | None = None,
@@ -215,8 +187,14 @@ def _step(
     # Carry over.
     kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
     trained = Trained(batches, shared, taken, kept)
-    after = after._replace(residual=residual)
-    replicas, mutable, smoothed = _carry_over(parts, state, after, split, params, share, trained)
+    follows = after_exchange(share, params)
+    stats, mutable, smoothed = carry_statistics(parts, state, after.mutable, split, params, follows, trained)
+    restarted = parts.averager.restart(after.params, state.params, params, alive=kept, check_finite=False)
+    follows = after_exchange(follows, tree.floats((mutable, smoothed)))
+    opt_state = sync.carry_opt_state(
+        parts.at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, kept, follows
+    )
+    replicas = Replicas(restarted, opt_state, stats, split.following, residual)
     new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
     scores = {name: x for name, x in told.signals.items() if name in needs and name not in FREE} | distances
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
@@ -224,57 +202,24 @@ def _step(
     return place_state(where, new), everywhere(where, log)
 
 
-def _carry_over(
-    parts: _Parts,
+def _streamed(
+    parts: Parts,
+    pieces: Pieces,
     state: TrainState,
-    after: Replicas,
-    split: keys.AtSyncKeys,
-    params: PyTree,
-    weights: jax.Array,
-    trained: Trained,
-) -> tuple[Replicas, PyTree, Smoothed | None]:
-    """What the next round starts with beside the global parameters.
-
-    Args:
-      parts: of the rounds.
-      state: before the round.
-      after: the replicas after their local steps.
-      split: their keys.
-      params: the global parameters after the blend.
-      weights: [K], of the replicas in it.
-      trained: what they trained on, and who is alive.
-
-    Returns:
-      The replicas, the global mutable collections, and the average over rounds.
-    """
-    alive, at_sync, where = trained.alive, parts.at_sync, parts.where
-    weights = after_exchange(weights, params)
-    refresh = functools.partial(sync.refresh, parts.rerun, where.map, where.reduce, trained)
-    stats, mutable = sync.carry_stats(
-        at_sync.stats,
-        parts.task,
-        where.reduce,
-        after.mutable,
-        state.mutable,
-        alive,
-        weights,
-        lambda mutable, steps: refresh(params, mutable, split.statistics, steps),
-    )
-    few = min(REESTIMATED, local.longest(trained.batches))
-    smoothed = sync.smooth(
-        at_sync.smoothing,
-        state.smoothed,
-        weights.sum() > 0,
-        params,
-        mutable,
-        lambda params, mutable: refresh(params, mutable, split.smoothing, few),
-    )
-    restarted = parts.averager.restart(after.params, state.params, params, alive=alive, check_finite=False)
-    weights = after_exchange(weights, (mutable, smoothed))
-    opt_state = sync.carry_opt_state(
-        at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, alive, weights
-    )
-    return Replicas(restarted, opt_state, stats, split.following, after.residual), mutable, smoothed
+    batches: PyTree,
+    held_out: Batch | None = None,
+    *,
+    shared: PyTree = (),
+    pace: Pace = EVERY_STEP,
+    sizes: jax.Array | None = None,
+) -> tuple[TrainState, RoundLog]:
+    """`Rounds.step` with fragments."""
+    check_state(state, parts.faults, parts.at_sync)
+    check_data(state, batches, held_out, parts.averager.needs, parts.batches)
+    numbers = [jnp.int32(s) for s in range(parts.at_sync.fragments)]
+    given = (state, batches, held_out, shared, pace, sizes)
+    new, log, _ = streaming.play(pieces, streaming.at_once, numbers, *given)
+    return place_state(parts.where, new), everywhere(parts.where, log)
 
 
 def initial_state(
@@ -297,7 +242,7 @@ def initial_state(
     replicas, roots = as_whole("replicas", replicas, 1), keys.roots(rng)
     states = tree.replicate((inner.init(params), mutable), replicas)
     opt_state, own_mutable = jax.vmap(keys.own)(states, jax.random.split(roots.states, replicas))
-    return TrainState(
+    state = TrainState(
         params=params,
         mutable=mutable,
         replicas=Replicas(
@@ -311,6 +256,7 @@ def initial_state(
         round=jnp.zeros((), jnp.int32),
         smoothed=None if at_sync.smoothing is None else _unsmoothed(params, mutable, at_sync.smoothing),
     )
+    return state if at_sync.fragments == 1 else streaming.begin(state, averager, at_sync)
 
 
 def _unsmoothed(params: PyTree, mutable: PyTree, smoothing: optax.GradientTransformation) -> Smoothed:
@@ -350,37 +296,11 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
 def check_state(state: TrainState, faults: Faults | None, at_sync: AtSync) -> None:
     """Raises SettingsError if the state was not made for these faults and this smoothing."""
     check_replicas(faults, tree.count_replicas(state.replicas.params))
-    if (state.smoothed is None) != (at_sync.smoothing is None):
-        raise SettingsError(
-            "the state was made by rounds that differ in AtSync(smoothing=); make it with these rounds' init"
-        )
-
-
-def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:
-    """The replicas that came through the local steps with finite numbers: bool [K].
-
-    Numbers that were not finite before, such as a mask of -inf among the collections, do not count.
-    """
-
-    def finite(replicas: Replicas) -> jax.Array:
-        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng))
-
-    return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
-
-
-def place_state(placement: Placement, state: TrainState) -> TrainState:
-    """Keeps the replicas spread over the devices and all else on every one; nothing to do on one device."""
-    placed = [
-        _constrained(placement, placement.stacked if part is state.replicas else placement.shared, part)
-        for part in state
-    ]
-    return TrainState(*placed)
-
-
-def everywhere(placement: Placement, part: PyTree) -> PyTree:
-    """Copies a tree to every device, where each process can read it."""
-    return _constrained(placement, placement.shared, part)
-
-
-def _constrained(placement: Placement, sharding: Any, part: PyTree) -> PyTree:
-    return part if len(placement.devices) == 1 else jax.lax.with_sharding_constraint(part, sharding)
+    for field, differs in (
+        ("smoothing", (state.smoothed is None) != (at_sync.smoothing is None)),
+        ("fragments", (state.stream == ()) != (at_sync.fragments == 1)),
+    ):
+        if differs:
+            raise SettingsError(
+                f"the state was made by rounds that differ in AtSync({field}=); make it with these rounds' init"
+            )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, takes
+from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, takes, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Smoothed, Task
 from wavg_jax.rounds import keys, policy, wire
@@ -28,17 +28,26 @@ class AtSync(NamedTuple):
       smoothing: average of the global parameters over rounds, such as `optax.ema(0.9)` or `wavg_jax.smoothing.swa()`.
         Runs evaluate and return it, with statistics re-estimated for it.
       wire: in which format replicas send their parameters, "float32", "bfloat16" or "int8"; see `wavg_jax.rounds.wire`.
+      fragments: in how many fragments, one after another, each while the next local steps compute; see
+        `wavg_jax.rounds.streaming`. 1 sends all parameters at the end of the round. It must divide the local steps.
     """
 
     opt_state: policy.Policy = policy.keep
     stats: policy.Policy = policy.average
     smoothing: optax.GradientTransformation | None = None
     wire: str = "float32"
+    fragments: int = 1
 
 
 _POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
 _WIRE = Rule(lambda name: name in wire.FORMATS, f"one of {', '.join(wire.FORMATS)}")
-AT_SYNC = {"opt_state": _POLICY, "stats": _POLICY, "smoothing": either(NONE, OPTIMIZER), "wire": _WIRE}
+AT_SYNC = {
+    "opt_state": _POLICY,
+    "stats": _POLICY,
+    "smoothing": either(NONE, OPTIMIZER),
+    "wire": _WIRE,
+    "fragments": whole(1),
+}
 """What the fields of `AtSync` must be."""
 
 

@@ -124,7 +124,7 @@ def train(
         return state, None
     books = _Books(run, journal, show, done)
     given = sum(row["local_steps"] for row in journal.rows()[1:])
-    waits = plan.schedule.varies or bool(callbacks)
+    waits = plan.schedule.varies or bool(callbacks) or run.overlaps
     pending: _Launched | None = None
     # Processes agree on the round to stop after, by what its program carried.
     stops = stopped if processes.count() == 1 else lambda: books.heard
@@ -134,10 +134,11 @@ def train(
             steps = plan.schedule.steps(books.past(number, given))
             journal.wait()  # else this round's clock would include a checkpoint still being written
             begun = time.perf_counter()
-            state, log, heard = run.step.call(state, feeder.take(given, steps), run.shared, run.ask(stopped()))
+            work = feeder.take(given, steps)
             given += steps
             if number < plan.rounds and not plan.schedule.varies:
                 feeder.prepare(given, steps)
+            state, log, heard = run.step.call(state, work, run.shared, run.ask(stopped()))
             if pending is not None:
                 books.close(pending, None)
             pending = _Launched(number, steps, log, heard, begun)

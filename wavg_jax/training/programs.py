@@ -109,7 +109,7 @@ def _started(program: jax.stages.Wrapped, arguments: tuple, start: Callable) -> 
 _COMPILING = concurrent.futures.ThreadPoolExecutor(machine.cores(), thread_name_prefix="compile")
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _compile(
     program: Any, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
 ) -> concurrent.futures.Future[Compiled]:

@@ -17,6 +17,7 @@ from wavg_jax.rounds import sync
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
+from wavg_jax.training.overlap import compiled_pieces, overlaps
 from wavg_jax.training.programs import compiled_together, programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.training.schedule import Schedule
@@ -64,10 +65,14 @@ class Run:
         program = programs_of(recipe, self.replicas)
         rng = put(jax.random.key(plan.seed), recipe.placement.shared)
         self.initial: TrainState = program.init(rng)
-        self.step, self._evaluate = compiled_together(
-            (program.run, self.initial, self.work(0, 1), self.shared, self.ask(False)),
-            (program.evaluate, *evaluated(self.initial), self._test),
-        )
+        first = (self.initial, self.work(0, 1), self.shared, self.ask(False))
+        evaluate = (program.evaluate, *evaluated(self.initial), self._test)
+        self.overlaps = overlaps(recipe)
+        """Whether a round returns only once it is done."""
+        if self.overlaps:
+            self.step, (self._evaluate,) = compiled_pieces(recipe, *first), compiled_together(evaluate)
+        else:
+            self.step, self._evaluate = compiled_together((program.run, *first), evaluate)
 
     def work(self, first_step: int, steps: int) -> Work:
         """The batches of a `steps`-step round starting at global local step `first_step`, on the devices."""

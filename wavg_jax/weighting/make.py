@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from wavg_jax import checks
+from wavg_jax import checks, tree
 from wavg_jax.arguments import as_whole
 from wavg_jax.base import Init, PyTree, SettingsError, Weighting, WeightingUpdate
+from wavg_jax.weighting.signals import zeros
 
 
 def stateless(params: PyTree, replicas: int) -> tuple:
@@ -51,3 +53,22 @@ def make_weighting(
         return update(stacked, state, params, alive=checks.mask(alive), blend=blend, **signals)
 
     return Weighting(checked_init, checked_update, needs, reads_replicas)
+
+
+def weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
+    """Returns the shapes of the weights that `weighting` gives for K replicas, without computing them."""
+
+    def run(state: PyTree, params: PyTree) -> PyTree:
+        signals = {name: zeros(name, params, replicas) for name in weighting.needs}
+        if "evaluate" in signals:
+            signals["evaluate"] = lambda params, weights: {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
+        return weighting.update(
+            tree.replicate(params, replicas),
+            state,
+            params,
+            alive=jnp.ones(replicas, bool),
+            blend=lambda weights: tree.as_accumulators(params),
+            **signals,
+        )[0]
+
+    return jax.eval_shape(run, state, params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from wavg_jax import tree
 from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
-from wavg_jax.weighting.make import make_weighting
+from wavg_jax.weighting.make import make_weighting, weights_like
 from wavg_jax.weighting.scores import inverse, normalise, usable
 from wavg_jax.weighting.signals import direction, values_of, zeros
 
@@ -62,25 +62,6 @@ class MomentumState(NamedTuple):
     seen: jax.Array
 
 
-def _weights_like(weighting: Weighting, state: PyTree, params: PyTree, replicas: int) -> PyTree:
-    """Returns the shapes of the weights that `weighting` gives for K replicas, without computing them."""
-
-    def run(state: PyTree, params: PyTree) -> PyTree:
-        signals = {name: zeros(name, params, replicas) for name in weighting.needs}
-        if "evaluate" in signals:
-            signals["evaluate"] = lambda params, weights: {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
-        return weighting.update(
-            tree.replicate(params, replicas),
-            state,
-            params,
-            alive=jnp.ones(replicas, bool),
-            blend=lambda weights: tree.as_accumulators(params),
-            **signals,
-        )[0]
-
-    return jax.eval_shape(run, state, params)
-
-
 def momentum(weighting: Weighting, decay: float) -> Weighting:
     """Smooths the weights over rounds: `m_k <- decay m_k + (1 - decay) w_k`, then normalises over the living.
 
@@ -98,7 +79,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
 
     def init(params: PyTree, replicas: int) -> MomentumState:
         state = weighting.init(params, replicas)
-        like = _weights_like(weighting, state, params, replicas)
+        like = weights_like(weighting, state, params, replicas)
         weights = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), like)
         return MomentumState(state, weights, jnp.zeros(replicas, bool))
 

@@ -1,0 +1,132 @@
+"""What rounds of every form are made of."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from wavg_jax import tree
+from wavg_jax.base import Averager, PyTree, Replicas, Smoothed, Task, TrainState
+from wavg_jax.devices.placement import Placement
+from wavg_jax.rounds import keys, local, sync
+from wavg_jax.rounds.faults import Faults
+from wavg_jax.rounds.score import Forward, Scoring
+from wavg_jax.rounds.sync import REESTIMATED, AtSync, Trained
+
+
+class RoundLog(NamedTuple):
+    """What a round reports.
+
+    Attributes:
+      train_loss: [K], mean over the local steps.
+      scores: {signal: [K]}, those that the weighting needed.
+      weights: [K], of each replica in the blend.
+      effective_replicas: `1 / sum(weights^2)`.
+      alive: bool [K], who took part.
+      steps: int32 [K], local steps taken.
+    """
+
+    train_loss: jax.Array
+    scores: dict[str, jax.Array]
+    weights: jax.Array
+    effective_replicas: jax.Array
+    alive: jax.Array
+    steps: jax.Array
+
+
+class Parts(NamedTuple):
+    """The arguments of `make_rounds`, and what is made of them."""
+
+    forward: Forward
+    task: Task
+    averager: Averager
+    inner: optax.GradientTransformation
+    scoring: Scoring
+    at_sync: AtSync
+    faults: Faults | None
+    where: Placement
+    batches: type
+    steps: local.LocalSteps
+    measured: Callable
+    exchange: Callable
+    rerun: Callable
+
+
+def carry_statistics(
+    parts: Parts,
+    state: TrainState,
+    stacked: PyTree,
+    split: keys.AtSyncKeys,
+    params: PyTree,
+    weights: jax.Array,
+    trained: Trained,
+) -> tuple[PyTree, PyTree, Smoothed | None]:
+    """What belongs to the new global parameters.
+
+    Args:
+      parts: of the rounds.
+      state: before the round.
+      stacked: the replicas' mutable collections after their local steps.
+      split: their keys.
+      params: the global parameters after the blend.
+      weights: [K], of the replicas in it.
+      trained: what they trained on, and who is alive.
+
+    Returns:
+      The replicas' mutable collections, the global ones, and the average over rounds.
+    """
+    at_sync, where = parts.at_sync, parts.where
+    refresh = functools.partial(sync.refresh, parts.rerun, where.map, where.reduce, trained)
+    stats, mutable = sync.carry_stats(
+        at_sync.stats,
+        parts.task,
+        where.reduce,
+        stacked,
+        state.mutable,
+        trained.alive,
+        weights,
+        lambda mutable, steps: refresh(params, mutable, split.statistics, steps),
+    )
+    few = min(REESTIMATED, local.longest(trained.batches))
+    smoothed = sync.smooth(
+        at_sync.smoothing,
+        state.smoothed,
+        weights.sum() > 0,
+        params,
+        mutable,
+        lambda params, mutable: refresh(params, mutable, split.smoothing, few),
+    )
+    return stats, mutable, smoothed
+
+
+def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:
+    """The replicas that came through the local steps with finite numbers: bool [K].
+
+    Numbers that were not finite before, such as a mask of -inf among the collections, do not count.
+    """
+
+    def finite(replicas: Replicas) -> jax.Array:
+        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng))
+
+    return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
+
+
+def place_state(placement: Placement, state: TrainState) -> TrainState:
+    """Keeps the replicas spread over the devices and all else on every one; nothing to do on one device."""
+    placed = [
+        constrained(placement, placement.stacked if part is state.replicas else placement.shared, part)
+        for part in state
+    ]
+    return TrainState(*placed)
+
+
+def everywhere(placement: Placement, part: PyTree) -> PyTree:
+    """Copies a tree to every device, where each process can read it."""
+    return constrained(placement, placement.shared, part)
+
+
+def constrained(placement: Placement, sharding: Any, part: PyTree) -> PyTree:
+    """Lays a tree out over the devices."""
+    return part if len(placement.devices) == 1 else jax.lax.with_sharding_constraint(part, sharding)
