@@ -77,9 +77,8 @@ def test_only_exchanges_have_collectives_and_each_sends_its_fragment_once(averag
     for local in (pieces.train, pieces.score, *pieces.swap):
         assert re.search("all-|collective-|reduce-scatter", local) is None
     assert [collectives(text) for text in pieces.exchange] == [expected(3), expected(12)]  # of b and of w
-    scores = ("all-gather", 8 * 5)  # alive, loss, train_loss, samples, steps
-    assert scores in collectives(pieces.close)
-    assert sum(numbers for _, numbers in collectives(pieces.close)) < 64
+    # alive, three free signals, and the loss or the replica's statistics
+    assert [numbers for kind, numbers in collectives(pieces.close) if kind == "all-gather"] == [8 * 5]
 
 
 def test_exchanges_run_in_one_thread_and_local_steps_in_another(monkeypatch):
