@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import re
 import shutil
 import signal
 import statistics
@@ -27,7 +28,7 @@ ENDLESS = 100_000
 """Rounds of a run that time ends."""
 _PORT = 7700
 _LOOK = 0.5
-"""Seconds between two looks at a run's rows, which cost the run a little time."""
+"""Seconds between two looks at a run's rows and its traffic, which take some milliseconds of a core from it."""
 _POINTS = 300
 """Of a recorded curve."""
 
@@ -111,10 +112,18 @@ def _place(cell: Cell) -> Iterator[_Place]:
             yield _Place(nodes)
 
 
+class Count(NamedTuple):
+    """What a look found: the last round and the samples up to it, and the bytes that all nodes had sent."""
+
+    round: int
+    samples: int
+    sent: int
+
+
 class _Watch:
     """Ends a run by its rows: SIGTERM once it has come far enough, SIGKILL if it no longer moves.
 
-    It also tells the traffic of the start, such as the test of the collectives, from that of the rounds.
+    It also counts the bytes of the rounds, without those of the start, such as the test of the collectives.
     """
 
     def __init__(self, path: pathlib.Path, limits: Limits, place: _Place):
@@ -122,28 +131,32 @@ class _Watch:
         self.read, self.looked = 0, 0.0
         self.moved = time.monotonic()
         self.asked: int | None = None
-        self.before = place.traffic()
-        """When the last look found no round."""
-        self.begun = False
+        self.counts: list[Count] = []
+        """At the first look that found a round, and at the last."""
 
     def __call__(self) -> int | None:
         now = time.monotonic()
         if now < self.looked + _LOOK:
             return self.asked
-        self.looked = now
-        traffic = [] if self.begun else self.place.traffic()
-        for row in self._new():
-            self.moved = now
-            self.begun = self.begun or row["kind"] == "round"
-            if row["kind"] != "round" or self.asked:
-                continue
-            if (row["test_accuracy"] or 0) >= max(self.limits.targets) or row["elapsed"] >= self.limits.seconds:
-                self.asked = signal.SIGTERM
-        if not self.begun:
-            self.before = traffic
+        self.look()
         if now > self.moved + self.limits.patience:
             self.asked = signal.SIGKILL
         return self.asked
+
+    def look(self) -> None:
+        """Reads the new rows, counts the bytes, and decides whether the run has come far enough."""
+        now = self.looked = time.monotonic()
+        new = self._new()
+        if new:
+            self.moved = now
+        if rounds := _rounds(new):
+            count = Count(rounds[-1]["round"], rounds[-1]["samples"], sum(one.sent for one in self.place.traffic()))
+            self.counts = [*self.counts[:1], count]
+        for row in rounds:
+            if self.asked:
+                break
+            if (row["test_accuracy"] or 0) >= max(self.limits.targets) or row["elapsed"] >= self.limits.seconds:
+                self.asked = signal.SIGTERM
 
     def _new(self) -> list[Row]:
         if not self.path.exists():
@@ -180,9 +193,10 @@ def measure(cell: Cell, limits: Limits, folder: pathlib.Path) -> Row:
             several = [*told, f"--process_id={number}"] if cell.processes > 1 else []
             run = (sys.executable, "-m", "experiments.train", *cell.flags(), f"--workdir={folder}", *several)
             commands.append(Command(place.command(number, *run), variables))
-        watch = _Watch(folder / FILE, limits, place)
+        before, watch = place.traffic(), _Watch(folder / FILE, limits, place)
         ended = processes.launch(commands, log_dir=folder, show=False, watch=watch)
-        traffic = [now - then for now, then in zip(place.traffic(), watch.before, strict=True)]
+        watch.look()
+        traffic = [now - then for now, then in zip(place.traffic(), before, strict=True)]
     if ended.signal is not None:
         raise Stopped(f"stopped in {cell.words}; the same command with the same --workdir goes on there")
     if ended.code and (watch.asked, ended.code) != (signal.SIGTERM, 128 + signal.SIGTERM):
@@ -190,7 +204,7 @@ def measure(cell: Cell, limits: Limits, folder: pathlib.Path) -> Row:
         why = f"no new row in {limits.patience:g} s" if stuck else f"exit code {ended.code}: {_last_words(folder)}"
         raise WavgError(f"{why} (logs in {folder})")
     try:
-        entries = summary(read_rows(folder), limits.targets) | sent(traffic, read_rows(folder))
+        entries = summary(read_rows(folder), limits.targets) | sent(traffic, watch.counts)
     except DataError as error:
         raise WavgError(f"{error} (logs in {folder})") from error
     shutil.rmtree(folder)
@@ -200,10 +214,13 @@ def measure(cell: Cell, limits: Limits, folder: pathlib.Path) -> Row:
 
 
 def _last_words(folder: pathlib.Path) -> str:
-    """The last line that a process wrote, the first process's that wrote any, and rather an error."""
-    lines = [line for log in sorted(folder.glob("process-*.log")) for line in log.read_text().splitlines()[-1:]]
-    errors = [line for line in lines if "rror" in line]
-    return [*errors, *lines, "nothing said"][0]
+    """The last error that a process wrote, or else its last line; the first process's that wrote one."""
+    logs = [log.read_text(errors="replace").splitlines() for log in sorted(folder.glob("process-*.log"))]
+    errors = [found[-1] for lines in logs if (found := [line for line in lines if _ERROR.match(line)])]
+    return [*errors, *(lines[-1] for lines in logs if lines), "it said nothing"][0]
+
+
+_ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Diverged): ")
 
 
 def summary(rows: Sequence[Row], targets: Sequence[float]) -> Row:
@@ -253,24 +270,24 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [points[at - 1] for at in sorted({round(math.exp(growth * i)) for i in range(_POINTS)})]
 
 
-def sent(traffic: Sequence[Traffic], rows: Sequence[Row]) -> Row:
+def sent(traffic: Sequence[Traffic], counts: Sequence[Count]) -> Row:
     """What crossed the interfaces.
 
     Args:
-      traffic: of every node in the rounds; none if nothing was counted.
-      rows: of the run.
+      traffic: of every node, from the processes' start to their end; none if nothing was counted.
+      counts: two looks at the run, some rounds apart.
 
     Returns:
-      sent, received (bytes of every node), bytes_per_round (sent by a node, mean), bytes_per_sample (sent by all for
-      each sample that any trained on); all None if nothing was counted.
+      sent, received (bytes of every node in all), bytes_per_round (sent by a node, mean over nodes and rounds, without
+      the start), bytes_per_sample (sent by all for each sample that any trained on). None where nothing was counted, or
+      the looks are no round apart.
     """
-    if not traffic:
-        return dict.fromkeys(("sent", "received", "bytes_per_round", "bytes_per_sample"))
-    rounds = _rounds(rows)
-    total = sum(one.sent for one in traffic)
-    return {
-        "sent": [one.sent for one in traffic],
-        "received": [one.received for one in traffic],
-        "bytes_per_round": total / len(traffic) / len(rounds),
-        "bytes_per_sample": total / rounds[-1]["samples"],
-    }
+    found: Row = dict.fromkeys(("sent", "received", "bytes_per_round", "bytes_per_sample"))
+    if traffic:
+        found |= {"sent": [one.sent for one in traffic], "received": [one.received for one in traffic]}
+    if traffic and counts and counts[-1].round > counts[0].round:
+        first, last = counts[0], counts[-1]
+        total = last.sent - first.sent
+        found["bytes_per_round"] = total / len(traffic) / (last.round - first.round)
+        found["bytes_per_sample"] = total / (last.samples - first.samples)
+    return found

@@ -89,9 +89,11 @@ def point(one: Group, every: Sequence[Group]) -> Row | None:
 
 
 def _collective(one: Group) -> str:
-    """How the runs exchanged, by the bytes that were counted."""
+    """How the runs exchanged: on a narrow wire all replicas are gathered, else the bytes that were counted tell."""
     size, counted = one.median("parameters"), one.median("bytes_per_round")
-    if one.arm in ("sync", "accumulate") or size is None or counted is None:
+    if one.wire != "float32":
+        return "gather"
+    if one.arm == "sync" or size is None or counted is None:
         return "ring"
     would = {name: COLLECTIVES[name](size, one.nodes, one.wire).sent for name in ("ring", "gather")}
     return min(would, key=lambda name: abs(would[name] - counted))

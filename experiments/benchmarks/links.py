@@ -1,6 +1,6 @@
 """The link bench: time to accuracy of the arms, measured on slow links between nodes of this machine.
 
-  python -m experiments.benchmarks.links --flagfile=experiments/presets/fashion.flags --data_dir=DIR --workdir=runs/a
+  python -m experiments.benchmarks.links --flagfile=experiments/presets/fashion_links.flags --data_dir=DIR
   python -m experiments.benchmarks.links --link_rates=100mbit --nodes=2 --link_steps=50 --seeds=0 --link_seconds=20
 
 Every cell is a run of experiments.train in one process per node. Nodes are network namespaces whose links are shaped,

@@ -17,7 +17,7 @@ import wavg_jax as wavg
 from experiments.setup import shared_flags
 from experiments.setup.choices import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
 from experiments.setup.conditions import Condition, read_condition, settings_of
-from experiments.setup.shared_flags import ARMS, RUN, numbers
+from experiments.setup.shared_flags import COMPARED, RUN, numbers
 from experiments.setup.simulation import exchange
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data, models, tree
@@ -97,7 +97,7 @@ def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
         )
 
 
-def make_arms(names: tuple[str, ...] = ARMS, condition: Condition | None = None) -> list[Arm]:
+def make_arms(names: tuple[str, ...] = COMPARED, condition: Condition | None = None) -> list[Arm]:
     """Builds the arms at an equal budget of K*H*B training samples per round, by default at the rates of the flags."""
     rates = (condition or read_condition()).rates
     replicas, steps, batch = F.replicas, F.local_steps, F.batch_size

@@ -18,18 +18,18 @@ WAITS = "import time; time.sleep(60)"
 TIDY = """
 import signal, sys, time
 def end(number, frame):
-    print(f"told {number}", flush=True)
+    print(f"told {number}\\n", end="", flush=True)
     sys.exit(7)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, end)
-print("ready", flush=True)
+print("ready\\n", end="", flush=True)
 time.sleep(60)
 """
 STUBBORN = """
 import signal, time
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: print(f"told {number}", flush=True))
-print("ready", flush=True)
+    signal.signal(number, lambda number, frame: print(f"told {number}\\n", end="", flush=True))
+print("ready\\n", end="", flush=True)
 while True:
     time.sleep(60)
 """
@@ -167,7 +167,7 @@ def test_process_0_sees_the_terminal(logged, tmp_path):
 def test_a_watch_ends_the_processes_with_a_signal_of_its_choice(tmp_path):
     def watch():
         logs = [tmp_path / f"process-{number}.log" for number in range(2)]
-        return number if all(log.exists() and "ready" in log.read_text() for log in logs) else None
+        return number if all(log.exists() and "ready\n" in log.read_text() for log in logs) else None
 
     number = signal.SIGTERM
     assert launch([code(TIDY)] * 2, log_dir=tmp_path, show=False, watch=watch) == (7, None)

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from binary import invoke
 
 from experiments.benchmarks import link_cells, link_report, links, namespaces
-from experiments.benchmarks.link_cells import ALONE, LOOPBACK, Cell, Limits
+from experiments.benchmarks.link_cells import ALONE, LOOPBACK, Cell, Count, Limits
 from experiments.benchmarks.namespaces import Traffic
 from experiments.setup import app, simulation
 from wavg_jax.base import DataError, Stopped, WavgError
@@ -104,10 +104,13 @@ def test_a_long_curve_keeps_its_start_and_its_end():
 
 
 def test_bytes_are_those_of_a_round_of_a_node_and_of_a_sample():
-    found = link_cells.sent([Traffic(1000, 7), Traffic(3000, 8)], rows([0.1] * 4))
-    assert (found["sent"], found["received"]) == ([1000, 3000], [7, 8])
-    assert (found["bytes_per_round"], found["bytes_per_sample"]) == (500.0, 10.0)
-    assert set(link_cells.sent([], rows([0.1])).values()) == {None}
+    traffic, looks = [Traffic(1000, 7), Traffic(3000, 8)], [Count(2, 200, 900), Count(6, 600, 3300)]
+    assert link_cells.sent(traffic, looks) == {
+        **{"sent": [1000, 3000], "received": [7, 8], "bytes_per_round": 2400 / 4 / 2, "bytes_per_sample": 2400 / 400}
+    }
+    for few in ([], looks[:1], [looks[0], looks[0]]):
+        assert link_cells.sent(traffic, few)["bytes_per_round"] is None
+    assert set(link_cells.sent([], looks).values()) == {None}
 
 
 @pytest.fixture
@@ -134,15 +137,13 @@ def test_a_run_that_no_longer_moves_is_given_up(watch):
     assert watch() == signal.SIGKILL
 
 
-def test_the_traffic_of_the_start_is_told_from_that_of_the_rounds(watch, monkeypatch):
-    counted = iter([[Traffic(10, 0)], [Traffic(20, 0)]])
+def test_a_watch_counts_at_the_first_and_at_the_last_look_that_found_a_round(watch, monkeypatch):
+    counted = iter([[Traffic(10, 0), Traffic(1, 0)], [Traffic(20, 0), Traffic(2, 0)], [Traffic(40, 0), Traffic(3, 0)]])
     monkeypatch.setattr(link_cells._Place, "traffic", lambda self: next(counted))
-    watch()
-    watch.path.write_bytes(as_lines(rows([0.1])))
-    watch()  # a round is done: what was counted before this look was sent before it
-    assert watch.before == [Traffic(10, 0)]
-    watch()
-    assert watch.before == [Traffic(10, 0)]
+    for rounds in (0, 0, 2, 3, 3, 5):
+        watch.path.write_bytes(as_lines(rows([0.1] * rounds)))
+        watch()
+    assert watch.counts == [Count(2, 200, 11), Count(5, 500, 43)]
 
 
 def recorded(link, arm, times, *, wire="float32", seconds=1.0, size=4000.0, nodes=2, steps=10):
@@ -193,15 +194,19 @@ def test_points_hold_what_a_plan_predicts_them_from(tmp_path, capsys):
         *recorded("unshaped", "sync", [2.0], seconds=0.5),
         *recorded("1mbit", "weighted", [9.0], wire="int8", seconds=0.3, size=3000.0, nodes=4),
         *recorded("unshaped", "weighted", [2.0], wire="int8", seconds=0.1, nodes=4),
+        *recorded("1mbit", "weighted", [9.0], seconds=0.3, size=6100.0, nodes=4),
+        *recorded("unshaped", "weighted", [2.0], seconds=0.1, nodes=4),
+        *recorded("1mbit", "accumulate", [9.0], seconds=0.3, size=12500.0, nodes=4),
+        *recorded("unshaped", "accumulate", [2.0], seconds=0.1, nodes=4),
         *recorded("1mbit", "plain", [9.0]),  # not measured unshaped
     ]
     shown = "\n".join(_shown(every, tmp_path, capsys))
-    sync, weighted = map(json.loads, (tmp_path / "points.jsonl").read_text().splitlines())
+    sync, narrow, ring, gathered = map(json.loads, (tmp_path / "points.jsonl").read_text().splitlines())
     assert sync == {
         **{"nodes": 2, "arm": "sync", "local_steps": 10, "wire": "float32", "rate": 1e6, "parameters": 1000},
         **{"seconds_per_round": 1.5, "local_seconds": 0.5, "collective": "ring"},
     }
-    assert weighted["collective"] == "gather"  # a ring of four sends half as much
+    assert [one["collective"] for one in (narrow, ring, gathered)] == ["gather", "ring", "gather"]
     # 10 steps of 1,000 numbers of 4 bytes at 1 Mbit/s, and 0.5 s of other work.
     assert simulation.predicted(sync, Link()) == pytest.approx(0.5 + 10 * 4000 * 8 / 1e6)
     assert "0.82 (0.55x)" in shown
@@ -247,7 +252,7 @@ def measured(monkeypatch):
         called.append(cell)
         if cell.arm == "plain" and called.count(cell) == 1:
             raise WavgError("exit code 1: no luck")
-        return cell._asdict() | link_cells.summary(rows([0.9]), limits.targets) | link_cells.sent([], rows([0.9]))
+        return cell._asdict() | link_cells.summary(rows([0.9]), limits.targets) | link_cells.sent([], [])
 
     monkeypatch.setattr(links, "measure", measure)
     return called
@@ -291,6 +296,14 @@ def test_a_run_that_fails_or_is_stopped_says_so_and_keeps_its_logs(tmp_path, mon
         link_cells.measure(cell, LIMITS, folder)
 
 
+def test_of_a_failed_run_the_error_is_shown(tmp_path):
+    assert link_cells._last_words(tmp_path) == "it said nothing"
+    (tmp_path / "process-0.log").write_text("a\nprocess 1 is gone\n")
+    assert link_cells._last_words(tmp_path) == "process 1 is gone"
+    (tmp_path / "process-1.log").write_text("Traceback\n  raise\nIndexError: 7\nmore follows\n")
+    assert link_cells._last_words(tmp_path) == "IndexError: 7"
+
+
 @pytest.mark.slow
 def test_a_run_alone_and_one_over_the_loopback_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(namespaces, "unavailable", lambda: "no root today")
@@ -307,7 +320,7 @@ def test_a_run_alone_and_one_over_the_loopback_are_measured(tmp_path, monkeypatc
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_nodes_send_what_their_arm_sends(tmp_path):
     given = ("--link_rates=1gbit,unshaped", "--link_arms=sync,plain", "--wires=float32,int8", "--hidden=512")
-    assert invoke(links.main, f"--workdir={tmp_path}", *SMALL, *given) == 0
+    assert invoke(links.main, f"--workdir={tmp_path}", *SMALL, *given, "--link_seconds=3") == 0
     _, *found = read_rows(tmp_path)
     assert len(found) == 6
     for row in found:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax.base import PyTree
-from wavg_jax.tree import is_float, is_key
+from wavg_jax.tree import floats, is_float, is_key
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -72,11 +72,11 @@ def sum_trees(axis: str, tree: PyTree) -> PyTree:
 
 
 def after(x: PyTree, first: PyTree) -> PyTree:
-    """`x`, available only once all of `first` is: for exchanges that must follow one another.
+    """`x`, available only once the floating-point leaves of `first` are: for exchanges that must follow one another.
 
     XLA drops barriers before it schedules, so this is arithmetic that it cannot foresee.
     """
-    numbers = [leaf.reshape(-1)[:1].astype(jnp.float32) for leaf in jax.tree.leaves(first) if leaf.size]
+    numbers = [leaf.reshape(-1)[:1].astype(jnp.float32) for leaf in floats(first) if leaf.size]
     if not numbers:
         return x
     never = (jnp.concatenate(numbers) * 0 == 1).any()

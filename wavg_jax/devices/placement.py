@@ -201,7 +201,7 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
 
     def reduce(reduction: Callable) -> Callable:
         def own(stacked: PyTree, weights: PyTree) -> PyTree:
-            each = len(jax.tree.leaves(stacked)[0])
+            each = len(jax.tree.leaves(weights)[0]) // len(devices)
             start = jax.lax.axis_index(_AXIS) * each
             mine = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, each), weights)
             return reduction(stacked, mine, sum_over=_AXIS)

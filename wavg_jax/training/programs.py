@@ -10,6 +10,7 @@ import jax
 
 from wavg_jax.base import Batch, PyTree, Task, TrainState
 from wavg_jax.devices import machine
+from wavg_jax.devices.collectives import after
 from wavg_jax.devices.placement import compiler_options
 from wavg_jax.rounds import keys, score
 from wavg_jax.rounds.round import RoundLog, everywhere, initial_state, place_state
@@ -57,10 +58,7 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
         state, log = rounds.step(state, work.items, held_out, shared=train, pace=work.pace, sizes=sizes)
         if stop is None:
             return state, log, None
-        # XLA's CPU runs what does not depend on one another at once, and gloo then takes the wishes of one process for
-        # the gradients of another. So they depend on the round: this is false, but known only at its end.
-        never = jax.tree.leaves(state.params)[0].reshape(-1)[0] * 0 == 1
-        return state, log, everywhere(placement, (stop | never).any())
+        return state, log, everywhere(placement, after(stop, (state, log)).any())
 
     def evaluate(params: PyTree, mutable: PyTree, test: Batch) -> dict[str, jax.Array]:
         return placement.together(functools.partial(score.metrics, forward))(params, mutable, test)
