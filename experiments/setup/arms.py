@@ -199,7 +199,8 @@ def _groups(arm: Arm) -> dict[str, Any]:
         at_sync = wavg.AtSync(policy.keep, policy.keep, smoothing)
     else:
         keeps = policy.keep if arm.name == "accumulate" else POLICIES[F.opt_state_at_sync]
-        at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire)
+        fragments = 1 if arm.name == "accumulate" else F.fragments
+        at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments)
     return {
         "scoring": wavg.Scoring(samples=F.score_samples),
         "at_sync": at_sync,

@@ -133,6 +133,12 @@ flags.DEFINE_enum(
     list(WIRES),
     "What replicas send in: float32 parameters, or changes in bfloat16 or int8; see wavg_jax/rounds/wire.py.",
 )
+flags.DEFINE_integer(
+    "fragments",
+    1,
+    "Parts of the parameters that plain and weighted send in turn, each while the next local steps run; divides H.",
+    lower_bound=1,
+)
 flags.DEFINE_enum("reduce", "mean", list(REDUCES), "Reduction that plain and weighted blend with.")
 flags.DEFINE_enum("smoothing", "none", list(SMOOTHINGS), "Evaluate an average of the global parameters over rounds.")
 flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round, between 0 and 1.")
