@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-from wavg_jax.devices.wire import free_port
+from wavg_jax.devices.sockets import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 

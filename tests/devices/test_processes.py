@@ -8,7 +8,7 @@ import pytest
 import wavg_jax as wavg
 from tests.spawn import joined, spawn
 from wavg_jax.devices import processes
-from wavg_jax.devices.wire import free_port
+from wavg_jax.devices.sockets import free_port
 
 
 def ended(done, *codes):

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavg_jax.arguments import Rule, as_whole, check, number
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError
-from wavg_jax.devices import watch, wire
+from wavg_jax.devices import sockets, watch
 
 EXIT_CODE = watch.EXIT_CODE
 """Exit code of a process that ends because another one died, froze or failed."""
@@ -80,17 +80,17 @@ def initialize(
     assert which is not None
     if xla_bridge.backends_are_initialized():
         raise SettingsError("JAX has made its devices already; start the processes (initialize) before anything else")
-    # JAX speaks to its service on loopback only, where no proxy can help; see `wire`.
+    # JAX speaks to its service on loopback only, where no proxy can help; see `sockets`.
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     if which == 0:
-        port = wire.free_port()
-        hosts, wires = watch.receive_all(address, of, port, timeout)
+        port = sockets.free_port()
+        hosts, channels = watch.receive_all(address, of, port, timeout)
     else:
-        hosts, wires = watch.join(address, which, of, timeout)
-        port = wire.relay(*wire.parts(address))
-    _watch = watch.Watch(which, hosts, wires, heartbeat)
+        hosts, channels = watch.join(address, which, of, timeout)
+        port = sockets.relay(*sockets.parts(address))
+    _watch = watch.Watch(which, hosts, channels, heartbeat)
     _watch.start()
     jax.distributed.initialize(
         f"127.0.0.1:{port}",

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 
 from wavg_jax.base import SettingsError
-from wavg_jax.devices.wire import Message, Wire, background, connect, listen, parts, receive_hellos
+from wavg_jax.devices.sockets import Channel, Message, background, connect, listen, parts, receive_hellos
 
 EXIT_CODE = 3
 """Exit code of a process that ends because another one died, froze or failed."""
@@ -39,14 +39,14 @@ def name(index: int, hosts: Sequence[str]) -> str:
 class Watch:
     """Watches the other processes, in the background, from `start` to `leave`."""
 
-    def __init__(self, index: int, hosts: Sequence[str], wires: dict[int, Wire], heartbeat: float):
+    def __init__(self, index: int, hosts: Sequence[str], channels: dict[int, Channel], heartbeat: float):
         """Args:
         index: of this process.
         hosts: the machine of each process.
-        wires: process -> connection: all others in process 0, process 0 in the others.
+        channels: process -> connection: all others in process 0, process 0 in the others.
         heartbeat: seconds of silence after which a process counts as frozen.
         """
-        self._index, self._hosts, self._wires, self._heartbeat = index, hosts, wires, heartbeat
+        self._index, self._hosts, self._channels, self._heartbeat = index, hosts, channels, heartbeat
         self._ended: set[int] = set()
         self._parted: set[int] = set()
         self._leaving = threading.Event()
@@ -55,7 +55,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts to watch."""
-        for peer in self._wires:
+        for peer in self._channels:
             background(self._listen, peer)
         background(self._beat)
 
@@ -82,8 +82,8 @@ class Watch:
         jax.distributed.shutdown()  # waits for all
         self._part()
         self._over.acquire(blocking=False)  # nothing ends this process any more
-        for wire in self._wires.values():
-            wire.close()
+        for channel in self._channels.values():
+            channel.close()
 
     def _stay_if_over(self) -> None:
         """Keeps the main thread silent while the watch ends the process: what it meets now is only the consequence."""
@@ -94,13 +94,13 @@ class Watch:
         self._send({"bye": self._index})
         end = time.monotonic() + _FAREWELL
         # Process 0 last, since the connections of all others lead through it.
-        while self._index == 0 and len(self._parted) < len(self._wires) and time.monotonic() < end:
+        while self._index == 0 and len(self._parted) < len(self._channels) and time.monotonic() < end:
             time.sleep(0.01)
 
     def _send(self, message: Message, but: int | None = None) -> None:
-        for peer, wire in self._wires.items():
+        for peer, channel in self._channels.items():
             if peer != but:
-                wire.send(message)
+                channel.send(message)
 
     def _beat(self) -> None:
         while True:
@@ -111,7 +111,7 @@ class Watch:
         silent = 0
         while silent < _SLICES:
             try:
-                message = self._wires[peer].receive(self._heartbeat / _SLICES)
+                message = self._channels[peer].receive(self._heartbeat / _SLICES)
             except TimeoutError:
                 silent += 1
                 continue
@@ -171,7 +171,7 @@ def _leave_service() -> None:
         jax.distributed.shutdown()
 
 
-def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple[list[str], dict[int, Wire]]:
+def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple[list[str], dict[int, Channel]]:
     """Waits, in process 0, for the other processes.
 
     Args:
@@ -186,20 +186,20 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
     Raises:
       SettingsError: a process did not come, or two do not agree with one another.
     """
-    wires: dict[int, Wire] = {}
-    came: list[Wire] = []
+    channels: dict[int, Channel] = {}
+    came: list[Channel] = []
     names, wrong = {0: socket.gethostname()}, []
     changed = threading.Condition()
 
-    def arrived(wire: Wire, hello: Message) -> None:
+    def arrived(channel: Channel, hello: Message) -> None:
         index, of = hello["index"], hello["of"]
         with changed:
             if of != hosts:
                 wrong.append(f"process {index} was given num_processes={of}, process 0 num_processes={hosts}")
             elif index in names:
                 wrong.append(f"two processes were given process_id={index}; each needs its own, 0 to {hosts - 1}")
-            names[index], wires[index] = hello["host"], wire
-            came.append(wire)
+            names[index], channels[index] = hello["host"], channel
+            came.append(channel)
             changed.notify_all()
 
     try:
@@ -219,17 +219,17 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
             f"coordinator_address={address!r}; start it, or wait longer"
         )
     with changed:
-        for wire in came:
-            wire.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
+        for channel in came:
+            channel.send({"refused": wrong[0]} if wrong else {"hosts": [names[index] for index in range(hosts)]})
     if wrong:
         server.close()
-        for wire in came:
-            wire.close()
+        for channel in came:
+            channel.close()
         raise SettingsError(wrong[0])
-    return [names[index] for index in range(hosts)], wires
+    return [names[index] for index in range(hosts)], channels
 
 
-def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], dict[int, Wire]]:
+def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], dict[int, Channel]]:
     """Comes, as one of the other processes, to process 0, and waits until all are there; returns as `receive_all`.
 
     Raises:
@@ -239,18 +239,18 @@ def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], 
     answer: Message = {}
     with contextlib.ExitStack() as stack:
         try:
-            wire = Wire(connect(*parts(address), timeout))
-            stack.callback(wire.close)
-            wire.send(hello)
+            channel = Channel(connect(*parts(address), timeout))
+            stack.callback(channel.close)
+            channel.send(hello)
             why = "something else answers there"
-            answer = wire.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
+            answer = channel.receive(timeout + 1) or {}  # process 0 may have begun to wait only now
         except ValueError:
             pass
         except OSError as error:
             why = error.strerror or str(error)
         if "hosts" in answer:
             stack.pop_all()
-            return answer["hosts"], {0: wire}
+            return answer["hosts"], {0: channel}
     if "refused" in answer:
         raise SettingsError(answer["refused"])
     raise SettingsError(

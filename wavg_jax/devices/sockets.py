@@ -23,7 +23,7 @@ _LONGEST = 2**16
 """Bytes in a line."""
 
 
-class Wire:
+class Channel:
     """One connection that carries lines of JSON both ways."""
 
     def __init__(self, connection: socket.socket):
@@ -121,7 +121,7 @@ def _accepted(server: socket.socket) -> Iterator[socket.socket]:
             yield server.accept()[0]
 
 
-def receive_hellos(server: socket.socket, service: int, arrived: Callable[[Wire, Message], None]) -> None:
+def receive_hellos(server: socket.socket, service: int, arrived: Callable[[Channel, Message], None]) -> None:
     """Accepts connections to the port of process 0, in the background.
 
     Args:
@@ -132,20 +132,20 @@ def receive_hellos(server: socket.socket, service: int, arrived: Callable[[Wire,
     lock = threading.Lock()
 
     def greet(connection: socket.socket) -> None:
-        wire = Wire(connection)
+        channel = Channel(connection)
         try:
-            hello = wire.receive(_HELLO) or {}
+            hello = channel.receive(_HELLO) or {}
         except (ValueError, TimeoutError):
             hello = {}
         if not {"watch": {"index", "of", "host"}, "service": set()}.get(hello.get("wants", ""), {""}) <= hello.keys():
             connection.close()
         elif hello["wants"] == "watch":
             with lock:
-                arrived(wire, hello)
+                arrived(channel, hello)
         else:
             with contextlib.suppress(OSError):
                 there = connect("127.0.0.1", service, _HELLO)
-                there.sendall(wire.rest)
+                there.sendall(channel.rest)
                 _join(connection, there, hold=False)
 
     def accept() -> None:
@@ -168,7 +168,7 @@ def relay(host: str, port: int) -> int:
         except OSError:
             connection.close()
             return
-        Wire(there).send({"wants": "service"})
+        Channel(there).send({"wants": "service"})
         _join(connection, there, hold=True)
 
     def accept() -> None:
