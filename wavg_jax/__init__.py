@@ -24,6 +24,7 @@ from wavg_jax.base import (
 )
 from wavg_jax.devices.machine import release
 from wavg_jax.devices.placement import place
+from wavg_jax.devices.processes import initialize
 from wavg_jax.rounds import faults, policy
 from wavg_jax.rounds.local import Pace, local_steps
 from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
@@ -85,6 +86,7 @@ __all__ = [
     "fit",
     "grawa",
     "greedy_soup",
+    "initialize",
     "inverse",
     "learned",
     "local_steps",

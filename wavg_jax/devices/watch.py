@@ -61,6 +61,7 @@ class Watch:
 
     def announce(self, error: str) -> None:
         """Tells the others that this process fails, and why in one line."""
+        self._stay_if_over()
         self._failed = time.monotonic()
         self._send({"failed": self._index, "error": error})
 
@@ -70,6 +71,7 @@ class Watch:
 
     def leave(self) -> None:
         """Ends in order: waits until every process has come here, then stops watching."""
+        self._stay_if_over()
         self._leaving.set()
         self._send({"ended": self._index})
         end = time.monotonic() + LAST
@@ -82,6 +84,11 @@ class Watch:
         self._over.acquire(blocking=False)  # nothing ends this process any more
         for wire in self._wires.values():
             wire.close()
+
+    def _stay_if_over(self) -> None:
+        """Keeps the main thread silent while the watch ends the process: what it meets now is only the consequence."""
+        if self._over.locked():
+            threading.Event().wait()
 
     def _part(self) -> None:
         self._send({"bye": self._index})
