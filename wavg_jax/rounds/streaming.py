@@ -14,7 +14,9 @@ the last fragment stays in the state, `Replicas.pending`, and the next round exc
 The weights of the fragments that a round exchanges are those of the scores at the end of the round before; the first
 round has equal ones. A weighting that reads replicas reads what was last received of each, `Stream.views`. A replica
 that is not finite after a segment has no weight in what is sent then and restarts from the global parameters; in the
-round's scores it counts as dead. Mutable collections are averaged at the end of the round, as scores are.
+round's scores it counts as dead. Mutable collections are averaged at the end of the round, as scores are. A round of
+fewer steps than H cuts the last segments short, or out. An averager's `transform`, such as one that clips changes, and
+a reduction other than the mean see one fragment at a time.
 
 A round is made of pieces, and only those that exchange have a collective. `play` puts them together: under one `jit`,
 or, on CPU, where one program or one thread would run one after the other, as programs of which those with a collective
@@ -90,8 +92,7 @@ def _nothing_sent(how: str, part: PyTree, replicas: int) -> Packet:
 
 
 Launch = Callable[..., Callable[[], tuple]]
-"""`(piece, *arguments) -> wait`: starts a piece that has a collective; `wait()` returns its results. Arguments may be
-functions to wait for, such as this returns."""
+"""`(piece, *arguments) -> wait`: starts a piece that has a collective; `wait()` returns its results."""
 
 
 def at_once(piece: Callable, *arguments: PyTree) -> Callable[[], tuple]:
