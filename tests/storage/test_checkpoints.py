@@ -291,7 +291,8 @@ def globals_that_fit_might_change():
         "loops": type(asyncio.get_event_loop_policy()),
         "folder": pathlib.Path.cwd(),
         "environment": dict(os.environ),
-        "threads": {thread for thread in threading.enumerate() if not thread.daemon},
+        # But the pool that compiles, one for the process, which starts its threads when it needs them.
+        "threads": {t for t in threading.enumerate() if not t.daemon and not t.name.startswith("compile_")},
     }
 
 

@@ -115,6 +115,7 @@ with processes.guarded(), open_journal(workdir, "run") as journal:
     journal.begin(first(9), state(0), resume=False)
     advance(journal, (1, 2, 3))
     journal.wait()
+    processes.barrier("sealed")  # by process 0, which would end with the other one
     advance(journal, (4,), save=False)
     if INDEX == {victim}:
         os.kill(os.getpid(), 9)
