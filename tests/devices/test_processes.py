@@ -174,7 +174,7 @@ from wavg_jax.devices import processes
 from wavg_jax.base import SettingsError
 address, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 try:
-    processes.initialize(address, {count}, {index}, timeout=3)
+    processes.initialize(address, {count}, {index}, timeout={timeout})
 except SettingsError as error:
     print(error)
 """
@@ -189,7 +189,7 @@ except SettingsError as error:
     ],
 )
 def test_processes_that_were_told_what_does_not_fit_together_all_refuse(started, count, index, wrong):
-    done = spawn(started, START.format(count=count, index=index))
+    done = spawn(started, START.format(count=count, index=index, timeout=3 if "waited" in wrong else 30))
     assert ended(done, *[0] * started) == [""] * started
     assert all(wrong in process.stdout for process in done)
 
