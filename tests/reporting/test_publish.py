@@ -44,7 +44,7 @@ def test_a_notebook_summarises_and_writes_from_rows_without_a_line_of_training(t
     arguments = [str(ROOM.parent), str(tmp_path / "rows.jsonl"), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", NOTEBOOK, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['base', 'devices', 'extras', 'reporting', 'storage']"
+    assert done.stdout.strip() == "['arguments', 'base', 'devices', 'extras', 'reporting', 'storage']"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "report.html", "plots"}
 
 
