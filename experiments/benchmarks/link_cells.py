@@ -169,13 +169,14 @@ class _Watch:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def measure(cell: Cell, limits: Limits, folder: pathlib.Path) -> Row:
+def measure(cell: Cell, limits: Limits, folder: pathlib.Path, data_dir: str) -> Row:
     """Runs a cell.
 
     Args:
       cell: the run.
       limits: when it ends.
       folder: for its rows and logs; emptied first, and removed if all goes well. An absolute path.
+      data_dir: of experiments.train; no part of the cell.
 
     Returns:
       The row's entries.
@@ -191,7 +192,8 @@ def measure(cell: Cell, limits: Limits, folder: pathlib.Path) -> Row:
         commands = []
         for number in range(cell.processes):
             several = [*told, f"--process_id={number}"] if cell.processes > 1 else []
-            run = (sys.executable, "-m", "experiments.train", *cell.flags(), f"--workdir={folder}", *several)
+            where = [f"--data_dir={data_dir}", f"--workdir={folder}", *several]
+            run = (sys.executable, "-m", "experiments.train", *cell.flags(), *where)
             commands.append(Command(place.command(number, *run), variables))
         before, watch = place.traffic(), _Watch(folder / FILE, limits, place)
         ended = processes.launch(commands, log_dir=folder, show=False, watch=watch)

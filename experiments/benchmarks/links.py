@@ -53,12 +53,12 @@ flags.DEFINE_float("link_patience", 600.0, "Seconds without a new row after whic
 F = flags.FLAGS
 
 OWN = ("link_rates", "link_steps", "wires", "nodes", "link_arms", "targets", "link_seconds", "link_patience", "seeds")
-_SET = {"seeds", "steps", "local_steps", "checkpoint_every", "workdir", "resume", "target_accuracy", "wire"}
+_SET = {"seeds", "steps", "local_steps", "checkpoint_every", "workdir", "resume", "target_accuracy", "wire", "data_dir"}
 _SET |= set(shared_flags.LINK)
 OPTIONS = sorted(shared_flags.NAMES - _SET)
 """Flags that go to experiments.train as they are."""
 READS = (*OWN, *OPTIONS)
-for _name in (*READS, "workdir"):
+for _name in (*READS, "workdir", "data_dir"):
     flags.declare_key_flag(_name)
 
 
@@ -134,7 +134,7 @@ def _fill(recording: Recording, cells: Sequence[Cell], limits: Limits) -> list[s
             folder = pathlib.Path(recording.folder).absolute() / "cells" / f"{number}"
             try:
                 started = machine.now()
-                row = measure(cell, limits, folder)
+                row = measure(cell, limits, folder, F.data_dir)
                 recording.case(started=started, **row)
                 said = link_report.line(row)
             except WavgError as error:

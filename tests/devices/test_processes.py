@@ -196,7 +196,9 @@ def test_processes_that_were_told_what_does_not_fit_together_all_refuse(started,
 
 @pytest.mark.parametrize("address", [None, "nowhere.invalid:1234"])
 def test_a_coordinator_that_is_not_there_is_named(address):
-    script = START.format(count=2, index=1, timeout=3).replace("sys.argv[1]", "sys.argv[1]" if address is None else repr(address))
+    script = START.format(count=2, index=1, timeout=3).replace(
+        "sys.argv[1]", "sys.argv[1]" if address is None else repr(address)
+    )
     (done,) = spawn(1, script)
     assert ended([done], 0) == [""]
     named = address or done.args[3]

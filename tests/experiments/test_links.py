@@ -248,7 +248,7 @@ def measured(monkeypatch):
     """Runs no processes: every cell takes a second a round."""
     called = []
 
-    def measure(cell, limits, folder):
+    def measure(cell, limits, folder, data_dir):
         called.append(cell)
         if cell.arm == "plain" and called.count(cell) == 1:
             raise WavgError("exit code 1: no luck")
@@ -288,12 +288,12 @@ def test_without_namespaces_one_line_says_why_and_all_run_over_the_loopback(meas
 def test_a_run_that_fails_or_is_stopped_says_so_and_keeps_its_logs(tmp_path, monkeypatch):
     folder, cell = tmp_path / "cells" / "1", Cell(ALONE, 2, "sequential", 2, "float32", 0, ("--hidden=none",))
     with pytest.raises(WavgError, match=r"exit code 2: error: .*--hidden=none.* \(logs in .*cells/1\)"):
-        link_cells.measure(cell, LIMITS, folder)
+        link_cells.measure(cell, LIMITS, folder, "")
     assert (folder / "process-0.log").exists()
     ended = link_cells.processes.Ended(143, signal.SIGTERM)
     monkeypatch.setattr(link_cells.processes, "launch", lambda *args, **kwargs: ended)
     with pytest.raises(Stopped, match="sequential, alone"):
-        link_cells.measure(cell, LIMITS, folder)
+        link_cells.measure(cell, LIMITS, folder, "")
 
 
 def test_of_a_failed_run_the_error_is_shown(tmp_path):
