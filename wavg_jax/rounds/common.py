@@ -36,7 +36,7 @@ class RoundLog(NamedTuple):
     steps: jax.Array
 
 
-class Parts(NamedTuple):
+class Setup(NamedTuple):
     """The arguments of `make_rounds`, and what is made of them."""
 
     forward: Forward
@@ -55,7 +55,7 @@ class Parts(NamedTuple):
 
 
 def carry_statistics(
-    parts: Parts,
+    setup: Setup,
     state: TrainState,
     stacked: PyTree,
     split: keys.AtSyncKeys,
@@ -66,7 +66,7 @@ def carry_statistics(
     """What belongs to the new global parameters.
 
     Args:
-      parts: of the rounds.
+      setup: of the rounds.
       state: before the round.
       stacked: the replicas' mutable collections after their local steps.
       split: their keys.
@@ -77,11 +77,11 @@ def carry_statistics(
     Returns:
       The replicas' mutable collections, the global ones, and the average over rounds.
     """
-    at_sync, where = parts.at_sync, parts.where
-    refresh = functools.partial(sync.refresh, parts.rerun, where.map, where.reduce, trained)
+    at_sync, where = setup.at_sync, setup.where
+    refresh = functools.partial(sync.refresh, setup.rerun, where.map, where.reduce, trained)
     stats, mutable = sync.carry_stats(
         at_sync.stats,
-        parts.task,
+        setup.task,
         where.reduce,
         stacked,
         state.mutable,

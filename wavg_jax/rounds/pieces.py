@@ -15,7 +15,7 @@ from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Trai
 from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import fragments, keys, local, policy, score, sync, wire
-from wavg_jax.rounds.common import Parts, RoundLog, carry_statistics, constrained, survivors
+from wavg_jax.rounds.common import Setup, RoundLog, carry_statistics, constrained, survivors
 from wavg_jax.rounds.exchange import gathers
 from wavg_jax.rounds.faults import distort, slow_down
 from wavg_jax.rounds.local import Pace
@@ -72,12 +72,12 @@ class Pieces(NamedTuple):
     close: Callable
 
 
-def make_pieces(parts: Parts) -> Pieces:
+def make_pieces(setup: Setup) -> Pieces:
     """Builds the pieces of rounds; `exchange` and `close` alone have collectives."""
-    count = range(parts.at_sync.fragments)
+    count = range(setup.at_sync.fragments)
 
     def piece(function: Callable, outs: tuple[str, ...], *bound: Any, donates: tuple[int, ...] = ()) -> Piece:
-        return Piece(functools.partial(function, parts, *bound), outs, parts.where, donates)
+        return Piece(functools.partial(function, setup, *bound), outs, setup.where, donates)
 
     here, everywhere = ("stacked",), ("shared",)
     return Pieces(
@@ -94,9 +94,9 @@ def reads_views(averager: Averager) -> bool:
     return averager.reads_replicas or "distance" in averager.needs
 
 
-def _each(parts: Parts, batches: PyTree) -> int:
+def _each(setup: Setup, batches: PyTree) -> int:
     """Local steps of a segment."""
-    steps, count = local.longest(batches), parts.at_sync.fragments
+    steps, count = local.longest(batches), setup.at_sync.fragments
     if steps % count:
         raise SettingsError(
             f"AtSync: fragments={count} does not divide a round of {steps} steps: set local_steps= to "
@@ -105,37 +105,37 @@ def _each(parts: Parts, batches: PyTree) -> int:
     return steps // count
 
 
-def _pace(parts: Parts, pace: Pace, batches: PyTree, number: Any) -> Pace:
+def _pace(setup: Setup, pace: Pace, batches: PyTree, number: Any) -> Pace:
     """The pace of a segment."""
-    each = _each(parts, batches)
-    whole = slow_down(parts.faults, pace, local.longest(batches))
+    each = _each(setup, batches)
+    whole = slow_down(setup.faults, pace, local.longest(batches))
     if whole.steps is None:
         return whole
     return whole._replace(steps=jnp.clip(jnp.asarray(whole.steps, jnp.int32) - number * each, 0, each))
 
 
-def _segment(parts: Parts, batches: PyTree, number: Any) -> PyTree:
-    each = _each(parts, batches)
+def _segment(setup: Setup, batches: PyTree, number: Any) -> PyTree:
+    each = _each(setup, batches)
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * each, each, axis=1), batches)
 
 
-def _distorted(parts: Parts, stacked: PyTree, start: PyTree) -> PyTree:
-    return distort(parts.faults, stacked, jax.tree.map(lambda x: x[None], start))
+def _distorted(setup: Setup, stacked: PyTree, start: PyTree) -> PyTree:
+    return distort(setup.faults, stacked, jax.tree.map(lambda x: x[None], start))
 
 
 def _train(
-    parts: Parts, replicas: Replicas, params: PyTree, batches: PyTree, shared: PyTree, pace: Pace, number: jax.Array
+    setup: Setup, replicas: Replicas, params: PyTree, batches: PyTree, shared: PyTree, pace: Pace, number: jax.Array
 ) -> tuple[Replicas, jax.Array, jax.Array]:
     """`Pieces.train`."""
-    own = _pace(parts, pace, batches, number)
-    segment = _segment(parts, batches, number)
-    after, loss = local.train(parts.steps, parts.where.map, replicas, segment, shared, own)
-    sent = after._replace(params=_distorted(parts, after.params, params))
+    own = _pace(setup, pace, batches, number)
+    segment = _segment(setup, batches, number)
+    after, loss = local.train(setup.steps, setup.where.map, replicas, segment, shared, own)
+    sent = after._replace(params=_distorted(setup, after.params, params))
     return after, loss, survivors(replicas, sent, loss)
 
 
 def _score(
-    parts: Parts,
+    setup: Setup,
     replicas: Replicas,
     params: PyTree,
     losses: Sequence[jax.Array],
@@ -147,18 +147,18 @@ def _score(
     round: jax.Array,
 ) -> tuple[jax.Array, dict[str, PyTree]]:
     """`Pieces.score`."""
-    taken = [local.steps_taken(_segment(parts, batches, s), _pace(parts, pace, batches, s)) for s in range(len(losses))]
+    taken = [local.steps_taken(_segment(setup, batches, s), _pace(setup, pace, batches, s)) for s in range(len(losses))]
     steps = sum(taken[1:], taken[0])
     total = sum((loss * n.astype(loss.dtype) for loss, n in zip(losses, taken, strict=True)), jnp.zeros_like(losses[0]))
     loss = total / jnp.maximum(steps.astype(total.dtype), 1)
-    sent = replicas._replace(params=_distorted(parts, replicas.params, params))
-    window = score.window(held_out, round, parts.scoring.samples)
-    signals = score.of_replicas(parts.measured, parts.where.map, sent, window) | score.free(loss, sizes, steps)
+    sent = replicas._replace(params=_distorted(setup, replicas.params, params))
+    window = score.window(held_out, round, setup.scoring.samples)
+    signals = score.of_replicas(setup.measured, setup.where.map, sent, window) | score.free(loss, sizes, steps)
     return jnp.stack(list(alive)).all(0), signals
 
 
 def _swap(
-    parts: Parts,
+    setup: Setup,
     number: int,
     replicas: Replicas,
     alive: jax.Array,
@@ -168,18 +168,18 @@ def _swap(
     round: jax.Array,
 ) -> tuple[Replicas, Packet, keys.AtSyncKeys]:
     """`Pieces.swap`, after segment `number`."""
-    count, at_sync, where = parts.at_sync.fragments, parts.at_sync, parts.where
+    count, at_sync, where = setup.at_sync.fragments, setup.at_sync, setup.where
     groups, last = fragments.groups(after, count), number == count - 1
     arrived, leaving = groups[number - 1], groups[number]
     old, new, own = (fragments.take(x, arrived) for x in (before, after, replicas.params))
-    moved = parts.averager.restart(own, old, new, alive=alive, check_finite=False)
+    moved = setup.averager.restart(own, old, new, alive=alive, check_finite=False)
     if not number:  # before the first round nothing was sent
         moved = tree.select(round > 0, moved, own)
     params = fragments.put(replicas.params, arrived, moved)
     params = tree.select_replicas(alive, params, tree.replicate(after, len(alive)))
     opt_state = sync.carry_opt_state(
         at_sync.opt_state if last else policy.keep,
-        parts.inner,
+        setup.inner,
         where.reduce,
         replicas.opt_state,
         after,
@@ -188,7 +188,7 @@ def _swap(
     )
     stats = tree.select_replicas(alive, replicas.mutable, tree.with_floats(replicas.mutable, mutable))
     split, start = keys.at_sync(replicas.rng), fragments.take(after, leaving)
-    sent = _distorted(parts, fragments.take(params, leaving), start)
+    sent = _distorted(setup, fragments.take(params, leaving), start)
     packed, residual = where.map(functools.partial(_pack, at_sync.wire))(
         (sent, replicas.residual[number], split.wire), start
     )
@@ -204,10 +204,10 @@ def _pack(how: str, one: tuple[PyTree, PyTree, jax.Array], start: PyTree) -> tup
 
 
 def _exchange(
-    parts: Parts, packet: Packet, start: PyTree, state: AveragerState, weights: PyTree, views: PyTree
+    setup: Setup, packet: Packet, start: PyTree, state: AveragerState, weights: PyTree, views: PyTree
 ) -> tuple[PyTree, AveragerState, PyTree, jax.Array]:
     """`Pieces.exchange`."""
-    averager, how, where = parts.averager, parts.at_sync.wire, parts.where
+    averager, how, where = setup.averager, setup.at_sync.wire, setup.where
     assert averager.halves is not None  # `streaming.begin` has checked
     step = averager.halves.step
 
@@ -232,7 +232,7 @@ def _exchange(
 
 
 def _close(
-    parts: Parts,
+    setup: Setup,
     state: TrainState,
     params: PyTree,
     views: PyTree,
@@ -248,17 +248,17 @@ def _close(
     stop: jax.Array | None,
 ) -> tuple:
     """`Pieces.close`; `state` is that before the round, without its replicas."""
-    where, averager = parts.where, parts.averager
-    window = score.window(held_out, state.round, parts.scoring.samples)
+    where, averager = setup.where, setup.averager
+    window = score.window(held_out, state.round, setup.scoring.samples)
     reads = reads_views(averager)
     # Statistics of all replicas travel only where blends may be tried, each with its own mean.
     told = where.gather((replicas.mutable if reads else (), after_exchange(alive, list(sound)), signals))
     seen = views if reads else tree.replicate(state.params, len(alive))  # nobody reads those
-    decided = where.together(functools.partial(_decide, parts))(state, seen, *told, window, sound)
+    decided = where.together(functools.partial(_decide, setup))(state, seen, *told, window, sound)
     weights, weighting, share, effective, alive, signals = decided
-    steps = local.steps_taken(batches, slow_down(parts.faults, pace, local.longest(batches)))
+    steps = local.steps_taken(batches, slow_down(setup.faults, pace, local.longest(batches)))
     trained = Trained(batches, shared, steps, alive & (share.sum() > 0))
-    stats, mutable, smoothed = carry_statistics(parts, state, replicas.mutable, split, params, share, trained)
+    stats, mutable, smoothed = carry_statistics(setup, state, replicas.mutable, split, params, share, trained)
     scores = {name: x for name, x in signals.items() if name in averager.needs and name not in FREE}
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
     log = RoundLog(signals["train_loss"], logged, share, effective, alive, steps)
@@ -267,7 +267,7 @@ def _close(
 
 
 def _decide(
-    parts: Parts,
+    setup: Setup,
     state: TrainState,
     views: PyTree,
     mutable: PyTree,
@@ -282,7 +282,7 @@ def _decide(
       The weights, and the weighting's state; the weights [K] and how many replicas they amount to; `alive` and
       `signals`, with those made here.
     """
-    averager = parts.averager
+    averager = setup.averager
     assert averager.halves is not None  # `streaming.begin` has checked
 
     def mean(weights: PyTree) -> PyTree:
@@ -290,7 +290,7 @@ def _decide(
 
     if "distance" in averager.needs:
         signals = signals | {"distance": score.distances(views, alive)}
-    evaluate = {} if window is None else {"evaluate": score.Evaluate(parts.forward, mean, window)}
+    evaluate = {} if window is None else {"evaluate": score.Evaluate(setup.forward, mean, window)}
     # The views are of what replicas sent while these were the global parameters.
     given = (views, state.averager.weighting, state.params)
     weights, weighting = averager.halves.weigh(*given, alive=alive, **(signals | evaluate))

@@ -26,7 +26,7 @@ from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys, local, score, streaming, sync, wire
-from wavg_jax.rounds.common import Parts, RoundLog, carry_statistics, everywhere, place_state, survivors
+from wavg_jax.rounds.common import Setup, RoundLog, carry_statistics, everywhere, place_state, survivors
 from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
@@ -118,7 +118,7 @@ def make_rounds(
     _check_arguments(locals())
     where = single() if placement is None else placement
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
-    parts = Parts(
+    setup = Setup(
         forward=forward,
         task=task,
         averager=averager,
@@ -133,21 +133,21 @@ def make_rounds(
         exchange=make_exchange(averager, forward, where, at_sync.wire),
         rerun=reestimate(task, fetch),
     )
-    init = functools.partial(_init, parts)
+    init = functools.partial(_init, setup)
     if at_sync.fragments == 1:
-        return Rounds(init, functools.partial(_step, parts))
-    pieces = make_pieces(parts)
-    return Rounds(init, functools.partial(_streamed, parts, pieces), pieces)
+        return Rounds(init, functools.partial(_step, setup))
+    pieces = make_pieces(setup)
+    return Rounds(init, functools.partial(_streamed, setup, pieces), pieces)
 
 
-def _init(parts: Parts, rng: jax.Array, replicas: int) -> TrainState:
+def _init(setup: Setup, rng: jax.Array, replicas: int) -> TrainState:
     """`Rounds.init`."""
-    where = parts.where
+    where = setup.where
     check_spread(as_whole("replicas", replicas, 1), where)
 
     def make(rng: jax.Array) -> TrainState:
-        params, mutable = parts.task.init(keys.roots(rng).init)
-        state = initial_state(params, mutable, rng, replicas, parts.averager, parts.inner, parts.at_sync)
+        params, mutable = setup.task.init(keys.roots(rng).init)
+        state = initial_state(params, mutable, rng, replicas, setup.averager, setup.inner, setup.at_sync)
         return place_state(where, state)
 
     if where.shared.is_fully_addressable or isinstance(rng, jax.core.Tracer):
@@ -156,7 +156,7 @@ def _init(parts: Parts, rng: jax.Array, replicas: int) -> TrainState:
 
 
 def _step(
-    parts: Parts,
+    setup: Setup,
     state: TrainState,
     batches: PyTree,
     held_out: Batch | None = None,
@@ -166,33 +166,33 @@ def _step(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step`."""
-    where, needs = parts.where, parts.averager.needs
-    check_state(state, parts.faults, parts.at_sync)
-    check_data(state, batches, held_out, needs, parts.batches)
+    where, needs = setup.where, setup.averager.needs
+    check_state(state, setup.faults, setup.at_sync)
+    check_data(state, batches, held_out, needs, setup.batches)
     # Train.
-    pace = slow_down(parts.faults, pace, local.longest(batches))
-    after, train_loss = local.train(parts.steps, where.map, state.replicas, batches, shared, pace)
+    pace = slow_down(setup.faults, pace, local.longest(batches))
+    after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace)
     taken = local.steps_taken(batches, pace)
-    sent = after._replace(params=distort(parts.faults, after.params, state.replicas.params))
+    sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
     alive = survivors(state.replicas, sent, train_loss)
     # Score.
-    window = score.window(held_out, state.round, parts.scoring.samples)
-    signals = score.of_replicas(parts.measured, where.map, sent, window) | score.free(train_loss, sizes, taken)
+    window = score.window(held_out, state.round, setup.scoring.samples)
+    signals = score.of_replicas(setup.measured, where.map, sent, window) | score.free(train_loss, sizes, taken)
     # Blend.
     split = keys.at_sync(after.rng)
     outgoing = Sent(sent.params, sent.mutable, alive, signals)
-    blended, told, residual = parts.exchange(state, outgoing, after.residual, split.wire, window)
+    blended, told, residual = setup.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
     share = everywhere(where, per_replica(weights))
     # Carry over.
     kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
     trained = Trained(batches, shared, taken, kept)
     follows = after_exchange(share, params)
-    stats, mutable, smoothed = carry_statistics(parts, state, after.mutable, split, params, follows, trained)
-    restarted = parts.averager.restart(after.params, state.params, params, alive=kept, check_finite=False)
+    stats, mutable, smoothed = carry_statistics(setup, state, after.mutable, split, params, follows, trained)
+    restarted = setup.averager.restart(after.params, state.params, params, alive=kept, check_finite=False)
     follows = after_exchange(follows, tree.floats((mutable, smoothed)))
     opt_state = sync.carry_opt_state(
-        parts.at_sync.opt_state, parts.inner, where.reduce, after.opt_state, params, kept, follows
+        setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows
     )
     replicas = Replicas(restarted, opt_state, stats, split.following, residual)
     new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
@@ -203,7 +203,7 @@ def _step(
 
 
 def _streamed(
-    parts: Parts,
+    setup: Setup,
     pieces: Pieces,
     state: TrainState,
     batches: PyTree,
@@ -214,12 +214,12 @@ def _streamed(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step` with fragments."""
-    check_state(state, parts.faults, parts.at_sync)
-    check_data(state, batches, held_out, parts.averager.needs, parts.batches)
-    numbers = [jnp.int32(s) for s in range(parts.at_sync.fragments)]
+    check_state(state, setup.faults, setup.at_sync)
+    check_data(state, batches, held_out, setup.averager.needs, setup.batches)
+    numbers = [jnp.int32(s) for s in range(setup.at_sync.fragments)]
     given = (state, batches, held_out, shared, pace, sizes)
     new, log, _ = streaming.play(pieces, streaming.at_once, numbers, *given)
-    return place_state(parts.where, new), everywhere(parts.where, log)
+    return place_state(setup.where, new), everywhere(setup.where, log)
 
 
 def initial_state(

@@ -140,6 +140,9 @@ def fit(
 ) -> Result:
     """Trains K replicas, one per shard of `data`, and blends them after every H local steps: a loop over rounds.
 
+    In several processes (`wavg_jax.initialize`) each calls it with the same arguments and data, trains its share of the
+    replicas, and gets the same result; process 0 writes rows and shows progress.
+
     Args:
       task: the network; see `wavg_jax.models`.
       data: shards, held-out split and test split; see `wavg_jax.data.shard`. Replicas and blends are scored on the
