@@ -15,7 +15,7 @@ from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Trai
 from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import fragments, keys, local, policy, score, sync, wire
-from wavg_jax.rounds.common import Setup, RoundLog, carry_statistics, constrained, survivors
+from wavg_jax.rounds.common import RoundLog, Setup, carry_statistics, constrained, survivors
 from wavg_jax.rounds.exchange import gathers
 from wavg_jax.rounds.faults import distort, slow_down
 from wavg_jax.rounds.local import Pace

@@ -26,7 +26,7 @@ from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys, local, score, streaming, sync, wire
-from wavg_jax.rounds.common import Setup, RoundLog, carry_statistics, everywhere, place_state, survivors
+from wavg_jax.rounds.common import RoundLog, Setup, carry_statistics, everywhere, place_state, survivors
 from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
