@@ -196,9 +196,11 @@ def _best(some: Sequence[Group]) -> list[Group]:
 
 
 def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
-    best = _best([one for one in some if all(row["curve"] for row in one.rows)])
-    counts = {len(one.rows) for one in best}
-    subtitle = f"{nodes} nodes, links of {link}, {seeds(max(counts, default=0))}, each arm at its best H"
+    whole = [one for one in some if not any(option.startswith("--fragments") for option in one.rows[0]["options"])]
+    best = _best([one for one in whole if all(row["curve"] for row in one.rows)])
+    counts = sorted({len(one.rows) for one in best}) or [0]
+    several = f"{counts[0]} to " if len(counts) > 1 else ""
+    subtitle = f"{nodes} nodes, links of {link}, {several}{seeds(counts[-1])}, each arm at its best H"
 
     def paint(theme: Theme) -> Figure:
         figure, axes = canvas.make_axes(theme, "Test accuracy on the measured clock", subtitle, 5.0)
