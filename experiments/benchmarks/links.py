@@ -57,8 +57,8 @@ _SET = {"seeds", "steps", "local_steps", "checkpoint_every", "workdir", "resume"
 _SET |= set(shared_flags.LINK)
 OPTIONS = sorted(shared_flags.NAMES - _SET)
 """Flags that go to experiments.train as they are."""
-READS = (*OWN, *OPTIONS)
-for _name in (*READS, "workdir", "data_dir"):
+READS = (*OWN, *OPTIONS, "data_dir")
+for _name in (*READS, "workdir"):
     flags.declare_key_flag(_name)
 
 
