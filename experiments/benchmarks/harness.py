@@ -216,7 +216,7 @@ def refuse_unused(reads: Collection[str]) -> None:
 
 
 def _given(reads: Collection[str]) -> list[str]:
-    """Names of the flags that a measurement depends on: `reads` but for the folder of data, and what `setup.app` sets."""
+    """Names of the flags that a measurement depends on: `reads` but the folder of data, and what `setup.app` sets."""
     return sorted({*reads, "matmul_precision"} - {"data_dir"})
 
 
