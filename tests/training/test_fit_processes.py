@@ -67,11 +67,11 @@ CASES = {
 }
 
 
-def cases(*fast):
-    return [pytest.param(case, id=name, marks=[] if name in fast else pytest.mark.slow) for name, case in CASES.items()]
+def cases(fast, names=tuple(CASES)):
+    return [pytest.param(CASES[name], id=name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("options", cases("learned", "int8"))
+@pytest.mark.parametrize("options", cases(("learned", "int8")))
 def test_two_processes_give_the_rows_of_one(options, tmp_path):
     (alone,) = rows(tmp_path, 1, options)
     both = rows(tmp_path, 2, options)
@@ -80,8 +80,7 @@ def test_two_processes_give_the_rows_of_one(options, tmp_path):
     assert_alike(both[0], alone, options.get("wire", "float32"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", cases("learned", "int8"))
+@pytest.mark.parametrize("options", cases((), ("learned", "int8", "one replica, split batches")))
 def test_four_processes_and_four_devices_give_the_rows_of_one(options, tmp_path):
     (alone,) = rows(tmp_path, 1, options)
     four = rows(tmp_path, 4, options)
