@@ -170,7 +170,7 @@ def _cases(
     train, first = local_phase(recipe, net, replicas, steps)
     sharded = net.sharded(replicas)
     work = _work(recipe, sharded, steps, net.batch_size)
-    _, log = compiled(program.run, state, work, shared).call(program.init(jax.random.key(0)), work, shared)
+    _, log, _ = compiled(program.run, state, work, shared).call(program.init(jax.random.key(0)), work, shared)
     return {
         "local steps": in_place(train, first),
         "input": timed(_work, recipe, sharded, steps, net.batch_size),

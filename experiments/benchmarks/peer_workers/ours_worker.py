@@ -37,20 +37,20 @@ def build(job: Job) -> ReadyJob:
     shared = put_shared(recipe, sharded)
     state = programs_of(recipe, len(indices)).init(jax.random.key(0))
     state = _started(recipe, state, cases.nested(job.read("start"))["params"], len(indices))
-    given = Work(put(indices, recipe.placement.stacked), Pace())
+    given = Work(put(_positions(recipe, sharded, indices), recipe.placement.stacked), Pace())
     step = compiled(programs_of(recipe, len(indices)).run, state, given, shared).call
     done = 0
 
     def check() -> Arrays:
         nonlocal state
-        state, _ = step(state, given, shared)
+        state, *_ = step(state, given, shared)
         return cases.flat({"params": state.params})
 
     def run() -> None:
         nonlocal state, done
         done += job.steps
         work = make_work(recipe, sharded, seed=0, first_step=done, longest=job.steps, batch_size=batch)
-        state, log = step(state, work, shared)
+        state, log, _ = step(state, work, shared)
         jax.block_until_ready((state, log))
 
     notes = {
@@ -65,6 +65,17 @@ def _recipe(job: Job, sharded: ShardedData) -> Recipe:
     inner = optax.sgd(job.rate, momentum=job.momentum)
     recipe = make_recipe(cases.task(job.network), sharded, wavg.averager(wavg.uniform()), inner)
     return automap.settle(recipe, sharded, batch_size=job.batch)
+
+
+def _positions(recipe: Recipe, sharded: ShardedData, indices: np.ndarray) -> np.ndarray:
+    """Indices [K, H, B] into the training split as positions among the samples of each replica's device."""
+    if recipe.placement.parts == 1:
+        return indices
+    each, places = len(sharded.shards) // recipe.placement.parts, []
+    for k, shard in enumerate(sharded.shards):
+        before = sum(len(other) for other in sharded.shards[k - k % each : k])
+        places.append(before + np.searchsorted(shard, indices[k]))
+    return np.stack(places).astype(np.int32)
 
 
 def _started(recipe: Recipe, state: TrainState, params: PyTree, replicas: int) -> TrainState:
