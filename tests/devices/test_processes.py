@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_other_with_one_line(victim):
     assert "is gone" in said[1 - victim]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_frozen_process_ends_the_other_with_one_line(victim):
     # It is killed once the other one has ended.
     freeze = f"""
@@ -102,7 +102,7 @@ def test_a_frozen_process_ends_the_other_with_one_line(victim):
     assert "has been silent for 2 seconds" in said[1 - victim]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_fails_raises_its_own_error_and_ends_the_other(victim):
     done = spawn(2, joined(LOOP.format(act='raise RuntimeError("out of luck\\nmore")')), victim)
     codes = [processes.EXIT_CODE] * 2
@@ -113,12 +113,14 @@ def test_a_process_that_fails_raises_its_own_error_and_ends_the_other(victim):
     assert "failed: RuntimeError: out of luck; this one" in said[1 - victim]
 
 
+@pytest.mark.slow
 def test_an_error_outside_the_guard_ends_the_other_too():
     done = spawn(2, joined("if INDEX == 1:\n    raise KeyError('x')\nprocesses.barrier('b')"))
     said = ended(done, processes.EXIT_CODE, 1)
     assert "failed: KeyError: 'x'" in said[0]
 
 
+@pytest.mark.slow
 def test_what_comes_to_all_processes_ends_no_other_one():
     script = """
 import time
@@ -157,6 +159,7 @@ def test_a_process_that_ends_earlier_waits_for_the_other_without_a_word():
     assert [process.stdout for process in done] == ["done\n"] * 2
 
 
+@pytest.mark.slow
 def test_processes_that_were_suspended_together_go_on():
     pause = """
 processes.barrier("before")

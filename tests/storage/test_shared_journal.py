@@ -97,7 +97,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_what_processes_save_others_restore_bit_for_bit(before, after, tmp_path):
     assert succeed(before, SAVE, tmp_path, devices=4 // before) == ["4\n"] * before
     assert names(tmp_path) == ["checkpoints", "rows.jsonl"]
@@ -108,7 +108,7 @@ def test_what_processes_save_others_restore_bit_for_bit(before, after, tmp_path)
     assert names(tmp_path / "checkpoints" / "run") == ["4", "5"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_processes_resume_after_one_was_killed_while_they_saved(victim, tmp_path):
     kill = f"""
 with processes.guarded(), open_journal(workdir, "run") as journal:
@@ -184,6 +184,7 @@ def test_a_folder_that_processes_do_not_share_is_refused_by_all(tmp_path):
     assert "workdir=" in said[0]
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_one_process_ends_the_other(tmp_path):
     script = """
 from orbax.checkpoint import v1 as ocp

@@ -71,7 +71,7 @@ def cases(fast, names=tuple(CASES)):
     return [pytest.param(CASES[name], id=name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("options", cases(("learned", "int8")))
+@pytest.mark.parametrize("options", cases(("learned",)))
 def test_two_processes_give_the_rows_of_one(options, tmp_path):
     (alone,) = rows(tmp_path, 1, options)
     both = rows(tmp_path, 2, options)

@@ -181,6 +181,7 @@ print(json.dumps([rounds, [float(x) for leaf in jax.tree.leaves(resumed.params) 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume_to_the_numbers_of_one(tmp_path):
     done = spawn(2, joined(PROCESSES), tmp_path)
     assert [process.returncode for process in done] == [0, 0], [process.stderr for process in done]
