@@ -12,7 +12,7 @@ import pytest
 from wavg_jax import tree
 from wavg_jax.averaging.averager import averager
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import robust, scores, search, wrappers
+from wavg_jax.weighting import pool, robust, scores, search, wrappers
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER
 
 NAN, INF = float("nan"), float("inf")
@@ -61,6 +61,8 @@ TABLE = {
     "greedy_soup": Row(lambda: search.greedy_soup("accuracy"), ordered=True),
     "learned": Row(lambda: search.learned(scores.softmax("loss", 0.2), steps=3)),
     "learned/carry": Row(lambda: search.learned(steps=3, carry=True), floors=True),
+    "opinion_pool": Row(pool.opinion_pool),
+    "opinion_pool/smooth": Row(lambda: wrappers.momentum(pool.opinion_pool(prior=10.0), 0.5)),
     "best_of": Row(lambda: search.best_of(scores.best("ece"), wrappers.momentum(scores.softmax("loss", 0.2), 0.9))),
     "best_of/mixed": Row(lambda: search.best_of(scores.fisher_merging(), robust.krum(1), signal="accuracy"), fewest=4),
     "coordinate_median": Row(robust.coordinate_median),
@@ -86,7 +88,7 @@ PARAMS = jax.device_put(tree.replica(stack(1, seed=99), 0))
 
 
 def signals(stacked, seed=0):
-    """A signal of every kind the library knows, positive and without ties; `evaluate` is added where a run is built."""
+    """A signal of every kind, positive and without ties; those in COMMON are added where a run is built."""
     rng = np.random.default_rng(seed + 1000)
     shape = jax.tree.leaves(stacked)[0].shape[:1]
 
@@ -96,6 +98,7 @@ def signals(stacked, seed=0):
     return {name: numbers(shape) for name in HIGHER_IS_BETTER} | {
         "layer_grad_norm": jax.tree.map(lambda x: numbers(shape), stacked),
         "fisher": jax.tree.map(lambda x: numbers(x.shape), stacked),
+        "logits": 4 * numbers((*shape, len(LABELS), 3)),
     }
 
 
@@ -109,6 +112,7 @@ def same_score(values, stacked):
     return dict.fromkeys(signals(stacked), values) | {
         "layer_grad_norm": jax.tree.map(lambda x: values, stacked),
         "fisher": jax.tree.map(wide, stacked),
+        "logits": values[:, None, None] * np.ones((len(LABELS), 3), np.float32),
     }
 
 
@@ -126,6 +130,15 @@ def evaluate(params, weights):
     return {"loss": loss, "accuracy": 1 / (1 + loss)}
 
 
+LABELS = np.array([0, 1, 2, 0, 1, 2, 0])
+COMMON = {"evaluate": evaluate, "labels": LABELS}
+"""The signals that are not the replicas' own."""
+
+
+def own_needs(name):
+    return [need for need in scheme(name).needs if need not in COMMON]
+
+
 @functools.cache
 def scheme(name):
     return averager(TABLE[name].make())
@@ -134,7 +147,7 @@ def scheme(name):
 def step_of(name, **place):
     """`(stacked, state, params, alive, signals) -> (params, state, weights)`."""
     avg = scheme(name)
-    extra = place | ({"evaluate": evaluate} if "evaluate" in avg.needs else {})
+    extra = place | {need: COMMON[need] for need in avg.needs if need in COMMON}
     return lambda stacked, state, params, alive, arrays: avg.update(
         stacked, state, params, alive=alive, **arrays, **extra
     )
@@ -160,7 +173,7 @@ def run(name, rounds, alive=ALL, params=PARAMS, step=None):
     step = step or compiled(name, len(alive), jax.tree.leaves(params)[0].dtype.name)
     state, done = avg.init(params, len(alive)), Rounds([], [], [])
     for stacked, arrays in rounds:
-        stacked, arrays = jax.device_put((stacked, {n: arrays[n] for n in avg.needs if n != "evaluate"}))
+        stacked, arrays = jax.device_put((stacked, {need: arrays[need] for need in own_needs(name)}))
         new, state, weights = step(stacked, state, params, alive, arrays)
         for log, value in zip(done, jax.device_get((new, state, weights)), strict=True):
             log.append(value)

@@ -36,6 +36,7 @@ from wavg_jax.training.fit import Result, Store, fit
 from wavg_jax.training.recipe import Layout
 from wavg_jax.tree import replica, replicate
 from wavg_jax.weighting import robust, signals
+from wavg_jax.weighting.pool import opinion_pool
 from wavg_jax.weighting.scores import (
     best,
     effective_replicas,
@@ -95,6 +96,7 @@ __all__ = [
     "momentum",
     "norm_preserving",
     "normalise",
+    "opinion_pool",
     "outer",
     "place",
     "policy",

@@ -289,6 +289,8 @@ class TrainState(NamedTuple):
       round: rounds done, int32 scalar.
       smoothed: the average of the global parameters over rounds, if the run keeps one.
       stream: what rounds with fragments know of one another; `()` without. See `wavg_jax.rounds.streaming`.
+      weights: those of the last round that was scored, as the weighting gave them; `()` if every round is, or where
+        `stream` has them.
     """
 
     params: PyTree
@@ -298,3 +300,4 @@ class TrainState(NamedTuple):
     round: jax.Array
     smoothed: Smoothed | None = None
     stream: PyTree = ()
+    weights: PyTree = ()

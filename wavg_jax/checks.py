@@ -139,6 +139,8 @@ def signals(needs: Iterable[str], given: Mapping[str, Any]) -> None:
         what = "one number per replica [K], which fit and make_rounds measure themselves"
         if missing[0] == "evaluate":
             what = "a function (params, weights) -> {'loss': ..., 'accuracy': ...} of a blend on held-out data"
+        if missing[0] in ("logits", "labels"):
+            what = "logits of every replica on held-out samples [K, S, C], or the samples' labels [S]"
         raise SettingsError(f"the weighting needs the signal {missing[0]!r}: pass {missing[0]}= to update, {what}")
 
 

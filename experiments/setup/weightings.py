@@ -7,7 +7,7 @@ from absl import flags
 
 from wavg_jax.averaging import reduce
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import robust, scores, search, wrappers
+from wavg_jax.weighting import pool, robust, scores, search, wrappers
 
 Flags = flags.FlagValues
 
@@ -43,6 +43,7 @@ WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
     "steps": lambda f: {"weighting": scores.proportional("steps")},
     "fisher": lambda f: {"weighting": scores.fisher_merging()},
     # From scores of blends
+    "opinion_pool": lambda f: {"weighting": pool.opinion_pool()},
     "greedy_soup": lambda f: {"weighting": search.greedy_soup("accuracy")},
     "learned": lambda f: {"weighting": search.learned(scores.uniform())},
     "learned_carry": lambda f: {"weighting": search.learned(scores.uniform(), carry=True)},

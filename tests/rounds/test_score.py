@@ -14,6 +14,7 @@ from wavg_jax import models
 from wavg_jax.base import Batch
 from wavg_jax.devices.placement import place
 from wavg_jax.rounds import keys, score
+from wavg_jax.rounds.forward import Forward, metrics
 from wavg_jax.weighting import signals
 
 TASK = regression()
@@ -30,7 +31,7 @@ HELD_OUT_SPLIT = Batch(jnp.asarray(SOURCE.heldout.x), jnp.asarray(SOURCE.heldout
 
 
 def forward(chunk=7, task=TASK, dtype=None):
-    return score.Forward(task, SOURCE.prepare, dtype, chunk)
+    return Forward(task, SOURCE.prepare, dtype, chunk)
 
 
 @functools.lru_cache
@@ -158,8 +159,8 @@ def test_the_metrics_of_a_blend_are_those_of_a_replica_and_differentiable(chunk)
 def test_samples_spread_over_devices_measure_the_same(samples):
     where = place(4, 4)
     split = Batch(*(a[:samples] for a in HELD_OUT_SPLIT))  # 13 do not divide, and run on every device
-    alone = jax.jit(functools.partial(score.metrics, forward(3)))(*network(), split)
-    shared = functools.partial(score.metrics, forward(3)._replace(over_samples=where.over_samples))
+    alone = jax.jit(functools.partial(metrics, forward(3)))(*network(), split)
+    shared = functools.partial(metrics, forward(3)._replace(over_samples=where.over_samples))
     spread = jax.jit(where.together(shared))(*network(), split)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), alone, spread)
 
@@ -225,7 +226,7 @@ def test_the_scores_of_any_task_are_its_own_metrics():
         lambda rng: ({"w": jnp.ones(4)}, {}), lambda params, mutable, x, *, train, rng: (x @ params["w"], mutable)
     )
     numbers = Batch(HELD_OUT_SPLIT.x, HELD_OUT_SPLIT.x.sum(axis=1) + 1)
-    as_is = score.Forward(task, chunk=6)
+    as_is = Forward(task, chunk=6)
     found = jax.jit(score.measure(as_is, ("loss", "absolute_error")))(({"w": jnp.ones(4)}, {}), numbers)
     np.testing.assert_allclose(found["loss"], 1, rtol=1e-5)
     np.testing.assert_allclose(found["absolute_error"], 1, rtol=1e-5)

@@ -14,7 +14,7 @@ import wavg_jax as wavg
 from experiments.setup import app, arms
 from wavg_jax import data
 from wavg_jax.base import Batch
-from wavg_jax.rounds import score
+from wavg_jax.rounds.forward import Forward, metrics
 from wavg_jax.training import timing
 from wavg_jax.training.batches import as_targets
 from wavg_jax.training.recipe import make_recipe
@@ -133,8 +133,8 @@ def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
     held_out = Batch(source.heldout.x, as_targets(source.heldout.y))
 
     def loss(task, dtype):
-        forward = score.Forward(task, source.prepare, dtype)
-        return jax.jit(functools.partial(score.metrics, forward))(params, mutable, held_out)["loss"]
+        forward = Forward(task, source.prepare, dtype)
+        return jax.jit(functools.partial(metrics, forward))(params, mutable, held_out)["loss"]
 
     wide, narrow = loss(task, None), loss(task, jnp.bfloat16)
     assert 1e-5 < abs(wide - narrow) < 0.1

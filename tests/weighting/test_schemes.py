@@ -26,6 +26,7 @@ from scheme_table import (
     described,
     every_scheme,
     exact,
+    own_needs,
     run,
     same_score,
     scheme,
@@ -38,9 +39,9 @@ from scheme_table import (
 
 from wavg_jax import tree
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import robust, scores, search, wrappers
+from wavg_jax.weighting import pool, robust, scores, search, wrappers
 
-MODULES = (scores, wrappers, search, robust)
+MODULES = (scores, wrappers, search, pool, robust)
 
 
 def public_weightings():
@@ -120,9 +121,9 @@ def test_a_dead_replica_equals_a_run_of_the_survivors(name, how):
 
 @every_scheme
 def test_when_all_are_dead_parameters_and_state_stay(name):
-    rounds, avg = two_rounds(), scheme(name)
+    rounds = two_rounds()
     done = run(name, rounds)
-    stacked, arrays = jax.device_put((rounds[0][0], {n: rounds[0][1][n] for n in avg.needs if n != "evaluate"}))
+    stacked, arrays = jax.device_put((rounds[0][0], {need: rounds[0][1][need] for need in own_needs(name)}))
     state = jax.device_put(done.state[-1])
     new, same, weights = compiled(name, K, "float32")(stacked, state, PARAMS, jnp.zeros(K, bool), arrays)
     assert_equal((new, same), (PARAMS, state))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scheme_table import (
+    COMMON,
     PARAMS,
     QUICKLY,
     TABLE,
@@ -15,8 +16,8 @@ from scheme_table import (
     assert_equal,
     assert_normalised,
     described,
-    evaluate,
     every_scheme,
+    own_needs,
     run,
     scheme,
     signals,
@@ -49,7 +50,7 @@ def all_at_once(stacked, params, alive, place):
     def every(stacked, states, params, alive, arrays):
         done = {}
         for name in names:
-            read = {n: arrays[n] for n in scheme(name).needs if n != "evaluate"}
+            read = {need: arrays[need] for need in own_needs(name)}
             new, _, weights = step_of(name, place=place.reduce)(stacked, states[name], params, alive, read)
             done[name] = new, weights
         return done
@@ -115,7 +116,7 @@ def slowly():
 
     def many(name):
         avg = averager(TABLE[name].make(), outer=outer.lookahead(0.01))
-        read = {n: evaluate if n == "evaluate" else arrays[n] for n in avg.needs}
+        read = {need: COMMON[need] if need in COMMON else arrays[need] for need in avg.needs}
 
         def one(_, held):
             params, state = held

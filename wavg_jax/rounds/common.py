@@ -1,19 +1,23 @@
 """What rounds of every form are made of."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from wavg_jax import tree
-from wavg_jax.base import Averager, PyTree, Replicas, Smoothed, Task, TrainState
+from wavg_jax.base import Averager, Batch, PyTree, Replicas, Smoothed, Task, TrainState
 from wavg_jax.devices.placement import Placement
-from wavg_jax.rounds import keys, local, sync
+from wavg_jax.rounds import keys, local, score, sync
+from wavg_jax.rounds.diagnosis import diagnose
 from wavg_jax.rounds.faults import Faults
-from wavg_jax.rounds.score import Forward, Scoring
+from wavg_jax.rounds.forward import Forward, labels
+from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import REESTIMATED, AtSync, Trained
+from wavg_jax.weighting.scores import effective_replicas
+from wavg_jax.weighting.signals import FREE
 
 
 class RoundLog(NamedTuple):
@@ -26,6 +30,8 @@ class RoundLog(NamedTuple):
       effective_replicas: `1 / sum(weights^2)`.
       alive: bool [K], who took part.
       steps: int32 [K], local steps taken.
+      diagnosis: of `wavg_jax.rounds.diagnosis`, where logits were kept; else `{}`. NaN in a round that was not
+        scored, as scores are.
     """
 
     train_loss: jax.Array
@@ -34,6 +40,7 @@ class RoundLog(NamedTuple):
     effective_replicas: jax.Array
     alive: jax.Array
     steps: jax.Array
+    diagnosis: dict[str, jax.Array]
 
 
 class Setup(NamedTuple):
@@ -52,6 +59,39 @@ class Setup(NamedTuple):
     measured: Callable
     exchange: Callable
     rerun: Callable
+
+
+def report(
+    needs: Iterable[str],
+    signals: Mapping[str, PyTree],
+    weights: jax.Array,
+    alive: jax.Array,
+    steps: jax.Array,
+    diagnosis: dict[str, jax.Array],
+) -> RoundLog:
+    """What a round reports, given its signals, and the weights [K] of the replicas."""
+    scores = {name: x for name, x in signals.items() if name in needs and name not in FREE}
+    logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
+    return RoundLog(signals["train_loss"], logged, weights, effective_replicas(weights), alive, steps, diagnosis)
+
+
+def diagnosed(
+    setup: Setup,
+    round: jax.Array,
+    signals: Mapping[str, PyTree],
+    window: Batch | None,
+    weights: jax.Array,
+    alive: jax.Array,
+) -> dict[str, jax.Array]:
+    """The diagnosis of a round from its logits, by every device alike; `{}` if it kept none."""
+    if window is None or "logits" not in signals:
+        return {}
+    logits = signals["logits"]
+
+    def now() -> dict[str, jax.Array]:
+        return diagnose(logits, labels(setup.forward, window, logits.shape[-1]), weights, alive)
+
+    return score.when(score.due(setup.scoring.every, round), now)
 
 
 def carry_statistics(

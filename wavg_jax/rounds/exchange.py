@@ -1,16 +1,18 @@
 """The sync: what replicas send travels between devices once, and becomes the next global parameters."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from wavg_jax import tree
 from wavg_jax.base import Averager, Batch, PyTree, TrainState
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import score, sync, wire
-from wavg_jax.rounds.score import Forward
+from wavg_jax.rounds.forward import Forward
+from wavg_jax.weighting.scores import normalise
 
 
 class Sent(NamedTuple):
@@ -30,11 +32,18 @@ class Sent(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What the blend reads of the state before the round; the same on every device."""
+    """What the blend reads of the state before the round; the same on every device.
+
+    Attributes:
+      params, mutable, averager, weights: of `TrainState`.
+      due: whether the round is scored, a bool scalar; None if every round is.
+    """
 
     params: PyTree
     mutable: PyTree
     averager: PyTree
+    weights: PyTree
+    due: jax.Array | None
 
 
 Blended = tuple[PyTree, PyTree, PyTree, dict[str, jax.Array]]
@@ -46,12 +55,12 @@ def gathers(averager: Averager, how: str) -> bool:
     return averager.reads_replicas or "distance" in averager.needs or how != "float32"
 
 
-def make_exchange(averager: Averager, forward: Forward, where: Placement, how: str) -> Callable:
+def make_exchange(averager: Averager, forward: Forward, where: Placement, how: str, every: int = 1) -> Callable:
     """Builds the sync: what the replicas send travels between devices once, and becomes a blend.
 
     If the averager reads replicas, or the wire is narrow, all of them travel to every device, which then blends them by
     itself: a search may try many blends, and the weights need not be known before the exchange. Otherwise only scores
-    travel, and then one weighted sum.
+    travel, and then one weighted sum. `every` is that of `Scoring`.
 
     Returns:
       `(state, sent, residual, rng, window) -> (blended, sent, residual)`: `Blended`; what was sent, on every device;
@@ -72,7 +81,8 @@ def make_exchange(averager: Averager, forward: Forward, where: Placement, how: s
     def exchange(
         state: TrainState, sent: Sent, residual: PyTree, rng: jax.Array, window: Batch | None
     ) -> tuple[Blended, Sent, PyTree]:
-        before = Before(state.params, state.mutable, state.averager)
+        due = score.due(every, state.round)
+        before = Before(state.params, state.mutable, state.averager, state.weights, due)
         if not all_travel:
             told = where.gather(sent._replace(params=(), mutable=()))
             blended = blend(averager, forward, where.reduce, before, told._replace(params=sent.params), window)
@@ -99,7 +109,7 @@ def blend(
       averager: how.
       forward: how a blend runs over the held-out samples, for weightings that try weights out.
       reduce: lays a reduction out over devices.
-      before: the global parameters and the averager's state before the round.
+      before: the global parameters and the averager's state before the round, and whether it is scored.
       sent: the replicas [K, ...]; a dead one has no weight.
       window: the held-out samples [N, ...] of this round.
 
@@ -110,13 +120,24 @@ def blend(
     def mean(weights: PyTree) -> PyTree:
         return sync.mean_over_living(reduce, sent.mutable, weights, before.mutable)
 
-    evaluate = {} if window is None else {"evaluate": score.Evaluate(forward, mean, window)}
-    return averager.update(
-        sent.params,
-        before.averager,
-        before.params,
-        alive=sent.alive,
-        check_finite=False,
-        place=reduce,
-        **(sent.signals | evaluate),
+    shared = score.of_blends(averager.needs, forward, mean, window, sent.signals)
+    given: dict[str, Any] = {"alive": sent.alive, "place": reduce}
+    signals = sent.signals | shared
+    if before.due is None:
+        return averager.update(sent.params, before.averager, before.params, check_finite=False, **given, **signals)
+    assert averager.halves is not None  # `make_rounds` has checked
+    weigh, step = averager.halves.weigh, averager.halves.step
+    own = before.averager.weighting
+    weights, weighting = jax.lax.cond(
+        before.due,
+        lambda: weigh(sent.params, own, before.params, **given, **signals),
+        lambda: (among(sent.alive, before.weights), own),
     )
+    params, state, taken = step(sent.params, weights, before.averager, before.params, **given)
+    state = state._replace(weighting=tree.select(taken, weighting, own))
+    return params, state, tree.select(taken, weights, optax.tree.zeros_like(weights))
+
+
+def among(alive: jax.Array, weights: PyTree) -> PyTree:
+    """Divides weights, leaves [K, ...], among those who are alive."""
+    return jax.tree.map(lambda w: normalise(w, alive), weights)

@@ -15,13 +15,12 @@ from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Trai
 from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import fragments, keys, local, policy, score, sync, wire
-from wavg_jax.rounds.common import RoundLog, Setup, carry_statistics, constrained, survivors
-from wavg_jax.rounds.exchange import gathers
+from wavg_jax.rounds.common import Setup, carry_statistics, constrained, diagnosed, report, survivors
+from wavg_jax.rounds.exchange import among, gathers
 from wavg_jax.rounds.faults import distort, slow_down
 from wavg_jax.rounds.local import Pace
 from wavg_jax.rounds.sync import Trained
-from wavg_jax.weighting.scores import effective_replicas, normalise, per_replica
-from wavg_jax.weighting.signals import FREE
+from wavg_jax.weighting.scores import per_replica
 
 
 class Packet(NamedTuple):
@@ -153,7 +152,8 @@ def _score(
     loss = total / jnp.maximum(steps.astype(total.dtype), 1)
     sent = replicas._replace(params=_distorted(setup, replicas.params, params))
     window = score.window(held_out, round, setup.scoring.samples)
-    signals = score.of_replicas(setup.measured, setup.where.map, sent, window) | score.free(loss, sizes, steps)
+    due = score.due(setup.scoring.every, round)
+    signals = score.of_replicas(setup.measured, setup.where.map, sent, window, due) | score.free(loss, sizes, steps)
     return jnp.stack(list(alive)).all(0), signals
 
 
@@ -211,9 +211,6 @@ def _exchange(
     assert averager.halves is not None  # `streaming.begin` has checked
     step = averager.halves.step
 
-    def among(alive: jax.Array, weights: PyTree) -> PyTree:
-        return jax.tree.map(lambda w: normalise(w, alive), weights)
-
     def blended(
         packet: Packet, start: PyTree, state: AveragerState, weights: PyTree, views: PyTree
     ) -> tuple[PyTree, AveragerState, PyTree, jax.Array]:
@@ -255,13 +252,11 @@ def _close(
     told = where.gather((replicas.mutable if reads else (), after_exchange(alive, list(sound)), signals))
     seen = views if reads else tree.replicate(state.params, len(alive))  # nobody reads those
     decided = where.together(functools.partial(_decide, setup))(state, seen, *told, window, sound)
-    weights, weighting, share, effective, alive, signals = decided
+    weights, weighting, share, alive, signals, found = decided
     steps = local.steps_taken(batches, slow_down(setup.faults, pace, local.longest(batches)))
     trained = Trained(batches, shared, steps, alive & (share.sum() > 0))
     stats, mutable, smoothed = carry_statistics(setup, state, replicas.mutable, split, params, share, trained)
-    scores = {name: x for name, x in signals.items() if name in averager.needs and name not in FREE}
-    logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
-    log = RoundLog(signals["train_loss"], logged, share, effective, alive, steps)
+    log = report(averager.needs, signals, share, alive, steps, found)
     asked = None if stop is None else after_exchange(stop, tree.floats((share, mutable, smoothed))).any()
     return weights, weighting, state.round + 1, mutable, smoothed, stats, log, asked
 
@@ -275,12 +270,12 @@ def _decide(
     signals: dict[str, PyTree],
     window: Batch | None,
     sound: Sequence[jax.Array],
-) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array, dict[str, PyTree]]:
+) -> tuple[PyTree, PyTree, jax.Array, jax.Array, dict[str, PyTree], dict[str, jax.Array]]:
     """Weighs the replicas, on every device alike, by what all have told.
 
     Returns:
-      The weights, and the weighting's state; the weights [K] and how many replicas they amount to; `alive` and
-      `signals`, with those made here.
+      The weights, and the weighting's state; the weights [K]; `alive` and `signals`, with those made here; and the
+      diagnosis.
     """
     averager = setup.averager
     assert averager.halves is not None  # `streaming.begin` has checked
@@ -290,12 +285,18 @@ def _decide(
 
     if "distance" in averager.needs:
         signals = signals | {"distance": score.distances(views, alive)}
-    evaluate = {} if window is None else {"evaluate": score.Evaluate(setup.forward, mean, window)}
+    shared = score.of_blends(averager.needs, setup.forward, mean, window, signals)
     # The views are of what replicas sent while these were the global parameters.
-    given = (views, state.averager.weighting, state.params)
-    weights, weighting = averager.halves.weigh(*given, alive=alive, **(signals | evaluate))
+    weigh, own, due = averager.halves.weigh, state.averager.weighting, score.due(setup.scoring.every, state.round)
+
+    def now() -> tuple[PyTree, PyTree]:
+        return weigh(views, own, state.params, alive=alive, **(signals | shared))
+
+    # A round that is not scored leaves the weights and the weighting's state as they are.
+    weights, weighting = now() if due is None else jax.lax.cond(due, now, lambda: (state.stream.weights, own))
     kept = functools.reduce(jnp.logical_and, sound)  # no outer step went astray
     weights = tree.select(kept, weights, optax.tree.zeros_like(weights))
-    weighting = tree.select(kept & alive.any(), weighting, state.averager.weighting)
+    weighting = tree.select(kept & alive.any(), weighting, own)
     share = per_replica(weights)
-    return weights, weighting, share, effective_replicas(share), alive, signals
+    found = diagnosed(setup, state.round, signals, window, share, alive)
+    return weights, weighting, share, alive, signals, found

@@ -26,16 +26,26 @@ from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys, local, score, streaming, sync, wire
-from wavg_jax.rounds.common import RoundLog, Setup, carry_statistics, everywhere, place_state, survivors
+from wavg_jax.rounds.common import (
+    RoundLog,
+    Setup,
+    carry_statistics,
+    diagnosed,
+    everywhere,
+    place_state,
+    report,
+    survivors,
+)
 from wavg_jax.rounds.exchange import Sent, make_exchange
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
+from wavg_jax.rounds.forward import Forward, as_stored
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
 from wavg_jax.rounds.pieces import Pieces, make_pieces
 from wavg_jax.rounds.reestimation import reestimate
-from wavg_jax.rounds.score import SCORING, Forward, Scoring
+from wavg_jax.rounds.score import SCORING, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, AtSync, Trained
-from wavg_jax.weighting.scores import effective_replicas, per_replica
-from wavg_jax.weighting.signals import FREE
+from wavg_jax.weighting.make import weights_like
+from wavg_jax.weighting.scores import per_replica
 
 
 class Rounds(NamedTuple):
@@ -79,7 +89,7 @@ def make_rounds(
     at_sync: AtSync = AtSync(),  # noqa: B008
     faults: Faults | None = None,
     placement: Placement | None = None,
-    prepare: Callable[[jax.Array], jax.Array] = score.as_stored,
+    prepare: Callable[[jax.Array], jax.Array] = as_stored,
     fetch: Fetch = local.as_is,
 ) -> Rounds:
     """Builds rounds: K replicas train for H local steps, are scored, and blend into the next global parameters.
@@ -129,8 +139,8 @@ def make_rounds(
         where=where,
         batches=Batch if fetch is local.as_is else object,
         steps=local.local_steps(task, inner, fetch, where),
-        measured=score.measure(forward, averager.needs),
-        exchange=make_exchange(averager, forward, where, at_sync.wire),
+        measured=score.measure(forward, (*averager.needs, *(["logits"] if scoring.diagnose else []))),
+        exchange=make_exchange(averager, forward, where, at_sync.wire, scoring.every),
         rerun=reestimate(task, fetch),
     )
     init = functools.partial(_init, setup)
@@ -147,7 +157,8 @@ def _init(setup: Setup, rng: jax.Array, replicas: int) -> TrainState:
 
     def make(rng: jax.Array) -> TrainState:
         params, mutable = setup.task.init(keys.roots(rng).init)
-        state = initial_state(params, mutable, rng, replicas, setup.averager, setup.inner, setup.at_sync)
+        kept = setup.averager, setup.inner, setup.scoring, setup.at_sync
+        state = initial_state(params, mutable, rng, replicas, *kept)
         return place_state(where, state)
 
     if where.shared.is_fully_addressable or isinstance(rng, jax.core.Tracer):
@@ -167,7 +178,7 @@ def _step(
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step`."""
     where, needs = setup.where, setup.averager.needs
-    check_state(state, setup.faults, setup.at_sync)
+    check_state(state, setup.faults, setup.scoring, setup.at_sync)
     check_data(state, batches, held_out, needs, setup.batches)
     # Train.
     pace = slow_down(setup.faults, pace, local.longest(batches))
@@ -177,13 +188,16 @@ def _step(
     alive = survivors(state.replicas, sent, train_loss)
     # Score.
     window = score.window(held_out, state.round, setup.scoring.samples)
-    signals = score.of_replicas(setup.measured, where.map, sent, window) | score.free(train_loss, sizes, taken)
+    due = score.due(setup.scoring.every, state.round)
+    signals = score.of_replicas(setup.measured, where.map, sent, window, due) | score.free(train_loss, sizes, taken)
     # Blend.
     split = keys.at_sync(after.rng)
     outgoing = Sent(sent.params, sent.mutable, alive, signals)
     blended, told, residual = setup.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
     share = everywhere(where, per_replica(weights))
+    logits = {name: x for name, x in told.signals.items() if name == "logits"}
+    found = where.together(functools.partial(diagnosed, setup))(state.round, logits, window, share, told.alive)
     # Carry over.
     kept = told.alive & (share.sum() > 0)  # else all replicas restart from the old parameters
     trained = Trained(batches, shared, taken, kept)
@@ -195,10 +209,9 @@ def _step(
         setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows
     )
     replicas = Replicas(restarted, opt_state, stats, split.following, residual)
-    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
-    scores = {name: x for name, x in told.signals.items() if name in needs and name not in FREE} | distances
-    logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
-    log = RoundLog(told.signals["train_loss"], logged, share, effective_replicas(share), told.alive, taken)
+    last = () if due is None else tree.select(share.sum() > 0, weights, state.weights)
+    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, weights=last)
+    log = report(needs, told.signals | distances, share, told.alive, taken, found)
     return place_state(where, new), everywhere(where, log)
 
 
@@ -214,7 +227,7 @@ def _streamed(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step` with fragments."""
-    check_state(state, setup.faults, setup.at_sync)
+    check_state(state, setup.faults, setup.scoring, setup.at_sync)
     check_data(state, batches, held_out, setup.averager.needs, setup.batches)
     numbers = [jnp.int32(s) for s in range(setup.at_sync.fragments)]
     given = (state, batches, held_out, shared, pace, sizes)
@@ -229,6 +242,7 @@ def initial_state(
     replicas: int,
     averager: Averager,
     inner: optax.GradientTransformation,
+    scoring: Scoring,
     at_sync: AtSync,
 ) -> TrainState:
     """The state before the first round: K equal replicas with different keys, also for keys in their states.
@@ -237,7 +251,7 @@ def initial_state(
       params, mutable: of `Task.init`, called with the key `keys.roots(rng).init`.
       rng: the key of the run.
       replicas: K.
-      averager, inner, at_sync: of the rounds.
+      averager, inner, scoring, at_sync: of the rounds.
     """
     replicas, roots = as_whole("replicas", replicas, 1), keys.roots(rng)
     states = tree.replicate((inner.init(params), mutable), replicas)
@@ -256,7 +270,17 @@ def initial_state(
         round=jnp.zeros((), jnp.int32),
         smoothed=None if at_sync.smoothing is None else _unsmoothed(params, mutable, at_sync.smoothing),
     )
-    return state if at_sync.fragments == 1 else streaming.begin(state, averager, at_sync)
+    if at_sync.fragments > 1:
+        return streaming.begin(state, averager, at_sync)
+    return state if scoring.every == 1 else state._replace(weights=_no_weights(averager, state, replicas))
+
+
+def _no_weights(averager: Averager, state: TrainState, replicas: int) -> PyTree:
+    """Weights of 0, in the shapes in which the weighting gives them."""
+    if averager.halves is None:
+        raise SettingsError("Scoring: every= needs an averager with halves, as wavg_jax.averager makes it")
+    like = weights_like(averager.halves.weighting, state.averager.weighting, state.params, replicas)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
 def _unsmoothed(params: PyTree, mutable: PyTree, smoothing: optax.GradientTransformation) -> Smoothed:
@@ -293,14 +317,13 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
         raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")
 
 
-def check_state(state: TrainState, faults: Faults | None, at_sync: AtSync) -> None:
-    """Raises SettingsError if the state was not made for these faults and this smoothing."""
+def check_state(state: TrainState, faults: Faults | None, scoring: Scoring, at_sync: AtSync) -> None:
+    """Raises SettingsError if the state was not made for these faults, and by rounds of this form."""
     check_replicas(faults, tree.count_replicas(state.replicas.params))
     for field, differs in (
-        ("smoothing", (state.smoothed is None) != (at_sync.smoothing is None)),
-        ("fragments", (state.stream == ()) != (at_sync.fragments == 1)),
+        ("AtSync(smoothing=)", (state.smoothed is None) != (at_sync.smoothing is None)),
+        ("AtSync(fragments=)", (state.stream == ()) != (at_sync.fragments == 1)),
+        ("Scoring(every=)", isinstance(state.weights, tuple) != (scoring.every == 1 or at_sync.fragments > 1)),
     ):
         if differs:
-            raise SettingsError(
-                f"the state was made by rounds that differ in AtSync({field}=); make it with these rounds' init"
-            )
+            raise SettingsError(f"the state was made by rounds that differ in {field}; make it with these rounds' init")

@@ -3,6 +3,7 @@
 Every replica is scored on the same samples. What a signal costs for one replica and N held-out samples:
 
     a metric of the task (loss, accuracy, ...)    one forward pass over N samples, shared by all of them
+    logits                                        the same forward pass
     grad_norm, layer_grad_norm                    one gradient over COMMON_BATCH samples, shared by both
     fisher                                        FISHER_SAMPLES gradients of one sample each
     distance                                      one subtraction of the parameters, no data
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import FLOATING, NONE, either, whole
+from wavg_jax.arguments import FLOATING, NONE, YES_OR_NO, either, whole
 from wavg_jax.averaging.reduce import weighted_mean
-from wavg_jax.base import Batch, PyTree, Replicas, SettingsError, Sums, Task
+from wavg_jax.base import Batch, PyTree, Replicas, SettingsError
 from wavg_jax.rounds import keys
+from wavg_jax.rounds.forward import Forward, cast, here, labels, metrics, metrics_and_logits, metrics_of
 from wavg_jax.weighting.scores import per_replica
-from wavg_jax.weighting.signals import FREE
+from wavg_jax.weighting.signals import FREE, OF_SAMPLES
 
 GRADIENTS = ("grad_norm", "layer_grad_norm")
 """Signals from one gradient on a batch common to all replicas."""
@@ -39,7 +41,7 @@ FISHER_TOGETHER = 4
 """Samples whose gradients `fisher` holds in memory at a time; a divisor of FISHER_SAMPLES."""
 
 _NO_DATA = (*FREE, "distance")
-_NO_METRICS = (*_NO_DATA, *GRADIENTS, "fisher", "evaluate")
+_NO_METRICS = (*_NO_DATA, *GRADIENTS, "fisher", *OF_SAMPLES)
 
 
 class Scoring(NamedTuple):
@@ -52,12 +54,18 @@ class Scoring(NamedTuple):
         fixes its compute dtype, as `wavg_jax.models.MLP` does, computes in that and saves nothing.
       chunk: samples per forward pass, which bounds the memory of scoring and testing.
       test_every: rounds between evaluations on the test split, in `fit`, which always evaluates the last round.
+      every: rounds between scorings. The rounds in between blend with the weights of the last one, divided among those
+        who are alive.
+      diagnose: keep the replicas' logits also where the weighting does not need them, and report what each replica is
+        worth to the blend; see `wavg_jax.rounds.diagnosis`.
     """
 
     samples: int | None = None
     dtype: Any = None
     chunk: int = 1000
     test_every: int = 1
+    every: int = 1
+    diagnose: bool = False
 
 
 SCORING = {
@@ -65,34 +73,10 @@ SCORING = {
     "dtype": either(NONE, FLOATING),
     "chunk": whole(1),
     "test_every": whole(1),
+    "every": whole(1),
+    "diagnose": YES_OR_NO,
 }
 """What the fields of `Scoring` must be."""
-
-
-def as_stored(x: jax.Array) -> jax.Array:
-    """Feeds the network its inputs as they are stored."""
-    return x
-
-
-def _here(function: Callable) -> Callable:
-    return function
-
-
-class Forward(NamedTuple):
-    """How a network runs over many samples.
-
-    Attributes:
-      task: the network.
-      prepare: stored inputs [B, ...] -> the network's inputs, such as uint8 -> normalised float32.
-      dtype, chunk: of `Scoring`.
-      over_samples: `Placement.over_samples`, which spreads the samples over the devices.
-    """
-
-    task: Task
-    prepare: Callable[[jax.Array], jax.Array] = as_stored
-    dtype: Any = None
-    chunk: int = 1000
-    over_samples: Callable[[Callable], Callable] = _here
 
 
 def reads_heldout(needs: Iterable[str]) -> bool:
@@ -108,7 +92,7 @@ def check_measurable(needs: Iterable[str], metrics: Sequence[str]) -> None:
     """Raises SettingsError if nothing measures a signal that the weighting needs; `metrics` are those of the task."""
     unknown = sorted(set(needs) - {*_NO_METRICS, *metrics})
     if unknown:
-        known = (*metrics, *(name for name in _NO_METRICS if name != "evaluate"))
+        known = (*metrics, *(name for name in _NO_METRICS if name not in OF_SAMPLES))
         raise SettingsError(
             f"the weighting needs the signal {unknown[0]!r}, which a round does not measure; it measures "
             f"{', '.join(known)}. Pass other signals to Averager.update in a loop of your own."
@@ -134,53 +118,6 @@ def window(held_out: Batch | None, round: jax.Array, samples: int | None) -> Bat
     start = jnp.asarray(round, jnp.int32) % -(-n // samples) * samples  # the remainder first, lest int32 overflow
     taken = (start + jnp.arange(samples, dtype=jnp.int32)) % n
     return Batch(*(jnp.asarray(a)[taken] for a in held_out))
-
-
-def _cast(values: PyTree, dtype: Any) -> PyTree:
-    """Casts the floating-point leaves to `dtype`, unless it is None."""
-    if dtype is None:
-        return values
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, values)
-
-
-def _summed(function: Callable[[Batch], Sums], samples: Batch, chunk: int) -> Sums:
-    """Adds up `function` over chunks of the samples, in the memory of one chunk."""
-    n = len(samples.y)
-    if n <= chunk:
-        return function(samples)
-    full, rest = divmod(n, chunk)
-    chunks = jax.tree.map(lambda a: a[: n - rest].reshape(full, chunk, *a.shape[1:]), samples)
-    # A gradient recomputes the activations of each chunk rather than keep those of all.
-    one = jax.checkpoint(function, prevent_cse=False)
-    sums = jax.eval_shape(one, jax.tree.map(lambda a: a[0], chunks))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    total, _ = jax.lax.scan(lambda total, part: (optax.tree.add(total, one(part)), None), zeros, chunks)
-    return optax.tree.add(total, one(jax.tree.map(lambda a: a[n - rest :], samples))) if rest else total
-
-
-Network = Callable[[PyTree], tuple[PyTree, PyTree]]
-"""`given -> (params, mutable)`: makes a network of what is given, such as a blend of weights."""
-
-
-def metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> dict[str, jax.Array]:
-    """Metrics of one network on samples [N, ...], as `Task.metrics` defines them; differentiable in the parameters."""
-    return _metrics(forward, lambda network: network, (params, mutable), samples)
-
-
-def _metrics(forward: Forward, network: Network, given: PyTree, samples: Batch) -> dict[str, jax.Array]:
-    """Metrics of the network that every device makes of what is `given`."""
-
-    def over(given: PyTree, samples: Batch) -> Sums:
-        params, mutable = _cast(network(given), forward.dtype)
-
-        def one(batch: Batch) -> Sums:
-            x = _cast(forward.prepare(batch.x), forward.dtype)
-            return forward.task.measure(forward.task.predict(params, mutable, x), Batch(x, batch.y))
-
-        return _summed(one, samples, forward.chunk)
-
-    sums = forward.over_samples(over)(given, samples)
-    return dict(forward.task.metrics(sums, jnp.float32(len(samples.y))))
 
 
 def scalar_metrics(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> dict[str, jax.Array]:
@@ -214,13 +151,43 @@ class Evaluate:
         def network(weights: PyTree) -> tuple[PyTree, PyTree]:
             return blend(weights), self._mean(per_replica(weights))
 
-        return _scalars(_metrics(self._forward, network, weights, self._held_out))
+        return _scalars(metrics_of(self._forward, network, weights, self._held_out))
+
+
+def of_blends(
+    needs: Iterable[str],
+    forward: Forward,
+    mean: Callable[[PyTree], PyTree],
+    held_out: Batch | None,
+    signals: Mapping[str, PyTree],
+) -> dict[str, Any]:
+    """The signals that all replicas share: `labels`, and `evaluate`.
+
+    Args:
+      needs: names of signals.
+      forward: how a blend runs over the held-out samples.
+      mean: `weights [K] -> mutable`, the collections that belong to a blend.
+      held_out: [N, ...]; None if no signal reads it.
+      signals: those of the replicas.
+    """
+    if held_out is None:
+        return {}
+    shared: dict[str, Any] = {"evaluate": Evaluate(forward, mean, held_out)}
+    if "labels" in needs:
+        shared["labels"] = labels(forward, held_out, signals["logits"].shape[-1])
+    return shared
+
+
+def _logits(forward: Forward, params: PyTree, mutable: PyTree, held_out: Batch) -> dict[str, jax.Array]:
+    """The logits of a network, and from the same pass its metrics."""
+    found, logits = metrics_and_logits(forward, params, mutable, held_out)
+    return _scalars(found) | {"logits": logits}
 
 
 def _common_batch(forward: Forward, held_out: Batch, samples: int) -> Batch:
     """The first `samples` held-out samples, starting over if there are fewer."""
     taken = jnp.arange(samples, dtype=jnp.int32) % len(held_out.y)
-    return Batch(_cast(forward.prepare(held_out.x[taken]), forward.dtype), held_out.y[taken])
+    return Batch(cast(forward.prepare(held_out.x[taken]), forward.dtype), held_out.y[taken])
 
 
 def _gradient_norms(forward: Forward, params: PyTree, mutable: PyTree, held_out: Batch) -> dict[str, PyTree]:
@@ -234,7 +201,7 @@ def _gradient_norms(forward: Forward, params: PyTree, mutable: PyTree, held_out:
     mutable = keys.own(mutable, state_rng)  # draws apart from those of the next local step
 
     def loss(params: PyTree) -> jax.Array:
-        cast_params, cast_mutable = _cast((params, mutable), forward.dtype)
+        cast_params, cast_mutable = cast((params, mutable), forward.dtype)
         return forward.task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
     norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), jax.grad(loss)(params))
@@ -257,7 +224,7 @@ def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out
     batch = _common_batch(forward, held_out, FISHER_SAMPLES)
 
     def log_likelihood(params: PyTree, x: jax.Array, key: jax.Array) -> jax.Array:
-        cast_params, cast_mutable = _cast((params, mutable), forward.dtype)
+        cast_params, cast_mutable = cast((params, mutable), forward.dtype)
         log_p = jax.nn.log_softmax(forward.task.predict(cast_params, cast_mutable, x[None])[0].astype(jnp.float32))
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_p))
         return jnp.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
@@ -276,6 +243,19 @@ def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out
     return {"fisher": optax.tree.scale(1 / FISHER_SAMPLES, total)}
 
 
+def due(every: int, round: jax.Array) -> jax.Array | None:
+    """Whether a round is scored, a bool scalar; None if every round is."""
+    return None if every == 1 else round % every == 0
+
+
+def when(due: jax.Array | None, now: Callable[[], PyTree]) -> PyTree:
+    """What `now` measures, or NaN in its place unless it is due; None always is."""
+    if due is None:
+        return now()
+    shapes = jax.eval_shape(now)
+    return jax.lax.cond(due, now, lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes))
+
+
 def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch], dict[str, PyTree]]:
     """Builds `((params, mutable), held_out) -> {signal: float32 scalar or tree}` for one replica.
 
@@ -283,15 +263,17 @@ def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch],
       forward: how the replica runs. Parameters, collections and inputs are cast to its dtype; signals are float32.
       needs: names of signals; those that read no held-out data are left out.
     """
-    needs = set(needs) - {*_NO_DATA, "evaluate"}
-    forward = forward._replace(over_samples=_here)  # a replica is scored where it lives
+    needs = set(needs) - {*_NO_DATA, "labels", "evaluate"}
+    forward = forward._replace(over_samples=here)  # a replica is scored where it lives
     passes: list[Callable[..., dict[str, Any]]] = [
         pass_
         for pass_, provides in ((_gradient_norms, GRADIENTS), (_diagonal_fisher, ("fisher",)))
         if needs.intersection(provides)
     ]
     asked = needs - set(_NO_METRICS)
-    if asked:
+    if "logits" in needs:
+        passes.append(_logits)
+    elif asked:
         passes.append(scalar_metrics)
 
     def signals(network: PyTree, held_out: Batch) -> dict[str, PyTree]:
@@ -320,7 +302,11 @@ def distances(stacked: PyTree, alive: jax.Array) -> jax.Array:
 
 
 def of_replicas(
-    measured: Callable, over_replicas: Callable[[Callable], Callable], replicas: Replicas, held_out: Batch | None
+    measured: Callable,
+    over_replicas: Callable[[Callable], Callable],
+    replicas: Replicas,
+    held_out: Batch | None,
+    due: jax.Array | None = None,
 ) -> dict[str, PyTree]:
     """Scores K replicas on the same held-out samples.
 
@@ -329,11 +315,15 @@ def of_replicas(
       over_replicas: of the placement.
       replicas: [K, ...].
       held_out: [N, ...]; None if no signal reads it.
+      due: whether to score them now; None always does.
 
     Returns:
-      {signal: [K] or tree with leaves [K, ...]}.
+      {signal: [K] or tree with leaves [K, ...]}, NaN where nothing is due.
     """
-    return {} if held_out is None else over_replicas(measured)((replicas.params, replicas.mutable), held_out)
+    if held_out is None:
+        return {}
+
+    return when(due, lambda: over_replicas(measured)((replicas.params, replicas.mutable), held_out))
 
 
 def free(train_loss: jax.Array, sizes: jax.Array | None, steps: jax.Array) -> dict[str, jax.Array]:

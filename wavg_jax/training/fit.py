@@ -34,8 +34,9 @@ from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.devices import mapping, processes
 from wavg_jax.rounds import score
 from wavg_jax.rounds.faults import Faults, check_replicas
+from wavg_jax.rounds.forward import Forward, metrics, metrics_and_logits
 from wavg_jax.rounds.round import AVERAGER, TASK
-from wavg_jax.rounds.score import SCORING, Forward, Scoring
+from wavg_jax.rounds.score import SCORING, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, AtSync
 from wavg_jax.storage.journal import open_journal
 from wavg_jax.storage.rows import check_name, check_writable, recorded_run
@@ -189,7 +190,7 @@ def fit(
         raise SettingsError("resume=True needs workdir=, the folder that the first part of the run wrote")
     plan = _plan(local_steps, rounds, batch_size, seed, store.checkpoint_every, scoring.test_every)
     recipe = make_recipe(task, data, averager, inner, scoring=scoring, at_sync=at_sync, layout=layout, faults=faults)
-    metrics = _check(plan, recipe, data)
+    scalars = _check(plan, recipe, data)
     folder = None if workdir is None else pathlib.Path(workdir)
     check_writable(folder)
     with contextlib.ExitStack() as stack:
@@ -198,7 +199,7 @@ def fit(
         if layout.replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, store.name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
-        run = Run(recipe, data, plan, store.name, metrics)
+        run = Run(recipe, data, plan, store.name, scalars)
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         state = journal.begin(run.describe() | extra, run.initial, resume)
@@ -279,9 +280,9 @@ def _check(plan: Plan, recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
             stacklevel=3,
         )
     round_indices(data.shards, seed=plan.seed, first_step=0, local_steps=1, batch_size=plan.batch_size)  # its errors
-    metrics = _metrics(recipe, data)
-    score.check_measurable(recipe.averager.needs, metrics)
-    return metrics
+    scalars = _metrics(recipe, data)
+    score.check_measurable(recipe.averager.needs, scalars)
+    return scalars
 
 
 def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
@@ -294,10 +295,12 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
         network, x = recipe.task.init(rng), recipe.prepare(one.x)
         forward = Forward(recipe.task, recipe.prepare)
         score.scalar_metrics(forward, *network, one)  # its errors
-        return recipe.task.predict(*network, x), score.metrics(forward, *network, one)
+        if "logits" in recipe.averager.needs:
+            metrics_and_logits(forward, *network, one)  # its errors
+        return recipe.task.predict(*network, x), metrics(forward, *network, one)
 
-    logits, metrics = jax.eval_shape(trace, jax.random.key(0), one)
-    arrays = [name for name, x in metrics.items() if x.ndim]
+    logits, found = jax.eval_shape(trace, jax.random.key(0), one)
+    arrays = [name for name, x in found.items() if x.ndim]
     if taken := sorted(set(arrays) & set(ROUND_ENTRIES)):
         raise SettingsError(
             f"the task's metric {taken[0]!r} has the name of an entry of rows; rename it in Task.measure"
@@ -309,4 +312,4 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
             f"the network outputs {shape[1:]} for a sample, the data have {data.classes} classes; make "
             "them equal (the data set takes classes=)"
         )
-    return tuple(name for name in metrics if name not in arrays)
+    return tuple(name for name in found if name not in arrays)

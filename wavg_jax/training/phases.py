@@ -7,8 +7,8 @@ import jax
 from wavg_jax.base import Batch, PyTree, Replicas, TrainState
 from wavg_jax.rounds import keys, score
 from wavg_jax.rounds.exchange import Sent, make_exchange
+from wavg_jax.rounds.forward import Forward
 from wavg_jax.rounds.local import local_steps, train
-from wavg_jax.rounds.score import Forward
 from wavg_jax.training.batches import Shared, Work
 from wavg_jax.training.recipe import Recipe, fetch_of
 

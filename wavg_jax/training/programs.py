@@ -12,7 +12,8 @@ from wavg_jax.base import Batch, PyTree, Task, TrainState
 from wavg_jax.devices import machine
 from wavg_jax.devices.collectives import after
 from wavg_jax.devices.placement import compiler_options
-from wavg_jax.rounds import keys, score
+from wavg_jax.rounds import keys
+from wavg_jax.rounds.forward import metrics
 from wavg_jax.rounds.round import RoundLog, everywhere, initial_state, place_state
 from wavg_jax.training.batches import Shared, Work
 from wavg_jax.training.recipe import Recipe, forward_of, rounds_of
@@ -48,7 +49,9 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
     rounds, forward, placement = rounds_of(recipe), forward_of(recipe), recipe.placement
 
     def assemble(params: PyTree, mutable: PyTree, rng: jax.Array) -> TrainState:
-        state = initial_state(params, mutable, rng, replicas, recipe.averager, recipe.inner, recipe.at_sync)
+        state = initial_state(
+            params, mutable, rng, replicas, recipe.averager, recipe.inner, recipe.scoring, recipe.at_sync
+        )
         return place_state(placement, state)
 
     def run(
@@ -61,7 +64,7 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
         return state, log, everywhere(placement, after(stop, (state, log)).any())
 
     def evaluate(params: PyTree, mutable: PyTree, test: Batch) -> dict[str, jax.Array]:
-        return placement.together(functools.partial(score.metrics, forward))(params, mutable, test)
+        return placement.together(functools.partial(metrics, forward))(params, mutable, test)
 
     patient, assembled = compiler_options(placement), jax.jit(assemble, compiler_options=_QUICKLY)
     return Programs(

@@ -14,9 +14,10 @@ from wavg_jax.devices import processes
 from wavg_jax.devices.placement import Placement, place
 from wavg_jax.devices.transfer import room
 from wavg_jax.rounds.faults import Faults
+from wavg_jax.rounds.forward import Forward
 from wavg_jax.rounds.local import Fetch
 from wavg_jax.rounds.round import Rounds, make_rounds
-from wavg_jax.rounds.score import Forward, Scoring
+from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import AtSync
 
 

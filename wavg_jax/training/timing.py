@@ -84,7 +84,9 @@ def measure_parts(recipe: Recipe, data: ShardedData, *, local_steps: int, batch_
     state = state._replace(averager=recipe.averager.init(state.params, replicas))
     blend = _seconds(jax.jit(blend_phase(recipe)), (state, stacked, alive, held_out, signals), repeats)
     many = _seconds(jax.jit(_many_means), (stacked.params, jnp.full((_MEANS, replicas), 1 / replicas)), repeats)
-    return Parts(local, score, blend, many / _MEANS / replicas)
+    # Rounds that are not scored blend with weights that they have.
+    every, mean = recipe.scoring.every, many / _MEANS
+    return Parts(local, score / every, (blend + (every - 1) * mean) / every, mean / replicas)
 
 
 _MEANS = 10

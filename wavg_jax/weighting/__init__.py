@@ -13,6 +13,7 @@ Every published rule is one expression, and rules compose:
     gradient norms on a common batch,   grawa(), grawa(layerwise=True)           GRAWA 2024
       whole or per layer
     Fisher merging, per element         fisher_merging()                         Matena and Raffel 2022
+    pooled predictions                  opinion_pool()                  Heskes 1998 (logarithmic opinion pool)
     greedy soup                         greedy_soup()                            Wortsman et al. 2022
     learned on held-out data            learned()                                natural gradient of the softmax
       the cheap form                    learned(carry=True, steps=1)             Kivinen and Warmuth 1997

@@ -44,7 +44,7 @@ class LearnedState(NamedTuple):
     optimizer: PyTree
 
 
-def _held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyTree) -> Held:
+def on_held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyTree) -> Held:
     """Returns a function that evaluates the blend, cast to the parameters' dtypes, on the held-out data."""
     check("evaluate", evaluate, _EVALUATE)
 
@@ -114,7 +114,7 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
         **signals: Any,
     ) -> tuple[jax.Array, PyTree]:
         del stacked
-        held_out = _held_out(signals["evaluate"], blend, params)
+        held_out = on_held_out(signals["evaluate"], blend, params)
         own = jnp.where(alive, _goodness(values_of(signal, signals, alive), signal), -jnp.inf)
         usable = own > -jnp.inf
 
@@ -283,7 +283,7 @@ def learned(
         **signals: Any,
     ) -> tuple[PyTree, LearnedState]:
         begin, start_state = start.update(stacked, state.start, params, alive=alive, blend=blend, **signals)
-        held_out = _held_out(signals["evaluate"], blend, params)
+        held_out = on_held_out(signals["evaluate"], blend, params)
         neutral = jax.tree.map(jnp.zeros_like, begin)
         fresh = (neutral, descent.init(neutral))
         if not carry:
@@ -375,7 +375,7 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
         blend: Callable[[PyTree], PyTree],
         **signals: Any,
     ) -> tuple[PyTree, tuple]:
-        held_out = _held_out(signals["evaluate"], blend, params)
+        held_out = on_held_out(signals["evaluate"], blend, params)
 
         def weigh(i: int, states: tuple) -> tuple[PyTree, PyTree]:
             return candidates[i].update(stacked, states[i], params, alive=alive, blend=blend, **signals)

@@ -33,6 +33,10 @@ FREE = ("train_loss", "samples", "steps")
 """Signals that need no extra pass: the mean loss over the round's local steps (nats), the number of samples in the
 replica's shard, and the number of local steps it took."""
 
+OF_SAMPLES = ("logits", "labels", "evaluate")
+"""Signals that are no scores: the replicas' logits on held-out samples [K, S, C], float32; the samples' labels [S],
+integers; and the metrics of a blend, a function `(params, weights [K]) -> {metric: scalar}`."""
+
 
 _PER_TENSOR: dict[str, Callable[[jax.Array], tuple[int, ...]]] = {
     "layer_grad_norm": lambda leaf: (),
@@ -43,12 +47,17 @@ _PER_TENSOR: dict[str, Callable[[jax.Array], tuple[int, ...]]] = {
 
 def zeros(name: str, params: PyTree, replicas: int) -> PyTree:
     """Returns a zero signal in the shape that `fit` measures: [K], or a tree with leaves [K] or [K, *shape]; float32.
+    Logits and labels are those of one sample and two classes.
 
     Signals unknown to the library are assumed to be [K].
 
     >>> zeros("layer_grad_norm", {"w": jnp.ones((2, 3))}, 4)["w"].shape, zeros("loss", None, 4).shape
     ((4,), (4,))
     """
+    if name == "labels":
+        return jnp.zeros(1, jnp.int32)
+    if name == "logits":
+        return jnp.zeros((replicas, 1, 2), jnp.float32)
     if name not in _PER_TENSOR:
         return jnp.zeros(replicas, jnp.float32)
     return tree.replicate(jax.tree.map(lambda x: jnp.zeros(_PER_TENSOR[name](x), jnp.float32), params), replicas)

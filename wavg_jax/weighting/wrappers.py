@@ -13,7 +13,7 @@ from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.make import make_weighting, weights_like
 from wavg_jax.weighting.scores import inverse, normalise, usable
-from wavg_jax.weighting.signals import direction, values_of, zeros
+from wavg_jax.weighting.signals import OF_SAMPLES, direction, values_of, zeros
 
 _HUGE = float(jnp.finfo(jnp.float32).max) / 4
 
@@ -120,7 +120,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
     """
     check("smooth_signals: decay", decay, number(0, below=1))
     decay = float(decay)
-    names = tuple(name for name in weighting.needs if name != "evaluate")
+    names = tuple(name for name in weighting.needs if name not in OF_SAMPLES)
 
     def init(params: PyTree, replicas: int) -> SmoothState:
         sums = {name: zeros(name, params, replicas) for name in names}
