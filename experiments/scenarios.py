@@ -95,7 +95,7 @@ F = flags.FLAGS
 SETTINGS = (
     *(*shared_flags.DATA, *shared_flags.NETWORK),
     *("replicas", "local_steps", "rounds", "batch_size", "inner", "opt_state_at_sync", "stats_at_sync"),
-    *("score_samples", *shared_flags.WEIGHTING),
+    *("score_samples", "score_every", *shared_flags.WEIGHTING),
 )
 """Flags that must agree among all cells."""
 READS = (*SETTINGS, "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
@@ -191,7 +191,7 @@ def _train(
         rounds=F.rounds,
         batch_size=F.batch_size,
         seed=cell.seed,
-        scoring=wavg.Scoring(samples=F.score_samples, test_every=F.rounds),
+        scoring=wavg.Scoring(samples=F.score_samples, test_every=F.rounds, every=F.score_every),
         at_sync=wavg.AtSync(arms.POLICIES[F.opt_state_at_sync], arms.POLICIES[F.stats_at_sync]),
         layout=wavg.Layout(F.devices, F.replica_map),
         faults=study.scenarios[cell.scenario].faults,

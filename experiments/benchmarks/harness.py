@@ -18,7 +18,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments.setup import app, shared_flags
-from wavg_jax.base import SettingsError
+from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import Records, check_writable, write_atomically
@@ -64,14 +64,20 @@ def in_place(function: Callable, state: Any, *arguments: Any) -> Case:
     return run
 
 
-def round_runner(recipe: Recipe, data: ShardedData, local_steps: int, batch_size: int) -> Case:
-    """Makes a case of a recipe's next round, with its batches on the device, and compiles it."""
+def round_runner(recipe: Recipe, data: ShardedData, local_steps: int, batch_size: int, rounds: int = 1) -> Case:
+    """Makes a case of a recipe's next `rounds`, with their batches on the device, and compiles it."""
     shared = put_shared(recipe, data)
     work = make_work(recipe, data, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
     program = programs_of(recipe, len(data.shards))
     state = program.init(jax.random.key(0))
     step = compiled(program.run, state, work, shared).call
-    return in_place(lambda state: step(state, work, shared)[0], state)
+
+    def run(state: TrainState) -> TrainState:
+        for _ in range(rounds):
+            state = step(state, work, shared)[0]
+        return state
+
+    return in_place(run, state)
 
 
 def alternate(

@@ -202,7 +202,7 @@ def _groups(arm: Arm) -> dict[str, Any]:
         fragments = 1 if arm.name == "accumulate" else F.fragments
         at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments)
     return {
-        "scoring": wavg.Scoring(samples=F.score_samples),
+        "scoring": wavg.Scoring(samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled),
         "at_sync": at_sync,
         "layout": wavg.Layout(
             _devices_of_batch(arm.batch_size) if arm.pooled else F.devices, F.replica_map, FEEDS[F.feed]

@@ -109,6 +109,13 @@ flags.DEFINE_integer(
     "Held-out samples to score per round, a fresh subset each round; by default all.",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "score_every",
+    1,
+    "Rounds between scorings; the rounds in between blend with the last weights.",
+    lower_bound=1,
+)
+flags.DEFINE_bool("diagnose", False, "Record every score, and what each replica is worth to the blend.")
 flags.DEFINE_enum("outer", "none", list(OUTERS), "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
 flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alpha); by default its own.", lower_bound=0)
 flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)

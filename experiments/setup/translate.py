@@ -6,6 +6,7 @@ from absl import flags
 
 FLAGS = {
     "samples": "score_samples",
+    "every": "score_every",
     "resident": "feed",
     "outer": "outer_lr",
     "opt_state": "opt_state_at_sync",

@@ -44,6 +44,8 @@ class RecordedRun(NamedTuple):
       gave_up: the run ended because its last rounds were lost.
       stopped_early: a callback ended the run before its last planned round.
       confusion: counts of the last round, true class by row [C, C]; None if there are none.
+      scores: every signal that the weighting needed [R, K], nan in rounds that were not scored.
+      diagnosis: `leave_one_out` [R, K], `gain` and `gain_error` [R], likewise; `{}` if no logits were kept.
     """
 
     header: Row
@@ -60,6 +62,8 @@ class RecordedRun(NamedTuple):
     gave_up: bool
     stopped_early: bool
     confusion: Floats | None
+    scores: Mapping[str, Floats]
+    diagnosis: Mapping[str, Floats]
 
     @property
     def arm(self) -> str:
@@ -220,4 +224,13 @@ def _run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
         gave_up=gave_up,
         stopped_early=bool(last.get("stopped_early")),
         confusion=None if confusion is None or diverged[-1] else np.array(confusion, np.float64),
+        scores=_tables_of(rounds, "scores"),
+        diagnosis=_tables_of(rounds, "diagnosis"),
     )
+
+
+def _tables_of(rounds: Sequence[Row], field: str) -> dict[str, Floats]:
+    """The entries of a field that is a dict, as arrays [R, ...]: those that every round has."""
+    tables = [row.get(field, {}) for row in rounds]
+    names = [name for name in tables[0] if all(name in one for one in tables)] if tables else []
+    return {name: np.array([one[name] for one in tables], np.float64) for name in names}

@@ -11,6 +11,7 @@ from wavg_jax.reporting.measures import Measure, in_order, judged_by
 from wavg_jax.reporting.runs import IDENTITY, RecordedRun, read_runs
 from wavg_jax.reporting.shares import Shares
 from wavg_jax.reporting.statistic import Statistic, as_float
+from wavg_jax.reporting.trust import Trust
 from wavg_jax.reporting.wording import distinct, in_words
 from wavg_jax.storage.schema import Row
 
@@ -31,6 +32,7 @@ class ArmSummary(NamedTuple):
       differences: this arm minus the reference, paired by seed; empty for the reference itself, or without one.
       pairs: this arm's and the reference's run of every seed that both have.
       shares: how the replicas were weighted; None for an arm of one replica.
+      trust: whom scores and weights trusted; None if no logits were kept.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ArmSummary(NamedTuple):
     differences: Mapping[str, Statistic]
     pairs: tuple[tuple[RecordedRun, RecordedRun], ...]
     shares: Shares | None
+    trust: Trust | None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -221,6 +224,7 @@ def _arm(name: str, runs: Sequence[RecordedRun], reference: Sequence[RecordedRun
         },
         pairs=pairs,
         shares=_shares(runs) if runs[0].replicas > 1 else None,
+        trust=Trust.over(runs) if runs[0].replicas > 1 else None,
     )
 
 

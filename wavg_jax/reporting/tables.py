@@ -12,6 +12,7 @@ from wavg_jax.reporting.runs import links_in_words
 from wavg_jax.reporting.shares import Shares
 from wavg_jax.reporting.statistic import Statistic
 from wavg_jax.reporting.summary import ArmSummary, Summary
+from wavg_jax.reporting.trust import Trust
 from wavg_jax.reporting.wording import MINUS, TIMES, clock_unit, common_decimals, mean_sd
 
 
@@ -96,7 +97,30 @@ def comparison_tables(one: Summary) -> list[TextTable]:
         )
         heads = ("arm", "K", "effective, mean", "effective, lowest", "lightest", "heaviest")
         result.append(TextTable("Weights", note, heads, (tuple(_weights_row(*row) for row in weighted),)))
-    return result
+    trusting = [(arm.name, arm.trust) for arm in one.arms if arm.trust is not None]
+    return [*result, _trust_table(trusting)] if trusting else result
+
+
+def _trust_table(arms: Sequence[tuple[str, Trust]]) -> TextTable:
+    """What the weights gain, and whether weights and scores know whom to trust."""
+    note = (
+        "From the logits of scored rounds, on the samples scored. Gain: loss that the weights save beside equal ones, "
+        "in nats; beyond chance: in how many rounds it is more than twice its standard error. Then the mean rank "
+        "correlation of weights and scores with what leaving a replica out costs: 1 if they trust those most without "
+        "whom equal weights would do worst."
+    )
+    judges = list(dict.fromkeys(name for _, trust in arms for name in trust.agreement))
+
+    def row(name: str, trust: Trust) -> tuple[str, ...]:
+        found = [trust.agreement.get(judge, math.nan) for judge in judges]
+        agreement = [f"{x:+.2f}".replace("-", MINUS) if math.isfinite(x) else "\N{EN DASH}" for x in found]
+        if not trust.rounds:
+            return (name, "0", *["not scored"] * 2, *agreement)
+        gain, beyond = f"{trust.gain:+.3f}".replace("-", MINUS), f"{100 * trust.beyond_chance:.0f}"
+        return (name, str(trust.rounds), gain, beyond, *agreement)
+
+    heads = ("arm", "rounds", "gain (nats)", "beyond chance (%)", *judges)
+    return TextTable("Whom weights and scores trust", note, heads, (tuple(row(*arm) for arm in arms),))
 
 
 def _quality(one: Summary, measure: Measure) -> Column:

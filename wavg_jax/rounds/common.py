@@ -1,7 +1,7 @@
 """What rounds of every form are made of."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class RoundLog(NamedTuple):
 
     Attributes:
       train_loss: [K], mean over the local steps.
-      scores: {signal: [K]}, those that the weighting needed.
+      scores: {signal: [K]}, those that the weighting needed; with `Scoring(diagnose=True)` every one.
       weights: [K], of each replica in the blend.
       effective_replicas: `1 / sum(weights^2)`.
       alive: bool [K], who took part.
@@ -41,6 +41,9 @@ class RoundLog(NamedTuple):
     alive: jax.Array
     steps: jax.Array
     diagnosis: dict[str, jax.Array]
+
+
+_NO_SCORES = ("samples", "steps")
 
 
 class Setup(NamedTuple):
@@ -62,7 +65,7 @@ class Setup(NamedTuple):
 
 
 def report(
-    needs: Iterable[str],
+    setup: Setup,
     signals: Mapping[str, PyTree],
     weights: jax.Array,
     alive: jax.Array,
@@ -70,7 +73,9 @@ def report(
     diagnosis: dict[str, jax.Array],
 ) -> RoundLog:
     """What a round reports, given its signals, and the weights [K] of the replicas."""
-    scores = {name: x for name, x in signals.items() if name in needs and name not in FREE}
+    needs = {*setup.averager.needs} - {*FREE}
+    everything = setup.scoring.diagnose  # then also what else was measured, and the loss in training
+    scores = {name: x for name, x in signals.items() if name in needs or (everything and name not in _NO_SCORES)}
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
     return RoundLog(signals["train_loss"], logged, weights, effective_replicas(weights), alive, steps, diagnosis)
 

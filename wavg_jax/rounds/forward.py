@@ -132,7 +132,7 @@ def metrics_and_logits(
             raise SettingsError(
                 "the signal 'logits' needs a network that predicts classes, logits [N, ..., C] for integer targets "
                 f"[N, ...]; here predictions are {list(predictions.shape)} and targets {y.dtype}{list(y.shape)}: "
-                "choose another weighting, such as learned()"
+                "choose another weighting, such as learned(), without diagnose=True"
             )
         return sums, _thinned(predictions.astype(jnp.float32), y.ndim, len(samples.y), predictions.shape[-1])
 

@@ -256,7 +256,7 @@ def _close(
     steps = local.steps_taken(batches, slow_down(setup.faults, pace, local.longest(batches)))
     trained = Trained(batches, shared, steps, alive & (share.sum() > 0))
     stats, mutable, smoothed = carry_statistics(setup, state, replicas.mutable, split, params, share, trained)
-    log = report(averager.needs, signals, share, alive, steps, found)
+    log = report(setup, signals, share, alive, steps, found)
     asked = None if stop is None else after_exchange(stop, tree.floats((share, mutable, smoothed))).any()
     return weights, weighting, state.round + 1, mutable, smoothed, stats, log, asked
 

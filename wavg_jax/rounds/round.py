@@ -139,7 +139,7 @@ def make_rounds(
         where=where,
         batches=Batch if fetch is local.as_is else object,
         steps=local.local_steps(task, inner, fetch, where),
-        measured=score.measure(forward, (*averager.needs, *(["logits"] if scoring.diagnose else []))),
+        measured=score.measure(forward, averager.needs, diagnose=scoring.diagnose),
         exchange=make_exchange(averager, forward, where, at_sync.wire, scoring.every),
         rerun=reestimate(task, fetch),
     )
@@ -177,9 +177,9 @@ def _step(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step`."""
-    where, needs = setup.where, setup.averager.needs
+    where = setup.where
     check_state(state, setup.faults, setup.scoring, setup.at_sync)
-    check_data(state, batches, held_out, needs, setup.batches)
+    check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     # Train.
     pace = slow_down(setup.faults, pace, local.longest(batches))
     after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace)
@@ -209,9 +209,9 @@ def _step(
         setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows
     )
     replicas = Replicas(restarted, opt_state, stats, split.following, residual)
-    last = () if due is None else tree.select(share.sum() > 0, weights, state.weights)
+    last = () if due is None else tree.select(due & (share.sum() > 0), weights, state.weights)
     new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, weights=last)
-    log = report(needs, told.signals | distances, share, told.alive, taken, found)
+    log = report(setup, told.signals | distances, share, told.alive, taken, found)
     return place_state(where, new), everywhere(where, log)
 
 
@@ -228,7 +228,7 @@ def _streamed(
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step` with fragments."""
     check_state(state, setup.faults, setup.scoring, setup.at_sync)
-    check_data(state, batches, held_out, setup.averager.needs, setup.batches)
+    check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     numbers = [jnp.int32(s) for s in range(setup.at_sync.fragments)]
     given = (state, batches, held_out, shared, pace, sizes)
     new, log, _ = streaming.play(pieces, streaming.at_once, numbers, *given)
@@ -312,7 +312,7 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
             )
     if held_out is None:
         if score.reads_heldout(needs):
-            raise SettingsError("the weighting scores held-out data and there is none: give held_out=Batch(x, y)")
+            raise SettingsError("the rounds score held-out data and there is none: give held_out=Batch(x, y)")
     elif not isinstance(held_out, Batch) or not len(held_out.y) or len(held_out.x) != len(held_out.y):
         raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")
 
@@ -323,7 +323,7 @@ def check_state(state: TrainState, faults: Faults | None, scoring: Scoring, at_s
     for field, differs in (
         ("AtSync(smoothing=)", (state.smoothed is None) != (at_sync.smoothing is None)),
         ("AtSync(fragments=)", (state.stream == ()) != (at_sync.fragments == 1)),
-        ("Scoring(every=)", isinstance(state.weights, tuple) != (scoring.every == 1 or at_sync.fragments > 1)),
+        ("Scoring(every=)", bool(jax.tree.leaves(state.weights)) != (scoring.every > 1 and at_sync.fragments == 1)),
     ):
         if differs:
             raise SettingsError(f"the state was made by rounds that differ in {field}; make it with these rounds' init")

@@ -88,6 +88,11 @@ def reads_heldout(needs: Iterable[str]) -> bool:
     return not set(needs) <= set(_NO_DATA)
 
 
+def asked(needs: Iterable[str], scoring: Scoring) -> tuple[str, ...]:
+    """The signals that a round measures: what the weighting `needs` and, to diagnose, logits."""
+    return (*needs, *(["logits"] if scoring.diagnose else []))
+
+
 def check_measurable(needs: Iterable[str], metrics: Sequence[str]) -> None:
     """Raises SettingsError if nothing measures a signal that the weighting needs; `metrics` are those of the task."""
     unknown = sorted(set(needs) - {*_NO_METRICS, *metrics})
@@ -256,12 +261,15 @@ def when(due: jax.Array | None, now: Callable[[], PyTree]) -> PyTree:
     return jax.lax.cond(due, now, lambda: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes))
 
 
-def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch], dict[str, PyTree]]:
+def measure(
+    forward: Forward, needs: Iterable[str], *, diagnose: bool = False
+) -> Callable[[PyTree, Batch], dict[str, PyTree]]:
     """Builds `((params, mutable), held_out) -> {signal: float32 scalar or tree}` for one replica.
 
     Args:
       forward: how the replica runs. Parameters, collections and inputs are cast to its dtype; signals are float32.
       needs: names of signals; those that read no held-out data are left out.
+      diagnose: measure logits and all metrics that are scalars, too.
     """
     needs = set(needs) - {*_NO_DATA, "labels", "evaluate"}
     forward = forward._replace(over_samples=here)  # a replica is scored where it lives
@@ -270,18 +278,18 @@ def measure(forward: Forward, needs: Iterable[str]) -> Callable[[PyTree, Batch],
         for pass_, provides in ((_gradient_norms, GRADIENTS), (_diagonal_fisher, ("fisher",)))
         if needs.intersection(provides)
     ]
-    asked = needs - set(_NO_METRICS)
-    if "logits" in needs:
+    of_task = needs - set(_NO_METRICS)
+    if diagnose or "logits" in needs:
         passes.append(_logits)
-    elif asked:
+    elif of_task:
         passes.append(scalar_metrics)
 
     def signals(network: PyTree, held_out: Batch) -> dict[str, PyTree]:
         measured: dict[str, PyTree] = {}
         for pass_ in passes:
             measured |= pass_(forward, *network, held_out)
-        check_measurable(asked, [name for name in measured if name not in _NO_METRICS])
-        return {name: value for name, value in measured.items() if name in needs}
+        check_measurable(of_task, [name for name in measured if name not in _NO_METRICS])
+        return {name: value for name, value in measured.items() if diagnose or name in needs}
 
     return signals
 

@@ -1,8 +1,6 @@
 """The rows of `rows.jsonl`: what each kind holds, what builds it, and what must agree when a run resumes.
 
-Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite is null.
-
-A run has two kinds of rows.
+Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite is null. A run has two kinds.
 
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
@@ -18,16 +16,14 @@ A run has two kinds of rows.
   replicas, batch_size, rounds
   checkpoint_every      rounds between checkpoints
   local_steps, samples_per_round    of the longest round
-  score_samples         held-out samples scored in a round; null for all
+  score_samples, score_every    held-out samples scored in a round, null for all; rounds between scorings
   faults                simulated faults {speed, rate, sent}, [K] each; null for none
   parameters            numbers in one replica's parameters
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
-  compile_seconds       tracing and compiling the round and the evaluation, added up, though they compile side by side;
-                        spent once per process, and on no other clock
-  critical_path         {local, score, blend, exchange, round, link}: the time a round would take on one of K devices,
-                        computed from measured parts; exchange over link {bandwidth, latency, overhead} in bits a
-                        second (null: unlimited) and seconds; link is null, in older rows both are missing, for no
-                        network; all null if not measured
+  compile_seconds       of the round and the evaluation, added up; spent once per process, and on no other clock
+  critical_path         {local, score, blend, exchange, round, link}: the time of a round on one of K devices, computed
+                        from measured parts; exchange over link {bandwidth, latency, overhead} in bits a second (null:
+                        unlimited) and seconds; no link is null or missing; all null if not measured
   target_accuracy       the test accuracy that "time to target" refers to; null if none is set
   hardware, versions    where the run ran, and with which versions
   settings              the flags, or `Store(settings=...)`; must agree when the run resumes
@@ -37,17 +33,17 @@ A run has two kinds of rows.
   seconds, elapsed      wall time of this round, and of all so far: feeding, training, scoring, blend; neither
                         compilation nor the test split
   train_loss            mean over the living replicas and the local steps
-  test_{name}           every scalar metric of the task, of the global parameters, for reporting only; null in rounds
-                        without an evaluation. A classifier has test_accuracy, test_loss, test_macro_f1 and test_ece; a
-                        regressor has test_loss
+  test_{name}           every scalar metric of the task, of the global parameters; null in rounds without an evaluation.
+                        A classifier has test_accuracy, test_loss, test_macro_f1, test_ece; a regressor test_loss
   weights, alive        [K]
   effective_replicas    1 / sum(weights^2)
-  scores                {signal: [K]}, the signals that the weighting needed
-  {name}                every array metric of the task, rounded to whole numbers; on a run's last row only. A classifier
-                        has confusion [classes][classes], counts on the test split with true classes as rows
-  stopped_early         true on the last row of a run that a callback ended before its last planned round; else missing
+  scores                {signal: [K]}, the signals that the weighting needed; null in a round that was not scored
+  diagnosis             likewise {leave_one_out: [K], gain, gain_error}; {} without logits, missing in older rows
+  {name}                every array metric of the task, on a run's last row. A classifier has confusion
+                        [classes][classes], counts on the test split with true classes as rows
+  stopped_early         true on the last row of a run that a callback ended early; else missing
 
-A matrix (a binary records one) has two kinds of its own.
+A matrix has two kinds of its own.
 
 `kind="matrix"`, one per recording, first, and another each time it resumes on other hardware or versions:
   run                   "matrix"
@@ -119,6 +115,7 @@ def run_row(
     blended_bytes: int,
     compile_seconds: float,
     score_samples: int | None,
+    score_every: int,
     faults: Mapping[str, Any] | None,
     hardware: Any,
     versions: Any,
@@ -156,6 +153,7 @@ def run_row(
         "bytes_per_round": 2 * replicas * blended_bytes if replicas > 1 else 0,
         "compile_seconds": compile_seconds,
         "score_samples": score_samples,
+        "score_every": score_every,
         "faults": faults,
         "critical_path": None,
         "target_accuracy": None,
@@ -166,7 +164,7 @@ def run_row(
 
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
-    *("effective_replicas", "alive", "scores", "stopped_early"),
+    *("effective_replicas", "alive", "scores", "diagnosis", "stopped_early"),
 )
 
 
@@ -182,6 +180,7 @@ def round_row(
     effective_replicas: float,
     alive: np.ndarray,
     scores: Mapping[str, np.ndarray],
+    diagnosis: Mapping[str, np.ndarray],
 ) -> Row:
     """A round's row, without `run`, `arm`, `seed` and the test split (`quality_row`).
 
@@ -200,6 +199,7 @@ def round_row(
         "effective_replicas": float(effective_replicas),
         "alive": alive,
         "scores": dict(scores),
+        "diagnosis": dict(diagnosis),
     }
 
 

@@ -13,7 +13,7 @@ from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.devices.placement import Parts
 from wavg_jax.devices.transfer import own_part, put, put_own, room
 from wavg_jax.rounds.local import Pace
-from wavg_jax.rounds.score import reads_heldout
+from wavg_jax.rounds.score import asked, reads_heldout
 from wavg_jax.training.recipe import Recipe
 
 
@@ -54,11 +54,11 @@ def put_shared(recipe: Recipe, data: ShardedData) -> Shared:
     """Copies what every replica reads to the devices; the held-out split only if the weighting reads it.
 
     Raises:
-      SettingsError: the weighting scores held-out data and there is none.
+      SettingsError: the rounds score held-out data and there is none.
     """
-    scored = reads_heldout(recipe.averager.needs)
+    scored = reads_heldout(asked(recipe.averager.needs, recipe.scoring))
     if scored and not len(data.heldout.y):
-        raise SettingsError("the weighting scores held-out data and there is none; hold out some samples (heldout=)")
+        raise SettingsError("the rounds score held-out data and there is none; hold out some samples (heldout=)")
     held_out = Batch(data.heldout.x, as_targets(data.heldout.y)) if scored else None
     sizes = np.array([len(shard) for shard in data.shards], np.float32)
     everywhere = put(Shared((), held_out, sizes), recipe.placement.shared)

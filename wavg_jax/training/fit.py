@@ -295,7 +295,7 @@ def _metrics(recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
         network, x = recipe.task.init(rng), recipe.prepare(one.x)
         forward = Forward(recipe.task, recipe.prepare)
         score.scalar_metrics(forward, *network, one)  # its errors
-        if "logits" in recipe.averager.needs:
+        if recipe.scoring.diagnose or "logits" in recipe.averager.needs:
             metrics_and_logits(forward, *network, one)  # its errors
         return recipe.task.predict(*network, x), metrics(forward, *network, one)
 

@@ -81,6 +81,7 @@ class _Books:
             effective_replicas=log.effective_replicas,
             alive=log.alive,
             scores=log.scores,
+            diagnosis=log.diagnosis,
         )
         self._journal.append(row | self._quality(launched, state))
         self._show(self._journal.rows()[-1])

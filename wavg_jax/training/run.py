@@ -129,6 +129,7 @@ class Run:
             blended_bytes=blended_bytes(self.recipe, initial),
             compile_seconds=self.step.seconds + self._evaluate.seconds,
             score_samples=self.recipe.scoring.samples,
+            score_every=self.recipe.scoring.every,
             faults=None if self.recipe.faults is None else self.recipe.faults._asdict(),
             hardware=machine.hardware(),
             versions=machine.versions(),

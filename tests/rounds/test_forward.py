@@ -1,0 +1,68 @@
+"""Networks over many samples: the logits that a round keeps, and their labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import regression, sharded
+
+from wavg_jax.base import Batch, Task
+from wavg_jax.rounds import forward
+from wavg_jax.rounds.forward import Forward, labels, metrics, metrics_and_logits
+
+TASK = regression()
+SOURCE = sharded()
+SPLIT = Batch(jnp.asarray(SOURCE.heldout.x), jnp.asarray(SOURCE.heldout.y, jnp.int32))
+
+
+@pytest.mark.parametrize("chunk", [7, 20, 1000])
+def test_logits_are_those_of_every_sample_in_order_whatever_the_chunk(chunk):
+    network, over = TASK.init(jax.random.key(3)), Forward(TASK, SOURCE.prepare, None, chunk)
+    found, logits = jax.jit(lambda network: metrics_and_logits(over, *network, SPLIT))(network)
+    np.testing.assert_allclose(logits, TASK.predict(*network, SOURCE.prepare(SPLIT.x)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(labels(over, SPLIT, 3), SPLIT.y)
+    for name, value in metrics(over, *network, SPLIT).items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+
+
+def say_positions(x, classes):
+    """Logits that tell sample and position: x [N, T] -> [N, T, C]."""
+    return jnp.broadcast_to(x[..., None], (*x.shape, classes))
+
+
+def tokens(samples, positions):
+    x = jnp.arange(samples * positions, dtype=jnp.float32).reshape(samples, positions)
+    return Batch(x, jnp.asarray(x, jnp.int32))
+
+
+def teller(classes):
+    return Task(
+        init=lambda rng: ({}, {}),
+        loss=None,
+        predict=lambda params, mutable, x: say_positions(x, classes),
+        measure=lambda logits, batch: {"loss": logits.sum()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "chunk", "kept"),
+    [
+        (1000, 100, list(range(24))),  # 6 samples of 4 positions: all of them
+        (12 * 5, 100, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]),  # 12 of 24: two of each sample
+        (3 * 5, 100, [0, 8, 16]),  # fewer than samples: the first position of every second one
+        (3 * 5, 3, [0, 8, 12, 20]),  # of every chunk
+    ],
+)
+def test_where_there_are_too_many_logits_some_positions_stand_for_all(limit, chunk, kept, monkeypatch):
+    monkeypatch.setattr(forward, "LOGITS", limit)
+    monkeypatch.setattr(forward, "FEWEST", 1)
+    split, over = tokens(6, 4), Forward(teller(5), chunk=chunk)
+    _, logits = metrics_and_logits(over, {}, {}, split)
+    assert logits[:, 0].tolist() == kept
+    assert labels(over, split, 5).tolist() == kept  # of the same positions
+
+
+def test_a_large_vocabulary_keeps_a_few_positions():
+    split, over = tokens(100, 8), Forward(teller(32000), chunk=50)
+    shape = jax.eval_shape(lambda: metrics_and_logits(over, {}, {}, split)[1]).shape
+    assert shape == (forward.FEWEST - 14, 32000)  # every second sample of 100

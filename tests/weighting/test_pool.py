@@ -1,0 +1,138 @@
+"""Weights from pooled predictions, by hand: the fit, its memory, pruning, and what stays equal."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import wavg_jax as wavg
+from wavg_jax.base import SettingsError
+
+PARAMS = jnp.zeros(2)
+
+
+def two_classes(margins, labels, evaluate=None, steps=1, alive=None, state=None, **options):
+    """Rounds of networks whose parameters are their logits, the same for every sample: replica k prefers class 0 by
+    `margins` [K], or [rounds, K].
+
+    Returns:
+      [(weights, fitted weights)] of every round, and the last state.
+    """
+    avg, done = wavg.averager(wavg.opinion_pool(**options)), []
+    margins = np.broadcast_to(np.float32(margins), (steps, np.shape(margins)[-1]))
+    state = avg.init(PARAMS, margins.shape[1]) if state is None else state
+
+    def of_logits(params, weights):
+        return {"loss": cross_entropy(params, labels), "accuracy": jnp.float32(0)}
+
+    @jax.jit
+    def step(stacked, state):
+        logits = jnp.broadcast_to(stacked[:, None], (len(stacked), len(labels), 2))
+        given = {"logits": logits, "labels": jnp.asarray(labels), "evaluate": evaluate or of_logits}
+        return avg.update(stacked, state, PARAMS, alive=alive, **given)[1:]
+
+    for own in margins:
+        state, weights = step(jnp.stack([own / 2, -own / 2], 1), state)
+        done.append((np.asarray(weights), np.asarray(state.weighting.fitted)))
+    return done, state
+
+
+def cross_entropy(logits, labels):
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits[None], jnp.asarray(labels)).mean()
+
+
+NINE_OF_TEN = [0] * 9 + [1]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_the_fit_balances_cross_entropy_and_the_prior():
+    """Two replicas with margins 2 and -2. With weight w the pool's margin is m = 2 (2 w - 1), and at the optimum
+
+        4 (sigmoid(m) - q) + s log(w / (1 - w)) = 0,     q = 0.9 the share of class 0, s = prior / S.
+
+    For w = 3/4 that is m = 1: 4 (0.7311 - 0.9) + s log 3 = 0, so s = 0.6151, or 6.151 of 10 samples.
+    """
+    prior = 10 * 4 * (0.9 - sigmoid(1)) / math.log(3)
+    [(weights, fitted)], _ = two_classes([2.0, -2.0], NINE_OF_TEN, prior=prior)
+    np.testing.assert_allclose(fitted, [0.75, 0.25], rtol=1e-5)
+    np.testing.assert_array_equal(weights, fitted)
+
+
+def test_the_next_round_starts_from_these_weights_to_the_power_of_the_memory():
+    """With prior odds 3^0.5 the optimum w solves 4 (sigmoid(2 (2 w - 1)) - 0.9) + s log(w / (1 - w)) = s log 3 / 2."""
+    prior = 10 * 4 * (0.9 - sigmoid(1)) / math.log(3)
+    rounds, _ = two_classes([2.0, -2.0], NINE_OF_TEN, steps=2, prior=prior, memory=0.5)
+    w = float(rounds[1][1][0])
+    assert w > 0.75
+    slope = 4 * (sigmoid(2 * (2 * w - 1)) - 0.9) + prior / 10 * (math.log(w / (1 - w)) - math.log(3) / 2)
+    assert abs(slope) < 1e-5
+    assert two_classes([2.0, -2.0], NINE_OF_TEN, steps=2, prior=prior, memory=0.0)[0][1][1][0] == pytest.approx(0.75)
+
+
+def test_weights_below_a_quarter_of_an_equal_share_are_cut_off_where_that_blend_is_better():
+    """One of three replicas is wrong on every sample: with a weak prior its weight falls below 1 / 12."""
+    [(weights, fitted)], _ = two_classes([1.0, 1.0, -30.0], [0] * 20, prior=0.1)
+    assert 0 < fitted[2] < 1 / 12
+    np.testing.assert_allclose(weights, [0.5, 0.5, 0], rtol=1e-5)
+
+
+def test_of_equal_fitted_and_pruned_weights_the_blend_with_the_lowest_loss_is_taken():
+    """What counts are the losses of blends, not of pools: here a blend's loss is least where weights are equal."""
+    equal = {"loss": lambda w: jnp.square(w - 0.5).sum(), "accuracy": lambda w: jnp.float32(0)}
+    measure = lambda params, weights: {name: of(weights) for name, of in equal.items()}  # noqa: E731
+    [(weights, fitted)], _ = two_classes([2.0, -2.0], NINE_OF_TEN, evaluate=measure, prior=6.0)
+    np.testing.assert_array_equal(weights, [0.5, 0.5])
+    assert fitted[0] > 0.7
+
+
+def test_what_could_be_chance_leaves_equal_weights():
+    """Of two samples one says class 0 and one class 1, but for one more: nobody knows which replica is better."""
+    [(weights, fitted)], _ = two_classes([0.2, -0.2], [0, 1, 0], prior=1.0)
+    assert fitted[0] > 0.5
+    np.testing.assert_array_equal(weights, [0.5, 0.5])
+
+
+def test_a_replica_that_was_bad_for_ten_rounds_regains_weight_in_a_few():
+    labels = [0] * 100
+    margins = [[1.0, 1.0, 1.0, -8.0]] * 10 + [[1.0, 1.0, 1.0, 4.0]] * 8
+    rounds, _ = two_classes(margins, labels, steps=18)
+    assert rounds[9][1][3] < 1e-3
+    assert rounds[9][0][3] == 0
+    assert rounds[10][0][3] == 0.25  # equal weights are better at once
+    assert rounds[17][0][3] > 0.25  # and now it is the best
+
+
+def test_a_dead_replica_keeps_what_is_remembered_of_it():
+    _, state = two_classes([2.0, -2.0, 0.0], NINE_OF_TEN, steps=2)
+    before = np.asarray(state.weighting.fitted)
+    [(weights, after)], _ = two_classes(
+        [2.0, -2.0, 0.0], NINE_OF_TEN, alive=jnp.array([True, False, True]), state=state
+    )
+    assert weights[1] == 0
+    assert after[1] == before[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_logit_that_is_not_finite_takes_a_replica_out(bad):
+    [(weights, _)], _ = two_classes([2.0, bad, 2.0], NINE_OF_TEN)
+    np.testing.assert_array_equal(weights, [0.5, 0, 0.5])
+
+
+def test_what_is_no_logits_or_labels_is_one_clear_line():
+    avg = wavg.averager(wavg.opinion_pool())
+    given = {"logits": jnp.zeros((2, 5, 2)), "labels": jnp.zeros(5, jnp.int32), "evaluate": lambda p, w: {}}
+    for change in ({"labels": jnp.zeros(4, jnp.int32)}, {"labels": jnp.zeros(5)}, {"logits": jnp.zeros((2, 5))}):
+        with pytest.raises(SettingsError, match=r"give logits \[K, S, C\] and integer labels \[S\]"):
+            avg.update(jnp.zeros((2, 2)), avg.init(PARAMS, 2), PARAMS, **(given | change))
+    with pytest.raises(SettingsError, match="pass labels= to update, logits of every replica"):
+        avg.update(jnp.zeros((2, 2)), avg.init(PARAMS, 2), PARAMS, logits=given["logits"], evaluate=given["evaluate"])
+    with pytest.raises(SettingsError, match="opinion_pool: prior"):
+        wavg.opinion_pool(prior=0.0)
+    with pytest.raises(SettingsError, match="opinion_pool: memory"):
+        wavg.opinion_pool(memory=1.5)
