@@ -27,6 +27,8 @@ OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     ),
     "lookahead": lambda f: outer.lookahead(**_given(f, alpha="outer_lr")),
     "fedavgm": lambda f: outer.fedavgm(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
+    "fedadagrad": lambda f: outer.fedadagrad(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
+    "fedyogi": lambda f: outer.fedyogi(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
     "fedadam": lambda f: outer.fedadam(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
 }
 _IGNORED = {"none": ("outer_lr", "outer_momentum"), "lookahead": ("outer_momentum",)}
