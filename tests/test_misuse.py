@@ -100,6 +100,7 @@ OTHERS = [
     *one(smoothing.ema, "decay", None, "0.9", 0, 1, -0.5, NAN, True),
     *one(smoothing.swa, "start", None, "1", 1.5, -1, True),
     *one(smoothing.swa, "every", *COUNTS),
+    *one(smoothing.lawa, "window", *COUNTS),
     *one(faults.simulate, "replicas", *COUNTS),
     *one(faults.simulate, "speed", 0.5, [0.5], {9: 0.5}, {"a": 0.5}, {0: 0}, {0: 2}, {0: NAN}, {0: "x"}, replicas=4),
     *one(faults.simulate, "sent", {0: INF}, {0: None}, {0: True}, replicas=4),

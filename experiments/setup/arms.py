@@ -194,7 +194,7 @@ def _groups(arm: Arm) -> dict[str, Any]:
 
     The pooled arms have one replica, so every policy is `keep`.
     """
-    smoothing = _smoothing(F.smoothing, F.ema_decay, F.swa_start)
+    smoothing = _smoothing(F.smoothing, F.ema_decay, F.swa_start, F.lawa_window)
     if arm.pooled:
         at_sync = wavg.AtSync(policy.keep, policy.keep, smoothing)
     else:

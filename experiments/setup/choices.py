@@ -39,6 +39,7 @@ SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = 
     "none": lambda f: None,
     "ema": lambda f: smoothing.ema(f.ema_decay),
     "swa": lambda f: smoothing.swa(f.swa_start),
+    "lawa": lambda f: smoothing.lawa(f.lawa_window),
 }
 SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
     "fixed": lambda f: schedule.fixed(f.local_steps),

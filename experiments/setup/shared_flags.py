@@ -144,6 +144,7 @@ flags.DEFINE_enum("smoothing", "none", list(SMOOTHINGS), "Evaluate an average of
 flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round, between 0 and 1.")
 flags.register_validator("ema_decay", lambda decay: 0 < decay < 1, "it must be greater than 0 and less than 1")
 flags.DEFINE_integer("swa_start", 0, "smoothing=swa: rounds before the average begins.", lower_bound=0)
+flags.DEFINE_integer("lawa_window", 5, "smoothing=lawa: latest rounds in the average.", lower_bound=1)
 flags.DEFINE_enum(
     "schedule",
     "fixed",
