@@ -90,6 +90,8 @@ OTHERS = [
     *one(wavg.averager, "outer", 0.7, "nesterov", outer.nesterov, wavg.uniform(), weighting=wavg.uniform()),
     *one(wavg.averager, "reduce", None, *NO_FUNCTION, weighting=wavg.uniform()),
     *one(wavg.averager, "pull", None, "1", -0.1, 1.1, NAN, True, weighting=wavg.uniform()),
+    *one(pull.scheduled, "factor", None, 0.5, [len]),
+    *one(pull.scheduled, "toward", None, 0.5, factor=len),
     *one(wavg.averager, "transform", *NO_FUNCTION, weighting=wavg.uniform()),
     *one(schedule.fixed, "local_steps", *COUNTS),
     *one(schedule.post_local, "after", None, "3", 2.5, -1, True, local_steps=2),

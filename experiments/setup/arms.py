@@ -43,6 +43,7 @@ POLICIES = {
     "keep": policy.keep,
     "average": policy.average,
     "reset": policy.reset,
+    "pull": policy.pull,
     "reestimate": policy.reestimate(),
 }
 """One object each: runs share compiled programs only if they get the same objects."""

@@ -86,7 +86,7 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "stats_at_sync",
     "average",
-    ["average", "keep", "reset", "reestimate"],
+    ["average", "keep", "reset", "pull", "reestimate"],
     "How BatchNorm statistics carry across a blend.",
 )
 

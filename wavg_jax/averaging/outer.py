@@ -113,7 +113,7 @@ def fedadagrad(learning_rate: float = 0.1, b1: float = 0.0, tau: float = 1e-3) -
     Args:
       learning_rate: about how far a parameter moves in the first round; later rounds move it less. A number, or an
         optax schedule of the round.
-      b1: decay of m; the paper's experiments use 0 here.
+      b1: decay of m; 0 in the paper, as in Adagrad.
       tau: the degree of adaptivity, in units of the pseudo-gradient: differences far smaller are not scaled up.
 
     Raises:

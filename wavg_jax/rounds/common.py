@@ -79,6 +79,7 @@ def carry_statistics(
     """
     at_sync, where = setup.at_sync, setup.where
     refresh = functools.partial(sync.refresh, setup.rerun, where.map, where.reduce, trained)
+    pull = functools.partial(setup.averager.restart, alive=trained.alive, check_finite=False, round=state.round)
     stats, mutable = sync.carry_stats(
         at_sync.stats,
         setup.task,
@@ -88,6 +89,7 @@ def carry_statistics(
         trained.alive,
         weights,
         lambda mutable, steps: refresh(params, mutable, split.statistics, steps),
+        pull,
     )
     few = min(REESTIMATED, local.longest(trained.batches))
     smoothed = sync.smooth(

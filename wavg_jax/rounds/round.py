@@ -189,7 +189,9 @@ def _step(
     trained = Trained(batches, shared, taken, kept)
     follows = after_exchange(share, params)
     stats, mutable, smoothed = carry_statistics(setup, state, after.mutable, split, params, follows, trained)
-    restarted = setup.averager.restart(after.params, state.params, params, alive=kept, check_finite=False)
+    restarted = setup.averager.restart(
+        after.params, state.params, params, alive=kept, check_finite=False, round=state.round
+    )
     follows = after_exchange(follows, tree.floats((mutable, smoothed)))
     opt_state = sync.carry_opt_state(
         setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows

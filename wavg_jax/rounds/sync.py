@@ -24,7 +24,7 @@ class AtSync(NamedTuple):
 
     Attributes:
       opt_state: `policy.keep`, `average` or `reset` for the inner optimizer's state.
-      stats: `policy.average`, `keep`, `reset` or `reestimate(steps)` for BatchNorm-style statistics.
+      stats: `policy.average`, `keep`, `reset`, `pull` or `reestimate(steps)` for BatchNorm-style statistics.
       smoothing: average of the global parameters over rounds, such as `optax.ema(0.9)` or `wavg_jax.smoothing.swa()`.
         Runs evaluate and return it, with statistics re-estimated for it.
       wire: in which format replicas send their parameters, "float32", "bfloat16" or "int8"; see `wavg_jax.rounds.wire`.
@@ -168,6 +168,7 @@ def carry_stats(
     alive: jax.Array,
     weights: jax.Array,
     refresh: Callable[[PyTree, int], PyTree],
+    pull: Callable[[PyTree, PyTree, PyTree], PyTree],
 ) -> tuple[PyTree, PyTree]:
     """The replicas' mutable collections for the next round, and the global ones for evaluation.
 
@@ -179,6 +180,7 @@ def carry_stats(
       before: the global ones before it.
       alive, weights: [K], of the blend.
       refresh: `(mutable, steps) -> mutable`: re-estimates collections for the new global parameters.
+      pull: `(stacked, old, new) -> stacked`, what `Averager.restart` does with the parameters.
     """
 
     @functools.cache
@@ -188,7 +190,12 @@ def carry_stats(
     def initial() -> PyTree:
         return task.init(keys.roots(jax.random.key(0)).init)[1]
 
-    mutable, evaluated = how(stacked, policy.Sync(alive, mean, initial, mean, lambda steps: refresh(mean(), steps)))
+    def pulled() -> PyTree:
+        own = tree.floats(stacked)
+        return tree.put_floats(stacked, pull(own, tree.floats(before), tree.floats(mean()))) if own else stacked
+
+    following = policy.Sync(alive, mean, initial, mean, lambda steps: refresh(mean(), steps), pulled)
+    mutable, evaluated = how(stacked, following)
     return mutable, evaluated()
 
 
