@@ -262,6 +262,8 @@ class Replicas(NamedTuple):
         `wavg_jax.rounds.wire`.
       pending: what the replicas have sent of the last fragment, which the next round blends; `()` unless parameters
         are synchronised in fragments. See `wavg_jax.rounds.streaming`.
+      drift: control variates [K, ...]; `()` unless a correction of the local steps keeps them. See
+        `wavg_jax.rounds.drift`.
     """
 
     params: PyTree
@@ -270,6 +272,7 @@ class Replicas(NamedTuple):
     rng: jax.Array
     residual: PyTree = ()
     pending: PyTree = ()
+    drift: PyTree = ()
 
 
 class Smoothed(NamedTuple):
@@ -297,6 +300,7 @@ class TrainState(NamedTuple):
       round: rounds done, int32 scalar.
       smoothed: the average of the global parameters over rounds, if the run keeps one.
       stream: what rounds with fragments know of one another; `()` without. See `wavg_jax.rounds.streaming`.
+      drift: the mean of the replicas' control variates; `()` without. See `wavg_jax.rounds.drift`.
     """
 
     params: PyTree
@@ -306,3 +310,4 @@ class TrainState(NamedTuple):
     round: jax.Array
     smoothed: Smoothed | None = None
     stream: PyTree = ()
+    drift: PyTree = ()

@@ -110,7 +110,7 @@ def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.A
     """
 
     def finite(replicas: Replicas) -> jax.Array:
-        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng))
+        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng, replicas.drift))
 
     return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
 

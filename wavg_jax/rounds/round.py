@@ -128,7 +128,7 @@ def make_rounds(
         faults=faults,
         where=where,
         batches=Batch if fetch is local.as_is else object,
-        steps=local.local_steps(task, inner, fetch, where),
+        steps=local.local_steps(task, inner, fetch, where, at_sync.drift),
         measured=score.measure(forward, averager.needs),
         exchange=make_exchange(averager, forward, where, at_sync.wire),
         rerun=reestimate(task, fetch),
@@ -171,7 +171,7 @@ def _step(
     check_data(state, batches, held_out, needs, setup.batches)
     # Train.
     pace = slow_down(setup.faults, pace, local.longest(batches))
-    after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace)
+    after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace, state.drift)
     taken = local.steps_taken(batches, pace)
     sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
     alive = survivors(state.replicas, sent, train_loss)
@@ -193,11 +193,13 @@ def _step(
         after.params, state.params, params, alive=kept, check_finite=False, round=state.round
     )
     follows = after_exchange(follows, tree.floats((mutable, smoothed)))
+    variates, drift = sync.carry_drift(where.reduce, after.drift, state.drift, kept, follows)
+    follows = after_exchange(follows, drift)
     opt_state = sync.carry_opt_state(
         setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows
     )
-    replicas = Replicas(restarted, opt_state, stats, split.following, residual)
-    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed)
+    replicas = Replicas(restarted, opt_state, stats, split.following, residual, drift=variates)
+    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, drift=drift)
     scores = {name: x for name, x in told.signals.items() if name in needs and name not in FREE} | distances
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
     log = RoundLog(told.signals["train_loss"], logged, share, effective_replicas(share), told.alive, taken)
@@ -244,6 +246,7 @@ def initial_state(
     replicas, roots = as_whole("replicas", replicas, 1), keys.roots(rng)
     states = tree.replicate((inner.init(params), mutable), replicas)
     opt_state, own_mutable = jax.vmap(keys.own)(states, jax.random.split(roots.states, replicas))
+    drift = _first_variate(at_sync, params)
     state = TrainState(
         params=params,
         mutable=mutable,
@@ -253,12 +256,19 @@ def initial_state(
             own_mutable,
             jax.random.split(roots.replicas, replicas),
             wire.no_residual(at_sync.wire, params, replicas),
+            drift=tree.replicate(drift, replicas),
         ),
         averager=averager.init(params, replicas),
         round=jnp.zeros((), jnp.int32),
         smoothed=None if at_sync.smoothing is None else _unsmoothed(params, mutable, at_sync.smoothing),
+        drift=drift,
     )
     return state if at_sync.fragments == 1 else streaming.begin(state, averager, at_sync)
+
+
+def _first_variate(at_sync: AtSync, params: PyTree) -> PyTree:
+    """The control variate of a replica, and the mean of all, before the first round."""
+    return () if at_sync.drift is None else at_sync.drift.init(params)
 
 
 def _unsmoothed(params: PyTree, mutable: PyTree, smoothing: optax.GradientTransformation) -> Smoothed:
@@ -296,11 +306,13 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
 
 
 def check_state(state: TrainState, faults: Faults | None, at_sync: AtSync) -> None:
-    """Raises SettingsError if the state was not made for these faults and this smoothing."""
+    """Raises SettingsError if the state was not made for these faults and this `at_sync`."""
     check_replicas(faults, tree.count_replicas(state.replicas.params))
+    variate = jax.eval_shape(lambda params: _first_variate(at_sync, params), state.params)
     for field, differs in (
         ("smoothing", (state.smoothed is None) != (at_sync.smoothing is None)),
         ("fragments", (state.stream == ()) != (at_sync.fragments == 1)),
+        ("drift", bool(jax.tree.leaves(state.drift)) != bool(jax.tree.leaves(variate))),
     ):
         if differs:
             raise SettingsError(

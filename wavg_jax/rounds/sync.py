@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, takes, whole
+from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, has, takes, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Smoothed, Task
 from wavg_jax.rounds import keys, policy, wire
+from wavg_jax.rounds.drift import Correction
 from wavg_jax.rounds.local import longest
 
 Over = Callable[[Callable], Callable]
@@ -30,6 +31,8 @@ class AtSync(NamedTuple):
       wire: in which format replicas send their parameters, "float32", "bfloat16" or "int8"; see `wavg_jax.rounds.wire`.
       fragments: in how many fragments, one after another, each while the next local steps compute; see
         `wavg_jax.rounds.streaming`. 1 sends all parameters at the end of the round. It must divide the local steps.
+      drift: a correction of the local steps, such as `wavg_jax.drift.scaffold(0.05)`; its control variates are averaged
+        at the sync.
     """
 
     opt_state: policy.Policy = policy.keep
@@ -37,6 +40,7 @@ class AtSync(NamedTuple):
     smoothing: optax.GradientTransformation | None = None
     wire: str = "float32"
     fragments: int = 1
+    drift: Correction | None = None
 
 
 _POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
@@ -47,6 +51,7 @@ AT_SYNC = {
     "smoothing": either(NONE, OPTIMIZER),
     "wire": _WIRE,
     "fragments": whole(1),
+    "drift": either(NONE, has("a Correction, such as wavg_jax.drift.scaffold(0.05)", *Correction._fields)),
 }
 """What the fields of `AtSync` must be."""
 
@@ -99,6 +104,20 @@ def averages(how: policy.Policy, stacked: PyTree) -> bool:
     if jax.tree.leaves(stacked):
         jax.eval_shape(trace, stacked)
     return bool(asked)
+
+
+def carry_drift(
+    reduce: Over, stacked: PyTree, before: PyTree, alive: jax.Array, weights: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """The control variates of the replicas [K, ...] for the next round, and their mean by the weights of the blend [K].
+
+    A dead replica takes the mean for its own, so that nothing corrects its next steps. `before` is the last mean, which
+    stays where nobody has weight.
+    """
+    if not jax.tree.leaves(stacked):
+        return stacked, before
+    mean = mean_over_living(reduce, stacked, weights, before)
+    return tree.select_replicas(alive, stacked, tree.replicate(mean, len(alive))), mean
 
 
 class Trained(NamedTuple):
