@@ -1,4 +1,5 @@
-"""What enum flags choose from, by name: outer optimizers, pulls, reductions, smoothing, schedules, scales, feeds."""
+"""What enum flags choose from, by name: outer optimizers, pulls, reductions, smoothing, corrections of the local steps,
+schedules, scales, feeds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from absl import flags
 from wavg_jax import data
 from wavg_jax.averaging import outer, pull, reduce, smoothing
 from wavg_jax.base import SettingsError
+from wavg_jax.rounds import drift
 from wavg_jax.training import schedule
 
 Flags = flags.FlagValues
@@ -41,6 +43,14 @@ SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = 
     "swa": lambda f: smoothing.swa(f.swa_start),
     "lawa": lambda f: smoothing.lawa(f.lawa_window),
 }
+DRIFTS: dict[str, Callable[[Flags, float], drift.Correction | None]] = {
+    "none": lambda f, rate: None,
+    "fedprox": lambda f, rate: drift.fedprox(f.prox_mu),
+    "scaffold": lambda f, rate: drift.scaffold(rate * _steps_worth(f.inner)),
+}
+"""Name -> function of the flags and the inner optimizer's learning rate."""
+MOMENTUM = 0.9
+"""Of --inner=momentum."""
 SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
     "fixed": lambda f: schedule.fixed(f.local_steps),
     "post_local": lambda f: schedule.post_local(f.local_steps, f.post_local_steps),
@@ -62,6 +72,21 @@ def make_outer(f: Flags) -> optax.GradientTransformation | None:
             )
     chosen = OUTERS[f.outer](f)
     return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen
+
+
+def _steps_worth(inner: str) -> float:
+    """How many times the learning rate a constant gradient moves the parameters in a step.
+
+    Raises:
+      SettingsError: the steps of this optimizer are no multiple of the gradient.
+    """
+    worth = {"sgd": 1.0, "momentum": 1 / (1 - MOMENTUM)}
+    if inner not in worth:
+        raise SettingsError(
+            f"--drift=scaffold reads gradients off the steps of SGD, which --inner={inner} does not take: choose "
+            f"--inner={' or '.join(worth)}, or --drift=fedprox"
+        )
+    return worth[inner]
 
 
 SCALES = {"channel": data.per_channel, "feature": data.per_feature, "all": data.overall, "none": None}

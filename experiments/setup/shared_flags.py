@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.setup.choices import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
+from experiments.setup.choices import DRIFTS, FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
@@ -89,6 +89,14 @@ flags.DEFINE_enum(
     ["average", "keep", "reset", "pull", "reestimate"],
     "How BatchNorm statistics carry across a blend.",
 )
+
+flags.DEFINE_enum(
+    "drift",
+    "none",
+    list(DRIFTS),
+    "Correction of the local steps of plain and weighted, where shards differ: a proximal term, or control variates.",
+)
+flags.DEFINE_float("prox_mu", 0.01, "drift=fedprox: weight of the proximal term.", lower_bound=0)
 
 _topic("Averaging")
 flags.DEFINE_enum("weighting", "learned", list(WEIGHTINGS), "Weighting of the arm weighted.")
