@@ -21,6 +21,7 @@ def _given(f: Flags, **names: str) -> dict[str, Any]:
     return {argument: f[flag].value for argument, flag in names.items() if f[flag].value is not None}
 
 
+_ADAPTIVE = {"learning_rate": "outer_lr", "b1": "outer_momentum", "tau": "outer_tau"}
 OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     "none": lambda f: None,
     "nesterov": lambda f: outer.nesterov(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
@@ -29,11 +30,15 @@ OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     ),
     "lookahead": lambda f: outer.lookahead(**_given(f, alpha="outer_lr")),
     "fedavgm": lambda f: outer.fedavgm(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
-    "fedadagrad": lambda f: outer.fedadagrad(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
-    "fedyogi": lambda f: outer.fedyogi(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
-    "fedadam": lambda f: outer.fedadam(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
+    "fedadagrad": lambda f: outer.fedadagrad(**_given(f, **_ADAPTIVE)),
+    "fedyogi": lambda f: outer.fedyogi(**_given(f, **_ADAPTIVE)),
+    "fedadam": lambda f: outer.fedadam(**_given(f, **_ADAPTIVE)),
 }
-_IGNORED = {"none": ("outer_lr", "outer_momentum"), "lookahead": ("outer_momentum",)}
+_IGNORED = {
+    "none": ("outer_lr", "outer_momentum", "outer_tau"),
+    "lookahead": ("outer_momentum", "outer_tau"),
+    **dict.fromkeys(("nesterov", "bmuf", "fedavgm"), ("outer_tau",)),
+}
 """Outer optimizer -> flags that it does not read."""
 PULLS: dict[str, Callable[[float], float | pull.Pull]] = {"new": float, "old": pull.toward_old}
 REDUCES: dict[str, Any] = {"mean": reduce.weighted_mean, "norm_preserving": reduce.norm_preserving}

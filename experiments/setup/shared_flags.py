@@ -120,6 +120,9 @@ flags.DEFINE_integer(
 flags.DEFINE_enum("outer", "none", list(OUTERS), "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
 flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alpha); by default its own.", lower_bound=0)
 flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float(
+    "outer_tau", None, "outer=fedadagrad, fedyogi or fedadam: degree of adaptivity; by default 0.001.", lower_bound=0
+)
 flags.DEFINE_bool("delayed", False, "Apply each blend one round late, so that a whole round hides the exchange.")
 flags.DEFINE_float(
     "pull",
