@@ -8,6 +8,9 @@ Writes one row per cell to rows.jsonl in --workdir, and a report on all of them;
 Several processes may split the work by --weightings, --scenarios or --seeds, each with its own --workdir; then
 `python -m experiments.report runs/a runs/b --out=runs/matrix` reports on them together.
 
+A row may correct the local steps, too: --weightings=plain,plain+fedprox,plain+scaffold. The name that plain+fedprox is
+recorded under holds --prox_mu, so that several may stand in one report.
+
 With --tune_rates it records nothing: it trains plain averaging at these learning rates, on other seeds (1000 higher),
 judges it on the held-out split, and prints the best rate of every scenario as a flag.
 """
@@ -24,7 +27,7 @@ from rich.table import Table
 
 import wavg_jax as wavg
 from experiments.setup import app, arms, record_matrix, shared_flags
-from experiments.setup.choices import SCALES
+from experiments.setup.choices import DRIFTS, SCALES
 from experiments.setup.record_matrix import Cell
 from experiments.setup.shared_flags import numbers
 from experiments.setup.weightings import WEIGHTINGS
@@ -86,7 +89,11 @@ SCENARIOS: dict[str, Callable[[int], Scenario]] = {
 """Name -> `K -> scenario`, with K the number of replicas."""
 
 flags.DEFINE_list("scenarios", list(SCENARIOS), f"Which scenarios, of {', '.join(SCENARIOS)}.")
-flags.DEFINE_list("weightings", list(WEIGHTINGS), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
+CORRECTED = {f"{w}+{d}": (w, d) for w in ("plain", "learned") for d in DRIFTS if d != "none"}
+"""Name -> weighting, and correction of the local steps."""
+ROWS = {name: (name, "none") for name in WEIGHTINGS} | CORRECTED
+
+flags.DEFINE_list("weightings", list(WEIGHTINGS), f"Which weightings, of {', '.join(ROWS)}.")
 flags.DEFINE_list("tune_rates", [], "Learning rates to try; records nothing.")
 for _scenario in SCENARIOS:
     flags.DEFINE_float(f"lr_{_scenario}", 0.02, f"Learning rate of every weighting in the scenario {_scenario}.")
@@ -98,11 +105,18 @@ SETTINGS = (
     *("score_samples", "score_every", *shared_flags.WEIGHTING),
 )
 """Flags that must agree among all cells."""
-READS = (*SETTINGS, "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
+READS = (*SETTINGS, "prox_mu", "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
 for _name in READS:
     flags.declare_key_flag(_name)
 SEEDS_APART = 1000
 """Added to the seeds when tuning, so that no reported seed chooses a rate."""
+
+
+class Scheme(NamedTuple):
+    """A row of the matrix: how replicas are averaged, and which correction of the local steps they take."""
+
+    averager: wavg.Averager
+    drift: str = "none"
 
 
 class Study(NamedTuple):
@@ -132,11 +146,11 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     seeds = shared_flags.read_seeds()
-    names, weightings = shared_flags.names("scenarios", SCENARIOS), shared_flags.names("weightings", WEIGHTINGS)
+    names, weightings = shared_flags.names("scenarios", SCENARIOS), shared_flags.names("weightings", ROWS)
     rates = {name: _rate(name) for name in names}
     dataset = arms.load()
-    averagers = {name: wavg.averager(**WEIGHTINGS[name](F)) for name in weightings}
-    arms.check_heldout(averagers)
+    schemes = _schemes(weightings)
+    arms.check_heldout({name: scheme.averager for name, scheme in schemes.items()})
     study = Study(dataset, arms.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
     _check(study)
     if F.tune_rates:
@@ -148,14 +162,25 @@ def main(argv: Sequence[str]) -> None:
     header = record_matrix.header(dataset, study.task, titles, {name: F[name].value for name in SETTINGS})
 
     def train(cell: Cell, advance: Callable[[str], None]) -> list[Row]:
-        return _train(study, cell, study.shard(cell.scenario, cell.seed), averagers[cell.weighting], advance)
+        return _train(study, cell, study.shard(cell.scenario, cell.seed), schemes[cell.weighting], advance)
 
     # The seeds innermost, so that they share compiled programs.
-    every = [Cell(s, w, seed, rates[s]) for w in averagers for s in study.scenarios for seed in seeds]
+    every = [Cell(s, w, seed, rates[s]) for w in schemes for s in study.scenarios for seed in seeds]
     with open_records(workdir) as records:
         record_matrix.begin(records, header)
         record_matrix.fill(every, records, lambda cell: F.rounds, train, lambda scenario: f"lr_{scenario}")
     app.publish(read_rows(workdir), workdir)
+
+
+def _schemes(names: Sequence[str]) -> dict[str, Scheme]:
+    """The rows of the matrix by the names that they are recorded under: a proximal term's holds its weight."""
+    schemes = {}
+    for name in names:
+        weighting, drift = ROWS[name]
+        arms.make_drift(drift, 1.0)  # its errors
+        label = f"{name}({F.prox_mu:g})" if drift == "fedprox" else name
+        schemes[label] = Scheme(wavg.averager(**WEIGHTINGS[weighting](F)), drift)
+    return schemes
 
 
 def _rate(scenario: str) -> float:
@@ -175,7 +200,7 @@ def _check(study: Study) -> None:
 
 
 def _train(
-    study: Study, cell: Cell, sharded: data.ShardedData, averager: wavg.Averager, advance: Callable[[str], None]
+    study: Study, cell: Cell, sharded: data.ShardedData, scheme: Scheme, advance: Callable[[str], None]
 ) -> list[Row]:
     """Trains one cell and returns its rows; only the last has test metrics.
 
@@ -185,14 +210,18 @@ def _train(
         wavg.fit,
         study.task,
         sharded,
-        averager,
+        scheme.averager,
         inner=arms.make_inner(F.inner, cell.rate),
         local_steps=F.local_steps,
         rounds=F.rounds,
         batch_size=F.batch_size,
         seed=cell.seed,
         scoring=wavg.Scoring(samples=F.score_samples, test_every=F.rounds, every=F.score_every),
-        at_sync=wavg.AtSync(arms.POLICIES[F.opt_state_at_sync], arms.POLICIES[F.stats_at_sync]),
+        at_sync=wavg.AtSync(
+            arms.POLICIES[F.opt_state_at_sync],
+            arms.POLICIES[F.stats_at_sync],
+            drift=arms.make_drift(scheme.drift, cell.rate),
+        ),
         layout=wavg.Layout(F.devices, F.replica_map),
         faults=study.scenarios[cell.scenario].faults,
         progress=lambda text: advance(f"{cell.name} at {cell.rate:g}"),
@@ -208,7 +237,7 @@ def _tune(study: Study, seeds: tuple[int, ...]) -> None:
     """Trains plain averaging at every rate in every scenario, and prints what the held-out split says."""
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rates are judged on held-out samples, so hold some out")
-    rates, plain = numbers("tune_rates", float), wavg.averager(wavg.uniform())
+    rates, plain = numbers("tune_rates", float), Scheme(wavg.averager(wavg.uniform()))
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in study.scenarios}
     with progress.bar(len(found) * len(rates) * len(seeds) * F.rounds) as advance:
         for scenario in found:

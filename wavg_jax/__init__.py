@@ -25,7 +25,7 @@ from wavg_jax.base import (
 from wavg_jax.devices.machine import release
 from wavg_jax.devices.placement import place
 from wavg_jax.devices.processes import initialize
-from wavg_jax.rounds import faults, policy
+from wavg_jax.rounds import drift, faults, policy
 from wavg_jax.rounds.local import Pace, local_steps
 from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
 from wavg_jax.rounds.score import Scoring
@@ -81,6 +81,7 @@ __all__ = [
     "best",
     "best_of",
     "data",
+    "drift",
     "effective_replicas",
     "faults",
     "fisher_merging",

@@ -191,10 +191,17 @@ class AveragerUpdate(Protocol):
 
 
 class Restart(Protocol):
-    """`restart(stacked, old, new, *, alive=None, check_finite=True) -> stacked`; see `Averager`."""
+    """`restart(stacked, old, new, *, alive=None, check_finite=True, round=None) -> stacked`; see `Averager`."""
 
     def __call__(
-        self, stacked: PyTree, old: PyTree, new: PyTree, *, alive: jax.Array | None = None, check_finite: bool = True
+        self,
+        stacked: PyTree,
+        old: PyTree,
+        new: PyTree,
+        *,
+        alive: jax.Array | None = None,
+        check_finite: bool = True,
+        round: jax.Array | int | None = None,
     ) -> PyTree: ...
 
 
@@ -225,9 +232,10 @@ class Averager(NamedTuple):
         skips that test for a caller that has done it: `alive` is then required, and trusted. `place` lays the reduction
         out over devices.
       needs: names of the signals `update` reads.
-      restart: `(stacked, old, new, *, alive=None, check_finite=True) -> stacked`: the parameters the replicas start the
-        next round from, given their own and the global ones before and after the update; copies of `new` when replicas
-        are replaced. `check_finite` is as in `update`.
+      restart: `(stacked, old, new, *, alive=None, check_finite=True, round=None) -> stacked`: the parameters that the
+        replicas start the next round from, given their own and the global ones before and after the update; copies of
+        `new` when replicas are replaced. `check_finite` is as in `update`. `round`, the number of rounds before this
+        one, is needed if the pull changes over rounds.
       reads_replicas: whether `update` needs all replicas on every device; if not, one all-reduce of their weighted sum
         will do.
       halves: `update` in two, for rounds that blend fragments of the parameters one after another; None if it cannot
@@ -254,6 +262,8 @@ class Replicas(NamedTuple):
         `wavg_jax.rounds.wire`.
       pending: what the replicas have sent of the last fragment, which the next round blends; `()` unless parameters
         are synchronised in fragments. See `wavg_jax.rounds.streaming`.
+      drift: control variates [K, ...]; `()` unless a correction of the local steps keeps them. See
+        `wavg_jax.rounds.drift`.
     """
 
     params: PyTree
@@ -262,6 +272,7 @@ class Replicas(NamedTuple):
     rng: jax.Array
     residual: PyTree = ()
     pending: PyTree = ()
+    drift: PyTree = ()
 
 
 class Smoothed(NamedTuple):
@@ -291,6 +302,7 @@ class TrainState(NamedTuple):
       stream: what rounds with fragments know of one another; `()` without. See `wavg_jax.rounds.streaming`.
       weights: those of the last round that was scored, as the weighting gave them; `()` if every round is, or where
         `stream` has them.
+      drift: the mean of the replicas' control variates; `()` without. See `wavg_jax.rounds.drift`.
     """
 
     params: PyTree
@@ -301,3 +313,4 @@ class TrainState(NamedTuple):
     smoothed: Smoothed | None = None
     stream: PyTree = ()
     weights: PyTree = ()
+    drift: PyTree = ()

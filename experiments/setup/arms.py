@@ -15,7 +15,17 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.setup import shared_flags
-from experiments.setup.choices import FEEDS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS, make_outer
+from experiments.setup.choices import (
+    DRIFTS,
+    FEEDS,
+    MOMENTUM,
+    PULLS,
+    REDUCES,
+    SCALES,
+    SCHEDULES,
+    SMOOTHINGS,
+    make_outer,
+)
 from experiments.setup.conditions import Condition, read_condition, settings_of
 from experiments.setup.shared_flags import COMPARED, RUN, numbers
 from experiments.setup.simulation import exchange
@@ -24,6 +34,7 @@ from wavg_jax import data, models, tree
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.devices import network, processes
 from wavg_jax.rounds import policy
+from wavg_jax.rounds.drift import Correction
 from wavg_jax.rounds.exchange import gathers
 from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.storage.rows import read_rows
@@ -36,13 +47,14 @@ F = flags.FLAGS
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
     "adam": optax.adam,
 }
 POLICIES = {
     "keep": policy.keep,
     "average": policy.average,
     "reset": policy.reset,
+    "pull": policy.pull,
     "reestimate": policy.reestimate(),
 }
 """One object each: runs share compiled programs only if they get the same objects."""
@@ -56,6 +68,7 @@ class Arm(NamedTuple):
       averager, inner: as for `fit`.
       pooled: whether one replica trains on all shards together.
       local_steps, batch_size: such that all arms see the same number of samples per round.
+      drift: the correction of the local steps, if any.
     """
 
     name: str
@@ -64,6 +77,7 @@ class Arm(NamedTuple):
     pooled: bool
     local_steps: int
     batch_size: int
+    drift: Correction | None = None
 
 
 def load() -> data.Dataset:
@@ -124,6 +138,7 @@ def make_arms(names: tuple[str, ...] = COMPARED, condition: Condition | None = N
         "weighted": (weighted, False, steps, batch),
     }
     made = [Arm(name, arms[name][0], make_inner(F.inner, rates[name]), *arms[name][1:]) for name in names]
+    made = [arm._replace(drift=_drift_of(arm.name, rates)) for arm in made]
     return [arm._replace(inner=summed) if arm.name == "accumulate" else arm for arm in made]
 
 
@@ -137,7 +152,25 @@ def at_rates(arm: Arm, condition: Condition) -> Arm:
     """The same arm at its learning rate under a condition; at equal rates it shares its programs."""
     if arm.name == "accumulate":
         return make_arms((arm.name,), condition)[0]
-    return arm._replace(inner=make_inner(F.inner, condition.rates[arm.name]))
+    rates = condition.rates
+    return arm._replace(inner=make_inner(F.inner, rates[arm.name]), drift=_drift_of(arm.name, rates))
+
+
+def _drift_of(arm: str, rates: Mapping[str, float]) -> Correction | None:
+    """The correction of --drift, for the arms whose replicas drift."""
+    return make_drift(F.drift, rates[arm]) if arm in ("plain", "weighted") else None
+
+
+def make_drift(name: str, rate: float) -> Correction | None:
+    """The correction of that name for an inner optimizer of that learning rate."""
+    return _drift(name, rate, F.inner, F.prox_mu)
+
+
+@functools.cache
+def _drift(name: str, rate: float, *settings: Any) -> Correction | None:
+    """One object per setting of the flags, so that runs share their programs."""
+    del settings
+    return DRIFTS[name](F, rate)
 
 
 def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
@@ -194,13 +227,13 @@ def _groups(arm: Arm) -> dict[str, Any]:
 
     The pooled arms have one replica, so every policy is `keep`.
     """
-    smoothing = _smoothing(F.smoothing, F.ema_decay, F.swa_start)
+    smoothing = _smoothing(F.smoothing, F.ema_decay, F.swa_start, F.lawa_window)
     if arm.pooled:
         at_sync = wavg.AtSync(policy.keep, policy.keep, smoothing)
     else:
         keeps = policy.keep if arm.name == "accumulate" else POLICIES[F.opt_state_at_sync]
         fragments = 1 if arm.name == "accumulate" else F.fragments
-        at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments)
+        at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments, arm.drift)
     return {
         "scoring": wavg.Scoring(samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled),
         "at_sync": at_sync,

@@ -1,4 +1,5 @@
-"""What enum flags choose from, by name: outer optimizers, pulls, reductions, smoothing, schedules, scales, feeds."""
+"""What enum flags choose from, by name: outer optimizers, pulls, reductions, smoothing, corrections of the local steps,
+schedules, scales, feeds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from absl import flags
 from wavg_jax import data
 from wavg_jax.averaging import outer, pull, reduce, smoothing
 from wavg_jax.base import SettingsError
+from wavg_jax.rounds import drift
 from wavg_jax.training import schedule
 
 Flags = flags.FlagValues
@@ -19,6 +21,7 @@ def _given(f: Flags, **names: str) -> dict[str, Any]:
     return {argument: f[flag].value for argument, flag in names.items() if f[flag].value is not None}
 
 
+_ADAPTIVE = {"learning_rate": "outer_lr", "b1": "outer_momentum", "tau": "outer_tau"}
 OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     "none": lambda f: None,
     "nesterov": lambda f: outer.nesterov(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
@@ -27,9 +30,15 @@ OUTERS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = {
     ),
     "lookahead": lambda f: outer.lookahead(**_given(f, alpha="outer_lr")),
     "fedavgm": lambda f: outer.fedavgm(**_given(f, learning_rate="outer_lr", momentum="outer_momentum")),
-    "fedadam": lambda f: outer.fedadam(**_given(f, learning_rate="outer_lr", b1="outer_momentum")),
+    "fedadagrad": lambda f: outer.fedadagrad(**_given(f, **_ADAPTIVE)),
+    "fedyogi": lambda f: outer.fedyogi(**_given(f, **_ADAPTIVE)),
+    "fedadam": lambda f: outer.fedadam(**_given(f, **_ADAPTIVE)),
 }
-_IGNORED = {"none": ("outer_lr", "outer_momentum"), "lookahead": ("outer_momentum",)}
+_IGNORED = {
+    "none": ("outer_lr", "outer_momentum", "outer_tau"),
+    "lookahead": ("outer_momentum", "outer_tau"),
+    **dict.fromkeys(("nesterov", "bmuf", "fedavgm"), ("outer_tau",)),
+}
 """Outer optimizer -> flags that it does not read."""
 PULLS: dict[str, Callable[[float], float | pull.Pull]] = {"new": float, "old": pull.toward_old}
 REDUCES: dict[str, Any] = {"mean": reduce.weighted_mean, "norm_preserving": reduce.norm_preserving}
@@ -37,7 +46,16 @@ SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = 
     "none": lambda f: None,
     "ema": lambda f: smoothing.ema(f.ema_decay),
     "swa": lambda f: smoothing.swa(f.swa_start),
+    "lawa": lambda f: smoothing.lawa(f.lawa_window),
 }
+DRIFTS: dict[str, Callable[[Flags, float], drift.Correction | None]] = {
+    "none": lambda f, rate: None,
+    "fedprox": lambda f, rate: drift.fedprox(f.prox_mu),
+    "scaffold": lambda f, rate: drift.scaffold(rate * _steps_worth(f.inner)),
+}
+"""Name -> function of the flags and the inner optimizer's learning rate."""
+MOMENTUM = 0.9
+"""Of --inner=momentum."""
 SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
     "fixed": lambda f: schedule.fixed(f.local_steps),
     "post_local": lambda f: schedule.post_local(f.local_steps, f.post_local_steps),
@@ -59,6 +77,21 @@ def make_outer(f: Flags) -> optax.GradientTransformation | None:
             )
     chosen = OUTERS[f.outer](f)
     return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen
+
+
+def _steps_worth(inner: str) -> float:
+    """How many times the learning rate a constant gradient moves the parameters in a step.
+
+    Raises:
+      SettingsError: the steps of this optimizer are no multiple of the gradient.
+    """
+    worth = {"sgd": 1.0, "momentum": 1 / (1 - MOMENTUM)}
+    if inner not in worth:
+        raise SettingsError(
+            f"--drift=scaffold reads gradients off the steps of SGD, which --inner={inner} does not take: choose "
+            f"--inner={' or '.join(worth)}, or --drift=fedprox"
+        )
+    return worth[inner]
 
 
 SCALES = {"channel": data.per_channel, "feature": data.per_feature, "all": data.overall, "none": None}

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.setup.choices import FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
+from experiments.setup.choices import DRIFTS, FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
@@ -86,9 +86,17 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "stats_at_sync",
     "average",
-    ["average", "keep", "reset", "reestimate"],
+    ["average", "keep", "reset", "pull", "reestimate"],
     "How BatchNorm statistics carry across a blend.",
 )
+
+flags.DEFINE_enum(
+    "drift",
+    "none",
+    list(DRIFTS),
+    "Correction of the local steps of plain and weighted, where shards differ: a proximal term, or control variates.",
+)
+flags.DEFINE_float("prox_mu", 0.01, "drift=fedprox: weight of the proximal term.", lower_bound=0)
 
 _topic("Averaging")
 flags.DEFINE_enum("weighting", "learned", list(WEIGHTINGS), "Weighting of the arm weighted.")
@@ -119,6 +127,9 @@ flags.DEFINE_bool("diagnose", False, "Record every score, and what each replica 
 flags.DEFINE_enum("outer", "none", list(OUTERS), "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
 flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alpha); by default its own.", lower_bound=0)
 flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float(
+    "outer_tau", None, "outer=fedadagrad, fedyogi or fedadam: degree of adaptivity; by default 0.001.", lower_bound=0
+)
 flags.DEFINE_bool("delayed", False, "Apply each blend one round late, so that a whole round hides the exchange.")
 flags.DEFINE_float(
     "pull",
@@ -151,6 +162,7 @@ flags.DEFINE_enum("smoothing", "none", list(SMOOTHINGS), "Evaluate an average of
 flags.DEFINE_float("ema_decay", 0.9, "smoothing=ema: decay per round, between 0 and 1.")
 flags.register_validator("ema_decay", lambda decay: 0 < decay < 1, "it must be greater than 0 and less than 1")
 flags.DEFINE_integer("swa_start", 0, "smoothing=swa: rounds before the average begins.", lower_bound=0)
+flags.DEFINE_integer("lawa_window", 5, "smoothing=lawa: latest rounds in the average.", lower_bound=1)
 flags.DEFINE_enum(
     "schedule",
     "fixed",

@@ -13,6 +13,7 @@ FLAGS = {
     "stats": "stats_at_sync",
     "name_or_path": "dataset",
     "trim": "byzantine",
+    "tau": "outer_tau",
 }
 """Argument -> flag, where their names differ; every other argument goes by its own name."""
 _VALUES = {"resident=True": "feed=resident", "resident=False": "feed=stream", "resume=True": "resume"}

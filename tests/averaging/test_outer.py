@@ -63,15 +63,19 @@ def numpy_fedavgm(rate, momentum):
         yield w
 
 
-def numpy_adam(rate, b1, b2, eps):
-    """Adam with bias correction on the pseudo-gradient."""
-    w, m, v = START, np.zeros(3), np.zeros(3)
-    for t, mean in enumerate(blends(), start=1):
-        gradient = w - mean
-        m = b1 * m + (1 - b1) * gradient
-        v = b2 * v + (1 - b2) * gradient**2
-        w = w - rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+def numpy_reddi(rate, b1, tau, second):
+    """Algorithm 2 of Reddi et al. with its own sign: delta = mean - w, and v from tau^2."""
+    w, m, v = START, np.zeros(3), np.full(3, tau**2)
+    for mean in blends():
+        delta = mean - w
+        m = b1 * m + (1 - b1) * delta
+        v = second(v, delta**2)
+        w = w + rate * m / (np.sqrt(v) + tau)
         yield w
+
+
+def yogi(b2):
+    return lambda v, square: v - (1 - b2) * square * np.sign(v - square)
 
 
 def numpy_nesterov(rate, momentum):
@@ -101,27 +105,64 @@ def numpy_delayed(rate, momentum):
         (wavg.outer.bmuf(0.75, nesterov=False), list(numpy_bmuf(0.75, 1.0, ahead=0))),
         (wavg.outer.bmuf(0.75, 0.9), list(numpy_bmuf(0.75, 0.9, ahead=0.75))),
         (wavg.outer.fedavgm(0.5, 0.8), list(numpy_fedavgm(0.5, 0.8))),
+        (wavg.outer.fedadagrad(0.1, 0.3, 1e-2), list(numpy_reddi(0.1, 0.3, 1e-2, lambda v, square: v + square))),
+        (wavg.outer.fedyogi(0.1, 0.8, 0.95, 0.5), list(numpy_reddi(0.1, 0.8, 0.5, yogi(0.95)))),
+        (
+            wavg.outer.fedadam(0.1, 0.8, 0.95, 1e-2),
+            list(numpy_reddi(0.1, 0.8, 1e-2, lambda v, square: 0.95 * v + 0.05 * square)),
+        ),
         (wavg.outer.delayed(wavg.outer.nesterov(0.4, 0.6)), list(numpy_delayed(0.4, 0.6))),
     ],
-    ids=["nesterov", "lookahead", "bmuf", "bmuf_nesterov", "fedavgm", "delayed_nesterov"],
+    ids=[
+        *("nesterov", "lookahead", "bmuf", "bmuf_nesterov", "fedavgm"),
+        *("fedadagrad", "fedyogi", "fedadam", "delayed_nesterov"),
+    ],
 )
 def test_each_is_its_published_formula(outer, published):
     np.testing.assert_allclose(through_the_averager(outer), published, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("standard_promotion")
-def test_fedadam_is_adam_on_the_pseudo_gradient():
-    expected = list(numpy_adam(0.1, 0.8, 0.95, 1e-2))
-    np.testing.assert_allclose(
-        through_the_averager(wavg.outer.fedadam(0.1, 0.8, 0.95, 1e-2)), expected, rtol=1e-4, atol=1e-5
-    )
+ADAPTIVE = {
+    # params 10, blend 8.8: g 1.2, v 0.25 + 1.44 = 1.3^2, step 1.2 / (1.3 + 0.5) = 2/3.
+    # params 28/3, g 3.12: v 1.69 + 9.7344 = 3.38^2, step 3.12 / 3.88.
+    "fedadagrad": (wavg.outer.fedadagrad(1.0, tau=0.5), (1.2, 3.12), (2 / 3, 3.12 / 3.88)),
+    # g 4: m 0.5 * 4 = 2, v 1 - 0.5 * 16 * sign(1 - 16) = 9, step 2 / (3 + 1).
+    # g 2: m 0.5 * 2 + 0.5 * 2 = 2, v 9 - 0.5 * 4 * sign(9 - 4) = 7, step 2 / (sqrt 7 + 1).
+    "fedyogi": (wavg.outer.fedyogi(1.0, 0.5, 0.5, tau=1.0), (4.0, 2.0), (0.5, 2 / (7**0.5 + 1))),
+    # g 7: m 3.5, v 0.5 * 1 + 0.5 * 49 = 25, step 3.5 / (5 + 1).
+    # g -5: m 0.5 * 3.5 - 0.5 * 5 = -0.75, v 0.5 * 25 + 0.5 * 25 = 25, step -0.75 / 6.
+    "fedadam": (wavg.outer.fedadam(1.0, 0.5, 0.5, tau=1.0), (7.0, -5.0), (3.5 / 6, -0.125)),
+}
 
 
-@pytest.mark.usefixtures("standard_promotion")
-def test_fedadams_first_step_is_algorithm_2s_with_the_defaults():
-    # (1 - b1) g / (sqrt(1 - b2) |g|) = 0.1 / 0.1, the learning rate, for pseudo-gradients far above eps.
-    first = through_the_averager(wavg.outer.fedadam(0.01))[0]
-    np.testing.assert_allclose(np.abs(first - START), 0.01, rtol=0.01)
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_two_rounds_of_algorithm_2_by_hand(name, dtype):
+    outer, gradients, steps = ADAPTIVE[name]
+    avg = wavg.averager(wavg.uniform(), outer=outer)
+    params = {"w": jnp.full(1, 10.0, dtype), "b": jnp.ones(())}
+    state, w = avg.init(params, 2), 10.0
+    update = jax.jit(avg.update)
+    for g, step in zip(gradients, steps, strict=True):
+        start = np.float32(params["w"][0])
+        sent = {"w": jnp.full((2, 1), start - g, dtype), "b": jnp.ones(2)}
+        params, state, _ = update(sent, state, params)
+        w -= step
+        np.testing.assert_allclose(np.float32(params["w"][0]), w, rtol=1e-6 if dtype == jnp.float32 else 0.01)
+    assert params["w"].dtype == dtype
+    assert params["b"] == 1
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
+    assert update._cache_size() == 1
+
+
+def test_an_adaptive_rate_may_be_a_schedule_of_the_round():
+    # 1.0 in round 1 and 0 after it: the first step is 3.5 / 6, the second nothing.
+    outer = wavg.outer.fedadam(lambda count: jnp.where(count == 0, 1.0, 0.0), 0.5, 0.5, tau=1.0)
+    avg, params = wavg.averager(wavg.uniform(), outer=outer), {"w": jnp.array([10.0])}
+    state = avg.init(params, 1)
+    for _ in range(2):
+        params, state, _ = avg.update({"w": params["w"][None] - 7}, state, params)
+    np.testing.assert_allclose(params["w"], 10 - 3.5 / 6, rtol=1e-6)
 
 
 def test_the_first_delayed_round_leaves_the_parameters_and_the_second_applies_it():

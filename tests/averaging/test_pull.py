@@ -33,7 +33,7 @@ def rounds(avg, local, exchange_first=False, **signals):
             stacked = {"w": local(stacked["w"])}
         scores = {name: jnp.asarray(values[number], jnp.float32) for name, values in signals.items()}
         new, state, _ = update(stacked, state, params, **scores)
-        stacked, params = restart(stacked, params, new), new
+        stacked, params = restart(stacked, params, new, round=number), new
         if exchange_first:
             stacked = {"w": stacked["w"] + (local(before["w"]) - before["w"])}
     assert update._cache_size() == restart._cache_size() == 1
@@ -79,6 +79,50 @@ def test_papa_moves_every_member_a_little_toward_the_population_mean():
     replicas, centre = rounds(wavg.averager(wavg.uniform(), pull=1 - alpha), descend)
     np.testing.assert_allclose(replicas, x, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(centre, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_papas_pull_scales_with_the_learning_rate():
+    # Rates 0.3, 0.15, 0.075: factors 0.1, 0.05, 0.025.
+    x, _ = start()
+    for number in range(ROUNDS):
+        x = x - RATE * (x - GOALS)
+        mean = x.mean(axis=0)
+        x = x + 0.1 * 0.5**number * (mean - x)
+    rate = optax.exponential_decay(RATE, 10, 0.5)  # of the local step, of which a round has 10
+
+    def factor(number):
+        return 0.1 * rate((number * 10).astype(jnp.float32)) / rate(jnp.float32(0))
+
+    replicas, centre = rounds(wavg.averager(wavg.uniform(), pull=pull.scheduled(factor)), descend)
+    np.testing.assert_allclose(replicas, x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(centre, mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_schedule_gives_each_round_its_pull(dtype):
+    # Toward the old 8 by 0, 1/2 and 1 of the way; toward the new 4 by 1 replaces bit for bit.
+    stacked, old, new = {"w": jnp.array([0.0, 1.0], dtype)}, {"w": jnp.array(8.0, dtype)}, {"w": jnp.array(4.0, dtype)}
+    toward_old = wavg.averager(
+        wavg.uniform(), pull=pull.scheduled(lambda r: r.astype(jnp.float32) / 2, pull.toward_old)
+    )
+    restart = jax.jit(toward_old.restart)
+    found = [restart(stacked, old, new, round=number)["w"] for number in range(3)]
+    assert [x.tolist() for x in found] == [[0, 1], [4, 4.5], [8, 8]]
+    assert all(x.dtype == dtype for x in found)
+    assert restart._cache_size() == 1
+    replaced = wavg.averager(wavg.uniform(), pull=pull.scheduled(lambda r: 1.0)).restart(
+        tree(dtype), wavg.replica(ONE(dtype, seed=1), 0), wavg.replica(ONE(dtype, seed=2), 0), round=jnp.int32(3)
+    )
+    jax.tree.map(np.testing.assert_array_equal, replaced, wavg.replicate(wavg.replica(ONE(dtype, seed=2), 0), K))
+
+
+def test_a_pull_over_rounds_asks_for_the_round():
+    avg = wavg.averager(wavg.uniform(), pull=pull.scheduled(lambda r: 2.0))
+    old = {"w": jnp.zeros(2)}
+    with pytest.raises(wavg.SettingsError, match="pull= changes over rounds: give restart"):
+        avg.restart(wavg.replicate(old, K), old, old)
+    with pytest.raises(wavg.SettingsError, match=r"pull's factor is 2\.0"):
+        avg.restart(wavg.replicate(old, K), old, old, round=0)
 
 
 def test_lsgd_pulls_every_replica_to_the_best_and_leaves_the_best_alone():

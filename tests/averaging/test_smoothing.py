@@ -71,11 +71,34 @@ def test_swa_against_numpy():
         assert_close(smoothed[r], jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *ROUNDS[: r + 1]))
 
 
-@pytest.mark.parametrize("rule", [smoothing.ema(0.9), smoothing.swa(), smoothing.swa(start=3)])
+def test_lawa_by_hand():
+    # The means of 8; 8, 2; 8, 2, 5; then 2, 5, 11 and 5, 11, 2.
+    values = [s["w"].item() for s in run(smoothing.lawa(3), numbers(8, 2, 5, 11, 2))]
+    assert values == [8, 5, 5, 6, 6]
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_lawa_against_numpy(window):
+    smoothed = run(smoothing.lawa(window), [as_jax(params) for params in ROUNDS])
+    for r in range(len(ROUNDS)):
+        latest = ROUNDS[max(0, r + 1 - window) : r + 1]
+        assert_close(smoothed[r], jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *latest))
+
+
+def test_lawa_keeps_the_latest_as_they_are_stored():
+    state = smoothing.lawa(4).init({"w": jnp.ones((3, 2), jnp.bfloat16)})
+    assert (state.latest["w"].shape, state.latest["w"].dtype) == ((4, 3, 2), jnp.bfloat16)
+    # 1 and 1 + 2^-7 are neighbours in bfloat16; their mean is rounded once, to the even one.
+    smoothed = run(smoothing.lawa(2), [{"w": jnp.array([x], jnp.bfloat16)} for x in (1, 1 + 2**-7, 1 + 2**-6)])
+    assert smoothed[1]["w"].dtype == jnp.bfloat16
+    assert [s["w"].item() for s in smoothed] == [1, 1, 1 + 2**-6]
+
+
+@pytest.mark.parametrize("rule", [smoothing.ema(0.9), smoothing.swa(), smoothing.swa(start=3), smoothing.lawa(3)])
 def test_bfloat16_is_averaged_in_float32_and_comes_back_as_bfloat16(rule):
     ones = {"w": jnp.full(3, 1.0, jnp.bfloat16)}
     state = rule.init(ones)
-    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+    assert isinstance(state, smoothing.LawaState) or all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(state))
     smoothed, after = rule.update(ones, state)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
@@ -89,7 +112,7 @@ def test_swa_of_bfloat16_does_not_stick():
     assert run(smoothing.swa(), rounds)[-1]["w"].item() == pytest.approx(0.996, abs=2e-3)
 
 
-@pytest.mark.parametrize("rule", [smoothing.ema(0.999), smoothing.swa(start=1, every=3)])
+@pytest.mark.parametrize("rule", [smoothing.ema(0.999), smoothing.swa(start=1, every=3), smoothing.lawa(3)])
 def test_parameters_that_do_not_move_are_not_moved(rule):
     params = as_jax(ROUNDS[0])
     for smoothed in run(rule, [params] * 5):
@@ -104,6 +127,7 @@ def test_parameters_that_do_not_move_are_not_moved(rule):
         (lambda: smoothing.ema(float("nan")), "decay"),
         (lambda: smoothing.swa(start=-1), "start is -1"),
         (lambda: smoothing.swa(every=0), "every is 0"),
+        (lambda: smoothing.lawa(0), "window is 0"),
     ],
 )
 def test_bad_numbers_are_refused_by_name(make, says):

@@ -100,7 +100,11 @@ BAD = [
     (compare, ["--resume"], "--workdir"),
     (compare, ["--outer_lr=0.5"], "--outer=none"),
     (compare, ["--outer=lookahead", "--outer_momentum=0.5"], "--outer=lookahead"),
+    (compare, ["--outer=nesterov", "--outer_tau=0.1"], "--outer=nesterov"),
+    (compare, ["--outer=fedadam", "--outer_tau=0"], "tau"),
     (compare, ["--smoothing=ema", "--ema_decay=1"], "--ema_decay"),
+    (compare, ["--drift=scaffold", "--inner=adam"], "--drift=scaffold reads gradients off the steps of SGD"),
+    (train, [*QUICK, "--drift=fedprox", "--fragments=2"], "AtSync: --drift corrects steps"),
     (compare, ["--steps=5"], "--steps"),
     (train, ["--seeds=1"], "--seeds"),
     (tune, ["--resume"], "--resume"),
@@ -244,6 +248,8 @@ def test_a_disk_that_runs_full_in_a_checkpoint_leaves_none_half_written(tmp_path
 OTHER = [
     ["--partition=dirichlet", "--weighting=inverse_grad_norm", "--inner=adam", "--lr_weighted=0.01"],
     ["--weighting=softmax_loss", "--temperature=0.5", "--outer=nesterov", "--opt_state_at_sync=average"],
+    ["--weighting=softmax_loss", "--drift=scaffold", "--inner=momentum", "--outer=fedyogi", "--outer_tau=0.1"],
+    ["--weighting=plain", "--partition=dirichlet", "--drift=fedprox", "--prox_mu=0.1", "--smoothing=lawa"],
     ["--weighting=inverse_loss", "--augment", "--opt_state_at_sync=reset", "--dropout=0.1", "--noisy=1"],
 ]
 

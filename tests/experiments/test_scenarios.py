@@ -115,10 +115,20 @@ def test_folders_are_reported_on_together(done, tmp_path):
     assert "2 cells of the matrix are not recorded" in text
 
 
+def test_rows_may_correct_the_local_steps(tmp_path):
+    few = (*SMALL, "--scenarios=dirichlet01", "--seeds=0", "--inner=momentum", "--prox_mu=0.5", f"--workdir={tmp_path}")
+    assert invoke(scenarios.main, *few, "--weightings=plain,plain+fedprox,plain+scaffold") == 0
+    plain, near, controlled = read_rows(tmp_path)[1:]
+    assert [row["weighting"] for row in (plain, near, controlled)] == ["plain", "plain+fedprox(0.5)", "plain+scaffold"]
+    assert len({row["test_loss"] for row in (plain, near, controlled)}) == 3
+    assert "plain+fedprox(0.5)" in (tmp_path / "report.md").read_text()
+
+
 BAD = [
     (["--scenarios=iid,warm"], "--scenarios=iid,warm"),
     (["--weightings=accuracy,acuracy"], "--weightings=accuracy,acuracy"),
     (["--weightings=plain,plain"], "each once"),
+    (["--weightings=plain+scaffold", "--inner=adam"], "--drift=scaffold reads gradients off the steps of SGD"),
     (["--seeds=0,0"], "--seeds"),
     (["--lr_noisy2=nan"], "--lr_noisy2"),
     (["--score_samples=0"], "score_samples"),

@@ -38,9 +38,9 @@ def collectives(text):
     return found
 
 
-def compiled_round(weighting, how="float32"):
+def compiled_round(weighting, how="float32", drift=None):
     source = sharded(replicas=K)
-    at_sync = wavg.AtSync(wire=how)
+    at_sync = wavg.AtSync(wire=how, drift=drift)
     recipe = make_recipe(regression(), source, wavg.averager(weighting), optax.sgd(0.1), at_sync=at_sync)
     assert len(recipe.placement.devices) == K
     program = programs_of(recipe, K)
@@ -80,6 +80,14 @@ def test_all_replicas_travel_once_in_the_format_of_the_wire(weighting, how):
     assert len(gathers) == 1
     reduced = [nbytes for kind, nbytes in collectives(text) if kind == "all-reduce"]
     assert not reduced or max(reduced) <= 4 * K + 160  # a search's metrics and slope of weights
+
+
+def test_control_variates_travel_once_more_and_a_proximal_term_sends_nothing():
+    _, state, _, _, plain = compiled_round(wavg.uniform())
+    *_, near = compiled_round(wavg.uniform(), drift=wavg.drift.fedprox(0.1))
+    *_, controlled = compiled_round(wavg.uniform(), drift=wavg.drift.scaffold(0.1))
+    assert sorted(collectives(near)) == sorted(collectives(plain))
+    assert sorted(collectives(controlled)) == sorted([*collectives(plain), ("all-reduce", tree.nbytes(state.params))])
 
 
 def test_the_local_phase_sends_nothing():

@@ -196,3 +196,45 @@ def test_no_mean_is_taken_that_no_policy_uses(monkeypatch):
         taken.clear()
         carried(inner, state, tree.equal_weights(ALIVE), how)
         assert len(taken) == means
+
+
+def stats_after(rounds, pull, how, devices=1, **options):
+    """The replicas' statistic [K] and the global one after every round; replica k's is k + 1 in round 0, then + 1."""
+
+    def init(rng):
+        return TASK.init(rng)[0], {"mean": jnp.zeros(())}
+
+    def loss(params, mutable, batch, rng):
+        value, _ = TASK.loss(params, {"seen": jnp.float32(0)}, batch, rng)
+        return value, ({"mean": mutable["mean"] + batch.x[0, 0]}, {})
+
+    task = TASK._replace(init=init, loss=loss)
+    averager = wavg.averager(wavg.uniform(), pull=pull)
+    at_sync = wavg.AtSync(stats=how, **options)
+    made = wavg.make_rounds(task, averager, optax.sgd(0.01), at_sync=at_sync, placement=place(4, devices))
+    state, step = jax.jit(made.init, static_argnums=1)(jax.random.key(0), 4), jax.jit(made.step)
+    x = jnp.broadcast_to(jnp.arange(1.0, 5).reshape(4, 1, 1, 1), (4, 2, 8, 4)) / 2  # two steps a round
+    for _ in range(rounds):
+        state, _ = step(state, wavg.Batch(x, jnp.zeros((4, 2, 8), jnp.int32)))
+        yield state.replicas.mutable["mean"].tolist(), state.mutable["mean"].item()
+
+
+HALVING = wavg.pull.scheduled(lambda r: 0.5 / (1 + r.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_statistics_are_pulled_as_the_parameters(fragments, devices):
+    # Round 0: 1, 2, 3, 4 with the mean 2.5, half the way. Round 1: + 1, 2, 3, 4 gives 2.75, 4.25, 5.75, 7.25 with the
+    # mean 5, a quarter of the way.
+    found = list(stats_after(2, HALVING, policy.pull, devices, fragments=fragments))
+    assert found == [([1.75, 2.25, 2.75, 3.25], 2.5), ([3.3125, 4.4375, 5.5625, 6.6875], 5.0)]
+
+
+def test_pulled_statistics_are_averaged_ones_where_parameters_are_replaced():
+    assert list(stats_after(2, 1.0, policy.pull)) == list(stats_after(2, 1.0, policy.average))
+
+
+def test_an_optimizer_state_is_not_pulled():
+    with pytest.raises(wavg.SettingsError, match="pull is for BatchNorm-style statistics"):
+        carried(noisy(), trained(noisy()), tree.equal_weights(ALIVE), policy.pull)

@@ -27,7 +27,8 @@ averager = wavg.averager(weighting[options.get("weighting", "plain")](), outer=o
 FIT = """
 result = wavg.fit(
     task, data, averager, inner=optax.sgd(0.05, momentum=0.9), local_steps=8, rounds=ROUNDS, batch_size=16,
-    at_sync=wavg.AtSync(wire=options.get("wire", "float32")), workdir=WORKDIR, resume=RESUME, progress=False,
+    at_sync=wavg.AtSync(wire=options.get("wire", "float32"), drift=options.get("scaffold") and
+    wavg.drift.scaffold(options["scaffold"])), workdir=WORKDIR, resume=RESUME, progress=False,
     layout=wavg.Layout(replica_map="vmap", resident=options.get("resident")),
     store=wavg.Store(checkpoint_every=2),
 )
@@ -63,6 +64,7 @@ CASES = {
     "bfloat16, streamed": {"weighting": "learned", "wire": "bfloat16", "resident": False},
     "robust": {"weighting": "krum"},
     "distance": {"weighting": "distance"},
+    "control variates": {"weighting": "softmax", "scaffold": 0.5},
     "one replica, split batches": {"pooled": True},
 }
 

@@ -133,7 +133,7 @@ def test_an_averager_of_one_s_own_loop_keeps_parameters_and_state_where_the_oute
     [(wavg.outer.fedadam(0.1), 0.0, 1e20), (wavg.outer.delayed(optax.sgd(1.0)), -3e38, 3e38)],
     ids=["a squared gradient overflows", "what is held back overflows"],
 )
-def test_a_step_that_would_leave_the_outer_state_infinite_is_not_taken(outer, start, far, standard_promotion):
+def test_a_step_that_would_leave_the_outer_state_infinite_is_not_taken(outer, start, far):
     averager = wavg.averager(wavg.uniform(), outer=outer)
     params = {"w": np.float32([start, 2])}
     state = averager.init(params, 2)

@@ -7,7 +7,7 @@ rest:
                                         outer.bmuf(0.9)                          Chen and Huo 2016
                                         outer.lookahead()                        Zhang et al. 2019
                                         outer.fedavgm()                          Hsu et al. 2019
-                                        outer.fedadam()                          Reddi et al. 2021
+                                        outer.fedadagrad(), fedyogi, fedadam     Reddi et al. 2021
                                         any optax optimizer
     one round late, to hide the         outer.delayed(optax.sgd(1.0))            CO2 2024
       exchange behind a round

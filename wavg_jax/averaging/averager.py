@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, tree
-from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, number
-from wavg_jax.averaging.pull import Pull, toward_new
+from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, instance, number
+from wavg_jax.averaging.pull import OverRounds, Pull, toward_new
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
 from wavg_jax.base import Averager, Halves, PyTree, SettingsError, Weighting
 
@@ -99,13 +99,14 @@ def _pulled(pull: Pull, x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Arr
 
 
 def _restart(
-    pull: Pull | None,
+    pull: Pull | OverRounds | None,
     stacked: PyTree,
     old: PyTree,
     new: PyTree,
     *,
     alive: jax.Array | None = None,
     check_finite: bool = True,
+    round: jax.Array | int | None = None,
 ) -> PyTree:
     """`Averager.restart`; a `pull` of None replaces every replica."""
     checks.alike("old", old, "new", new, "give the global parameters before and after the update")
@@ -114,6 +115,10 @@ def _restart(
     replaced = tree.replicate(new, replicas)
     if pull is None:
         return replaced
+    if isinstance(pull, OverRounds):
+        if round is None:
+            raise SettingsError("pull= changes over rounds: give restart(..., round=), the number of rounds before")
+        pull = pull.at(jnp.asarray(round, jnp.int32))
     pulled = jax.tree.map(functools.partial(_pulled, pull), stacked, old, new)
     return tree.select_replicas(_living(stacked, alive, check_finite), pulled, replaced)
 
@@ -294,7 +299,7 @@ _ARGUMENTS = {
     "weighting": has("a Weighting, such as wavg_jax.learned()", "init", "update", "needs", lacks="restart"),
     "outer": either(NONE, OPTIMIZER),
     "reduce": FUNCTION,
-    "pull": either(number(0, 1), FUNCTION),
+    "pull": either(number(0, 1), FUNCTION, instance(OverRounds, "made by wavg_jax.pull.scheduled")),
     "transform": either(NONE, FUNCTION),
 }
 
@@ -304,7 +309,7 @@ def averager(
     *,
     outer: optax.GradientTransformation | None = None,
     reduce: Reduction = weighted_mean,
-    pull: float | Pull = 1.0,
+    pull: float | Pull | OverRounds = 1.0,
     transform: Transform | None = None,
 ) -> Averager:
     """Builds the averager, which turns K replicas into the next global parameters.
@@ -329,7 +334,8 @@ def averager(
       outer: an optax optimizer, such as `wavg_jax.outer.nesterov(0.7, 0.9)` for DiLoCo.
       reduce: the reduction over the replica axis; see `wavg_jax.averaging.reduce.Reduction`.
       pull: how far `restart` pulls living replicas toward the new global parameters, or a function; see
-        `wavg_jax.pull`. 1 replaces them. Dead replicas are always replaced.
+        `wavg_jax.pull`. 1 replaces them. Dead replicas are always replaced. `restart` needs `round=` if it changes over
+        rounds.
       transform: `(stacked, params, alive) -> stacked`, applied before weighting and blend, such as
         `wavg_jax.robust.clip_deltas()`.
 
@@ -356,7 +362,7 @@ def averager(
     parts = _Parts(weighting, outer, reduce, transform)
     # Only the plain weighted mean is one sum over the replicas.
     reads_replicas = weighting.reads_replicas or transform is not None or reduce is not weighted_mean
-    how = None if pull == 1.0 else pull if callable(pull) else toward_new(pull)
+    how = None if pull == 1.0 else pull if callable(pull) or isinstance(pull, OverRounds) else toward_new(pull)
     return Averager(
         functools.partial(_init, parts),
         functools.partial(_update, parts),

@@ -2,11 +2,14 @@
 
 Any optax optimizer can be the outer one. `None`, no outer optimizer, takes the blend unchanged, as `optax.sgd(1.0)`
 does. Below, g is the pseudo-gradient and p the global parameters, with float32 masters where they are stored in less;
-every accumulator starts at 0.
+every accumulator starts at 0 unless stated otherwise.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from wavg_jax.arguments import OPTIMIZER, RATE, check, number
@@ -66,29 +69,114 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> optax.Gradient
     return optax.sgd(learning_rate, momentum=momentum)
 
 
-def fedadam(
-    learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-3
-) -> optax.GradientTransformation:
-    """Adam on the pseudo-gradient (Reddi et al. 2021, "Adaptive federated optimization", arXiv:2003.00295).
+class AdaptiveState(NamedTuple):
+    """State of `fedadagrad`, `fedyogi` and `fedadam`.
 
-    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `p <- p - learning_rate m' / (sqrt(v') + eps)` with
-    `m' = m / (1 - b1^t)` and `v' = v / (1 - b2^t)` in round t.
-
-    The paper's algorithm 2 has no bias correction, m' = m and v' = v, and starts v at eps^2 or more, so the first
-    rounds differ: where g is far above eps, its first step is (1 - b1) / sqrt(1 - b2) times Adam's. With the defaults
-    that factor is 1. `optax.adam` needs JAX's standard dtype promotion.
-
-    Args:
-      learning_rate: approximate change of a parameter per round.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: the paper's tau, the degree of adaptivity, in units of the pseudo-gradient.
+    Attributes:
+      m: mean of the pseudo-gradients.
+      v: how large their squares are.
     """
+
+    m: PyTree
+    v: PyTree
+
+
+_Second = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(v, g^2) -> v`, of one leaf."""
+
+
+def _adaptive(learning_rate: Any, b1: Any, tau: Any, second: _Second) -> optax.GradientTransformation:
+    """Algorithm 2 of Reddi et al. with this rule for v."""
     check("learning_rate", learning_rate, RATE)
     check("b1", b1, _MEMORY)
+    check("tau", tau, number(above=0))
+
+    def init(params: PyTree) -> AdaptiveState:
+        return AdaptiveState(optax.tree.zeros_like(params), jax.tree.map(lambda x: jnp.full_like(x, tau * tau), params))
+
+    def update(updates: PyTree, state: AdaptiveState, params: PyTree | None = None) -> tuple[PyTree, AdaptiveState]:
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, updates)
+        v = jax.tree.map(lambda v, g: second(v, g * g), state.v, updates)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), m, v), AdaptiveState(m, v)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+
+
+def fedadagrad(learning_rate: float = 0.1, b1: float = 0.0, tau: float = 1e-3) -> optax.GradientTransformation:
+    """Adagrad on the pseudo-gradient, algorithm 2 of Reddi et al. (2021, "Adaptive federated optimization",
+    arXiv:2003.00295).
+
+        m <- b1 m + (1 - b1) g,    v <- v + g^2,    p <- p - learning_rate m / (sqrt(v) + tau)
+
+    m starts at 0, v at tau^2, and nothing corrects their bias.
+
+    Args:
+      learning_rate: about how far a parameter moves in the first round; later rounds move it less. A number, or an
+        optax schedule of the round.
+      b1: decay of m; 0 in the paper, as in Adagrad.
+      tau: the degree of adaptivity, in units of the pseudo-gradient: differences far smaller are not scaled up.
+
+    Raises:
+      SettingsError: an argument is out of range.
+
+    >>> outer = fedadagrad(learning_rate=1.0, tau=0.5)
+    >>> step, state = outer.update(jnp.array([1.2]), outer.init(jnp.zeros(1)))
+    >>> round(step.item(), 4)  # -1.2 / (sqrt(0.25 + 1.44) + 0.5)
+    -0.6667
+    """
+    return _adaptive(learning_rate, b1, tau, lambda v, square: v + square)
+
+
+def fedyogi(
+    learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
+) -> optax.GradientTransformation:
+    """Yogi on the pseudo-gradient, algorithm 2 of Reddi et al. (2021, arXiv:2003.00295).
+
+        m <- b1 m + (1 - b1) g,    v <- v - (1 - b2) g^2 sign(v - g^2),    p <- p - learning_rate m / (sqrt(v) + tau)
+
+    v approaches g^2 by (1 - b2) g^2 in a round, so it falls more slowly than `fedadam`'s. m starts at 0, v at tau^2,
+    and nothing corrects their bias; `optax.yogi` corrects it.
+
+    Args:
+      learning_rate, b1, b2, tau: as for `fedadam`.
+
+    Raises:
+      SettingsError: an argument is out of range.
+
+    >>> outer = fedyogi(learning_rate=1.0, b1=0.5, b2=0.75, tau=0.5)
+    >>> step, state = outer.update(jnp.array([0.8]), outer.init(jnp.zeros(1)))
+    >>> round(step.item(), 4)  # -0.4 / (sqrt(0.25 + 0.25 * 0.64) + 0.5)
+    -0.3508
+    """
     check("b2", b2, _MEMORY)
-    check("eps", eps, number(above=0))
-    return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+    return _adaptive(learning_rate, b1, tau, lambda v, square: v - (1 - b2) * square * jnp.sign(v - square))
+
+
+def fedadam(
+    learning_rate: float = 0.01, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
+) -> optax.GradientTransformation:
+    """Adam on the pseudo-gradient, algorithm 2 of Reddi et al. (2021, arXiv:2003.00295).
+
+        m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2,    p <- p - learning_rate m / (sqrt(v) + tau)
+
+    m starts at 0, v at tau^2, and nothing corrects their bias; `optax.adam` starts v at 0 and corrects it.
+
+    Args:
+      learning_rate: about how far a parameter moves in a round: a number, or an optax schedule of the round.
+      b1: decay of m.
+      b2: decay of v.
+      tau: the degree of adaptivity, in units of the pseudo-gradient: differences far smaller are not scaled up.
+
+    Raises:
+      SettingsError: an argument is out of range.
+
+    >>> outer = fedadam(learning_rate=1.0, b1=0.5, b2=0.75, tau=0.5)
+    >>> step, state = outer.update(jnp.array([1.0]), outer.init(jnp.zeros(1)))
+    >>> round(step.item(), 4)  # -0.5 / (sqrt(0.75 * 0.25 + 0.25 * 1) + 0.5)
+    -0.4305
+    """
+    check("b2", b2, _MEMORY)
+    return _adaptive(learning_rate, b1, tau, lambda v, square: b2 * v + (1 - b2) * square)
 
 
 class DelayedState(NamedTuple):
@@ -110,7 +198,6 @@ def delayed(outer: optax.GradientTransformation) -> optax.GradientTransformation
     Args:
       outer: an optax optimizer, such as `nesterov()`.
 
-    >>> import jax.numpy as jnp
     >>> late = delayed(optax.sgd(1.0))
     >>> state = late.init(jnp.zeros(1))
     >>> first, state = late.update(jnp.array([3.0]), state)

@@ -1,20 +1,49 @@
 """Pulls: whether the new global parameters replace the replicas, or only pull them toward a centre.
 
 A pull is a function `(replica, old, new) -> replica` of one leaf: the replica's parameters, and the global parameters
-before and after the round, all in float32. `averager(pull=...)` takes one, or a number for `toward_new`. bfloat16
-replicas lose a small pull to rounding: store replicas in float32 when the factor is small.
+before and after the round, all in float32. `averager(pull=...)` takes one, a number for `toward_new`, or a `scheduled`
+one, which changes over rounds. bfloat16 replicas lose a small pull to rounding: store replicas in float32 when the
+factor is small.
+
+`AtSync(stats=wavg_jax.policy.pull)` pulls statistics, such as BatchNorm's, as the parameters.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from wavg_jax.arguments import check, number
+from wavg_jax.arguments import FUNCTION, check, number
 
 Pull = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+class OverRounds(NamedTuple):
+    """A pull that changes over rounds.
+
+    Attributes:
+      at: `round -> Pull`; `round` counts the rounds before this one, an int32 scalar, 0 in the first.
+    """
+
+    at: Callable[[jax.Array], Pull]
+
+
 _FACTOR = number(0, 1)  # 0 leaves the replicas apart, 1 replaces them
+
+
+def _factor(given: Any) -> Any:
+    """A float, or the array of a schedule.
+
+    Raises:
+      SettingsError: it is not between 0 and 1, or no number. Of a traced one only the shape is known.
+    """
+    check("the pull's factor", given, _FACTOR)
+    return given if isinstance(given, jax.Array) else float(given)
+
+
+def _toward(x: jax.Array, factor: Any, centre: jax.Array) -> jax.Array:
+    return x + (factor.astype(x.dtype) if isinstance(factor, jax.Array) else factor) * (centre - x)
 
 
 def toward_new(factor: float = 1.0) -> Pull:
@@ -38,10 +67,11 @@ def toward_new(factor: float = 1.0) -> Pull:
     >>> toward_new(0.25)(8.0, 0.0, 4.0)
     7.0
     """
-    check("the pull's factor", factor, _FACTOR)
-    factor = float(factor)
+    share = _factor(factor)
     # 1 is exact: x + 1 * (new - x) would round.
-    return lambda x, old, new: new if factor == 1 else x + factor * (new - x)
+    if isinstance(share, jax.Array):
+        return lambda x, old, new: jnp.where(share == 1, new, _toward(x, share, new))
+    return lambda x, old, new: new if share == 1 else _toward(x, share, new)
 
 
 def toward_old(factor: float) -> Pull:
@@ -66,6 +96,29 @@ def toward_old(factor: float) -> Pull:
     >>> toward_old(0.25)(8.0, 0.0, 4.0)
     6.0
     """
-    check("the pull's factor", factor, _FACTOR)
-    factor = float(factor)
-    return lambda x, old, new: x + factor * (old - x)
+    share = _factor(factor)
+    return lambda x, old, new: _toward(x, share, old)
+
+
+def scheduled(factor: Callable[[Any], Any], toward: Callable[[Any], Pull] = toward_new) -> OverRounds:
+    """A pull whose factor changes over rounds: in round r, counted from 0, `toward(factor(r))`.
+
+    PAPA scales its pull with the learning rate: with alpha and a schedule `rate` of the local step,
+
+        scheduled(lambda r: (1 - alpha) * rate(r * H) / rate(0)).
+
+    Args:
+      factor: a schedule `round -> factor`, such as optax's, with factors between 0 and 1, which are not checked inside
+        jit.
+      toward: `toward_new`, `toward_old` or a function of your own.
+
+    Raises:
+      SettingsError: `factor` or `toward` is not a function.
+
+    >>> halved = scheduled(lambda r: 0.5 * 0.5**r)
+    >>> halved.at(0)(8.0, 0.0, 4.0), halved.at(1)(8.0, 0.0, 4.0)
+    (6.0, 7.0)
+    """
+    check("factor", factor, FUNCTION)
+    check("toward", toward, FUNCTION)
+    return OverRounds(lambda round: toward(factor(round)))

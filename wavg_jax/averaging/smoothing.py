@@ -117,3 +117,60 @@ def swa(start: int = 0, every: int = 1) -> optax.GradientTransformation:
         return tree.cast_like(smoothed, params), SwaState(state.seen + 1, averaged, mean)
 
     return optax.GradientTransformation(init, update)
+
+
+class LawaState(NamedTuple):
+    """State of `lawa`.
+
+    Attributes:
+      seen: rounds seen, int32 scalar.
+      latest: parameters of the last rounds, leaves [window, ...], each round in the place of the oldest; 0 where none
+        is yet.
+    """
+
+    seen: jax.Array
+    latest: PyTree
+
+
+def lawa(window: int) -> optax.GradientTransformation:
+    """Equally weighted mean of the latest global parameters (LAWA; Kaddour 2022, arXiv:2209.14981).
+
+        smoothed = mean of params_r, ..., params_(r - window + 1)
+
+    In the first rounds it is the mean of those there are. The state holds `window` copies of the parameters.
+
+    Args:
+      window: rounds in the mean, the paper's k.
+
+    Returns:
+      A transformation whose `update(params, state)` gives `(smoothed, state)`, in the dtypes of `params`.
+
+    Raises:
+      SettingsError: `window` is not a whole number, 1 or more.
+
+    >>> smoothing = lawa(2)
+    >>> state = smoothing.init({"w": jnp.zeros(1)})
+    >>> for value in (9.0, 2.0, 4.0):
+    ...     smoothed, state = smoothing.update({"w": jnp.array([value])}, state)
+    ...     smoothed["w"].tolist()
+    [9.0]
+    [5.5]
+    [3.0]
+    """
+    window = as_whole("window", window, 1)
+
+    def init(params: PyTree) -> LawaState:
+        empty = jax.tree.map(lambda x: jnp.zeros((window, *jnp.shape(x)), jnp.result_type(x)), params)
+        return LawaState(jnp.zeros((), jnp.int32), empty)
+
+    def update(params: PyTree, state: LawaState, _: PyTree = None) -> tuple[PyTree, LawaState]:
+        latest = jax.tree.map(lambda old, x: old.at[state.seen % window].set(x), state.latest, params)
+        count = jnp.minimum(state.seen + 1, window)
+
+        def mean(kept: jax.Array) -> jax.Array:  # summed anew each round: a running sum would gather rounding errors
+            wide = tree.accumulator_dtype(kept.dtype)
+            return kept.sum(axis=0, dtype=wide) / count.astype(wide)
+
+        return tree.cast_like(jax.tree.map(mean, latest), params), LawaState(state.seen + 1, latest)
+
+    return optax.GradientTransformation(init, update)

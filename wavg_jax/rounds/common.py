@@ -124,6 +124,7 @@ def carry_statistics(
     """
     at_sync, where = setup.at_sync, setup.where
     refresh = functools.partial(sync.refresh, setup.rerun, where.map, where.reduce, trained)
+    pull = functools.partial(setup.averager.restart, alive=trained.alive, check_finite=False, round=state.round)
     stats, mutable = sync.carry_stats(
         at_sync.stats,
         setup.task,
@@ -133,6 +134,7 @@ def carry_statistics(
         trained.alive,
         weights,
         lambda mutable, steps: refresh(params, mutable, split.statistics, steps),
+        pull,
     )
     few = min(REESTIMATED, local.longest(trained.batches))
     smoothed = sync.smooth(
@@ -153,7 +155,7 @@ def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.A
     """
 
     def finite(replicas: Replicas) -> jax.Array:
-        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng))
+        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng, replicas.drift))
 
     return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
 

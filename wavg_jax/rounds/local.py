@@ -1,5 +1,6 @@
 """Local training: every replica takes H steps of the inner optimizer on its own shard."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax import tree
+from wavg_jax import checks, tree
 from wavg_jax.base import Batch, PyTree, Replicas, Task
 from wavg_jax.devices.placement import Items, Placement, single
+from wavg_jax.rounds.drift import Correction
 
 Fetch = Callable[[PyTree, PyTree, jax.Array], Batch]
 """`(item, shared, rng) -> Batch`: makes the batch of one step inside the compiled loop."""
@@ -39,7 +41,11 @@ LocalSteps = Callable[..., tuple[Replicas, jax.Array]]
 
 
 def local_steps(
-    task: Task, inner: optax.GradientTransformation, fetch: Fetch = as_is, where: Placement | None = None
+    task: Task,
+    inner: optax.GradientTransformation,
+    fetch: Fetch = as_is,
+    where: Placement | None = None,
+    drift: Correction | None = None,
 ) -> LocalSteps:
     """Builds the local phase of one replica: a loop of optax steps.
 
@@ -49,16 +55,20 @@ def local_steps(
       fetch: `(item, shared, rng) -> Batch` makes the batch of one step, for instance by gathering rows of a data set on
         the device and augmenting them. By default the item is the batch.
       where: the placement, which may spread a replica's batches over devices; by default one device.
+      drift: a correction of the gradients; see `wavg_jax.drift`.
 
     Returns:
-      `(replica, items, shared, pace=EVERY_STEP) -> (replica, loss)`: `replica` is a `Replicas` of one replica (no
-      leading axis), the leaves of `items` have a leading axis H, the numbers of `pace` are scalars, and `loss` is the
-      mean training loss over the steps taken, a float32 scalar. The function is pure; `train` maps it over replicas.
+      `(replica, items, shared, pace=EVERY_STEP, mean=()) -> (replica, loss)`: `replica` is a `Replicas` of one replica
+      (no leading axis), the leaves of `items` have a leading axis H, the numbers of `pace` are scalars, `mean` is that
+      of the replicas' control variates, and `loss` is the mean training loss over the steps taken, a float32 scalar.
+      The function is pure; `train` maps it over replicas.
     """
 
     where = single() if where is None else where
 
-    def step(replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array | None) -> tuple[Replicas, jax.Array]:
+    def step(
+        replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array | None, correct: Callable
+    ) -> tuple[Replicas, jax.Array]:
         rng, fetch_rng, loss_rng = jax.random.split(replica.rng, 3)
         batch = fetch(item, shared, where.apart(fetch_rng))
         (loss, (mutable, _)), gradient = jax.value_and_grad(task.loss, has_aux=True)(
@@ -66,27 +76,51 @@ def local_steps(
         )
         loss, gradient, floats = where.average((loss, gradient, tree.floats(mutable)))
         mutable = tree.put_floats(mutable, floats)
+        gradient = correct(gradient, replica.params)
         updates, opt_state = inner.update(gradient, replica.opt_state, replica.params)
         if rate is not None:
             updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
         params = optax.apply_updates(replica.params, updates)
         return Replicas(params, opt_state, mutable, rng), loss
 
-    def run(replica: Replicas, items: PyTree, shared: PyTree, pace: Pace = EVERY_STEP) -> tuple[Replicas, jax.Array]:
+    def run(
+        replica: Replicas, items: PyTree, shared: PyTree, pace: Pace = EVERY_STEP, mean: PyTree = ()
+    ) -> tuple[Replicas, jax.Array]:
+        start, own, replica = replica.params, replica.drift, replica._replace(drift=())
+        correct = functools.partial(_corrected, drift, start, own, mean)
         longest = jax.tree.leaves(items)[0].shape[0]
         steps = longest if pace.steps is None else jnp.clip(pace.steps, 0, longest)
 
         def body(i: jax.Array, carry: tuple[Replicas, jax.Array]) -> tuple[Replicas, jax.Array]:
             replica, total = carry
-            replica, loss = step(replica, jax.tree.map(lambda x: x[i], items), shared, pace.rate)
+            replica, loss = step(replica, jax.tree.map(lambda x: x[i], items), shared, pace.rate, correct)
             return replica, total + loss
 
         # With the number of steps as an argument, H changes without recompiling. Mapped over different numbers, the
         # loop runs to the largest and freezes the replicas that are done.
         replica, total = jax.lax.fori_loop(0, steps, body, (replica, jnp.float32(0)))
-        return replica, total / jnp.maximum(jnp.asarray(steps, jnp.float32), 1)
+        taken = jnp.asarray(steps, jnp.float32)
+        if drift is not None:
+            own = _finished(drift, own, mean, start, replica.params, taken if pace.rate is None else taken * pace.rate)
+        return replica._replace(drift=own), total / jnp.maximum(taken, 1)
 
     return run
+
+
+def _corrected(
+    drift: Correction | None, start: PyTree, own: PyTree, mean: PyTree, gradient: PyTree, params: PyTree
+) -> PyTree:
+    if drift is None:
+        return gradient
+    corrected = drift.correct(gradient, params, start, own, mean)
+    checks.alike("drift: correct(...)", corrected, "the gradient", gradient, "keep its structure and shapes")
+    return tree.cast_like(corrected, gradient)
+
+
+def _finished(drift: Correction, own: PyTree, *given: PyTree) -> PyTree:
+    finished = drift.finish(own, *given)
+    checks.alike("drift: finish(...)", finished, "the control variate", own, "keep the shapes that init made")
+    return tree.cast_like(finished, own)
 
 
 def train(
@@ -96,6 +130,7 @@ def train(
     batches: PyTree,
     shared: PyTree,
     pace: Pace,
+    mean: PyTree = (),
 ) -> tuple[Replicas, jax.Array]:
     """Trains K replicas for one round.
 
@@ -106,6 +141,7 @@ def train(
       batches: what the steps read, [K, H, ...].
       shared: what every replica reads.
       pace: numbers, each a scalar for all or [K].
+      mean: of the replicas' control variates; see `wavg_jax.rounds.drift`.
 
     Returns:
       The replicas after their local steps, and their mean training losses [K].
@@ -119,10 +155,10 @@ def train(
 
     def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
         replica, items, own = item
-        shared, common = everywhere
-        return steps(replica, items.values, shared, Pace(**own, **common))
+        shared, common, mean = everywhere
+        return steps(replica, items.values, shared, Pace(**own, **common), mean)
 
-    after, loss = over_replicas(one)((replicas, Items(batches), own), (shared, common))
+    after, loss = over_replicas(one)((replicas, Items(batches), own), (shared, common, mean))
     return after._replace(residual=residual), loss
 
 

@@ -172,7 +172,7 @@ def _swap(
     groups, last = fragments.groups(after, count), number == count - 1
     arrived, leaving = groups[number - 1], groups[number]
     old, new, own = (fragments.take(x, arrived) for x in (before, after, replicas.params))
-    moved = setup.averager.restart(own, old, new, alive=alive, check_finite=False)
+    moved = setup.averager.restart(own, old, new, alive=alive, check_finite=False, round=round)
     if not number:  # before the first round nothing was sent
         moved = tree.select(round > 0, moved, own)
     params = fragments.put(replicas.params, arrived, moved)

@@ -1,9 +1,10 @@
 """How optimizer state and BatchNorm statistics carry across a blend.
 
 The blend replaces the parameters, or pulls them toward itself (`averager(pull=...)`; replicas that stay apart should
-`keep` their statistics, since the mean belongs to another network). A policy decides for one further stacked tree:
-`AtSync` has one for the optimizer state (default `keep`, as in DiLoCo) and one for the mutable collections (default
-`average`, as for the parameters, so that every replica starts the round with the statistics that evaluation uses).
+`pull` or `keep` their statistics, since the mean belongs to another network). A policy decides for one further stacked
+tree: `AtSync` has one for the optimizer state (default `keep`, as in DiLoCo) and one for the mutable collections
+(default `average`, as for the parameters, so that every replica starts the round with the statistics that evaluation
+uses).
 
 A policy is about floating-point numbers. Counts, flags and typed random keys stay each replica's own under every policy
 and run on, also for a replica that died or is reset, since it took its steps: a learning-rate schedule continues. When
@@ -40,6 +41,8 @@ class Sync(NamedTuple):
       restart: `() -> tree`: what a dead replica restarts from: a fresh optimizer state, or the mean statistics.
       refresh: `steps -> tree`: the mean statistics, re-estimated for the blended network on each replica's last batches
         of the round, as an equal mean over the living; None for an optimizer state.
+      pulled: `() -> stacked`: the replicas' statistics [K, ...], pulled as `averager(pull=...)` pulls their parameters;
+        None for an optimizer state.
     """
 
     alive: jax.Array
@@ -47,6 +50,7 @@ class Sync(NamedTuple):
     initial: Callable[[], PyTree]
     restart: Callable[[], PyTree]
     refresh: Callable[[int], PyTree] | None
+    pulled: Callable[[], PyTree] | None = None
 
 
 Policy = Callable[[PyTree, Sync], tuple[PyTree, Callable[[], PyTree]]]
@@ -67,6 +71,17 @@ def average(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
 def reset(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
     """Every replica starts afresh, except for its counts. Evaluation uses the weighted mean from before."""
     return tree.with_floats(stacked, sync.initial()), sync.mean
+
+
+def pull(stacked: PyTree, sync: Sync) -> tuple[PyTree, Callable[[], PyTree]]:
+    """Every replica's statistics are pulled as `averager(pull=...)` pulls its parameters; a dead one gets the mean.
+
+    `s_k <- s_k + factor (mean - s_k)` for a number, with the weights of the blend. Where the blend replaces parameters
+    this is `average`. Evaluation uses the weighted mean.
+    """
+    if sync.pulled is None:
+        raise SettingsError("pull is for BatchNorm-style statistics; use keep, average or reset here")
+    return sync.pulled(), sync.mean
 
 
 def reestimate(steps: int = 8) -> Policy:

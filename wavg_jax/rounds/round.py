@@ -138,7 +138,7 @@ def make_rounds(
         faults=faults,
         where=where,
         batches=Batch if fetch is local.as_is else object,
-        steps=local.local_steps(task, inner, fetch, where),
+        steps=local.local_steps(task, inner, fetch, where, at_sync.drift),
         measured=score.measure(forward, averager.needs, diagnose=scoring.diagnose),
         exchange=make_exchange(averager, forward, where, at_sync.wire, scoring.every),
         rerun=reestimate(task, fetch),
@@ -182,7 +182,7 @@ def _step(
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     # Train.
     pace = slow_down(setup.faults, pace, local.longest(batches))
-    after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace)
+    after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace, state.drift)
     taken = local.steps_taken(batches, pace)
     sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
     alive = survivors(state.replicas, sent, train_loss)
@@ -203,14 +203,18 @@ def _step(
     trained = Trained(batches, shared, taken, kept)
     follows = after_exchange(share, params)
     stats, mutable, smoothed = carry_statistics(setup, state, after.mutable, split, params, follows, trained)
-    restarted = setup.averager.restart(after.params, state.params, params, alive=kept, check_finite=False)
+    restarted = setup.averager.restart(
+        after.params, state.params, params, alive=kept, check_finite=False, round=state.round
+    )
     follows = after_exchange(follows, tree.floats((mutable, smoothed)))
+    variates, drift = sync.carry_drift(where.reduce, after.drift, state.drift, kept, follows)
+    follows = after_exchange(follows, drift)
     opt_state = sync.carry_opt_state(
         setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows
     )
-    replicas = Replicas(restarted, opt_state, stats, split.following, residual)
+    replicas = Replicas(restarted, opt_state, stats, split.following, residual, drift=variates)
     last = () if due is None else tree.select(due & (share.sum() > 0), weights, state.weights)
-    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, weights=last)
+    new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, (), last, drift)
     log = report(setup, told.signals | distances, share, told.alive, taken, found)
     return place_state(where, new), everywhere(where, log)
 
@@ -256,6 +260,7 @@ def initial_state(
     replicas, roots = as_whole("replicas", replicas, 1), keys.roots(rng)
     states = tree.replicate((inner.init(params), mutable), replicas)
     opt_state, own_mutable = jax.vmap(keys.own)(states, jax.random.split(roots.states, replicas))
+    drift = _first_variate(at_sync, params)
     state = TrainState(
         params=params,
         mutable=mutable,
@@ -265,10 +270,12 @@ def initial_state(
             own_mutable,
             jax.random.split(roots.replicas, replicas),
             wire.no_residual(at_sync.wire, params, replicas),
+            drift=tree.replicate(drift, replicas),
         ),
         averager=averager.init(params, replicas),
         round=jnp.zeros((), jnp.int32),
         smoothed=None if at_sync.smoothing is None else _unsmoothed(params, mutable, at_sync.smoothing),
+        drift=drift,
     )
     if at_sync.fragments > 1:
         return streaming.begin(state, averager, at_sync)
@@ -281,6 +288,11 @@ def _no_weights(averager: Averager, state: TrainState, replicas: int) -> PyTree:
         raise SettingsError("Scoring: every= needs an averager with halves, as wavg_jax.averager makes it")
     like = weights_like(averager.halves.weighting, state.averager.weighting, state.params, replicas)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def _first_variate(at_sync: AtSync, params: PyTree) -> PyTree:
+    """The control variate of a replica, and the mean of all, before the first round."""
+    return () if at_sync.drift is None else at_sync.drift.init(params)
 
 
 def _unsmoothed(params: PyTree, mutable: PyTree, smoothing: optax.GradientTransformation) -> Smoothed:
@@ -320,10 +332,12 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
 def check_state(state: TrainState, faults: Faults | None, scoring: Scoring, at_sync: AtSync) -> None:
     """Raises SettingsError if the state was not made for these faults, and by rounds of this form."""
     check_replicas(faults, tree.count_replicas(state.replicas.params))
+    variate = jax.eval_shape(lambda params: _first_variate(at_sync, params), state.params)
     for field, differs in (
         ("AtSync(smoothing=)", (state.smoothed is None) != (at_sync.smoothing is None)),
         ("AtSync(fragments=)", (state.stream == ()) != (at_sync.fragments == 1)),
         ("Scoring(every=)", bool(jax.tree.leaves(state.weights)) != (scoring.every > 1 and at_sync.fragments == 1)),
+        ("AtSync(drift=)", bool(jax.tree.leaves(state.drift)) != bool(jax.tree.leaves(variate))),
     ):
         if differs:
             raise SettingsError(f"the state was made by rounds that differ in {field}; make it with these rounds' init")

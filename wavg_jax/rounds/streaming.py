@@ -56,13 +56,18 @@ def begin(state: TrainState, averager: Averager, at_sync: AtSync) -> TrainState:
     """The state before the first round, given that of rounds without fragments.
 
     Raises:
-      SettingsError: there are fewer tensors than fragments, the averager cannot be taken apart, or the replicas'
-        optimizer states are averaged, which no segment could hide.
+      SettingsError: there are fewer tensors than fragments, the averager cannot be taken apart, the local steps are
+        corrected, or the replicas' optimizer states are averaged, which no segment could hide.
     """
     if averager.halves is None:
         raise SettingsError("AtSync: fragments= needs an averager with halves, as wavg_jax.averager makes it")
     if sync.averages(at_sync.opt_state, state.replicas.opt_state):
         raise SettingsError("AtSync: fragments= exchange no optimizer state: set opt_state to keep or reset it")
+    if at_sync.drift is not None:
+        raise SettingsError(
+            "AtSync: drift= corrects steps from parameters that arrive together, and fragments= arrive in turn: leave "
+            "one of them out"
+        )
     params, replicas = state.params, tree.count_replicas(state.replicas.params)
     taken = [fragments.take(params, group) for group in fragments.groups(params, at_sync.fragments)]
     own = [averager.init(part, replicas) for part in taken]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, takes, whole
+from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, has, takes, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Smoothed, Task
 from wavg_jax.rounds import keys, policy, wire
+from wavg_jax.rounds.drift import Correction
 from wavg_jax.rounds.local import longest
 
 Over = Callable[[Callable], Callable]
@@ -24,12 +25,14 @@ class AtSync(NamedTuple):
 
     Attributes:
       opt_state: `policy.keep`, `average` or `reset` for the inner optimizer's state.
-      stats: `policy.average`, `keep`, `reset` or `reestimate(steps)` for BatchNorm-style statistics.
+      stats: `policy.average`, `keep`, `reset`, `pull` or `reestimate(steps)` for BatchNorm-style statistics.
       smoothing: average of the global parameters over rounds, such as `optax.ema(0.9)` or `wavg_jax.smoothing.swa()`.
         Runs evaluate and return it, with statistics re-estimated for it.
       wire: in which format replicas send their parameters, "float32", "bfloat16" or "int8"; see `wavg_jax.rounds.wire`.
       fragments: in how many fragments, one after another, each while the next local steps compute; see
         `wavg_jax.rounds.streaming`. 1 sends all parameters at the end of the round. It must divide the local steps.
+      drift: a correction of the local steps, such as `wavg_jax.drift.scaffold(0.05)`; its control variates are averaged
+        at the sync.
     """
 
     opt_state: policy.Policy = policy.keep
@@ -37,6 +40,7 @@ class AtSync(NamedTuple):
     smoothing: optax.GradientTransformation | None = None
     wire: str = "float32"
     fragments: int = 1
+    drift: Correction | None = None
 
 
 _POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
@@ -47,6 +51,7 @@ AT_SYNC = {
     "smoothing": either(NONE, OPTIMIZER),
     "wire": _WIRE,
     "fragments": whole(1),
+    "drift": either(NONE, has("a Correction, such as wavg_jax.drift.scaffold(0.05)", *Correction._fields)),
 }
 """What the fields of `AtSync` must be."""
 
@@ -99,6 +104,20 @@ def averages(how: policy.Policy, stacked: PyTree) -> bool:
     if jax.tree.leaves(stacked):
         jax.eval_shape(trace, stacked)
     return bool(asked)
+
+
+def carry_drift(
+    reduce: Over, stacked: PyTree, before: PyTree, alive: jax.Array, weights: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """The control variates of the replicas [K, ...] for the next round, and their mean by the weights of the blend [K].
+
+    A dead replica takes the mean for its own, so that nothing corrects its next steps. `before` is the last mean, which
+    stays where nobody has weight.
+    """
+    if not jax.tree.leaves(stacked):
+        return stacked, before
+    mean = mean_over_living(reduce, stacked, weights, before)
+    return tree.select_replicas(alive, stacked, tree.replicate(mean, len(alive))), mean
 
 
 class Trained(NamedTuple):
@@ -168,6 +187,7 @@ def carry_stats(
     alive: jax.Array,
     weights: jax.Array,
     refresh: Callable[[PyTree, int], PyTree],
+    pull: Callable[[PyTree, PyTree, PyTree], PyTree],
 ) -> tuple[PyTree, PyTree]:
     """The replicas' mutable collections for the next round, and the global ones for evaluation.
 
@@ -179,6 +199,7 @@ def carry_stats(
       before: the global ones before it.
       alive, weights: [K], of the blend.
       refresh: `(mutable, steps) -> mutable`: re-estimates collections for the new global parameters.
+      pull: `(stacked, old, new) -> stacked`, what `Averager.restart` does with the parameters.
     """
 
     @functools.cache
@@ -188,7 +209,12 @@ def carry_stats(
     def initial() -> PyTree:
         return task.init(keys.roots(jax.random.key(0)).init)[1]
 
-    mutable, evaluated = how(stacked, policy.Sync(alive, mean, initial, mean, lambda steps: refresh(mean(), steps)))
+    def pulled() -> PyTree:
+        own = tree.floats(stacked)
+        return tree.put_floats(stacked, pull(own, tree.floats(before), tree.floats(mean()))) if own else stacked
+
+    following = policy.Sync(alive, mean, initial, mean, lambda steps: refresh(mean(), steps), pulled)
+    mutable, evaluated = how(stacked, following)
     return mutable, evaluated()
 
 

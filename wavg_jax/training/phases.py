@@ -13,12 +13,13 @@ from wavg_jax.training.batches import Shared, Work
 from wavg_jax.training.recipe import Recipe, fetch_of
 
 
-def local_phase(recipe: Recipe) -> Callable[[Replicas, Work, Shared], tuple[Replicas, jax.Array]]:
-    """Builds `(replicas, work, shared) -> (replicas, loss [K])`: the local steps."""
-    steps = local_steps(recipe.task, recipe.inner, fetch_of(recipe), recipe.placement)
+def local_phase(recipe: Recipe) -> Callable[..., tuple[Replicas, jax.Array]]:
+    """Builds `(replicas, work, shared, mean=()) -> (replicas, loss [K])`: the local steps; `mean` is
+    `TrainState.drift`."""
+    steps = local_steps(recipe.task, recipe.inner, fetch_of(recipe), recipe.placement, recipe.at_sync.drift)
 
-    def run(replicas: Replicas, work: Work, shared: Shared) -> tuple[Replicas, jax.Array]:
-        return train(steps, recipe.placement.map, replicas, work.items, shared.train, work.pace)
+    def run(replicas: Replicas, work: Work, shared: Shared, mean: PyTree = ()) -> tuple[Replicas, jax.Array]:
+        return train(steps, recipe.placement.map, replicas, work.items, shared.train, work.pace, mean)
 
     return run
 

@@ -40,13 +40,13 @@ def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
 
 
 def blended_bytes(recipe: Recipe, state: TrainState) -> int:
-    """What one replica sends at a blend: parameters, statistics and, where they are averaged, optimizer state.
+    """What one replica sends at a blend: parameters, statistics, control variates, and optimizer state if averaged.
 
     Args:
       recipe: of the rounds.
       state: their state, or its shapes.
     """
-    nbytes = tree.nbytes(state.params) + tree.nbytes(tree.floats(state.mutable))
+    nbytes = tree.nbytes(state.params) + tree.nbytes(tree.floats(state.mutable)) + tree.nbytes(state.drift)
     opt_state = state.replicas.opt_state
     if sync.averages(recipe.at_sync.opt_state, opt_state):
         nbytes += tree.nbytes(tree.floats(opt_state)) // tree.count_replicas(opt_state)

@@ -69,7 +69,7 @@ def measure_parts(recipe: Recipe, data: ShardedData, *, local_steps: int, batch_
     shared = put_shared(recipe, data)
     state = programs_of(recipe, 1).init(jax.random.key(0))
     work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
-    local = _seconds(jax.jit(local_phase(recipe)), (state.replicas, work, shared), repeats)
+    local = _seconds(jax.jit(local_phase(recipe)), (state.replicas, work, shared, state.drift), repeats)
     held_out = jax.jit(window_phase(recipe))(state.round, shared.held_out)
     scored, scorer = (state.replicas, held_out, jnp.ones(1, bool)), jax.jit(score_phase(recipe))
     measured = scorer(*scored)
