@@ -68,6 +68,8 @@ TABLE = {
     "geometric_median": Row(robust.geometric_median),
     "krum": Row(lambda: robust.krum(1), fewest=4),
     "multi_krum": Row(lambda: robust.multi_krum(1, keep=3), fewest=4),
+    "mean_around_median": Row(lambda: robust.mean_around_median(1), fewest=3),
+    "bulyan": Row(lambda: robust.bulyan(1), fewest=4),
 }
 
 every_scheme = pytest.mark.parametrize("name", TABLE)

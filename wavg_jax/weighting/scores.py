@@ -267,7 +267,8 @@ def best(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weigh
     """Puts all weight on the replica with the best score; exact ties share it equally.
 
     With `train_loss` the blend is the leader in LSGD (Teng et al. 2019, arXiv:1905.10395); `averager(pull=...)` can
-    pull the other replicas toward it.
+    pull the other replicas toward it. The paper has one leader; sharing the weight among ties departs from it, so that
+    the order of the replicas does not matter.
 
     Args:
       signal: name of a signal.
