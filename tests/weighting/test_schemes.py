@@ -38,9 +38,9 @@ from scheme_table import (
 
 from wavg_jax import tree
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import robust, scores, search, wrappers
+from wavg_jax.weighting import penalty, robust, scores, search, wrappers
 
-MODULES = (scores, wrappers, search, robust)
+MODULES = (scores, wrappers, search, robust, penalty)
 
 
 def public_weightings():
