@@ -193,13 +193,12 @@ def test_over_devices_all_sums_are_complete_before_they_are_combined(name):
 
 
 @every_reduction
-@pytest.mark.parametrize("deltas", [[[3, 4], [-3, -4]], [[0, 0], [0, 0]], [[3, 4], [8, -6]], [[3, 4], [3, 4]]])
-def test_the_slope_in_the_weights_is_finite_even_where_directions_cancel(name, deltas):
+def test_the_slope_in_the_weights_is_finite_even_where_directions_cancel(name):
     # Learned weights differentiate through the blend.
-    stacked = {"w": jnp.asarray(deltas, jnp.float32)}
-    for weights in ([0.5, 0.5], [1.0, 0.0]):
-        slope = jax.grad(lambda w: REDUCTIONS[name](stacked, w)["w"].sum())(jnp.array(weights))
-        assert np.isfinite(slope).all()
+    slope = jax.jit(jax.grad(lambda w, x: REDUCTIONS[name]({"w": x}, w)["w"].sum()))
+    for deltas in ([[3, 4], [-3, -4]], [[0, 0], [0, 0]], [[3, 4], [8, -6]], [[3, 4], [3, 4]]):
+        for weights in ([0.5, 0.5], [1.0, 0.0]):
+            assert np.isfinite(slope(jnp.array(weights), jnp.asarray(deltas, jnp.float32))).all()
 
 
 @every_reduction

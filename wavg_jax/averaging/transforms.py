@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import as_whole, check, number
+from wavg_jax.arguments import check, number, whole
 from wavg_jax.base import PyTree
 
 Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
@@ -84,7 +84,7 @@ def drop_deltas(rate: float, seed: int = 0) -> Transform:
     Args:
       rate: probability of a change to be taken back, at least 0 and less than 1. The paper's 0.9 and more is for
         models whose changes are far smaller than a round's.
-      seed: makes the masks; a whole number, 0 or more.
+      seed: makes the masks; a whole number from 0 to 2**32 - 1.
 
     Raises:
       SettingsError: `rate` or `seed` is not such a number.
@@ -95,7 +95,8 @@ def drop_deltas(rate: float, seed: int = 0) -> Transform:
     ([0.0, 2.0], True)
     """
     check("rate", rate, number(0, below=1))
-    seed = as_whole("seed", seed, 0)
+    check("seed", seed, whole(0, 2**32 - 1))
+    seed = int(seed)
 
     def transform(stacked: PyTree, params: PyTree, alive: jax.Array) -> PyTree:
         del alive
