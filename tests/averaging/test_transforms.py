@@ -34,6 +34,16 @@ def test_trimming_by_hand(density, expected):
     assert jax.tree.map(lambda x: x.tolist(), kept) == expected
 
 
+def test_the_largest_changes_of_all_tensors_together_are_kept():
+    stacked, params = trees(3), wavg.replica(trees(1, seed=9), 0)
+    kept = jax.jit(trim_deltas(0.1))(stacked, params, jnp.ones(3, bool))
+    sizes = [np.abs(np.asarray(stacked[n] - params[n][None])).reshape(3, -1) for n in stacked]
+    least = np.sort(np.concatenate(sizes, axis=1), axis=1)[:, -63]  # 63 of 630
+    for size, name in zip(sizes, stacked, strict=True):
+        same = np.asarray(kept[name] == stacked[name]).reshape(3, -1)
+        np.testing.assert_array_equal(same, size >= least[:, None])
+
+
 def test_ties_merging_by_hand():
     # From 10 the replicas moved by (4, 1, -1, 0), (-3, 2, 0, 1) and (2, 0, -5, -1); half of four elements stay:
     # (4, 1, -1, 0), as 1 and -1 tie, (-3, 2, 0, 0) and (2, 0, -5, 0). Sums 3, 3, -6, 0: signs +, +, -, none.

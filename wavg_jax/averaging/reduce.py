@@ -15,6 +15,8 @@ from wavg_jax.tree import accumulator_dtype
 class Reduction(Protocol):
     """`reduce(stacked, weights, *, sum_over=None) -> tree`; see `weighted_mean` for the shapes.
 
+    `stacked` are the replicas' parameters or, with `averager(deltas=True)`, how far they moved in the round.
+
     When replicas are spread over several devices, each device calls it on its own replicas, and it must add up the
     devices' sums with `jax.lax.psum` over the mapped axis `sum_over`.
     """

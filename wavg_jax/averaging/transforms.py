@@ -22,13 +22,31 @@ def _delta(x: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, *tree.as_accumulators((x, params)))
 
 
+def _largest(sizes: PyTree, k: int) -> jax.Array:
+    """The k-th largest of all the sizes in a tree, which are not negative.
+
+    Bisects over the bits of float32, which are in the order of the numbers: 31 passes take a twentieth of XLA's sort on
+    a CPU.
+    """
+    bits = [jax.lax.bitcast_convert_type(size.astype(jnp.float32), jnp.int32) for size in jax.tree.leaves(sizes)]
+
+    def narrow(i: jax.Array, found: jax.Array) -> jax.Array:
+        tried = found | jnp.left_shift(jnp.int32(1), 30 - i)
+        reached = sum((x >= tried).sum(dtype=jnp.int32) for x in bits)
+        return jnp.where(reached >= k, tried, found)
+
+    return jax.lax.bitcast_convert_type(
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), narrow, jnp.int32(0)), jnp.float32
+    )
+
+
 def trim_deltas(density: float = 0.2) -> Transform:
     """Keeps each replica's largest changes and takes the others back: TIES's first step.
 
         x_k <- x_k where |x_k - params| is among the `density` largest of replica k, else params
 
     All tensors together. With `wavg_jax.disjoint_mean` after it this is TIES-Merging (Yadav et al. 2023,
-    arXiv:2306.01708). Sorts the changes of one replica after another.
+    arXiv:2306.01708).
 
     Args:
       density: share of the elements to keep, rounded to a whole number, at least one; the paper keeps 0.2. Changes as
@@ -46,12 +64,12 @@ def trim_deltas(density: float = 0.2) -> Transform:
 
     def transform(stacked: PyTree, params: PyTree, alive: jax.Array) -> PyTree:
         del alive
-        dropped = tree.count(params) - max(round(density * tree.count(params)), 1)
+        kept = max(round(density * tree.count(params)), 1)
 
         def trim(x: PyTree) -> PyTree:
             sizes = jax.tree.map(jnp.abs, _delta(x, params))
-            least = jnp.sort(jnp.concatenate([size.reshape(-1) for size in jax.tree.leaves(sizes)]))[dropped]
-            return jax.tree.map(lambda v, p, size: jnp.where(size >= least, v, p), x, params, sizes)
+            least = _largest(sizes, kept)
+            return jax.tree.map(lambda v, p, d: jnp.where(d.astype(least.dtype) >= least, v, p), x, params, sizes)
 
         return jax.lax.map(trim, stacked)
 
