@@ -12,7 +12,7 @@ import pytest
 from wavg_jax import tree
 from wavg_jax.averaging.averager import averager
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import pool, robust, scores, search, wrappers
+from wavg_jax.weighting import penalty, pool, robust, scores, search, wrappers
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER
 
 NAN, INF = float("nan"), float("inf")
@@ -42,6 +42,7 @@ TABLE = {
     "uniform": Row(scores.uniform),
     "proportional": Row(lambda: scores.proportional("accuracy")),
     "proportional/power": Row(lambda: scores.proportional("accuracy", chance=0.2, power=3.0)),
+    "token_weighted": Row(lambda: scores.token_weighted("samples")),
     "inverse": Row(lambda: scores.inverse("loss")),
     "inverse/layers": Row(lambda: scores.inverse("layer_grad_norm")),
     "softmax": Row(lambda: scores.softmax("loss", 0.2)),
@@ -70,6 +71,12 @@ TABLE = {
     "geometric_median": Row(robust.geometric_median),
     "krum": Row(lambda: robust.krum(1), fewest=4),
     "multi_krum": Row(lambda: robust.multi_krum(1, keep=3), fewest=4),
+    "mean_around_median": Row(lambda: robust.mean_around_median(1), fewest=3),
+    "pseudo_gradient_penalty": Row(penalty.pseudo_gradient_penalty),
+    "pseudo_gradient_penalty/layers": Row(
+        lambda: penalty.pseudo_gradient_penalty(0.5, threshold=0.1, rate=0.5, warmup=1, layerwise=True)
+    ),
+    "bulyan": Row(lambda: robust.bulyan(1), fewest=4),
 }
 
 every_scheme = pytest.mark.parametrize("name", TABLE)

@@ -12,7 +12,7 @@ from small import blobs, regression, sharded
 
 import wavg_jax as wavg
 from wavg_jax import arguments, models
-from wavg_jax.averaging import outer, pull, smoothing
+from wavg_jax.averaging import outer, pull, smoothing, transforms
 from wavg_jax.data import iid, round_indices
 from wavg_jax.rounds import faults
 from wavg_jax.training import schedule
@@ -94,6 +94,7 @@ OTHERS = [
     *one(pull.scheduled, "factor", None, 0.5, [len]),
     *one(pull.scheduled, "toward", None, 0.5, factor=len),
     *one(wavg.averager, "transform", *NO_FUNCTION, weighting=wavg.uniform()),
+    *one(wavg.averager, "deltas", None, 1, "yes", weighting=wavg.uniform()),
     *one(schedule.fixed, "local_steps", *COUNTS),
     *one(schedule.post_local, "after", None, "3", 2.5, -1, True, local_steps=2),
     *one(schedule.linear, "rounds", *COUNTS, first=1, last=2),
@@ -121,6 +122,15 @@ OTHERS = [
     *one(wrappers.shortlist, "keep", *COUNTS, weighting=wavg.uniform()),
     *one(robust.geometric_median, "smoothing", None, "x", 0, INF),
     *one(robust.clip_deltas, "max_norm", "x", 0, NAN),
+    *one(robust.mean_around_median, "byzantine", None, "3", 2.5, -1, True),
+    *one(robust.bulyan, "byzantine", None, "3", 2.5, -1, True),
+    *one(wavg.pseudo_gradient_penalty, "temperature", None, "a", 0, NAN, True),
+    *one(wavg.pseudo_gradient_penalty, "threshold", None, "a", 0, INF),
+    *one(wavg.pseudo_gradient_penalty, "rate", None, "a", 0, 1.1, NAN),
+    *one(wavg.pseudo_gradient_penalty, "warmup", *COUNTS),
+    *one(transforms.trim_deltas, "density", None, "a", 0, 1.1, NAN),
+    *one(transforms.drop_deltas, "rate", None, "a", -0.1, 1, NAN),
+    *one(transforms.drop_deltas, "seed", None, "3", 2.5, -1, True, 2**32, rate=0.5),
     *one(robust.trimmed_mean, "trim", None, "3", 2.5, -1, True),
     *one(wavg.drift.fedprox, "mu", None, "x", -0.1, INF, True),
     *one(wavg.drift.scaffold, "learning_rate", None, "x", 0, -0.1, NAN, len),

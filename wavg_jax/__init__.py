@@ -2,9 +2,9 @@
 average into the next global parameters."""
 
 from wavg_jax import data, models
-from wavg_jax.averaging import outer, pull, smoothing
+from wavg_jax.averaging import outer, pull, smoothing, transforms
 from wavg_jax.averaging.averager import averager
-from wavg_jax.averaging.reduce import norm_preserving, weighted_mean
+from wavg_jax.averaging.reduce import disjoint_mean, model_stock, norm_preserving, radial_directional, weighted_mean
 from wavg_jax.base import (
     Averager,
     Batch,
@@ -36,6 +36,7 @@ from wavg_jax.training.fit import Result, Store, fit
 from wavg_jax.training.recipe import Layout
 from wavg_jax.tree import replica, replicate
 from wavg_jax.weighting import robust, signals
+from wavg_jax.weighting.penalty import pseudo_gradient_penalty
 from wavg_jax.weighting.pool import opinion_pool
 from wavg_jax.weighting.scores import (
     best,
@@ -46,6 +47,7 @@ from wavg_jax.weighting.scores import (
     proportional,
     rank,
     softmax,
+    token_weighted,
     uniform,
 )
 from wavg_jax.weighting.search import best_of, greedy_soup, learned
@@ -81,6 +83,7 @@ __all__ = [
     "best",
     "best_of",
     "data",
+    "disjoint_mean",
     "drift",
     "effective_replicas",
     "faults",
@@ -93,6 +96,7 @@ __all__ = [
     "learned",
     "local_steps",
     "make_rounds",
+    "model_stock",
     "models",
     "momentum",
     "norm_preserving",
@@ -102,7 +106,9 @@ __all__ = [
     "place",
     "policy",
     "proportional",
+    "pseudo_gradient_penalty",
     "pull",
+    "radial_directional",
     "rank",
     "replica",
     "replicate",
@@ -113,6 +119,8 @@ __all__ = [
     "smooth_signals",
     "smoothing",
     "softmax",
+    "token_weighted",
+    "transforms",
     "uniform",
     "uniform_floor",
     "weighted_mean",

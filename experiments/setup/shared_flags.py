@@ -109,7 +109,10 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_integer(
-    "byzantine", 1, "weighting=trimmed_mean, krum or multi_krum: how many broken replicas to tolerate.", lower_bound=0
+    "byzantine",
+    1,
+    "weighting=trimmed_mean, mean_around_median, bulyan, krum or multi_krum: how many broken replicas to tolerate.",
+    lower_bound=0,
 )
 flags.DEFINE_integer(
     "score_samples",

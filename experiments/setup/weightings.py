@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import optax
 from absl import flags
 
-from wavg_jax.averaging import reduce
+from experiments.setup.choices import make_outer
+from wavg_jax.averaging import outer, reduce, transforms
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import pool, robust, scores, search, wrappers
+from wavg_jax.weighting import penalty, pool, robust, scores, search, wrappers
 
 Flags = flags.FlagValues
 
@@ -20,6 +22,11 @@ def _candidates(f: Flags) -> tuple[Weighting, ...]:
     """What `best_of` chooses among, beside equal weights."""
     softmaxes = (scores.softmax("loss", factor * f.temperature) for factor in (0.25, 1.0, 4.0))
     return (scores.proportional("accuracy"), *softmaxes, search.learned(scores.uniform()))
+
+
+def _before_outer(first: optax.GradientTransformation, f: Flags) -> optax.GradientTransformation:
+    """The outer optimizer of --outer, plain averaging without one, on a pseudo-gradient that `first` transforms."""
+    return optax.chain(first, make_outer(f) or optax.sgd(1.0))
 
 
 WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
@@ -55,8 +62,28 @@ WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
     "geometric_median": lambda f: {"weighting": robust.geometric_median()},
     "krum": lambda f: {"weighting": robust.krum(f.byzantine)},
     "multi_krum": lambda f: {"weighting": robust.multi_krum(f.byzantine, keep=max(f.replicas - f.byzantine, 1))},
+    "mean_around_median": lambda f: {"weighting": robust.mean_around_median(f.byzantine)},
+    "bulyan": lambda f: {"weighting": robust.bulyan(f.byzantine)},
+    "edit": lambda f: {
+        "weighting": penalty.pseudo_gradient_penalty(),
+        "outer": _before_outer(optax.clip_by_global_norm(10.0), f),
+    },
     "clip": lambda f: {"weighting": scores.uniform(), "transform": robust.clip_deltas()},
     "norm_preserving": lambda f: {"weighting": scores.uniform(), "reduce": reduce.norm_preserving},
+    "radial_directional": lambda f: {
+        "weighting": scores.proportional("steps"),  # Decoupled DiLoCo's tokens^2 / steps, with batches of one size
+        "reduce": reduce.radial_directional,
+        "deltas": True,
+    },
+    "iso_c": lambda f: {"weighting": scores.uniform(), "outer": _before_outer(outer.isotropic(), f)},
+    "model_stock": lambda f: {"weighting": scores.uniform(), "reduce": reduce.model_stock, "deltas": True},
+    "ties": lambda f: {
+        "weighting": scores.uniform(),
+        "transform": transforms.trim_deltas(),
+        "reduce": reduce.disjoint_mean,
+        "deltas": True,
+    },
+    "dare": lambda f: {"weighting": scores.uniform(), "transform": transforms.drop_deltas(0.5)},
 }
 """Name -> function of the flags that returns arguments of `wavg_jax.averager`.
 

@@ -165,6 +165,39 @@ def test_an_adaptive_rate_may_be_a_schedule_of_the_round():
     np.testing.assert_allclose(params["w"], 10 - 3.5 / 6, rtol=1e-6)
 
 
+def flattened_spectrum(g):
+    """What Iso-C makes of a matrix, in NumPy."""
+    u, s, v = np.linalg.svd(np.asarray(g, np.float64), full_matrices=False)
+    return s.mean() * u @ v
+
+
+def test_iso_c_gives_every_direction_the_mean_singular_value_and_leaves_vectors_alone():
+    rng = np.random.default_rng(0)
+    shapes = {"wide": (5, 30), "tall": (30, 5), "conv": (3, 3, 4, 8), "bias": (8,), "scale": ()}
+    g = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    flat, _ = jax.jit(wavg.outer.isotropic().update)(g, wavg.outer.isotropic().init(g))
+    for name in ("wide", "tall"):
+        np.testing.assert_allclose(flat[name], flattened_spectrum(g[name]), rtol=1e-4, atol=1e-5)
+    expected = flattened_spectrum(g["conv"].reshape(36, 8)).reshape(3, 3, 4, 8)
+    np.testing.assert_allclose(flat["conv"], expected, rtol=1e-4, atol=1e-5)
+    assert all((flat[name] == g[name]).all() for name in ("bias", "scale"))
+
+
+def test_iso_c_by_hand_before_an_outer_step_in_bfloat16():
+    # The blend moved from 10 by diag(3, 1, 0) turned by 90 degrees in the plane of the first two axes: singular values
+    # 3, 1 and 0, mean 4/3. The third direction is not there, and stays so. Half of it is taken.
+    avg = wavg.averager(wavg.uniform(), outer=optax.chain(wavg.outer.isotropic(), optax.sgd(0.5)))
+    moved = np.array([[0, -1, 0], [3, 0, 0], [0, 0, 0]])
+    params = {"w": jnp.full((3, 3), 10.0, jnp.bfloat16)}
+    stacked = {"w": jnp.asarray([10 + 0.5 * moved, 10 + 1.5 * moved], jnp.bfloat16)}
+    new, state, _ = jax.jit(avg.update)(stacked, avg.init(params, 2), params)
+    expected = 10 + 2 / 3 * np.array([[0, -1, 0], [1, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(state.masters["w"], expected, rtol=1e-5)
+    assert new["w"].dtype == jnp.bfloat16
+    still, _, _ = jax.jit(avg.update)(wavg.replicate(new, 2), state, new)
+    np.testing.assert_array_equal(still["w"], new["w"])
+
+
 def test_the_first_delayed_round_leaves_the_parameters_and_the_second_applies_it():
     # params 10, blends 4 and 1: nothing; then 10 - 0.5 * (10 - 4) = 7, and 7 - 0.5 * (10 - 1) = 2.5.
     avg = wavg.averager(wavg.uniform(), outer=wavg.outer.delayed(optax.sgd(0.5)))

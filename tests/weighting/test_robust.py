@@ -21,6 +21,8 @@ SCHEMES = {
     "geometric": robust.geometric_median(),
     "krum": robust.krum(1),
     "multi_krum": robust.multi_krum(1, keep=3),
+    "around_median": robust.mean_around_median(1),
+    "bulyan": robust.bulyan(1),
 }
 AVERAGERS = {
     **{name: wavg.averager(scheme) for name, scheme in SCHEMES.items()},
@@ -175,6 +177,57 @@ def test_krum_by_hand(name, values, alive, expected):
     np.testing.assert_allclose(by_hand(name, values, alive), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("values", "alive", "expected"),
+    [
+        # The median is 5: distances 0, 4, 4, 3, 2. The values 1 and 9 share the fourth place.
+        ([5, 1, 9, 2, 7], [True] * 5, [1 / 4, 1 / 8, 1 / 8, 1 / 4, 1 / 4]),
+        # The median of 5, 1, 9, 2 is 3.5: distances 1.5, 2.5, 5.5, 1.5.
+        ([5, 1, 9, 2, 7], [True, True, True, True, False], [1 / 3, 1 / 3, 0, 1 / 3, 0]),
+        # The median of 0, 0, 0, 1 and 9 is 0.
+        ([0, 0, 1, 0, 9], [True] * 5, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 0]),
+        # Two living: both are as far from their median, and share the one place.
+        ([5, 1, 9, 2, 7], [True, False, True, False, False], [1 / 2, 0, 1 / 2, 0, 0]),
+        ([5, 1, 9, 2, 7], [False, False, True, False, False], [0, 0, 1, 0, 0]),
+        ([5, 1, 9, 2, 7], [False] * 5, [0, 0, 0, 0, 0]),
+    ],
+)
+def test_the_mean_around_the_median_by_hand(values, alive, expected):
+    np.testing.assert_allclose(by_hand("around_median", values, alive), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "alive", "expected"),
+    [
+        # n = 7, f = 1: five of them. With 4 neighbours 2 scores 4 + 1 + 4 + 25 = 34, 4 has 4 + 9 + 9 + 16 = 38, 1 has
+        # 47. Then, with 3 neighbours: 4 has 9 + 9 + 16 = 34, 1 has 1 + 9 + 36 = 46, 7 has 61. With 2: 1 has 37, 0 has
+        # 50, 7 has 52. With 1: 7 and 11 have 16 and tie, 0 has 49. S = {1, 2, 4, 7, 11}, whose median is 4; three
+        # places: 4, 2, and half of one for 1 and for 7.
+        ([0, 1, 2, 4, 7, 11, 99], [True] * 7, [0, 1 / 6, 1 / 3, 1 / 3, 1 / 6, 0, 0]),
+        # n = 5: Krum chooses 1 (5, see above), then 3 and 4.5 tie with 2.25. One place, at the median.
+        ([0, 1, 3, 4.5, 99], [True] * 5, [0, 0, 1, 0, 0]),
+        # n = 4: the pair 0 and 1 ties and is all of S.
+        ([0, 1, 3, 4.5, 99], [True, True, True, True, False], [1 / 2, 1 / 2, 0, 0, 0]),
+        ([0, 1, 3, 4.5, 99], [False, False, True, False, True], [0, 0, 1 / 2, 0, 1 / 2]),
+        ([0, 1, 3, 4.5, 99], [False, False, True, False, False], [0, 0, 1, 0, 0]),
+        ([0, 1, 3, 4.5, 99], [False] * 5, [0, 0, 0, 0, 0]),
+    ],
+)
+def test_bulyan_by_hand(values, alive, expected):
+    np.testing.assert_allclose(by_hand("bulyan", values, alive), expected, rtol=1e-6)
+
+
+def test_bulyan_bounds_an_element_that_distances_hide():
+    # Seven replicas of 1000 elements around 0; the last is as close to the others as they are, but far off in one
+    # element. Krum may select it; the mean around the median does not take its element.
+    x = np.random.default_rng(0).normal(size=(7, 1000)).astype(np.float32)
+    x[6] *= 0.1
+    x[6, 5] = 20
+    weights = WEIGH["bulyan"]({"w": jnp.asarray(x)}, jnp.ones(7, bool), {"w": jnp.zeros(1000)})["w"]
+    assert np.asarray(weights)[6].max() > 0.3
+    assert weights[6, 5] == 0
+
+
 @pytest.mark.parametrize("name", AVERAGERS)
 def test_one_outlier_of_any_size_cannot_drag_the_blend_away(name):
     # Four honest replicas have moved from 10 to about 11; the fifth sends anything finite.
@@ -196,15 +249,15 @@ def test_permuting_the_replicas_changes_no_blend(order, seed):
 
 
 # Those that sum over elements, whose rounding the number of replicas must not reach.
-@pytest.mark.parametrize("name", ["geometric", "krum", "clipped"])
+@pytest.mark.parametrize("name", ["geometric", "krum", "bulyan", "clipped"])
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     stacked, params = trees(5), wavg.replica(trees(1, seed=9), 0)
     stacked["bias"] = stacked["bias"].at[3, 2].set(jnp.nan)
-    index = np.array([0, 1, 2, 4]) if name == "krum" else np.array([0, 4])  # Krum's fewest for one broken replica
+    index = np.array([0, 1, 2, 4]) if name in ("krum", "bulyan") else np.array([0, 4])  # fewest for one broken replica
     new, _, weights = run(name, stacked, params, np.isin(np.arange(5), index))
     alone, _, kept = run(name, {n: x[index] for n, x in stacked.items()}, params)
     jax.tree.map(np.testing.assert_array_equal, new, alone)
-    np.testing.assert_array_equal(weights[index], kept)
+    jax.tree.map(lambda w, k: np.testing.assert_array_equal(w[index], k), weights, kept)
 
 
 def test_two_survivors_of_eight_are_blended_in_a_loop_as_two_alone_are():
@@ -262,6 +315,8 @@ def test_clipping_over_devices_gives_the_same_numbers():
         (lambda: robust.trimmed_mean(0.1), "whole number"),
         (lambda: robust.krum(-1), "byzantine is -1"),
         (lambda: robust.multi_krum(1, 0), "keep is 0"),
+        (lambda: robust.mean_around_median(-1), "byzantine is -1"),
+        (lambda: robust.bulyan(0.5), "whole number"),
         (lambda: robust.geometric_median(0), "iterations is 0"),
         (lambda: robust.geometric_median(smoothing=0.0), "smoothing is 0"),
         (lambda: robust.clip_deltas(0.0), "max_norm is 0"),
@@ -285,6 +340,8 @@ def test_bad_arguments_are_refused(make, says):
         (robust.multi_krum(1, keep=2), 3, "byzantine=1 .*byzantine= must be 0, .*at least 4"),
         (robust.krum(1), 1, "byzantine=1 .*byzantine= must be 0, .*at least 4"),
         (robust.trimmed_mean(2), 4, "trim=2 is too large for replicas=4: trim= must be 0 to 1, .*at least 5 replicas"),
+        (robust.mean_around_median(2), 4, "byzantine=2 .*byzantine= must be 0 to 1, .*at least 5"),
+        (robust.bulyan(2), 4, "byzantine=2 .*byzantine= must be 0 to 1, .*at least 5"),
         (robust.trimmed_mean(1), 2, "trim=1 .*trim= must be 0, .*at least 3"),
         (wavg.momentum(robust.trimmed_mean(9), 0.5), 8, "trim=9 .*0 to 3, .*at least 19"),
     ],

@@ -39,9 +39,9 @@ from scheme_table import (
 
 from wavg_jax import tree
 from wavg_jax.base import Weighting
-from wavg_jax.weighting import pool, robust, scores, search, wrappers
+from wavg_jax.weighting import penalty, pool, robust, scores, search, wrappers
 
-MODULES = (scores, wrappers, search, pool, robust)
+MODULES = (scores, wrappers, search, pool, penalty, robust)
 
 
 def public_weightings():

@@ -141,6 +141,23 @@ def test_every_rule_takes_a_signal_of_ones_own_with_its_direction_and_trusts_the
         rule(signal)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "steps", "alive", "expected"),
+    [
+        # 400 * 40, 400 * 10, 100 * 20 and 600 * 20 of 34000
+        ([400, 400, 100, 600], [10, 40, 5, 30], [True] * 4, np.array([16, 4, 2, 12]) / 34),
+        ([400, 400, 100, 600], [10, 40, 5, 30], [True, True, True, False], np.array([16, 4, 2, 0]) / 22),
+        # Nothing done, nothing weighed; squares that overflow
+        ([0, 3e38, 1e38, NAN], [0, 3, 1, 1], [True] * 4, [0, 0.75, 0.25, 0]),
+        ([9, 9, -1, 0], [0, NAN, 1, 1], [True] * 4, [0.25] * 4),
+    ],
+)
+def test_token_weights_by_hand(tokens, steps, alive, expected):
+    given = {"tokens": jnp.asarray(tokens, jnp.float32), "steps": jnp.asarray(steps, jnp.float32)}
+    weights, _ = wavg.token_weighted().update(None, (), None, alive=jnp.array(alive), **given)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
 PARAMS = {"w": jnp.zeros((3, 5)), "b": jnp.zeros(3)}
 
 

@@ -10,13 +10,22 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, tree
-from wavg_jax.arguments import FUNCTION, NONE, OPTIMIZER, as_whole, check_all, either, has, instance, number
+from wavg_jax.arguments import (
+    FUNCTION,
+    NONE,
+    OPTIMIZER,
+    YES_OR_NO,
+    as_whole,
+    check_all,
+    either,
+    has,
+    instance,
+    number,
+)
 from wavg_jax.averaging.pull import OverRounds, Pull, toward_new
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
+from wavg_jax.averaging.transforms import Transform
 from wavg_jax.base import Averager, Halves, PyTree, SettingsError, Weighting
-
-Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
-"""`(stacked, params, alive) -> stacked`: changes the replicas' parameters before weighting and blend."""
 
 
 class AveragerState(NamedTuple):
@@ -41,6 +50,7 @@ class _Parts(NamedTuple):
     outer: optax.GradientTransformation | None
     reduce: Reduction
     transform: Transform | None
+    deltas: bool
 
 
 def _masters(params: PyTree) -> PyTree:
@@ -145,15 +155,23 @@ def _transformed(transform: Transform | None, stacked: PyTree, params: PyTree, l
     return sent
 
 
-def _checked(reduce: Reduction, params: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
-    """Wraps the reduction to raise SettingsError unless it returns a tree like `params`."""
+def _reducer(
+    parts: _Parts, params: PyTree, place: Callable[[Callable], Callable]
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """The reduction `(stacked, weights) -> blend`; raises SettingsError unless it returns a tree like `params`."""
+    reduce = place(parts.reduce)
 
     def checked(stacked: PyTree, weights: PyTree) -> PyTree:
         blend = reduce(stacked, weights)
         checks.alike("reduce(...)", blend, "params", params, "a reduction sums the replica axis away")
         return blend
 
-    return checked
+    def of_deltas(stacked: PyTree, weights: PyTree) -> PyTree:
+        wide, start = tree.as_accumulators((stacked, params))
+        deltas = jax.tree.map(lambda x, p: x - p[None], wide, start)
+        return optax.tree.add(start, tree.as_accumulators(checked(deltas, weights)))
+
+    return of_deltas if parts.deltas else checked
 
 
 def _weigh(weighting: Weighting, sent: PyTree, state: PyTree, params: PyTree, **given: Any) -> tuple[PyTree, PyTree]:
@@ -230,7 +248,7 @@ def _update(
     _check_state(parts, state, params, replicas)
     living = _living(stacked, _given(alive, check_finite, replicas), check_finite)
     sent = _transformed(parts.transform, _masked(stacked, params, living), params, living)
-    reduce = _checked(place(parts.reduce), params)
+    reduce = _reducer(parts, params, place)
     weights, weighting_state = _weigh(
         parts.weighting, sent, state.weighting, params, alive=living, blend=functools.partial(reduce, sent), **signals
     )
@@ -272,7 +290,7 @@ def _weigh_alone(
     checks.signals(parts.weighting.needs, signals)
     checks.stacked(stacked, params)
     sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
-    blend = functools.partial(_checked(place(parts.reduce), params), sent)
+    blend = functools.partial(_reducer(parts, params, place), sent)
     return _weigh(parts.weighting, sent, state, params, alive=alive, blend=blend, **signals)
 
 
@@ -290,7 +308,7 @@ def _step_alone(
 
     def blended() -> PyTree:
         sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
-        return _checked(place(parts.reduce), params)(sent, weights)
+        return _reducer(parts, params, place)(sent, weights)
 
     return _taken(parts.outer, alive, blended, state, state, params)
 
@@ -301,6 +319,7 @@ _ARGUMENTS = {
     "reduce": FUNCTION,
     "pull": either(number(0, 1), FUNCTION, instance(OverRounds, "made by wavg_jax.pull.scheduled")),
     "transform": either(NONE, FUNCTION),
+    "deltas": YES_OR_NO,
 }
 
 
@@ -311,10 +330,11 @@ def averager(
     reduce: Reduction = weighted_mean,
     pull: float | Pull | OverRounds = 1.0,
     transform: Transform | None = None,
+    deltas: bool = False,
 ) -> Averager:
     """Builds the averager, which turns K replicas into the next global parameters.
 
-        blend  = sum_k w_k * stacked_k
+        blend  = sum_k w_k * stacked_k                           (or another reduction)
         params = blend                                           (outer=None)
         params = params + outer.update(params - blend)           (with an outer optimizer)
 
@@ -337,7 +357,9 @@ def averager(
         `wavg_jax.pull`. 1 replaces them. Dead replicas are always replaced. `restart` needs `round=` if it changes over
         rounds.
       transform: `(stacked, params, alive) -> stacked`, applied before weighting and blend, such as
-        `wavg_jax.robust.clip_deltas()`.
+        `wavg_jax.robust.clip_deltas()` or `wavg_jax.transforms.trim_deltas()`.
+      deltas: reduce how far the replicas moved, `blend = params + reduce(stacked - params, weights)`, for reductions
+        such as `wavg_jax.radial_directional`. It changes nothing but rounding for the weighted mean.
 
     Returns:
       An `Averager`. Besides the signals, its `update` takes `alive` (bool [K]) and `place`, a function that spreads the
@@ -359,7 +381,7 @@ def averager(
     ([0.75, 0.25], [2.0, 2.0])
     """
     check_all(_ARGUMENTS, locals())
-    parts = _Parts(weighting, outer, reduce, transform)
+    parts = _Parts(weighting, outer, reduce, transform, deltas)
     # Only the plain weighted mean is one sum over the replicas.
     reads_replicas = weighting.reads_replicas or transform is not None or reduce is not weighted_mean
     how = None if pull == 1.0 else pull if callable(pull) or isinstance(pull, OverRounds) else toward_new(pull)

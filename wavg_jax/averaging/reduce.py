@@ -1,7 +1,7 @@
 """The reductions over the replica axis: the only code that sums over replicas."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from wavg_jax.tree import accumulator_dtype
 
 class Reduction(Protocol):
     """`reduce(stacked, weights, *, sum_over=None) -> tree`; see `weighted_mean` for the shapes.
+
+    `stacked` are the replicas' parameters or, with `averager(deltas=True)`, how far they moved in the round.
 
     When replicas are spread over several devices, each device calls it on its own replicas, and it must add up the
     devices' sums with `jax.lax.psum` over the mapped axis `sum_over`.
@@ -112,6 +114,62 @@ _VANISHED = 1e-5
 """A mean of unit vectors shorter than this is rounding error and has no direction; float32 resolves 1e-7."""
 
 
+class _Apart(NamedTuple):
+    """Sums over K vectors x_k that lie along some axes of a stacked leaf; [...] with 1 in place of the axes, if not v.
+
+    Attributes:
+      v: `sum_k w_k x_k / |x_k|`, [...]; a zero vector has no direction.
+      length: `sum_k m_k |x_k|`, where m_k is the mean of w_k over the vector.
+      squares: `sum_k m_k^2`.
+      moved: the same over the vectors that are not zero.
+    """
+
+    v: jax.Array
+    length: jax.Array
+    squares: jax.Array
+    moved: jax.Array
+
+
+def _apart(w: jax.Array, x: jax.Array, axes: tuple[int, ...], sum_over: str | None) -> _Apart:
+    """Takes magnitude and direction apart; `axes` are those of one replica's leaf, and w and x have one dtype."""
+
+    def measured(sums: tuple[jax.Array, ...], one: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
+        w, x = one
+        length = jnp.sqrt((x * x).sum(axes, keepdims=True))
+        m = jnp.broadcast_to(w if w.ndim == 0 else w.mean(axes, keepdims=True), length.shape)
+        terms = (length, m, jnp.where(length > 0, m, 0))
+        return tuple(_added(total, m, term) for total, term in zip(sums, terms, strict=True)), length
+
+    # One replica at a time: rounding of a sum over all replicas' elements at once depends on K.
+    shape = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape[1:]))
+    sums, lengths = jax.lax.scan(measured, (jnp.zeros(shape, x.dtype),) * 3, (w, x))
+    v = _weighted_sum(w, x / jnp.where(lengths > 0, lengths, 1), sum_over)
+    return _Apart(v, *(_over_devices(total, sum_over) for total in sums))
+
+
+def _wide(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = accumulator_dtype(x.dtype)
+    return w.astype(dtype), x.astype(dtype)
+
+
+def _recombined(w: jax.Array, x: jax.Array, axes: tuple[int, ...], sum_over: str | None) -> jax.Array:
+    """The mean length in the direction of the mean direction; the plain mean where there is none."""
+    w, x = _wide(w, x)
+    plain = _weighted_sum(w, x, sum_over)
+    parts = _apart(w, x, axes, sum_over)
+
+    def combined(g: jax.Array, v: jax.Array, plain: jax.Array) -> jax.Array:
+        squared = (v * v).sum(axes, keepdims=True)
+        usable = (squared > _VANISHED**2) & jnp.isfinite(g)
+        # sqrt has an infinite slope at 0, and searches differentiate through the blend.
+        length = jnp.sqrt(jnp.where(usable, squared, 1))
+        return jnp.where(usable, jnp.where(usable, g, 0) * v / length, plain)
+
+    # XLA compiles a branch separately; fused with the sums over K, its rounding would depend on K.
+    branches = combined, lambda g, v, plain: plain
+    return jax.lax.cond((parts.v != 0).any(), *branches, parts.length, parts.v, plain)
+
+
 def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
     """Blends magnitude and direction of every output unit separately, so that diverged replicas keep their norm.
 
@@ -143,30 +201,115 @@ def norm_preserving(stacked: PyTree, weights: PyTree, *, sum_over: str | None = 
     """
 
     def leaf(w: jax.Array, x: jax.Array) -> jax.Array:
-        plain = _weighted_sum(w, x, sum_over)
-        if x.ndim < 3:
-            return plain
-        w, x = w.astype(plain.dtype), x.astype(plain.dtype)
-        inputs = tuple(range(x.ndim - 2))
+        return _weighted_sum(w, x, sum_over) if x.ndim < 3 else _recombined(w, x, tuple(range(x.ndim - 2)), sum_over)
 
-        def measured(g: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            w, x = one
-            length = jnp.sqrt((x * x).sum(inputs, keepdims=True))
-            return _added(g, w if w.ndim == 0 else w.mean(inputs, keepdims=True), length), length
+    return _leafwise(leaf, stacked, weights)
 
-        # One replica at a time: rounding of a sum over all replicas' elements at once depends on K.
-        g, lengths = jax.lax.scan(measured, jnp.zeros((1,) * len(inputs) + x.shape[-1:], x.dtype), (w, x))
-        g = _over_devices(g, sum_over)
-        v = _weighted_sum(w, x / jnp.where(lengths > 0, lengths, 1), sum_over)
 
-        def combined(g: jax.Array, v: jax.Array, plain: jax.Array) -> jax.Array:
-            squared = (v * v).sum(inputs, keepdims=True)
-            usable = (squared > _VANISHED**2) & jnp.isfinite(g)
-            # sqrt has an infinite slope at 0, and searches differentiate through the blend.
-            length = jnp.sqrt(jnp.where(usable, squared, 1))
-            return jnp.where(usable, jnp.where(usable, g, 0) * v / length, plain)
+def radial_directional(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
+    """Averages magnitude and direction of every tensor separately: radial-directional averaging, for deltas.
 
-        # XLA compiles a branch separately; fused with the sums over K, its rounding would depend on K.
-        return jax.lax.cond((v != 0).any(), combined, lambda g, v, plain: plain, g, v, plain)
+        sum_k w_k |d_k| * v / |v|,    v = sum_k w_k d_k / |d_k|
+
+    Replicas move in nearly orthogonal directions, so the plain mean of K deltas shrinks with sqrt(K), and the outer
+    learning rate would have to grow with it. A zero delta has no direction; where the directions cancel (|v| = 0), or a
+    magnitude overflows, the result is the plain mean. Douillard et al. 2026 ("Decoupled DiLoCo", arXiv:2604.21428),
+    who average embeddings plainly, weigh with `token_weighted` and step with `outer.nesterov`. The formula is that of
+    public reimplementations.
+
+    Args:
+      stacked: the deltas [K, ...]: `averager(reduce=radial_directional, deltas=True)`.
+      weights: as for `weighted_mean`; weights per element as for `norm_preserving`.
+      sum_over: as for `weighted_mean`.
+
+    Returns:
+      A tree with leaves [...] in their accumulator dtype.
+
+    >>> import jax.numpy as jnp
+    >>> deltas = {"w": jnp.array([[4.0, 0.0], [0.0, 4.0]])}
+    >>> blend = radial_directional(deltas, jnp.array([0.5, 0.5]))["w"]  # the plain mean is (2, 2), of length 2.83
+    >>> round(float(jnp.linalg.norm(blend)), 4)
+    4.0
+    """
+    return _leafwise(lambda w, x: _recombined(w, x, tuple(range(x.ndim - 1)), sum_over), stacked, weights)
+
+
+def disjoint_mean(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
+    """Averages, element by element, the deltas whose sign is that of their weighted sum: TIES's last two steps.
+
+        s = sign(sum_k w_k d_k),    sum_{k: sign(d_k) = s} w_k d_k / sum_{k: sign(d_k) = s} w_k
+
+    0 where the sum is 0. With `transforms.trim_deltas` before it this is TIES-Merging (Yadav et al. 2023,
+    arXiv:2306.01708), whose scale lambda is an outer step, `outer.lookahead(lambda)`.
+
+    Args:
+      stacked: the deltas [K, ...]: `averager(reduce=disjoint_mean, deltas=True)`.
+      weights: as for `weighted_mean`; the paper's are equal.
+      sum_over: as for `weighted_mean`.
+
+    Returns:
+      A tree with leaves [...] in their accumulator dtype.
+
+    >>> import jax.numpy as jnp
+    >>> deltas = {"w": jnp.array([[1.0, 1.0], [3.0, -3.0], [-2.0, 0.0]])}
+    >>> disjoint_mean(deltas, jnp.full(3, 1 / 3))["w"].round(4).tolist()  # signs + and -
+    [2.0, -3.0]
+    """
+
+    def leaf(w: jax.Array, x: jax.Array) -> jax.Array:
+        w, x = _wide(w, x)
+        elected = jnp.sign(_weighted_sum(w, x, sum_over))
+        agrees = (jnp.sign(x) == elected[None]) & (x != 0)
+        total = _weighted_sum(w, jnp.where(agrees, x, 0), sum_over)
+        share = _weighted_sum(w, agrees.astype(x.dtype), sum_over)
+        return jnp.where(share > 0, total / jnp.where(share > 0, share, 1), 0)
+
+    return _leafwise(leaf, stacked, weights)
+
+
+def model_stock(stacked: PyTree, weights: PyTree, *, sum_over: str | None = None) -> PyTree:
+    """Shrinks the mean of the deltas by how much they agree, tensor by tensor: Model Stock, for deltas.
+
+        t * sum_k w_k d_k,    t = N c / (1 + (N - 1) c)
+
+    c is the mean cosine between the deltas of two replicas, at least 0, and N their number. The result is the point
+    next to the centre of all possible replicas that lies in the plane of these and the start, if they lie on a sphere
+    around that centre (Jang, Yun and Han 2024, arXiv:2403.19522). Replicas that agree are averaged (t = 1), and
+    orthogonal ones have learned nothing in common (t = 0). The paper anchors the angles at one pretrained network;
+    here the anchor is the round's start, as if each round fine-tuned the last blend.
+
+    With unequal weights c weighs a pair by the product of its weights, and N is the effective number `1 / sum_k w_k^2`
+    (`effective_replicas`). A replica that did not move has a cosine of 0 with every other; one alone has t = 1.
+
+    Args:
+      stacked: the deltas [K, ...]: `averager(reduce=model_stock, deltas=True)`.
+      weights: as for `weighted_mean`; the paper's are equal. Weights per element enter c element by element, and N by
+        their mean.
+      sum_over: as for `weighted_mean`.
+
+    Returns:
+      A tree with leaves [...] in their accumulator dtype.
+
+    >>> import jax.numpy as jnp
+    >>> deltas = {"w": jnp.array([[5.0, 0.0], [3.0, 4.0]])}  # mean (4, 2), cosine 0.6: t = 1.2 / 1.6
+    >>> model_stock(deltas, jnp.array([0.5, 0.5]))["w"].round(4).tolist()
+    [3.0, 1.5]
+    """
+
+    def leaf(w: jax.Array, x: jax.Array) -> jax.Array:
+        w, x = _wide(w, x)
+        mean = _weighted_sum(w, x, sum_over)
+        parts = _apart(w, x, tuple(range(x.ndim - 1)), sum_over)
+
+        def shrunk(mean: jax.Array, v: jax.Array, squares: jax.Array, moved: jax.Array) -> jax.Array:
+            # |v|^2 sums w_j w_k cos_jk over all pairs, those of a replica with itself included; squares are 1 / N.
+            several = 1 - squares > _VANISHED
+            cosine = jnp.clip(((v * v).sum() - moved) / jnp.where(several, 1 - squares, 1), 0, 1)
+            t = jnp.where(several, cosine / (squares + (1 - squares) * cosine), 1)
+            return t * mean
+
+        # As in `_recombined`. Where all directions cancel, there is nothing in common.
+        branches = shrunk, lambda mean, v, squares, moved: jnp.zeros_like(mean)
+        return jax.lax.cond((parts.v != 0).any(), *branches, mean, parts.v, parts.squares, parts.moved)
 
     return _leafwise(leaf, stacked, weights)

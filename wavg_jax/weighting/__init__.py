@@ -4,6 +4,7 @@ Every published rule is one expression, and rules compose:
 
     conventional averaging              uniform()
     FedAvg                              proportional("samples")                  McMahan et al. 2017
+    by tokens and steps, c^2 / s        token_weighted()                         Decoupled DiLoCo 2026
     by accuracy; (s - chance)^p         proportional("accuracy", chance=0.1, power=2)
                                                                                  Ramroach and Joshi 2021, in words
     softmax of a score; z-scored        softmax("loss", 0.2); softmax("loss", 1.0, standardise=True)
@@ -24,6 +25,9 @@ Every published rule is one expression, and rules compose:
                                         robust.geometric_median()                RFA 2022
                                         robust.krum(1), robust.multi_krum(1, keep=6)
                                                                                  Blanchard et al. 2017
+                                        robust.mean_around_median(1)             Xie et al. 2018
+                                        robust.bulyan(1)                         El Mhamdi et al. 2018
+    norms of the deltas, screened       pseudo_gradient_penalty()                EDiT 2025
     around any weighting w              uniform_floor(w, 0.5), momentum(w, 0.9), smooth_signals(w),
                                         shortlist(w, keep=4)
 

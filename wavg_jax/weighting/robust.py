@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from wavg_jax import tree
 from wavg_jax.arguments import NONE, as_whole, check, either, number
 from wavg_jax.base import Init, PyTree, SettingsError, Weighting
+from wavg_jax.weighting import distances
 from wavg_jax.weighting.make import make_weighting, stateless
 from wavg_jax.weighting.scores import normalise
 
@@ -51,29 +51,6 @@ def _at_most(name: str, value: int, most: Callable[[int], int], fewest: int) -> 
     return init
 
 
-def _squares(difference: PyTree) -> jax.Array:
-    """Sum of squares of the differences [...], in float32."""
-    return sum(
-        (jnp.square(d.astype(jnp.float32)).sum() for d in jax.tree.leaves(difference)), start=jnp.zeros((), jnp.float32)
-    )
-
-
-def _difference(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(jnp.subtract, tree.as_accumulators(a), tree.as_accumulators(b))
-
-
-def _distances(stacked: PyTree, centre: PyTree) -> jax.Array:
-    """Distance of every replica from `centre`: [K]; one replica at a time, so that rounding does not depend on K."""
-    return jax.lax.map(lambda x: jnp.sqrt(_squares(_difference(x, centre))), stacked)
-
-
-def _median(values: jax.Array, alive: jax.Array) -> jax.Array:
-    """Median of [K] numbers over the living replicas."""
-    ordered = jnp.sort(jnp.where(alive, values, jnp.inf))
-    n = alive.sum(dtype=jnp.int32)
-    return (ordered[jnp.maximum(n - 1, 0) // 2] + ordered[n // 2]) / 2
-
-
 def _middle(left_out: Callable[[jax.Array], jax.Array], init: Init = stateless) -> Weighting:
     """Weighs the n living values of each element equally, leaving out the `left_out(n)` smallest and largest."""
 
@@ -84,13 +61,8 @@ def _middle(left_out: Callable[[jax.Array], jax.Array], init: Init = stateless) 
         share = 1 / jnp.maximum(n - 2 * out, 1).astype(jnp.float32)
 
         def leaf(x: jax.Array) -> jax.Array:
-            column = (-1,) + (1,) * (x.ndim - 1)
-            index = jnp.arange(x.shape[0]).reshape(column)
-            rank = jnp.zeros(x.shape, jnp.int32)
-            for j in range(x.shape[0]):
-                before = (x[j][None] < x) | ((x[j][None] == x) & (j < index))
-                rank = rank + (before & alive[j]).astype(jnp.int32)
-            kept = alive.reshape(column) & (rank >= out) & (rank < n - out)
+            rank = distances.ranks(x, alive)
+            kept = distances.over(alive, x) & (rank >= out) & (rank < n - out)
             return jnp.where(kept, share, 0)
 
         return jax.tree.map(leaf, stacked)
@@ -132,6 +104,52 @@ def trimmed_mean(trim: int) -> Weighting:
     return _middle(lambda n: jnp.minimum(trim, jnp.maximum(n - 1, 0) // 2), init)
 
 
+def _nearest_median(stacked: PyTree, alive: jax.Array, keep: jax.Array) -> PyTree:
+    """Weighs the `keep` living values of each element that are nearest to their median equally; ties share places."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        x = x.astype(tree.accumulator_dtype(x.dtype))
+        apart = jnp.abs(x - distances.median(x, alive)[None])
+        return distances.places(apart, keep, alive) / keep.astype(jnp.float32)
+
+    return jax.tree.map(leaf, stacked)
+
+
+def mean_around_median(byzantine: int) -> Weighting:
+    """Coordinate-wise mean of the values nearest to the median, without the `byzantine` farthest from it.
+
+    Weights per element [K, *shape]: `1 / (n - byzantine)` on each of the n - byzantine living values nearest to their
+    median (Xie, Koyejo and Gupta 2018, "Generalized Byzantine-tolerant SGD", arXiv:1802.10116). Values at equal
+    distances share the last places, so that the order of the replicas does not matter. If fewer than 2 byzantine + 1
+    replicas are left alive the rule still applies, to at least one value.
+
+    Unlike `trimmed_mean` it may leave out more values on one side of the median than on the other, and leaves out half
+    as many for the same number of broken replicas. Phocas (arXiv:1805.09682) measures from the trimmed mean instead.
+
+    Args:
+      byzantine: b, the number of broken replicas to tolerate, at most (K - 1) // 2. 0 is plain averaging.
+
+    Raises:
+      SettingsError: `byzantine` is negative or not a whole number. `init` raises it if `byzantine` is too large for K.
+
+    >>> import jax.numpy as jnp
+    >>> import wavg_jax as wavg
+    >>> avg = wavg.averager(mean_around_median(2))
+    >>> stacked = {"w": jnp.array([[1.0], [2.0], [3.0], [9.0], [99.0]])}
+    >>> new, _, weights = avg.update(stacked, avg.init({"w": jnp.zeros(1)}, 5), {"w": jnp.zeros(1)})
+    >>> new["w"].round(4).tolist()  # the median is 3: 1, 2 and 3 are nearest
+    [2.0]
+    """
+    byzantine = as_whole("byzantine", byzantine, 0)
+    init = _at_most("byzantine", byzantine, lambda replicas: (replicas - 1) // 2, 2 * byzantine + 1)
+
+    def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> PyTree:
+        del params, blend
+        return _nearest_median(stacked, alive, jnp.maximum(alive.sum(dtype=jnp.int32) - byzantine, 1))
+
+    return _from_stacked(weigh, init)
+
+
 def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
     """Geometric median: the point with the smallest sum of distances to the living replicas.
 
@@ -157,37 +175,28 @@ def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
     check("smoothing", smoothing, number(above=0))
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
-        def closeness(distances: jax.Array, least: jax.Array) -> jax.Array:
-            return normalise(1 / jnp.maximum(least, distances), alive)
+        def closeness(apart: jax.Array, least: jax.Array) -> jax.Array:
+            return normalise(1 / jnp.maximum(least, apart), alive)
 
-        moved = _distances(stacked, params)
+        moved = distances.from_centre(stacked, params)
         nu = jnp.asarray(smoothing, jnp.float32)
-        start = closeness(moved, jnp.maximum(nu, _median(moved, alive)))
-        return jax.lax.fori_loop(0, iterations, lambda _, w: closeness(_distances(stacked, blend(w)), nu), start)
+        start = closeness(moved, jnp.maximum(nu, distances.median(moved, alive)))
+        return jax.lax.fori_loop(
+            0, iterations, lambda _, w: closeness(distances.from_centre(stacked, blend(w)), nu), start
+        )
 
     return _from_stacked(weigh)
 
 
-def _pairwise_squares(stacked: PyTree) -> jax.Array:
-    """Squared distances between the replicas, [K, K], with infinity on the diagonal.
+def _krum_scores(squares: jax.Array, alive: jax.Array, byzantine: int) -> jax.Array:
+    """Sums the squared distances to the n - byzantine - 2 nearest living replicas: [K]; infinite for the dead.
 
-    Goes one pair at a time, to hold one difference and round the same for every K. It takes differences directly:
-    `|a|^2 + |b|^2 - 2ab` loses small distances between nearly equal replicas.
+    `squares` are the squared distances between all pairs [K, K].
     """
-    replicas = tree.count_replicas(stacked)
-    i, j = (jnp.asarray(index, jnp.int32) for index in np.triu_indices(replicas, 1))
-    squares = jax.lax.map(
-        lambda pair: _squares(_difference(tree.replica(stacked, pair[0]), tree.replica(stacked, pair[1]))), (i, j)
-    )
-    return jnp.full((replicas, replicas), jnp.inf, jnp.float32).at[i, j].set(squares).at[j, i].set(squares)
-
-
-def _krum_scores(stacked: PyTree, alive: jax.Array, byzantine: int) -> jax.Array:
-    """Sums the squared distances to the n - byzantine - 2 nearest living replicas: [K]; infinite for the dead."""
     n = alive.sum(dtype=jnp.int32)
     neighbours = jnp.minimum(jnp.maximum(n - byzantine - 2, 1), n - 1)
     both = alive[:, None] & alive[None]
-    nearest = jnp.sort(jnp.where(both, _pairwise_squares(stacked), jnp.inf), axis=1)
+    nearest = jnp.sort(jnp.where(both, squares, jnp.inf), axis=1)
     score = jnp.zeros(alive.shape, jnp.float32)
     for k in range(alive.shape[0]):
         score = jnp.where(k < neighbours, score + nearest[:, k], score)
@@ -204,7 +213,8 @@ def multi_krum(byzantine: int, keep: int) -> Weighting:
 
     The paper's guarantee needs n >= 2 byzantine + 3. `init` requires only that every replica has a neighbour to be
     scored by, K >= byzantine + 3 (any K if byzantine is 0). With fewer replicas left alive the rule still applies, so
-    that a run that loses replicas can continue.
+    that a run that loses replicas can continue. Sharing places departs from the paper, which takes the replica with the
+    smallest number: the blend would depend on the order of the replicas.
 
     Args:
       byzantine: f, the number of broken replicas to tolerate, 0 to max(K - 3, 0); the guarantee needs
@@ -220,11 +230,8 @@ def multi_krum(byzantine: int, keep: int) -> Weighting:
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
         del params, blend
-        scores = _krum_scores(stacked, alive, byzantine)
-        smaller = (alive[None] & (scores[None] < scores[:, None])).sum(axis=1, dtype=jnp.int32)
-        equal = (alive[None] & (scores[None] == scores[:, None])).sum(axis=1, dtype=jnp.int32)
-        places = jnp.clip(keep - smaller, 0, equal).astype(jnp.float32)
-        return normalise(places / jnp.maximum(equal, 1).astype(jnp.float32), alive)
+        scores = _krum_scores(distances.pairwise_squares(stacked), alive, byzantine)
+        return normalise(distances.places(scores, keep, alive), alive)
 
     return _from_stacked(weigh, init)
 
@@ -232,7 +239,8 @@ def multi_krum(byzantine: int, keep: int) -> Weighting:
 def krum(byzantine: int) -> Weighting:
     """Puts all weight on the replica with the smallest Krum score; `multi_krum` with `keep=1`.
 
-    Replicas that tie share the weight. With 1 neighbour (n = byzantine + 3 or fewer) the closest pair always ties.
+    Replicas that tie share the weight, where the paper takes the one with the smallest number. With 1 neighbour
+    (n = byzantine + 3 or fewer) the closest pair always ties.
 
     Args:
       byzantine: f, the number of broken replicas to tolerate, 0 to max(K - 3, 0); the guarantee needs
@@ -250,6 +258,62 @@ def krum(byzantine: int) -> Weighting:
     [0.0, 1.0, 0.0, 0.0, 0.0]
     """
     return multi_krum(byzantine, keep=1)
+
+
+def _selected(squares: jax.Array, alive: jax.Array, byzantine: int) -> jax.Array:
+    """Krum's choice, again and again among the living replicas left, until n - 2 byzantine or more are chosen: [K]."""
+    wanted = jnp.maximum(alive.sum(dtype=jnp.int32) - 2 * byzantine, 1)
+
+    def choose(_: int, chosen: jax.Array) -> jax.Array:
+        left = alive & ~chosen
+        scores = _krum_scores(squares, left, byzantine)
+        more = left & (scores == scores.min()) & (chosen.sum(dtype=jnp.int32) < wanted)
+        return chosen | more
+
+    return jax.lax.fori_loop(0, alive.shape[0], choose, jnp.zeros_like(alive))
+
+
+def bulyan(byzantine: int) -> Weighting:
+    """Coordinate-wise mean around the median of the replicas that Krum selects (El Mhamdi, Guerraoui and Rouault 2018,
+    "The hidden vulnerability of distributed learning in Byzantium", arXiv:1802.07927).
+
+        S   = {}
+        while |S| < n - 2 f:    S += Krum's choice among the living replicas that are not in S
+        w_k = 1 / (|S| - 2 f) on each of the |S| - 2 f values of S nearest to their median, per element
+
+    Distances hide a large change of a single element; the second step bounds it in every element. Replicas that tie for
+    Krum's choice all join S, and values at equal distances share the last places; the paper picks one of them, which
+    would make the blend depend on the order of the replicas.
+
+    The paper's guarantee needs n >= 4 byzantine + 3. `init` requires only K >= byzantine + 3 (any K if byzantine is 0),
+    as for `krum`, and with fewer replicas left alive the rule still applies, to at least one value. Costs what `krum`
+    costs.
+
+    Args:
+      byzantine: f, the number of broken replicas to tolerate, 0 to max(K - 3, 0); the guarantee needs
+        f <= (K - 3) / 4. 0 is plain averaging.
+
+    Raises:
+      SettingsError: `byzantine` is negative or not a whole number. `init` raises it if `byzantine` is too large for K.
+
+    >>> import jax.numpy as jnp
+    >>> import wavg_jax as wavg
+    >>> avg = wavg.averager(bulyan(1))
+    >>> stacked = {"w": jnp.array([[0.0], [1.0], [2.0], [4.0], [7.0], [11.0], [99.0]])}
+    >>> new, _, _ = avg.update(stacked, avg.init({"w": jnp.zeros(1)}, 7), {"w": jnp.zeros(1)})
+    >>> round(float(new["w"][0]), 4)  # S: 2, 4, 1, then 7 and 11, which tie; nearest to 4 are 4, 2, and 1 or 7
+    3.3333
+    """
+    byzantine = as_whole("byzantine", byzantine, 0)
+    init = _at_most("byzantine", byzantine, lambda replicas: max(replicas - 3, 0), byzantine + 3)
+
+    def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> PyTree:
+        del params, blend
+        chosen = _selected(distances.pairwise_squares(stacked), alive, byzantine)
+        keep = jnp.maximum(chosen.sum(dtype=jnp.int32) - 2 * byzantine, 1)
+        return _nearest_median(stacked, chosen, keep)
+
+    return _from_stacked(weigh, init)
 
 
 def clip_deltas(max_norm: float | None = None) -> Callable[[PyTree, PyTree, jax.Array], PyTree]:
@@ -274,8 +338,8 @@ def clip_deltas(max_norm: float | None = None) -> Callable[[PyTree, PyTree, jax.
     check("max_norm", max_norm, either(NONE, number(above=0)))
 
     def transform(stacked: PyTree, params: PyTree, alive: jax.Array) -> PyTree:
-        norms = _distances(stacked, params)
-        c = _median(norms, alive) if max_norm is None else jnp.asarray(max_norm, jnp.float32)
+        norms = distances.from_centre(stacked, params)
+        c = distances.median(norms, alive) if max_norm is None else jnp.asarray(max_norm, jnp.float32)
         scale = jnp.where(norms > c, c / norms, 1)
 
         def one(x: jax.Array, p: jax.Array, s: jax.Array) -> jax.Array:

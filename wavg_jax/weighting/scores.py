@@ -186,6 +186,36 @@ def inverse(signal: str = "loss", *, higher_is_better: bool | None = None) -> We
     return _from_signal(signal, scores)
 
 
+def token_weighted(tokens: str = "tokens") -> Weighting:
+    """Weights by tokens and by tokens per step, `w_k ~ c_k (c_k / s_k)`, with c tokens processed in s local steps.
+
+    For replicas that run at speeds and batch sizes of their own; with equal batches it is `proportional("steps")`. The
+    weights of Decoupled DiLoCo (Douillard et al. 2026, arXiv:2604.21428), which go with `wavg_jax.radial_directional`,
+    as public reimplementations write them.
+
+    Args:
+      tokens: name of the signal c, the tokens or samples that a replica processed in the round. `fit` does not measure
+        it: pass `tokens=` to `update` in a loop of your own. s is the signal `steps`.
+
+    >>> weights, _ = token_weighted().update(
+    ...     None, (), None, alive=jnp.ones(2, bool), tokens=jnp.array([400.0, 400.0]), steps=jnp.array([10.0, 30.0])
+    ... )
+    >>> weights.round(4).tolist()  # 400 * 40 and 400 * 13.3
+    [0.75, 0.25]
+    """
+
+    def update(
+        stacked: PyTree, state: PyTree, params: PyTree, *, alive: jax.Array, **signals: Any
+    ) -> tuple[jax.Array, PyTree]:
+        del stacked, params
+        c, s = values_of(tokens, signals, alive), values_of("steps", signals, alive)
+        fine = usable(c, alive) & usable(s, alive) & (c > 0) & (s > 0)
+        c, s = (_scaled(jnp.where(fine, x, 0)) for x in (c, s))  # c^2 must not overflow
+        return normalise(jnp.where(fine, c * (c / jnp.where(fine, s, 1)), 0), alive), state
+
+    return make_weighting(update, needs=(tokens, "steps"), reads_replicas=False)
+
+
 def _standard_deviation(values: jax.Array, usable: jax.Array) -> jax.Array:
     """Computes the standard deviation of the usable values over replicas, [...]; tiny where they are equal."""
     n = jnp.maximum(usable.sum(axis=0, dtype=jnp.float32), 1)
@@ -267,7 +297,8 @@ def best(signal: str = "loss", *, higher_is_better: bool | None = None) -> Weigh
     """Puts all weight on the replica with the best score; exact ties share it equally.
 
     With `train_loss` the blend is the leader in LSGD (Teng et al. 2019, arXiv:1905.10395); `averager(pull=...)` can
-    pull the other replicas toward it.
+    pull the other replicas toward it. The paper has one leader; sharing the weight among ties departs from it, so that
+    the order of the replicas does not matter.
 
     Args:
       signal: name of a signal.
