@@ -25,6 +25,10 @@ _FAINTEST = 1e-3
 """The least prior weight of a replica, before normalising, so that one that recovers regains weight in a few rounds."""
 
 
+_HUGE = float(jnp.finfo(jnp.float32).max) / 2
+"""The loss of a blend whose loss is not finite."""
+
+
 class PoolState(NamedTuple):
     """The weights that fitted best in the last round, before pruning: float32 [K]; equal at first."""
 
@@ -74,15 +78,15 @@ def _fit(problem: _Problem) -> jax.Array:
     return weights(jax.lax.fori_loop(0, _STEPS, step, jnp.zeros(replicas)))
 
 
-def _beyond_chance(problem: _Problem, weights: jax.Array, equal: jax.Array) -> jax.Array:
-    """Whether the pool is better than that of equal weights by more than its standard error over the samples."""
+def _noise(problem: _Problem, weights: jax.Array, equal: jax.Array) -> jax.Array:
+    """The standard error, over the samples, of what weights gain beside equal ones, by the pools of both."""
 
     def losses(weights: jax.Array) -> jax.Array:
         pooled = jnp.tensordot(weights, problem.logits, 1)
         return optax.losses.softmax_cross_entropy_with_integer_labels(pooled, problem.labels)
 
     gains = losses(equal) - losses(weights)
-    return gains.mean() > gains.std() / jnp.sqrt(jnp.float32(len(gains)))
+    return gains.std() / jnp.sqrt(jnp.float32(len(gains)))
 
 
 def _check_labels(labels: jax.Array, logits: jax.Array) -> None:
@@ -101,8 +105,8 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
 
     over the n replicas that are alive, with the fitted weights of the last round in c. The fit is convex in K numbers;
     Newton's method takes no pass over any network. Only the three blends at the end are evaluated, so the result is
-    never worse than equal weights on the samples scored. Weights that beat equal ones by less than the standard error
-    over these samples are equal. A subset that changes every round (`Scoring(samples=256)`) suffices, since c carries
+    never worse than equal weights on the samples scored. Weights whose blend gains less than the pool's standard error
+    over these samples stay equal. A subset that changes every round (`Scoring(samples=256)`) suffices, since c carries
     what earlier subsets said.
 
     A replica with a NaN or infinite logit has weight 0 beside others. The memory never falls so low that a replica
@@ -171,8 +175,10 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
         pruned = normalise(jnp.where(4 * fitted >= equal, fitted, 0), counts)
         tried = jnp.stack([equal, fitted, pruned])
         losses = jax.lax.map(lambda weights: held_out(weights)["loss"], tried)
-        chosen = tried[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
-        weights = jnp.where(_beyond_chance(problem, chosen, equal), chosen, equal)
-        return weights, PoolState(jnp.where(counts, fitted, state.fitted))
+        losses = jnp.where(jnp.isfinite(losses), losses, _HUGE)
+        chosen = tried[jnp.argmin(losses)]
+        # By the loss of the blends, not of the pools: where replicas are far apart a pool says little of its blend.
+        beyond_chance = losses[0] - losses.min() > _noise(problem, chosen, equal)
+        return jnp.where(beyond_chance, chosen, equal), PoolState(jnp.where(counts, fitted, state.fitted))
 
     return make_weighting(update, needs=("logits", "labels", "evaluate"), init=init)
