@@ -44,35 +44,35 @@ def cross_entropy(logits, labels):
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits[None], jnp.asarray(labels)).mean()
 
 
-NINE_OF_TEN = [0] * 9 + [1]
-
-
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
+
+
+NINE_OF_TEN, THREE_OF_FOUR = [0] * 9 + [1], [0] * 12 + [1] * 4
+PRIOR = 16 * 4 * (0.75 - sigmoid(1)) / math.log(3)
 
 
 def test_the_fit_balances_cross_entropy_and_the_prior():
     """Two replicas with margins 2 and -2. With weight w the pool's margin is m = 2 (2 w - 1), and at the optimum
 
-        4 (sigmoid(m) - q) + s log(w / (1 - w)) = 0,     q = 0.9 the share of class 0, s = prior / S.
+        4 (sigmoid(m) - q) + s log(w / (1 - w)) = 0,     q = 3/4 the share of class 0, s = prior / S.
 
-    For w = 3/4 that is m = 1: 4 (0.7311 - 0.9) + s log 3 = 0, so s = 0.6151, or 6.151 of 10 samples.
+    For w = 3/4 that is m = 1: 4 (0.7311 - 0.75) + s log 3 = 0, so s = 0.0690, or 1.10 of 16 samples.
     """
-    prior = 10 * 4 * (0.9 - sigmoid(1)) / math.log(3)
-    [(weights, fitted)], _ = two_classes([2.0, -2.0], NINE_OF_TEN, prior=prior)
+    [(weights, fitted)], _ = two_classes([2.0, -2.0], THREE_OF_FOUR, prior=PRIOR)
     np.testing.assert_allclose(fitted, [0.75, 0.25], rtol=1e-5)
     np.testing.assert_array_equal(weights, fitted)
 
 
 def test_the_next_round_starts_from_these_weights_to_the_power_of_the_memory():
-    """With prior odds 3^0.5 the optimum w solves 4 (sigmoid(2 (2 w - 1)) - 0.9) + s log(w / (1 - w)) = s log 3 / 2."""
-    prior = 10 * 4 * (0.9 - sigmoid(1)) / math.log(3)
-    rounds, _ = two_classes([2.0, -2.0], NINE_OF_TEN, steps=2, prior=prior, memory=0.5)
+    """With prior odds 3^0.5 the optimum w solves 4 (sigmoid(2 (2 w - 1)) - q) + s log(w / (1 - w)) = s log 3 / 2."""
+    rounds, _ = two_classes([2.0, -2.0], THREE_OF_FOUR, steps=2, prior=PRIOR, memory=0.5)
     w = float(rounds[1][1][0])
     assert w > 0.75
-    slope = 4 * (sigmoid(2 * (2 * w - 1)) - 0.9) + prior / 10 * (math.log(w / (1 - w)) - math.log(3) / 2)
+    slope = 4 * (sigmoid(2 * (2 * w - 1)) - 0.75) + PRIOR / 16 * (math.log(w / (1 - w)) - math.log(3) / 2)
     assert abs(slope) < 1e-5
-    assert two_classes([2.0, -2.0], NINE_OF_TEN, steps=2, prior=prior, memory=0.0)[0][1][1][0] == pytest.approx(0.75)
+    forgetful, _ = two_classes([2.0, -2.0], THREE_OF_FOUR, steps=2, prior=PRIOR, memory=0.0)
+    assert forgetful[1][1][0] == pytest.approx(0.75)
 
 
 def test_weights_below_a_quarter_of_an_equal_share_are_cut_off_where_that_blend_is_better():
@@ -80,6 +80,17 @@ def test_weights_below_a_quarter_of_an_equal_share_are_cut_off_where_that_blend_
     [(weights, fitted)], _ = two_classes([1.0, 1.0, -30.0], [0] * 20, prior=0.1)
     assert 0 < fitted[2] < 1 / 12
     np.testing.assert_allclose(weights, [0.5, 0.5, 0], rtol=1e-5)
+
+
+def test_the_replica_with_the_lowest_weight_may_be_left_out_whatever_that_weight():
+    """Where replicas are far apart a pool says little of its blend: here that is good only without replica 2."""
+
+    def measure(params, weights):
+        return {"loss": 1 + weights[2], "accuracy": jnp.float32(0)}
+
+    [(weights, fitted)], _ = two_classes([2.0, 1.8, 1.0], [0] * 20, evaluate=measure)
+    assert fitted[2] > 1 / 4  # the prior is worth more than twenty samples
+    np.testing.assert_allclose(weights, [*(fitted[:2] / fitted[:2].sum()), 0], rtol=1e-5)
 
 
 def test_of_equal_fitted_and_pruned_weights_the_blend_with_the_lowest_loss_is_taken():

@@ -101,10 +101,11 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
     """Weights fitted to held-out labels as if the blend's logits were linear in them: a logarithmic opinion pool.
 
         fitted = argmin_w  cross-entropy(sum_k w_k logits_k, labels) + prior / S * KL(w || c),   c_k ~ fitted_k^memory
-        w      = the one whose blend has the lowest loss: equal weights, fitted, or fitted without weights below 1 / 4n
+        w      = the one whose blend has the lowest loss: equal weights, fitted, and fitted without weights below 1 / 4n
+                 or without the lowest one
 
     over the n replicas that are alive, with the fitted weights of the last round in c. The fit is convex in K numbers;
-    Newton's method takes no pass over any network. Only the three blends at the end are evaluated, so the result is
+    Newton's method takes no pass over any network. Only the four blends at the end are evaluated, so the result is
     never worse than equal weights on the samples scored. Weights whose blend gains less than the pool's standard error
     over these samples stay equal. A subset that changes every round (`Scoring(samples=256)`) suffices, since c carries
     what earlier subsets said.
@@ -112,7 +113,7 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
     A replica with a NaN or infinite logit has weight 0 beside others. The memory never falls so low that a replica
     that recovers could not regain its weight.
 
-    Costs one pass of every replica over the S samples, which devices do side by side, and three evaluations and three
+    Costs one pass of every replica over the S samples, which devices do side by side, and four evaluations and four
     blends. `learned()` costs 17 passes over the parameters and 8 gradients; its weights are about as good.
 
     Weights of a product of experts are fitted in this way by Heskes (1998, "Selecting weighting factors in logarithmic
@@ -128,13 +129,13 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
         [K, S, C] or the labels not integers [S].
 
     >>> import wavg_jax as wavg
-    >>> avg = wavg.averager(opinion_pool(prior=6.15))
+    >>> avg = wavg.averager(opinion_pool(prior=1.1))
     >>> stacked, params = {"b": jnp.array([[1.0, -1.0], [-1.0, 1.0]])}, {"b": jnp.zeros(2)}  # logits of any sample
-    >>> labels = jnp.array([0] * 9 + [1])
+    >>> labels = jnp.array([0] * 12 + [1] * 4)
     >>> def evaluate(params, weights):
     ...     losses = optax.losses.softmax_cross_entropy_with_integer_labels(params["b"][None], labels)
     ...     return {"loss": losses.mean(), "accuracy": jnp.float32(0)}
-    >>> logits = jnp.broadcast_to(stacked["b"][:, None], (2, 10, 2))
+    >>> logits = jnp.broadcast_to(stacked["b"][:, None], (2, 16, 2))
     >>> given = dict(logits=logits, labels=labels, evaluate=evaluate)
     >>> _, _, weights = avg.update(stacked, avg.init(params, 2), params, **given)
     >>> [round(float(w), 2) for w in weights]
@@ -172,8 +173,10 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
             prior / logits.shape[1],
         )
         fitted = _fit(problem)
-        pruned = normalise(jnp.where(4 * fitted >= equal, fitted, 0), counts)
-        tried = jnp.stack([equal, fitted, pruned])
+        lowest = jnp.argmin(jnp.where(counts, fitted, jnp.inf))
+        kept = jnp.stack([4 * fitted >= equal, jnp.arange(len(fitted)) != lowest])
+        pruned = [normalise(jnp.where(some, fitted, 0), counts) for some in kept]
+        tried = jnp.stack([equal, fitted, *pruned])
         losses = jax.lax.map(lambda weights: held_out(weights)["loss"], tried)
         losses = jnp.where(jnp.isfinite(losses), losses, _HUGE)
         chosen = tried[jnp.argmin(losses)]
