@@ -99,7 +99,7 @@ flags.DEFINE_enum(
 flags.DEFINE_float("prox_mu", 0.01, "drift=fedprox: weight of the proximal term.", lower_bound=0)
 
 _topic("Averaging")
-flags.DEFINE_enum("weighting", "learned", list(WEIGHTINGS), "Weighting of the arm weighted.")
+flags.DEFINE_enum("weighting", "opinion_pool", list(WEIGHTINGS), "Weighting of the arm weighted.")
 flags.DEFINE_float("temperature", 0.2, "weighting=softmax_...: temperature of the softmax, in nats.")
 flags.DEFINE_float(
     "chance",

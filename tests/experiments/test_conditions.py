@@ -64,12 +64,12 @@ def test_compare_runs_clean_shards_and_half_of_them_noisy_with_the_recommended_w
     assert len(planned.runs) == 2 * 5 * 4
     assert planned.bar == [2 * 5 * 4 * 20]
     assert [run.sharded.noisy for run in planned.runs] == [()] * 20 + [(0, 1)] * 20
-    assert {run.settings["weighting"] for run in planned.runs} == {"learned"}
+    assert {run.settings["weighting"] for run in planned.runs} == {"opinion_pool"}
     assert [run.settings["noisy"] for run in planned.runs] == [0] * 20 + [2] * 20  # as a binary of one scenario says it
     names = [run.name for run in planned.runs]
     assert len(set(names)) == len(names)
     said = " ".join(capfd.readouterr().out.split())  # before the first of them, since random labels are no small thing
-    assert "weighted (learned), 5 seeds, with clean shards, then with 2 of 4 shards with random labels" in said
+    assert "weighted (opinion_pool), 5 seeds, with clean shards, then with 2 of 4 shards with random labels" in said
     assert names[:4] == ["sequential-seed0", "sync-seed0", "plain-seed0", "weighted-seed0"]
     assert names[20:22] == ["sequential-noisy2-seed0", "sync-noisy2-seed0"]
 

@@ -55,7 +55,7 @@ def test_the_notebook_shows_the_recommended_weighting_with_clean_and_noisy_shard
         if "parameters" in cell.metadata.get("tags", []) or "ARMS =" in cell.source:
             exec(cell.source, {"wavg": wavg, "data": data, "models": models, "optax": optax} | names, names)
     assert [bool(noisy) for noisy in names["SCENARIOS"]] == [False, True]
-    assert names["ARMS"]["weighted"][0].needs == wavg.learned().needs == ("evaluate",)
+    assert names["ARMS"]["weighted"][0].needs == wavg.opinion_pool().needs
     assert {arm: tuple(rates) for arm, rates in names["RATES"].items()} == {
         arm: RATES[arm] for arm in COMPARED
     }  # as the binary has them
