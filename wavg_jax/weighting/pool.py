@@ -12,11 +12,14 @@ from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.scores import normalise
-from wavg_jax.weighting.search import on_held_out
+from wavg_jax.weighting.search import Held, on_held_out
 from wavg_jax.weighting.signals import values_of
 
 _STEPS = 8
-"""Newton steps; the last few hardly move."""
+"""Newton steps at most; from last round's weights two to four suffice."""
+
+_STILL = 1e-4
+"""A Newton step is the last if it moves every logit by less."""
 
 _LONGEST = 2.0
 """The longest Newton step of a logit: a longer one overshoots where predictions saturate."""
@@ -64,7 +67,8 @@ def _fit(problem: _Problem) -> jax.Array:
     def weights(lean: jax.Array) -> jax.Array:
         return jax.nn.softmax(jnp.where(counts, jnp.log(jnp.where(counts, prior, 1)) + lean, -jnp.inf))
 
-    def step(_: int, lean: jax.Array) -> jax.Array:
+    def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        number, lean, _ = carry
         w = weights(lean)
         p = jax.nn.softmax(centre + jnp.tensordot(w, apart, 1))
         mean = (apart * p[None]).sum(-1)
@@ -72,10 +76,16 @@ def _fit(problem: _Problem) -> jax.Array:
         hessian = ((flat * p.reshape(1, -1)) @ flat.T - mean @ mean.T) / samples  # of the cross-entropy in w
         jacobian = hessian @ (jnp.diag(w) - jnp.outer(w, w)) + strength * jnp.eye(replicas)
         move = jnp.linalg.solve(jacobian, slope)
-        moved = lean - jnp.clip(jnp.where(counts, move - w @ move, 0), -_LONGEST, _LONGEST)
-        return jnp.where(jnp.isfinite(moved).all(), moved, lean)
+        move = jnp.clip(jnp.where(counts, move - w @ move, 0), -_LONGEST, _LONGEST)
+        sound = jnp.isfinite(move).all()
+        moves = sound & (jnp.abs(move).max() > _STILL)
+        return number + 1, jnp.where(sound, lean - move, lean), moves
 
-    return weights(jax.lax.fori_loop(0, _STEPS, step, jnp.zeros(replicas)))
+    def goes_on(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        number, _, moves = carry
+        return moves & (number < _STEPS)
+
+    return weights(jax.lax.while_loop(goes_on, step, (jnp.int32(0), jnp.zeros(replicas), jnp.bool_(True)))[1])
 
 
 def _noise(problem: _Problem, weights: jax.Array, equal: jax.Array) -> jax.Array:
@@ -87,6 +97,19 @@ def _noise(problem: _Problem, weights: jax.Array, equal: jax.Array) -> jax.Array
 
     gains = losses(equal) - losses(weights)
     return gains.std() / jnp.sqrt(jnp.float32(len(gains)))
+
+
+def _losses(held_out: Held, tried: jax.Array) -> jax.Array:
+    """The losses [n] of the blends with weights [n, K], _HUGE where not finite; none is evaluated a second time."""
+    before = jnp.concatenate([jnp.full((1, tried.shape[1]), -1.0), tried[:-1]])
+
+    def one(carry: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weights, last = given
+        loss = jax.lax.cond((weights == last).all(), lambda: carry, lambda: held_out(weights)["loss"])
+        return loss, loss
+
+    _, losses = jax.lax.scan(one, jnp.float32(0), (tried, before))
+    return jnp.where(jnp.isfinite(losses), losses, _HUGE)
 
 
 def _check_labels(labels: jax.Array, logits: jax.Array) -> None:
@@ -177,8 +200,7 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
         kept = jnp.stack([4 * fitted >= equal, jnp.arange(len(fitted)) != lowest])
         pruned = [normalise(jnp.where(some, fitted, 0), counts) for some in kept]
         tried = jnp.stack([equal, fitted, *pruned])
-        losses = jax.lax.map(lambda weights: held_out(weights)["loss"], tried)
-        losses = jnp.where(jnp.isfinite(losses), losses, _HUGE)
+        losses = _losses(held_out, tried)
         chosen = tried[jnp.argmin(losses)]
         # By the loss of the blends, not of the pools: where replicas are far apart a pool says little of its blend.
         beyond_chance = losses[0] - losses.min() > _noise(problem, chosen, equal)
