@@ -22,6 +22,7 @@ from wavg_jax import tree
 from wavg_jax.arguments import FLOATING, NONE, either, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import Batch, PyTree, Replicas, SettingsError, Sums, Task
+from wavg_jax.models.rewrite import fast
 from wavg_jax.rounds import keys
 from wavg_jax.weighting.scores import per_replica
 from wavg_jax.weighting.signals import FREE
@@ -177,7 +178,7 @@ def _metrics(forward: Forward, network: Network, given: PyTree, samples: Batch) 
             x = _cast(forward.prepare(batch.x), forward.dtype)
             return forward.task.measure(forward.task.predict(params, mutable, x), Batch(x, batch.y))
 
-        return _summed(one, samples, forward.chunk)
+        return _summed(fast(one, forward.task.cpu_forms), samples, forward.chunk)
 
     sums = forward.over_samples(over)(given, samples)
     return dict(forward.task.metrics(sums, jnp.float32(len(samples.y))))
@@ -199,11 +200,16 @@ def _scalars(found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 class Evaluate:
-    """The signal `evaluate`: `(params, weights [K]) -> {metric: scalar}` of a blend on held-out samples."""
+    """The signal `evaluate`: `(params, weights [K]) -> {metric: scalar}` of a blend on held-out samples.
+
+    Attributes:
+      cpu_forms: of the task, for those who differentiate; see `wavg_jax.models.fast`.
+    """
 
     def __init__(self, forward: Forward, mean: Callable[[PyTree], PyTree], held_out: Batch):
         """`mean` is `weights [K] -> mutable`, the collections that belong to a blend."""
         self._forward, self._mean, self._held_out = forward, mean, held_out
+        self.cpu_forms = forward.task.cpu_forms
 
     def __call__(self, params: PyTree, weights: jax.Array) -> dict[str, jax.Array]:
         return scalar_metrics(self._forward, params, self._mean(weights), self._held_out)
@@ -237,7 +243,8 @@ def _gradient_norms(forward: Forward, params: PyTree, mutable: PyTree, held_out:
         cast_params, cast_mutable = _cast((params, mutable), forward.dtype)
         return forward.task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
-    norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), jax.grad(loss)(params))
+    gradient = fast(jax.grad(loss), forward.task.cpu_forms)(params)
+    norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), gradient)
     return {"grad_norm": optax.tree.sum(norms), "layer_grad_norm": norms}
 
 
@@ -262,8 +269,10 @@ def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_p))
         return jnp.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
 
+    gradient = fast(jax.grad(log_likelihood), forward.task.cpu_forms)
+
     def add(total: PyTree, few: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
-        gradients = jax.vmap(jax.grad(log_likelihood), in_axes=(None, 0, 0))(params, *few)
+        gradients = jax.vmap(gradient, in_axes=(None, 0, 0))(params, *few)
         squares = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)).sum(0), gradients)
         return optax.tree.add(total, squares), None
 
