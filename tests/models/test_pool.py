@@ -65,6 +65,19 @@ def test_under_vmap_and_without_batch_axis():
     np.testing.assert_array_equal(pool(x[0]), nn.max_pool(x[0], (2, 2), (2, 2)))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (3, 9, 8)], ids=["a batch", "one image"])
+def test_channels_first_and_overlapping(shape):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 4, shape), jnp.float32)
+    window, strides = ((1,) * (len(shape) - 2) + (size, size) for size in (3, 2))
+
+    def pool(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, "SAME")
+
+    slope = jax.grad(lambda x: jnp.cos(pool(x + x)).sum())
+    np.testing.assert_array_equal(fast(pool)(x), pool(x))
+    np.testing.assert_allclose(fast(slope)(x), slope(x), atol=1e-5)
+
+
 def test_minima_and_wide_windows_are_left_alone():
     x = jnp.ones((1, 70, 4, 1))
     for stock in (

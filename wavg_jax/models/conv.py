@@ -158,7 +158,8 @@ def _split(x: jax.Array, axis: int, groups: int) -> jax.Array:
 def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Inputs [N, *spatial, C] and kernels [*window, C, O] -> [N, *out, O]."""
     window, out = kernel.shape[:-2], _out(x, kernel, geometry)
-    if math.prod(window) > math.prod(out):
+    # Unless the kernel is dilated: then its gradient as a convolution took half as long (14 x 14 x 64, 3 x 3).
+    if math.prod(window) > math.prod(out) and set(geometry.strides) == {1}:
         total = _over_patches(x.swapaxes(0, -1), jnp.moveaxis(kernel, -2, 0), out, geometry)
         return jnp.moveaxis(total, -2, 0).astype(geometry.dtype)
     # Names for any number of axes: numbers would do, but names say it.

@@ -60,7 +60,9 @@ def max_pool(
       [[5.0, 7.0], [13.0, 15.0]]
     """
     del unset
-    return _stages(operand, window_dimensions, window_strides, padding)[-1]
+    order = _order(operand.shape, window_dimensions, window_strides)
+    window, strides, pads = _arranged(order, window_dimensions, window_strides, padding)
+    return _back(_stages(operand.transpose(order), window, strides, pads)[-1], order)
 
 
 def max_pool_gradient(
@@ -89,19 +91,41 @@ def max_pool_gradient(
       [[0.0, 1.0], [0.0, 0.0]]
     """
     del unset
-    stages = _stages(operand, window_dimensions, window_strides, padding)
-    axes = reversed(_pooled(window_dimensions, window_strides))
+    order = _order(operand.shape, window_dimensions, window_strides)
+    window, strides, pads = _arranged(order, window_dimensions, window_strides, padding)
+    stages, slope = _stages(operand.transpose(order), window, strides, pads), source.transpose(order)
     # The first maximum in order of rows lies in the first row that has it, so the first axis, the last pooled, decides
     # first.
-    for axis, before, after in zip(axes, reversed(stages[:-1]), reversed(stages[1:]), strict=True):
-        width, stride = window_dimensions[axis], window_strides[axis]
+    for axis, before, after in zip(
+        reversed(_pooled(window, strides)), reversed(stages[:-1]), reversed(stages[1:]), strict=True
+    ):
         parts, free = [], jnp.ones(after.shape, bool)
-        for offset in range(width):
-            found = _shift(before, axis, offset, stride, after.shape[axis]) == after
-            parts.append(jnp.where(found & free, source, jnp.zeros((), source.dtype)))
+        for offset in range(window[axis]):
+            found = _shift(before, axis, offset, strides[axis], after.shape[axis]) == after
+            parts.append(jnp.where(found & free, slope, jnp.zeros((), slope.dtype)))
             free = free & ~found
-        source = _spread(parts, axis, stride, before.shape[axis])
-    return lax.pad(source, jnp.zeros((), source.dtype), [(-low, -high, 0) for low, high in padding])
+        slope = _spread(parts, axis, strides[axis], before.shape[axis])
+    return _back(lax.pad(slope, jnp.zeros((), slope.dtype), [(-low, -high, 0) for low, high in pads]), order)
+
+
+def _order(shape: Sequence[int], window: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The axes with one last that is not pooled, such as the channels of [B, C, H, W]: slices along the last axis are
+    slow, and convolutions want the channels there too. Pooled axes keep their order, which decides between maxima."""
+    axes, pooled = list(range(len(shape))), _pooled(window, strides)
+    free = [axis for axis in axes[1:] if axis not in pooled]
+    if not free or axes[-1] in free:
+        return axes
+    last = max(free, key=lambda axis: shape[axis])
+    return [axis for axis in axes if axis != last] + [last]
+
+
+def _arranged(order: Sequence[int], *each: Sequence) -> list[list]:
+    return [[values[axis] for axis in order] for values in each]
+
+
+def _back(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Undoes a transposition to `order`."""
+    return x.transpose([order.index(axis) for axis in range(x.ndim)])
 
 
 def _stages(operand: jax.Array, window: Sequence[int], strides: Sequence[int], padding: Sequence) -> list[jax.Array]:
