@@ -121,6 +121,8 @@ class Task(NamedTuple):
         `{"loss": total loss, "accuracy": number right}`. Evaluation adds them up over batches and devices.
       metrics: `(sums, samples) -> {name: value}`: metrics from the sums over that many samples; by default the means.
         Scalar ones are signals for weightings and are recorded as `test_{name}`.
+      cpu_forms: whether rounds, on a CPU, run the network's convolutions and pooling in forms that XLA runs faster
+        there, with the same results up to rounding; see `wavg_jax.models.fast`.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -128,6 +130,7 @@ class Task(NamedTuple):
     predict: Callable[[PyTree, PyTree, jax.Array], jax.Array]
     measure: Callable[[jax.Array, Batch], Sums]
     metrics: Callable[[Sums, Any], Mapping[str, jax.Array]] = means
+    cpu_forms: bool = True
 
 
 class Init(Protocol):

@@ -176,7 +176,7 @@ def build(name: str, shrink: int = 1, dtype: str = "float32") -> Network:
         "resnet20": lambda: models.ResNet(CLASSES, blocks=part(3), width=part(16), dtype=computed),
     }
     task = models.from_linen(modules[name](), (side, side, shape[2] if len(shape) == 3 else 1))
-    dataset = Dataset(name, _images(SAMPLES, shape), _images(TEST, shape), CLASSES)
+    dataset = Dataset(name, images(SAMPLES, shape), images(TEST, shape), CLASSES)
     return network(name, task, dataset, data.make_prepare(dataset), part(64))
 
 
@@ -205,7 +205,7 @@ def _batch(dataset: Dataset, prepare: Callable, size: int) -> Batch:
     return jax.eval_shape(lambda x, y: Batch(prepare(x), y), x, y)
 
 
-def _images(samples: int, shape: tuple[int, ...]) -> Split:
+def images(samples: int, shape: tuple[int, ...]) -> Split:
     rng = np.random.default_rng(samples)
     x = rng.integers(0, 256, (samples, *shape), np.uint8)
     return Split(x, rng.integers(0, CLASSES, samples, np.int32))

@@ -19,7 +19,7 @@ from wavg_jax import data, models
 from wavg_jax.base import Batch, WavgError
 from wavg_jax.storage.rows import read_rows
 
-BENCHMARKS = ("memory", "roofline", "round_anatomy", "startup", "sync_cost", "throughput")
+BENCHMARKS = ("memory", "own_networks", "roofline", "round_anatomy", "startup", "sync_cost", "throughput")
 SMALL = ("--shrink=16", "--round_steps=2", "--replica_counts=2")
 
 
@@ -119,6 +119,7 @@ CASES = {
 }
 SLOW = {
     "memory": ("--networks=resnet20,transformer", "--shrink=8", "--replica_counts=1"),
+    "own_networks": (*SMALL, "--shrink=4", "--repeats=1"),
     "roofline": (*SMALL, "--networks=cnn,transformer", "--shrink=8", "--product=16", "--repeats=1"),
     "round_anatomy": (*SMALL, "--networks=cnn", "--scored=learned:50", "--checkpoint_every=1", "--repeats=1"),
     "startup": ("--repeats=1", "--starts=import,train"),
@@ -200,6 +201,7 @@ BAD = [
     ("throughput", "--replica_counts=0", "--replica_counts=0"),
     ("throughput", "--replica_counts=300", "--replica_counts"),
     ("throughput", "--local_steps=5", "--local_steps has no effect"),
+    ("own_networks", "--networks=mlp", "--networks=mlp"),
     ("memory", "--repeats=3", "--repeats has no effect"),
     ("roofline", "--shrink=64", "--shrink=64"),
     ("sync_cost", "--sizes=many", "--sizes=many"),

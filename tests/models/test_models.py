@@ -15,7 +15,6 @@ from flax import nnx
 
 from wavg_jax.base import Batch, DataError, SettingsError, Task
 from wavg_jax.models import CNN, MLP, classifier, from_linen, from_nnx, language_model, regressor
-from wavg_jax.models.conv import fast_conv, max_pool
 
 K = 3
 SHAPE = (8, 8, 1)
@@ -25,14 +24,14 @@ class NnxNet(nnx.Module):
     """A user's module: a convolution, BatchNorm and Dropout, some of it in a list."""
 
     def __init__(self, rngs: nnx.Rngs, batch_norm: bool = True, dropout: float = 0.5):
-        self.conv = nnx.Conv(1, 4, (3, 3), conv_general_dilated=fast_conv(), rngs=rngs)
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
         self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs) if batch_norm else None
         self.body = nnx.Sequential(nnx.Linear(64, 16, rngs=rngs), nnx.relu, nnx.Dropout(dropout, rngs=rngs))
         self.out = nnx.Linear(16, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(x)
-        x = max_pool(x if self.norm is None else self.norm(x))
+        x = nnx.max_pool(x if self.norm is None else self.norm(x), (2, 2), (2, 2))
         return self.out(self.body(x.reshape(x.shape[0], -1)))
 
 

@@ -5,6 +5,7 @@ from wavg_jax.models.linen import from_linen
 from wavg_jax.models.mlp import MLP
 from wavg_jax.models.nnx import from_nnx
 from wavg_jax.models.resnet import ResNet
+from wavg_jax.models.rewrite import fast
 from wavg_jax.models.task import classifier, language_model, regressor
 from wavg_jax.models.transformer import Transformer
 
@@ -14,6 +15,7 @@ __all__ = [
     "ResNet",
     "Transformer",
     "classifier",
+    "fast",
     "from_linen",
     "from_nnx",
     "language_model",

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from wavg_jax.base import SettingsError
-from wavg_jax.models.conv import fast_conv, max_pool
 from wavg_jax.models.mlp import MLP
 
 
@@ -43,16 +42,11 @@ class CNN(nn.Module):
             raise SettingsError(f"a CNN needs images [B, H, W, C] of at least 4x4 pixels, got {x.shape}")
         for channels in (32, 64):
             # BatchNorm subtracts the mean, so a bias before it would learn nothing.
-            x = nn.Conv(
-                channels,
-                (3, 3),
-                use_bias=not self.batch_norm,
-                dtype=self.dtype,
-                conv_general_dilated=fast_conv(),
-            )(x)
+            x = nn.Conv(channels, (3, 3), use_bias=not self.batch_norm, dtype=self.dtype)(x)
             if self.batch_norm:
                 # Flax keeps the statistics in float32 and promotes to it on purpose, in any compute dtype.
                 with jax.numpy_dtype_promotion("standard"):
                     x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
-            x = nn.relu(max_pool(x))  # pooling first gives the same, and ReLU sees a quarter of the pixels
+            # Pooling first gives the same, and ReLU sees a quarter of the pixels.
+            x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
         return MLP((128,), self.classes, self.dropout, self.dtype, name="head")(x, train)

@@ -1,152 +1,180 @@
-"""Convolution and pooling that stay fast inside a compiled loop on XLA's CPU backend.
+"""Forms of `lax.conv_general_dilated` that stay fast inside a compiled loop on XLA's CPU backend.
 
 On that backend, the gradient of a stock convolution runs up to 37 times slower inside `lax.scan` than outside
 (https://github.com/jax-ml/jax/issues/12868); `jax.vmap` over kernels turns every convolution into a grouped one, 3 to 4
-times slower; and the gradient of `nn.max_pool` is 15 times slower than the one below.
+times slower; and grouped convolutions, depthwise ones above all, miss the fast kernel everywhere. A gradient of a
+convolution is a convolution too, with axes swapped, so the forms below serve both.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import reduce
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from wavg_jax import tree
-from wavg_jax.base import SettingsError
 
 
-def fast_conv() -> Callable[..., jax.Array]:
-    """Picks the convolution for the default backend: `cpu_conv` on CPU, `lax.conv_general_dilated` elsewhere.
+class Geometry(NamedTuple):
+    """How windows lie on the inputs, per spatial axis, and how products are summed.
 
-    Returns:
-      The argument `conv_general_dilated` for `flax.linen.Conv` or `flax.nnx.Conv`.
-
-    Example:
-      >>> import flax.linen as nn
-      >>> layer = nn.Conv(8, (3, 3), conv_general_dilated=fast_conv())
+    Attributes:
+      strides: between neighbouring windows.
+      pads: (low, high), which may be negative.
+      spread: between neighbouring inputs, with zeros in between (`lhs_dilation`).
+      dilation: between neighbouring entries of a window (`rhs_dilation`).
+      precision: of the products.
+      dtype: of the outputs.
     """
-    # Not at import: asking for the backend starts it, and then jax.distributed can no longer be set up.
-    return cpu_conv if jax.default_backend() == "cpu" else lax.conv_general_dilated
+
+    strides: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    spread: tuple[int, ...]
+    dilation: tuple[int, ...]
+    precision: Any
+    dtype: Any
 
 
-def cpu_conv(
+def covers(lhs: Any, rhs: Any, out: Any, **params: Any) -> bool:
+    """Whether `convolve` has a form for a convolution of these shapes and dtypes.
+
+    Left alone are integers and complex numbers, mixed dtypes, arrays of size 0, convolutions without a spatial axis,
+    and whatever parameters later versions of JAX add.
+    """
+    known = {*_PARAMS, *(name for name, value in params.items() if value is None)}
+    floats = jnp.issubdtype(lhs.dtype, jnp.floating) and lhs.dtype == rhs.dtype
+    return set(params) <= known and floats and lhs.ndim > 2 and 0 not in (*lhs.shape, *rhs.shape, *out.shape)
+
+
+_PARAMS = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+    "precision",
+    "preferred_element_type",
+)
+
+
+def convolve(
     lhs: jax.Array,
     rhs: jax.Array,
+    *,
     window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
     feature_group_count: int = 1,
+    batch_group_count: int = 1,
     precision: Any = None,
-    **others: Any,
+    preferred_element_type: Any = None,
+    **unset: Any,
 ) -> jax.Array:
-    """Convolves like `lax.conv_general_dilated`, with gradients in forms that XLA runs fast on a CPU.
+    """Convolves as `lax.conv_general_dilated` does, in the form that XLA runs fastest on a CPU.
 
-    The output and the gradient of the input are convolutions in the one layout with a fast kernel, NHWC and HWIO. The
-    gradient of the kernel is a sum of products over the patches of a few images at a time, so the patches stay in the
-    cache. Under `jax.vmap`, the replicas' convolutions run one after another.
+        y[n, o, f] = sum_{w, c} x[n, strides o + dilation w - low, c] kernel[w, c, f]
 
-    Everything else falls back to `lax.conv_general_dilated`: dilation, feature groups, layouts other than channels last
-    (NHWC inputs and outputs, HWIO kernels), arrays of size 0, and any of `others` that is not None.
+    Axes are moved to the one layout with a fast kernel, NHWC and HWIO. Where windows are larger than the output, as in
+    the gradient of a kernel, the sum is a product over the patches of a few images at a time, which stay in the cache.
+    Groups of a few channels are sums of shifted inputs, other groups one convolution after another. Under `jax.vmap`,
+    so are the replicas' convolutions.
 
     Args:
-      lhs: inputs [B, *spatial, C_in].
-      rhs: kernels [*window, C_in, C_out], of the dtype of `lhs`.
-      window_strides: one stride per spatial axis.
-      padding: "SAME", "VALID", "SAME_LOWER", or one pair (low, high) per spatial axis.
-      lhs_dilation: None or ones; anything else falls back.
-      rhs_dilation: None or ones; anything else falls back.
-      dimension_numbers: as in `lax.conv_general_dilated`.
-      feature_group_count: 1; anything else falls back.
-      precision: precision of the products.
-      **others: further arguments of `lax.conv_general_dilated`.
+      lhs: inputs, with the axes that `dimension_numbers` says.
+      rhs: kernels, of the dtype of `lhs`.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
+        precision, preferred_element_type: parameters of the primitive, in full.
+      **unset: further ones, all None; see `covers`.
 
     Returns:
-      [B, *out, C_out].
+      The outputs, with the axes that `dimension_numbers` says.
 
-    Raises:
-      TypeError: when differentiated in forward mode (`jax.jvp`, `jax.jacfwd`) or twice; only one derivative in reverse
-        mode works. For more, give the layer `lax.conv_general_dilated`.
+    Example:
+      >>> names = lax.conv_dimension_numbers((1, 1, 4), (1, 1, 2), ("NCW", "OIW", "NCW"))
+      >>> x, kernel = jnp.arange(4.0).reshape(1, 1, 4), jnp.array([[[1.0, 10.0]]])
+      >>> convolve(x, kernel, window_strides=(1,), padding=((0, 0),), lhs_dilation=(1,), rhs_dilation=(1,),
+      ...          dimension_numbers=names)[0, 0]
+      Array([10., 21., 32.], dtype=float32)
 
     References: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
     Processing", 2006, for products over patches.
     """
-    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    window = [rhs.shape[axis] for axis in layout.rhs_spec[2:]]
-    spatial = [lhs.shape[axis] for axis in layout.lhs_spec[2:]]
-    pads = lax.padtype_to_pads(spatial, window, window_strides, padding) if isinstance(padding, str) else padding
-    out = [
-        (size + low + high - width) // stride + 1
-        for size, (low, high), width, stride in zip(spatial, pads, window, window_strides, strict=True)
-    ]
-    dilated = {*(lhs_dilation or ()), *(rhs_dilation or ())} - {1}
-    set_others = {name: value for name, value in others.items() if value is not None}
-    empty = min(out) < 1 or 0 in (*lhs.shape, *rhs.shape)
-    if dilated or feature_group_count != 1 or set_others or empty or not _channels_last(layout):
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            precision=precision,
-            **set_others,
-        )
-    return _conv(tuple(window_strides), tuple(map(tuple, pads)), precision)(lhs, rhs)
+    assert not any(value is not None for value in unset.values())
+    layout, ndim = dimension_numbers, lhs.ndim
+    geometry = Geometry(
+        tuple(window_strides),
+        tuple((int(low), int(high)) for low, high in padding),
+        tuple(lhs_dilation),
+        tuple(rhs_dilation),
+        precision,
+        preferred_element_type or lhs.dtype,
+    )
+    x = lhs.transpose(layout.lhs_spec[0], *layout.lhs_spec[2:], layout.lhs_spec[1])
+    kernel = rhs.transpose(*layout.rhs_spec[2:], layout.rhs_spec[1], layout.rhs_spec[0])
+    y = _grouped(x, kernel, feature_group_count, batch_group_count, geometry)
+    back = [0] * ndim
+    for axis, place in enumerate((layout.out_spec[0], *layout.out_spec[2:], layout.out_spec[1])):
+        back[place] = axis
+    return y.transpose(back)
 
 
-@functools.cache
-def _conv(strides: tuple[int, ...], pads: tuple[tuple[int, int], ...], precision: Any) -> Callable:
-    """The convolution of inputs [B, *spatial, C_in] with kernels [*window, C_in, C_out]."""
+_SHORT = 128
+"""Most terms that are written out as shifted products."""
 
-    def channels_last(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]], **options: Any) -> jax.Array:
-        axes = "DHW"[-len(strides) :]
-        names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-        return lax.conv_general_dilated(
-            x, kernel, padding=pads, dimension_numbers=names, precision=precision, **options
-        )
 
-    # One replica after another: batched, they would become one grouped convolution.
-    one_by_one = jax.custom_batching.sequential_vmap
+def _grouped(x: jax.Array, kernel: jax.Array, features: int, batches: int, geometry: Geometry) -> jax.Array:
+    """`convolve` in one layout: inputs [N, *spatial, C], kernels [*window, I, O] -> [N / batches, *out, O].
 
-    @one_by_one
-    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return channels_last(x, kernel, pads, window_strides=strides)
+    Group g of the outputs' features sees group g of the inputs' features, or of their batches.
+    """
+    *window, inputs, outputs = kernel.shape
+    if features == batches == 1:
+        # One replica after another: batched, they would become one grouped convolution.
+        return jax.custom_batching.sequential_vmap(functools.partial(_dense, geometry=geometry))(x, kernel)
+    if batches == 1 and inputs <= 4 and math.prod(window) * inputs <= _SHORT:
+        return _shifted(x, kernel, features, geometry)
+    if batches == len(x) and math.prod(_out(x, kernel, geometry)) <= _SHORT:
+        return _each_position(x, kernel, geometry)
+    groups = max(features, batches)
+    axis = 0 if batches > 1 else x.ndim - 1
+    xs = jnp.moveaxis(_split(x, axis, groups), axis, 0)
+    kernels = jnp.moveaxis(_split(kernel, kernel.ndim - 1, groups), -2, 0)
+    ys = lax.map(lambda pair: _grouped(pair[0], pair[1], 1, 1, geometry), (xs, kernels))
+    return jnp.moveaxis(ys, 0, -2).reshape(*ys.shape[1:-1], outputs)
 
-    @one_by_one
-    def to_input(x: jax.Array, kernel: jax.Array, slope: jax.Array) -> jax.Array:
-        # Autodiff swaps the kernel's axes in the layout instead, which misses the fast kernel.
-        flipped = lax.rev(kernel, range(len(strides))).swapaxes(-1, -2)
-        ones, ends = (1,) * len(strides), []
-        for size, width, out, stride, (low, _) in zip(
-            x.shape[1:-1], kernel.shape[:-2], slope.shape[1:-1], strides, pads, strict=True
-        ):
-            before = width - 1 - low
-            ends.append((before, size + width - 1 - before - ((out - 1) * stride + 1)))
-        return channels_last(slope, flipped, ends, window_strides=ones, lhs_dilation=strides)
 
-    @one_by_one
-    def to_kernel(x: jax.Array, kernel: jax.Array, slope: jax.Array) -> jax.Array:
-        return _kernel_gradient(x, kernel, slope, strides, pads, precision)
+def _split(x: jax.Array, axis: int, groups: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
-    @jax.custom_vjp
-    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return forward(x, kernel)
 
-    def backward(operands: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return to_input(*operands, slope), to_kernel(*operands, slope)
-
-    conv.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
-    return conv
+def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Inputs [N, *spatial, C] and kernels [*window, C, O] -> [N, *out, O]."""
+    window, out = kernel.shape[:-2], _out(x, kernel, geometry)
+    # Unless the kernel is dilated: then its gradient as a convolution took half as long (14 x 14 x 64, 3 x 3).
+    if math.prod(window) > math.prod(out) and set(geometry.strides) == {1}:
+        total = _over_patches(x.swapaxes(0, -1), jnp.moveaxis(kernel, -2, 0), out, geometry)
+        return jnp.moveaxis(total, -2, 0).astype(geometry.dtype)
+    # Names for any number of axes: numbers would do, but names say it.
+    axes = "".join(chr(ord("a") + axis) for axis in range(len(window)))
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        geometry.strides,
+        geometry.pads,
+        lhs_dilation=geometry.spread,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        precision=geometry.precision,
+        preferred_element_type=geometry.dtype,
+    )
 
 
 _CACHED = 2**18
@@ -157,95 +185,144 @@ _WIDE = 96
 """Patches this long grow no further: beyond it, copying them costs more than products with short ones."""
 
 
-def _kernel_gradient(
-    x: jax.Array, kernel: jax.Array, slope: jax.Array, strides: Sequence[int], pads: Sequence, precision: Any
-) -> jax.Array:
-    """The sum over images of `patches^T slope`, a few images at a time.
+def _over_patches(x: jax.Array, slope: jax.Array, few: Sequence[int], geometry: Geometry) -> jax.Array:
+    """A convolution with `few` outputs: the sum over images of `patches^T slope`, a few images at a time.
 
-    Patches span only the last axes of the window; along the other axes, each offset takes a product of its own.
+    Patches span only the last axes of the output; along the other axes, each position takes a product of its own.
+
+    Args:
+      x: [images, *spatial, inputs].
+      slope: [images, *window, outputs].
+      few: sizes of the output.
+      geometry: of the convolution.
+
+    Returns:
+      [*few, inputs, outputs], in the dtype of the sums.
     """
-    window, (inputs, outputs), out = kernel.shape[:-2], kernel.shape[-2:], slope.shape[1:-1]
-    apart = len(window)
-    while apart and math.prod(window[apart:]) * inputs < _WIDE:
+    window, (inputs, outputs) = slope.shape[1:-1], (x.shape[-1], slope.shape[-1])
+    apart = len(few)
+    while apart and math.prod(few[apart:]) * inputs < _WIDE:
         apart -= 1
-    columns = math.prod(window[apart:]) * inputs
-    together = _divisor(x.shape[0], _CACHED // (math.prod(out) * columns * x.dtype.itemsize))
+    columns = math.prod(few[apart:]) * inputs
+    together = _divisor(x.shape[0], _CACHED // (math.prod(window) * columns * x.dtype.itemsize))
+
+    def shifted(x: jax.Array, axis: int, position: int) -> jax.Array:
+        return _shift(x, axis + 1, position * geometry.strides[axis], geometry.dilation[axis], window[axis])
 
     def add(i: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
-        some = x.reshape(-1, together, *x.shape[1:])[i]
-        patches = lax.pad(some, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)])
-        for axis in reversed(range(apart, len(window))):
-            patches = _unfold(patches, axis + 1, window[axis], strides[axis], out[axis])
-        slopes = slope.reshape(-1, together * math.prod(out), outputs)[i]
+        patches = _padded(x.reshape(-1, together, *x.shape[1:])[i], geometry)
+        for axis in reversed(range(apart, len(few))):
+            patches = jnp.concatenate([shifted(patches, axis, o) for o in range(few[axis])], axis=-1)
+        slopes = slope.reshape(-1, together * math.prod(window), outputs)[i]
         sums = []
-        for total, offsets in zip(totals, itertools.product(*map(range, window[:apart])), strict=True):
-            shifted = patches
-            for axis, offset in enumerate(offsets):
-                shifted = _shift(shifted, axis + 1, offset, strides[axis], out[axis])
+        for total, positions in zip(totals, itertools.product(*map(range, few[:apart])), strict=True):
+            part = patches
+            for axis, position in enumerate(positions):
+                part = shifted(part, axis, position)
             product = lax.dot_general(
-                shifted.reshape(-1, columns),
+                part.reshape(-1, columns),
                 slopes,
                 (((0,), (0,)), ((), ())),
-                precision=precision,
+                precision=geometry.precision,
                 preferred_element_type=total.dtype,
             )
             sums.append(total + product)
         return sums
 
     zeros = jnp.zeros((columns, outputs), tree.accumulator_dtype(x.dtype))
-    totals = lax.fori_loop(0, x.shape[0] // together, add, [zeros] * math.prod(window[:apart]))
-    return jnp.stack(totals).reshape(kernel.shape).astype(kernel.dtype)
+    totals = lax.fori_loop(0, x.shape[0] // together, add, [zeros] * math.prod(few[:apart]))
+    return jnp.stack(totals).reshape(*few, inputs, outputs)
+
+
+def _shifted(x: jax.Array, kernel: jax.Array, groups: int, geometry: Geometry) -> jax.Array:
+    """Groups of a few channels, such as depthwise convolutions: a sum of shifted inputs, without products of matrices.
+
+    Args:
+      x: [N, *spatial, groups * inputs].
+      kernel: [*window, inputs, groups * outputs].
+      groups: their number.
+      geometry: of the convolution.
+
+    Returns:
+      [N, *out, groups * outputs].
+    """
+    (*window, inputs, features), out = kernel.shape, _out(x, kernel, geometry)
+    dtype = tree.accumulator_dtype(x.dtype)
+    padded = _split(_padded(x, geometry), x.ndim - 1, groups)
+    channels = [jnp.repeat(padded[..., i], features // groups, axis=-1) for i in range(inputs)]
+    terms = []
+    for *offsets, i in itertools.product(*map(range, (*window, inputs))):
+        part = channels[i]
+        for axis, (offset, dilation) in enumerate(zip(offsets, geometry.dilation, strict=True)):
+            part = _shift(part, axis + 1, offset * dilation, geometry.strides[axis], out[axis])
+        factor = kernel[(*offsets, i)].reshape((1,) * (x.ndim - 1) + (-1,))
+        terms.append(part.astype(dtype) * factor.astype(dtype))
+    return functools.reduce(jnp.add, terms).astype(geometry.dtype)
+
+
+_ROWS = 8
+"""Products summed by additions before the rest is summed by a product with ones, since XLA reduces slowly."""
+
+
+def _each_position(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A convolution in which every input has a group of its own, as in the gradient of a depthwise kernel.
+
+    Args:
+      x: [groups, *spatial, C].
+      kernel: [*window, C, groups * outputs].
+      geometry: of the convolution.
+
+    Returns:
+      [1, *out, groups * outputs].
+    """
+    (*window, images, features), out = kernel.shape, _out(x, kernel, geometry)
+    dtype, rows = tree.accumulator_dtype(x.dtype), min(_ROWS, window[0])
+    more = -window[0] % rows
+    window[0] += more
+    slope = _longer(jnp.moveaxis(kernel, -2, 0), more)
+    seen = _padded(jnp.repeat(x.swapaxes(0, -1), features // len(x), axis=-1), geometry)
+    seen = _longer(seen, more * geometry.dilation[0])
+    spans = [(width - 1) * dilation + 1 for width, dilation in zip(window, geometry.dilation, strict=True)]
+
+    def one(position: jax.Array) -> jax.Array:
+        starts: list[jax.Array] = []
+        for size, stride in zip(reversed(out), reversed(geometry.strides), strict=True):
+            starts.insert(0, position % size * stride)
+            position = position // size
+        first = jnp.zeros((), position.dtype)
+        part = lax.dynamic_slice(seen, (first, *starts, first), (images, *spans, features))
+        part = lax.slice(part, [0] * x.ndim, part.shape, (1, *geometry.dilation, 1))
+        pairs = zip(jnp.split(part, rows, 1), jnp.split(slope, rows, 1), strict=True)
+        total = functools.reduce(jnp.add, (a.astype(dtype) * b.astype(dtype) for a, b in pairs)).reshape(-1, features)
+        return jnp.ones(len(total), dtype) @ total
+
+    sums = lax.map(one, jnp.arange(math.prod(out), dtype=jnp.int32))
+    return sums.reshape(1, *out, features).astype(geometry.dtype)
+
+
+def _longer(x: jax.Array, more: int) -> jax.Array:
+    """`x` with zeros after the end of its first spatial axis."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, more if axis == 1 else 0, 0) for axis in range(x.ndim)])
+
+
+def _out(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> tuple[int, ...]:
+    """Sizes of the output along the spatial axes."""
+    sizes = zip(x.shape[1:-1], kernel.shape[:-2], *geometry[:4], strict=True)
+    return tuple(
+        ((size - 1) * spread + 1 + low + high - (width - 1) * dilation - 1) // stride + 1
+        for size, width, stride, (low, high), spread, dilation in sizes
+    )
+
+
+def _padded(x: jax.Array, geometry: Geometry) -> jax.Array:
+    """The inputs with what their padding and spread add: zeros."""
+    around = [(low, high, spread - 1) for (low, high), spread in zip(geometry.pads, geometry.spread, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
 
 
 def _divisor(number: int, most: int) -> int:
     """The largest divisor of `number` up to `most`, or 1."""
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(most, 1))
-
-
-def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
-    """Takes the maximum of each `window` x `window` block and drops leftover rows and columns.
-
-    The values equal those of `nn.max_pool(x, (window, window), (window, window))`. If a block has several maxima, as
-    after a ReLU, the maximum of two equal numbers passes half of the gradient to each; `nn.max_pool` passes all of it
-    to the first.
-
-    Args:
-      x: [B, H, W, C], with H and W at least `window`.
-      window: side of a block, in pixels.
-
-    Returns:
-      [B, H // window, W // window, C].
-
-    Raises:
-      SettingsError: `window` is below 1 or above H or W.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
-      Array([[ 5.,  7.],
-             [13., 15.]], dtype=float32)
-    """
-    if not 1 <= window <= min(x.shape[1:3]):
-        raise SettingsError(
-            f"max_pool over blocks of {window} x {window} does not fit inputs of shape {x.shape}: set window= between "
-            f"1 and {min(x.shape[1:3])}"
-        )
-    for axis in (1, 2):
-        end = x.shape[axis] // window * window
-        x = reduce(jnp.maximum, (lax.slice_in_dim(x, i, end, window, axis) for i in range(window)))
-    return x
-
-
-def _channels_last(layout: lax.ConvDimensionNumbers) -> bool:
-    ndim = len(layout.lhs_spec)
-    inputs = (0, ndim - 1, *range(1, ndim - 1))
-    kernels = (ndim - 1, ndim - 2, *range(ndim - 2))
-    return (tuple(layout.lhs_spec), tuple(layout.rhs_spec), tuple(layout.out_spec)) == (inputs, kernels, inputs)
-
-
-def _unfold(x: jax.Array, axis: int, width: int, stride: int, out: int) -> jax.Array:
-    """Stacks the `width` shifted views of `x` along `axis` on the channel axis, the first shift outermost."""
-    return jnp.concatenate([_shift(x, axis, i, stride, out) for i in range(width)], axis=-1)
 
 
 def _shift(x: jax.Array, axis: int, offset: int, stride: int, out: int) -> jax.Array:

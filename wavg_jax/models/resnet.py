@@ -7,7 +7,6 @@ from jax.typing import DTypeLike
 
 from wavg_jax.arguments import check, whole
 from wavg_jax.base import SettingsError
-from wavg_jax.models.conv import fast_conv
 
 
 class ResNet(nn.Module):
@@ -76,7 +75,6 @@ def _conv_norm(x: jax.Array, channels: int, stride: int, train: bool, dtype: DTy
         use_bias=False,  # BatchNorm would subtract it again
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),
-        conv_general_dilated=fast_conv(),
     )(x)
     # Flax keeps the statistics in float32 and promotes to it on purpose, in any compute dtype.
     with jax.numpy_dtype_promotion("standard"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax.base import Batch, PyTree, SettingsError, Sums, Task
+from wavg_jax.models.rewrite import fast
 
 LOGITS = 2**20
 """Numbers in the logits of a replica that a round keeps, at most; of large vocabularies, those of FEWEST positions."""
@@ -94,7 +95,7 @@ def metrics_of(forward: Forward, network: Network, given: PyTree, samples: Batch
         def one(batch: Batch) -> tuple[Sums, PyTree]:
             return _measured(forward, params, mutable, batch)[0], ()
 
-        return _over_chunks(one, samples, forward.chunk)[0]
+        return _over_chunks(fast(one, forward.task.cpu_forms), samples, forward.chunk)[0]
 
     sums = forward.over_samples(over)(given, samples)
     return dict(forward.task.metrics(sums, jnp.float32(len(samples.y))))
@@ -136,7 +137,7 @@ def metrics_and_logits(
             )
         return sums, _thinned(predictions.astype(jnp.float32), y.ndim, len(samples.y), predictions.shape[-1])
 
-    sums, logits = _over_chunks(one, samples, forward.chunk)
+    sums, logits = _over_chunks(fast(one, forward.task.cpu_forms), samples, forward.chunk)
     return dict(forward.task.metrics(sums, jnp.float32(len(samples.y)))), logits
 
 

@@ -11,6 +11,7 @@ import optax
 from wavg_jax import checks, tree
 from wavg_jax.base import Batch, PyTree, Replicas, Task
 from wavg_jax.devices.placement import Items, Placement, single
+from wavg_jax.models.rewrite import fast
 from wavg_jax.rounds.drift import Correction
 
 Fetch = Callable[[PyTree, PyTree, jax.Array], Batch]
@@ -65,13 +66,14 @@ def local_steps(
     """
 
     where = single() if where is None else where
+    loss_and_gradient = fast(jax.value_and_grad(task.loss, has_aux=True), task.cpu_forms)
 
     def step(
         replica: Replicas, item: PyTree, shared: PyTree, rate: jax.Array | None, correct: Callable
     ) -> tuple[Replicas, jax.Array]:
         rng, fetch_rng, loss_rng = jax.random.split(replica.rng, 3)
         batch = fetch(item, shared, where.apart(fetch_rng))
-        (loss, (mutable, _)), gradient = jax.value_and_grad(task.loss, has_aux=True)(
+        (loss, (mutable, _)), gradient = loss_and_gradient(
             replica.params, replica.mutable, batch, where.apart(loss_rng)
         )
         loss, gradient, floats = where.average((loss, gradient, tree.floats(mutable)))

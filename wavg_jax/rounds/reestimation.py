@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax.base import PyTree, Task
+from wavg_jax.models.rewrite import fast
 from wavg_jax.rounds.local import Fetch, as_is
 
 _PROBE = 2.0**64
@@ -51,6 +52,7 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
       `(params, mutable, items, count, shared, rng) -> mutable` for one network: the leaves of `items` have a leading
       axis n; the first `count` batches are read, an int32 scalar of at least 1.
     """
+    loss = fast(task.loss, task.cpu_forms)
 
     def run(params: PyTree, mutable: PyTree, items: PyTree, count: jax.Array, shared: PyTree, rng: jax.Array) -> PyTree:
         leaves, structure = jax.tree.flatten(mutable)
@@ -60,7 +62,7 @@ def reestimate(task: Task, fetch: Fetch = as_is) -> Callable:
             each, rest = iter(statistics), iter(others)
             before = jax.tree.unflatten(structure, [next(each if p else rest) for p in probed])
             fetch_rng, loss_rng = jax.random.split(rng)
-            _, (after, _) = task.loss(params, before, fetch(item, shared, fetch_rng), loss_rng)
+            _, (after, _) = loss(params, before, fetch(item, shared, fetch_rng), loss_rng)
             new = jax.tree.leaves(after)
             return _where(new, probed, True), _where(new, probed, False)
 

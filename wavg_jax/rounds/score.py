@@ -23,6 +23,7 @@ from wavg_jax import tree
 from wavg_jax.arguments import FLOATING, NONE, YES_OR_NO, either, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import Batch, PyTree, Replicas, SettingsError
+from wavg_jax.models.rewrite import fast
 from wavg_jax.rounds import keys
 from wavg_jax.rounds.forward import Forward, cast, here, labels, metrics, metrics_and_logits, metrics_of
 from wavg_jax.weighting.scores import per_replica
@@ -141,11 +142,16 @@ def _scalars(found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 class Evaluate:
-    """The signal `evaluate`: `(params, weights [K]) -> {metric: scalar}` of a blend on held-out samples."""
+    """The signal `evaluate`: `(params, weights [K]) -> {metric: scalar}` of a blend on held-out samples.
+
+    Attributes:
+      cpu_forms: of the task, for those who differentiate; see `wavg_jax.models.fast`.
+    """
 
     def __init__(self, forward: Forward, mean: Callable[[PyTree], PyTree], held_out: Batch):
         """`mean` is `weights [K] -> mutable`, the collections that belong to a blend."""
         self._forward, self._mean, self._held_out = forward, mean, held_out
+        self.cpu_forms = forward.task.cpu_forms
 
     def __call__(self, params: PyTree, weights: jax.Array) -> dict[str, jax.Array]:
         return scalar_metrics(self._forward, params, self._mean(weights), self._held_out)
@@ -209,7 +215,8 @@ def _gradient_norms(forward: Forward, params: PyTree, mutable: PyTree, held_out:
         cast_params, cast_mutable = cast((params, mutable), forward.dtype)
         return forward.task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
-    norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), jax.grad(loss)(params))
+    gradient = fast(jax.grad(loss), forward.task.cpu_forms)(params)
+    norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), gradient)
     return {"grad_norm": optax.tree.sum(norms), "layer_grad_norm": norms}
 
 
@@ -234,8 +241,10 @@ def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_p))
         return jnp.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
 
+    gradient = fast(jax.grad(log_likelihood), forward.task.cpu_forms)
+
     def add(total: PyTree, few: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
-        gradients = jax.vmap(jax.grad(log_likelihood), in_axes=(None, 0, 0))(params, *few)
+        gradients = jax.vmap(gradient, in_axes=(None, 0, 0))(params, *few)
         squares = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)).sum(0), gradients)
         return optax.tree.add(total, squares), None
 

@@ -124,7 +124,7 @@ def _where() -> list[dict]:
 def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str:
     """Differs for programs that may differ in their fastest map."""
     optimizer = jax.eval_shape(recipe.inner.init, loss.in_avals[0][0])
-    what = [replicas, len(recipe.placement.devices), recipe.augment is not None]
+    what = [replicas, len(recipe.placement.devices), recipe.augment is not None, recipe.task.cpu_forms]
     text = json.dumps([loss.as_text(), str(optimizer), what, _where()])
     return hashlib.sha256(text.encode()).hexdigest()
 

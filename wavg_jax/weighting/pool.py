@@ -10,9 +10,9 @@ import optax
 from wavg_jax import tree
 from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
+from wavg_jax.weighting.blends import Held, blended
 from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.scores import normalise
-from wavg_jax.weighting.search import Held, on_held_out
 from wavg_jax.weighting.signals import values_of
 
 _STEPS = 8
@@ -105,7 +105,7 @@ def _losses(held_out: Held, tried: jax.Array) -> jax.Array:
 
     def one(carry: jax.Array, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         weights, last = given
-        loss = jax.lax.cond((weights == last).all(), lambda: carry, lambda: held_out(weights)["loss"])
+        loss = jax.lax.cond((weights == last).all(), lambda: carry, lambda: held_out.scores(weights)["loss"])
         return loss, loss
 
     _, losses = jax.lax.scan(one, jnp.float32(0), (tried, before))
@@ -184,7 +184,7 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
         del stacked
         logits, labels = values_of("logits", signals, alive), jnp.asarray(signals["labels"])
         _check_labels(labels, logits)
-        held_out = on_held_out(signals["evaluate"], blend, params)
+        held_out = blended(signals["evaluate"], blend, params)
         sound = alive & jnp.isfinite(logits).all((1, 2))
         counts = jnp.where(sound.any(), sound, alive)
         equal = tree.equal_weights(counts)

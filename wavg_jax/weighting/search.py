@@ -5,7 +5,7 @@ the replicas and there is no outer optimizer. With an outer optimizer they still
 They need the signal `evaluate`, `(params, weights [K]) -> {"loss", "accuracy"}`, and run inside jit, blend by blend.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,26 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, RATE, Rule, as_whole, check, either, takes
+from wavg_jax.arguments import NONE, OPTIMIZER, RATE, as_whole, check, either
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Weighting
+from wavg_jax.weighting.blends import Held, blended
 from wavg_jax.weighting.make import make_weighting
-from wavg_jax.weighting.scores import normalise, per_replica, uniform
+from wavg_jax.weighting.scores import normalise, uniform
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER, values_of
-
-Held = Callable[[PyTree], Mapping[str, jax.Array]]
-"""`weights -> {"loss", "accuracy"}` of the blended network, float32 scalars."""
-
-
-def _scalars(scores: Any) -> bool:
-    """Whether `scores` is a mapping of floating-point scalars; a missing key raises its own KeyError later."""
-    return isinstance(scores, Mapping) and all(
-        jnp.ndim(score) == 0 and jnp.issubdtype(jnp.result_type(score), jnp.floating) for score in scores.values()
-    )
-
-
-_WANTED = '{"loss": ..., "accuracy": ...}, floating-point scalars'
-_EVALUATE, _SCORES = takes(2, f"a function (params, weights [K]) that returns {_WANTED}"), Rule(_scalars, _WANTED)
 
 
 class LearnedState(NamedTuple):
@@ -42,21 +29,6 @@ class LearnedState(NamedTuple):
     start: PyTree
     logits: PyTree
     optimizer: PyTree
-
-
-def on_held_out(evaluate: Callable, blend: Callable[[PyTree], PyTree], params: PyTree) -> Held:
-    """Returns a function that evaluates the blend, cast to the parameters' dtypes, on the held-out data."""
-    check("evaluate", evaluate, _EVALUATE)
-
-    # A round's devices exchange the slope of K weights alone: `rounds.score.Evaluate.of_blend`.
-    of_blend = getattr(evaluate, "of_blend", lambda make, weights: evaluate(make(weights), per_replica(weights)))
-
-    def held_out(weights: PyTree) -> Mapping[str, jax.Array]:
-        scores = of_blend(lambda weights: tree.cast_like(blend(weights), params), weights)
-        check("the result of evaluate", scores, _SCORES)
-        return scores
-
-    return held_out
 
 
 def _check_signal(signal: str, name: str) -> None:
@@ -114,14 +86,14 @@ def greedy_soup(signal: str = "accuracy") -> Weighting:
         **signals: Any,
     ) -> tuple[jax.Array, PyTree]:
         del stacked
-        held_out = on_held_out(signals["evaluate"], blend, params)
+        held_out = blended(signals["evaluate"], blend, params)
         own = jnp.where(alive, _goodness(values_of(signal, signals, alive), signal), -jnp.inf)
         usable = own > -jnp.inf
 
         def taste(soup: tuple, k: jax.Array) -> tuple[tuple, None]:
             members, best = soup
             tried = members | (jnp.arange(alive.shape[0]) == k)
-            score = _goodness(held_out(normalise(tried.astype(jnp.float32), alive))[signal], signal)
+            score = _goodness(held_out.scores(normalise(tried.astype(jnp.float32), alive))[signal], signal)
             better = usable[k] & (score >= best) & (score > -jnp.inf)
             return tree.select(better, (tried, score), (members, best)), None
 
@@ -166,7 +138,7 @@ def _descend(
     def step(carry: tuple, _: None) -> tuple[tuple, None]:
         (logits, memory), sound, best = carry
         weights = _lean(start, logits, alive)
-        loss, slope = jax.value_and_grad(lambda w: held_out(w)["loss"])(weights)
+        loss, slope = held_out.loss_and_slope(weights)
         slope = jax.tree.map(lambda w, g: jnp.where(w > 0, g - weighted_mean(g, w)[None], 0), weights, slope)
         updates, next_memory = optimizer.update(slope, memory, logits)
         next_logits = optax.apply_updates(logits, updates)
@@ -177,7 +149,7 @@ def _descend(
     unseen = (jnp.float32(jnp.inf), start)
     (walk, sound, best), _ = jax.lax.scan(step, (walk, jnp.bool_(True), unseen), length=steps)
     last = _lean(start, walk[0], alive)
-    loss = held_out(last)["loss"]
+    loss = held_out.scores(last)["loss"]
     return walk, sound & jnp.isfinite(loss), _keep(loss, last, best)
 
 
@@ -283,7 +255,7 @@ def learned(
         **signals: Any,
     ) -> tuple[PyTree, LearnedState]:
         begin, start_state = start.update(stacked, state.start, params, alive=alive, blend=blend, **signals)
-        held_out = on_held_out(signals["evaluate"], blend, params)
+        held_out = blended(signals["evaluate"], blend, params)
         neutral = jax.tree.map(jnp.zeros_like, begin)
         fresh = (neutral, descent.init(neutral))
         if not carry:
@@ -293,7 +265,7 @@ def learned(
             raise SettingsError("learned(carry=True) keeps one logit per replica: its start must give weights [K]")
         walk, sound, best = _descend(held_out, begin, (state.logits, state.optimizer), descent, steps, alive)
         equal = normalise(jnp.ones(alive.shape, jnp.float32), alive)
-        loss, weights = _keep(held_out(equal)["loss"], equal, best)
+        loss, weights = _keep(held_out.scores(equal)["loss"], equal, best)
         logits = _carried(walk[0], loss < best[0], equal, alive)
         return weights, LearnedState(start_state, *tree.select(sound, (logits, walk[1]), fresh))
 
@@ -375,7 +347,7 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
         blend: Callable[[PyTree], PyTree],
         **signals: Any,
     ) -> tuple[PyTree, tuple]:
-        held_out = on_held_out(signals["evaluate"], blend, params)
+        held_out = blended(signals["evaluate"], blend, params)
 
         def weigh(i: int, states: tuple) -> tuple[PyTree, PyTree]:
             return candidates[i].update(stacked, states[i], params, alive=alive, blend=blend, **signals)
@@ -389,7 +361,7 @@ def best_of(*weightings: Weighting, signal: str = "loss") -> Weighting:
         def attempt(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
             best, states = carry
             weights, states = jax.lax.switch(i, [partial(branch, n) for n in range(len(candidates))], states)
-            score = _goodness(held_out(weights)[signal], signal)
+            score = _goodness(held_out.scores(weights)[signal], signal)
             return (tree.select(score > best[0], (score, weights), best), states), None
 
         nothing = (jnp.float32(-jnp.inf), _aligned(weigh(0, state)[0], like))
