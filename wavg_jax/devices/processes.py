@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -56,7 +57,10 @@ def initialize(
 
     From here on all processes end together: when one dies, freezes or fails (see `guarded`), each of the others says so
     in one line on stderr and exits with `EXIT_CODE`. When one dies, that takes less than a second; when it freezes or
-    its machine is lost, `heartbeat` seconds; when it fails, `wavg_jax.devices.watch.GRACE` seconds more than it takes.
+    its machine is lost, `heartbeat` seconds; when it fails or calls `sys.exit` with an error,
+    `wavg_jax.devices.watch.GRACE` seconds more than it takes. When one ends without an error while another waits for it
+    (see `meeting`), that takes `wavg_jax.devices.watch.MISSED` seconds; in a program of your own, where we cannot tell
+    what the other one does, it then says where it stands.
 
     Args:
       coordinator_address: HOST:PORT, an address of process 0 that all can reach, and a port that is free there.
@@ -104,6 +108,7 @@ def initialize(
     )
     atexit.register(_watch.leave)
     sys.excepthook = functools.partial(_announce_uncaught, sys.excepthook)
+    sys.exit = functools.partial(_exit_noted, sys.exit)  # type: ignore[assignment]
     with guarded(), _quiet():
         _check_collectives()
 
@@ -237,7 +242,7 @@ def _on_host(leaf: Any) -> Any:
 
 def _sent(values: np.ndarray) -> np.ndarray:
     """As bytes: JAX would make 64 bits 32, and the sum with others' zeros would make -0.0 0.0."""
-    with jax.numpy_dtype_promotion("standard"):
+    with meeting(), jax.numpy_dtype_promotion("standard"):
         return np.asarray(multihost_utils.broadcast_one_to_all(values.view(np.uint8))).view(values.dtype)
 
 
@@ -251,7 +256,7 @@ def gather(array: Any) -> np.ndarray:
     shape, mine = np.shape(array), mine.reshape(-1)
     if count() == 1:
         return mine.reshape(1, *shape)
-    with jax.numpy_dtype_promotion("standard"):
+    with meeting(), jax.numpy_dtype_promotion("standard"):
         rows = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)))
     return rows.view(mine.dtype).reshape(count(), *shape)
 
@@ -259,7 +264,8 @@ def gather(array: Any) -> np.ndarray:
 def barrier(name: str) -> None:
     """Waits until all processes have come to the barrier of this name."""
     if count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with meeting():
+            multihost_utils.sync_global_devices(name)
 
 
 def decided(decide: Callable[[], Value]) -> Value:
@@ -326,6 +332,24 @@ _LOST = re.compile("Gloo|NCCL|Connection (reset|closed)", re.IGNORECASE)
 def _announce_uncaught(before: Any, kind: type[BaseException], error: BaseException, trace: Any) -> None:
     _announce(error)
     before(kind, error, trace)
+
+
+def _exit_noted(before: Callable[..., Any], code: Any = None) -> None:
+    """`sys.exit`, which the others hear of, since `SystemExit` passes by `sys.excepthook`."""
+    cause = sys.exception()
+    known = isinstance(cause, Diverged | Stopped) or getattr(cause, "_announced", False)
+    ends = threading.current_thread() is threading.main_thread()
+    if _watch is not None and ends and code not in (None, 0) and not known:
+        _watch.exits(f"sys.exit({code!r:.300})")
+    before(code)
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """A block to which all processes come: while one waits in it after another has ended, it ends within
+    `wavg_jax.devices.watch.MISSED` seconds, with one line."""
+    with contextlib.nullcontext() if _watch is None else _watch.meeting():
+        yield
 
 
 def _line(error: BaseException) -> str:

@@ -202,8 +202,9 @@ def fit(
         run = Run(recipe, data, plan, store.name, scalars)
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
-        state = journal.begin(run.describe() | extra, run.initial, resume)
-        state, message = loop.train(run, journal, state, callbacks, show, stopped)
+        with processes.meeting():
+            state = journal.begin(run.describe() | extra, run.initial, resume)
+            state, message = loop.train(run, journal, state, callbacks, show, stopped)
         asked = bool(processes.gather(stopped()).any())
     result = Result(*evaluated(state), state, journal.rows(), asked)
     if message is not None:
