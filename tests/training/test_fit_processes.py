@@ -153,3 +153,44 @@ def test_replicas_that_the_processes_cannot_share_evenly_are_one_clear_line(tmp_
         assert one.returncode != 0
         said = "3 replicas do not spread evenly over 2 processes: set replicas= to 2 or 4, or start another number"
         assert said in one.stderr
+
+
+DIFFERENT = """
+def say(found=data, rate=0.05, wire="float32", **options):
+    try:
+        wavg.fit(task, found, averager, inner=optax.sgd(rate), local_steps=8, batch_size=16, progress=False,
+            at_sync=wavg.AtSync(wire=wire), **{"rounds": 1, "layout": wavg.Layout(replica_map="vmap")} | options)
+    except wavg.SettingsError as error:
+        print(error)
+    else:
+        print("no error")
+changed = data._replace(train=data.train._replace(x=data.train.x + INDEX))
+say(rounds=3 + 2 * INDEX)
+say(store=wavg.Store(checkpoint_every=1 + INDEX))
+say(store=wavg.Store(settings={"lr": INDEX}))
+say(scoring=wavg.Scoring(test_every=1 + INDEX))
+say(wire=["float32", "int8"][INDEX])
+say(rate=[0.05, 0.5][INDEX])
+say(wavg.data.shard(dataset, deal, heldout=200, seed=INDEX))
+say(wavg.data.shard(dataset, lambda split, seed: deal(split, INDEX), heldout=200, seed=0))
+say(data._replace(test=data.test._replace(x=data.test.x + INDEX)))
+say(wavg.data.pool(changed))
+say(on_round=[(), [lambda row: True]][INDEX], rounds=2)  # may differ
+"""
+
+
+def test_processes_that_were_given_different_things_all_refuse(tmp_path):
+    done = spawn(2, joined(RUN + DIFFERENT), tmp_path, "{}", timeout=150)
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    assert done[0].stdout == done[1].stdout
+    said = done[0].stdout.splitlines()
+    program = "would run another round than process 0; give all processes the same task, averager, inner optimizer"
+    expected = (
+        *("rounds=5, process 0 rounds=3; give all processes the same settings", "checkpoint_every=2", "lr=1"),
+        *("test_every=2", "wire='int8', process 0 wire='float32'", program, "other held-out samples"),
+        *("other shards than process 0; give all processes the same data", "other test samples"),
+        *("other training samples", "no error"),
+    )
+    for line, words in zip(said, expected, strict=True):
+        assert words in line
+        assert line == "no error" or line.startswith("process 1 ")

@@ -1,8 +1,8 @@
 """Several processes, such as one per machine: how they start, speak to one another, and end together.
 
 Each process runs the same program over its own devices; `jax.distributed` joins them, NCCL (GPU) or gloo (CPU) moves
-the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier`, `decided` and
-`first_error`, in the same order.
+the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier`, `decided`, `agree`
+and `first_error`, in the same order.
 """
 
 import atexit
@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -288,6 +288,26 @@ def decided(decide: Callable[[], Value]) -> Value:
     if theirs is not None:
         raise failed or theirs  # process 0's own, with its cause
     return sent  # type: ignore[return-value]
+
+
+_DIFFERS = "was given {name}={mine!r}, process 0 {name}={zero!r}; give all processes the same settings"
+
+
+def agree(mine: Mapping[str, Any], differs: str = _DIFFERS) -> None:
+    """Checks that all processes were given the same, before they rely on it.
+
+    Args:
+      mine: name -> value, of types that pickle takes.
+      differs: what to say of a process that was given something else, with {name}, {mine} and {zero}.
+
+    Raises:
+      SettingsError: one was given something else than process 0; the same error in all processes.
+    """
+    zero = broadcast(dict(mine))
+    wrong = [name for name in sorted({*mine, *zero}) if mine.get(name) != zero.get(name)]
+    said = [differs.format(name=name, mine=mine.get(name), zero=zero.get(name)) for name in wrong[:1]]
+    if error := first_error("".join(f"process {index()} {line}" for line in said)):
+        raise SettingsError(error)
 
 
 def first_error(error: str) -> str:
