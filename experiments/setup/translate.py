@@ -12,6 +12,7 @@ FLAGS = {
     "stats": "stats_at_sync",
     "name_or_path": "dataset",
     "trim": "byzantine",
+    "timeout": "start_timeout",
 }
 """Argument -> flag, where their names differ; every other argument goes by its own name."""
 _VALUES = {"resident=True": "feed=resident", "resident=False": "feed=stream", "resume=True": "resume"}

@@ -153,6 +153,15 @@ def test_a_second_signal_kills(tmp_path):
     assert launcher.returncode == 143
 
 
+def test_a_command_names_the_flag_that_lets_it_wait_longer():
+    command = [sys.executable, "-m", "experiments.train", f"--coordinator_address=127.0.0.1:{processes.free_port()}"]
+    command += ["--num_processes=2", "--process_id=1", "--start_timeout=1"]
+    done = subprocess.run(command, cwd=terminal.ROOT, env=terminal.ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "process 1 waited 1 seconds for process 0" in done.stderr
+    assert "or wait longer (--start_timeout)" in done.stderr
+
+
 @pytest.mark.parametrize("logged", [False, True])
 def test_process_0_sees_the_terminal(logged, tmp_path):
     sees = "import os; print(os.get_terminal_size().columns, os.isatty(1), os.isatty(2))"

@@ -266,7 +266,7 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
     if missing and not wrong:
         wrong.append(
             f"waited {timeout:g} seconds for process {', '.join(missing)} of {hosts}, which did not come to "
-            f"coordinator_address={address!r}; start it, or wait longer"
+            f"coordinator_address={address!r}; start it, or wait longer (timeout=)"
         )
     with changed:
         for channel in came:
@@ -305,5 +305,5 @@ def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], 
         raise SettingsError(answer["refused"])
     raise SettingsError(
         f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does not "
-        f"answer ({why}); start process 0 there, correct the address, or wait longer"
+        f"answer ({why}); start process 0 there, correct the address, or wait longer (timeout=)"
     )
