@@ -82,6 +82,23 @@ def test_all_replicas_travel_once_in_the_format_of_the_wire(weighting, how):
     assert not reduced or max(reduced) <= 4 * K + 160  # a search's metrics and slope of weights
 
 
+def test_a_change_that_was_not_blended_in_leaves_nothing_to_send():
+    def explode(updates, state, params=None):  # in the second round
+        return jax.tree.map(lambda u: jnp.where(state == 1, jnp.inf, -u), updates), state + 1
+
+    outer = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), explode)
+    averager = wavg.averager(wavg.uniform(), outer=optax.chain(outer, optax.scale(-1.0)))
+    rounds = wavg.make_rounds(regression(), averager, optax.sgd(0.1), at_sync=wavg.AtSync(wire="int8"))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 8, 4))
+    step, states = jax.jit(rounds.step), [rounds.init(jax.random.key(0), replicas=2)]
+    for _ in range(2):
+        state, log = step(states[-1], Batch(x, jnp.zeros(x.shape[:-1], jnp.int32)))
+        states.append(state)
+    assert not log.weights.any()
+    assert states[1].replicas.residual.any()
+    np.testing.assert_array_equal(states[2].replicas.residual, states[1].replicas.residual)
+
+
 def test_the_local_phase_sends_nothing():
     recipe, state, work, shared, text = compiled_round(wavg.learned())
     assert collectives(text)  # the parser sees what there is

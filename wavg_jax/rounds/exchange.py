@@ -12,7 +12,7 @@ from wavg_jax.base import Averager, Batch, PyTree, TrainState
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import score, sync, wire
 from wavg_jax.rounds.forward import Forward
-from wavg_jax.weighting.scores import normalise
+from wavg_jax.weighting.scores import normalise, per_replica
 
 
 class Sent(NamedTuple):
@@ -87,11 +87,13 @@ def make_exchange(averager: Averager, forward: Forward, where: Placement, how: s
             told = where.gather(sent._replace(params=(), mutable=()))
             blended = blend(averager, forward, where.reduce, before, told._replace(params=sent.params), window)
             return (*blended, {}), told, residual
-        packed, residual = where.map(pack)((sent.params, residual, rng), state.params)
+        packed, left = where.map(pack)((sent.params, residual, rng), state.params)
         told = where.gather(sent._replace(params=packed))
-        if how == "int8":
-            residual = tree.select_replicas(sent.alive, residual, jnp.zeros_like(residual))
-        return where.together(gathered)(before, told, window), told, residual
+        blended = where.together(gathered)(before, told, window)
+        if how == "int8":  # a change that was not blended in leaves nothing to send
+            left = tree.select(per_replica(blended[2]).sum() > 0, left, residual)
+            left = tree.select_replicas(sent.alive, left, jnp.zeros_like(left))
+        return blended, told, left
 
     return exchange
 
