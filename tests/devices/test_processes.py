@@ -1,6 +1,7 @@
 """Processes start, speak to one another, and end together; each test runs real ones over loopback."""
 
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -111,6 +112,15 @@ def test_a_process_that_fails_raises_its_own_error_and_ends_the_other(victim):
     assert said[victim].endswith("RuntimeError: out of luck\nmore")
     assert f"process {victim} of 2 (on " in said[1 - victim]
     assert "failed: RuntimeError: out of luck; this one" in said[1 - victim]
+
+
+def test_only_what_xla_says_of_a_lost_connection_waits_for_a_death(monkeypatch):
+    said = []
+    watch = types.SimpleNamespace(announce=said.append, wait_for_death=lambda: said.append("waited"))
+    monkeypatch.setattr(processes, "_watch", watch)
+    for error in (ValueError("Connection closed"), ValueError("UNKNOWN: Gloo AllGather failed: [x/pair.cc:538]")):
+        processes._announce(error)
+    assert [line.split(":")[0] for line in said] == ["ValueError", "waited", "ValueError"]
 
 
 @pytest.mark.slow

@@ -339,14 +339,15 @@ def guarded() -> Iterator[None]:
 def _announce(error: BaseException) -> None:
     if _watch is None or isinstance(error, Diverged | Stopped) or getattr(error, "_announced", False):
         return
-    if _LOST.search(str(error)):
+    if _LOST.match(str(error)):
         _watch.wait_for_death()  # this error is the consequence: the connection to a process that is gone broke
     _watch.announce(f"{type(error).__name__}: {_line(error)}")
     with contextlib.suppress(AttributeError):
         error._announced = True  # type: ignore[attr-defined]
 
 
-_LOST = re.compile("Gloo|NCCL|Connection (reset|closed)", re.IGNORECASE)
+# XLA's errors of several types, which begin with a status; another library's connections may break too.
+_LOST = re.compile("[A-Z_]+: .*(Gloo|NCCL|Connection (reset|closed))", re.DOTALL)
 
 
 def _announce_uncaught(before: Any, kind: type[BaseException], error: BaseException, trace: Any) -> None:
