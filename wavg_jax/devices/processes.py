@@ -21,11 +21,11 @@ import jax
 import numpy as np
 from jax._src import clusters, xla_bridge  # no public way to ask where the processes are, or whether devices are made
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavg_jax.arguments import Rule, as_whole, check, number
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError
 from wavg_jax.devices import sockets, watch
+from wavg_jax.devices.trial import try_collectives
 
 EXIT_CODE = watch.EXIT_CODE
 """Exit code of a process that ends because another one died, froze or failed."""
@@ -53,7 +53,7 @@ def initialize(
     """Joins this process to the others; call it before anything that makes JAX's devices.
 
     Needs no arguments under SLURM, Open MPI and Kubernetes (indexed jobs), where `jax.distributed` finds them. Does
-    nothing if there is one process alone. Then tries the collectives once against NumPy.
+    nothing if there is one process alone. Then tries the collectives once; `fit` does in the size of its own exchange.
 
     From here on all processes end together: when one dies, freezes or fails (see `guarded`), each of the others says so
     in one line on stderr and exits with `EXIT_CODE`. When one dies, that takes less than a second; when it freezes or
@@ -110,7 +110,7 @@ def initialize(
     sys.excepthook = functools.partial(_announce_uncaught, sys.excepthook)
     sys.exit = functools.partial(_exit_noted, sys.exit)  # type: ignore[assignment]
     with guarded(), _quiet():
-        _check_collectives()
+        _check_exchanges()
 
 
 _JAX_HEARTBEAT = 100
@@ -158,34 +158,16 @@ def _detected(
     return found
 
 
-def _check_collectives() -> None:
-    """Raises WavgError unless a gather and a sum over all devices equal NumPy's.
-
-    gloo has silently returned wrong values for large chunks (jax issue 40830).
-    """
-    devices = np.asarray(jax.devices())
-    # Whole numbers, so that sums in any order are exact; 4 MB in each process.
-    shape = (len(devices), _CHECKED // jax.local_device_count())
-    values = (np.arange(shape[0] * shape[1], dtype=np.float32) % 251).reshape(shape)
-    mesh = Mesh(devices, ("all",), axis_types=(AxisType.Auto,))
-    each, everywhere = PartitionSpec("all"), PartitionSpec()
-    spread = jax.make_array_from_callback(values.shape, NamedSharding(mesh, each), values.__getitem__)
-
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=each, out_specs=(everywhere, everywhere), check_vma=False)
-    def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.all_gather(x, "all", tiled=True), jax.lax.psum(x, "all")
-
-    gathered, summed = both(spread)
-    for what, got, expected in (("gather", gathered, values), ("sum", summed, values.sum(0, keepdims=True))):
-        if not all(np.array_equal(shard.data, expected) for shard in got.addressable_shards):
-            raise WavgError(f"a {what} over {len(devices)} devices returns wrong values: use another version of jaxlib")
+def _check_exchanges() -> None:
+    """Raises WavgError unless what processes and devices send one another arrives as it was sent."""
+    devices = tuple(jax.devices())
+    try_collectives(devices, max(_CHECKED // len(devices), 1), _CHECKED)
     if not np.array_equal(gather(np.int64(index())), np.arange(count())) or broadcast(index()) != 0:
         raise WavgError("values sent between processes arrive changed: use another version of jaxlib")
 
 
 _CHECKED = 2**20
-"""Numbers in each process."""
+"""Numbers in a gather of all devices, and in a sum: 4 MB, however many there are."""
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """One run: its numbers, its data on the devices, its compiled programs, and the row that describes it."""
 
 import functools
+import math
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,8 +13,11 @@ from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine, processes
+from wavg_jax.devices.network import WIRES
 from wavg_jax.devices.transfer import own_part, put, put_own
+from wavg_jax.devices.trial import try_collectives
 from wavg_jax.rounds import sync
+from wavg_jax.rounds.exchange import gathers
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
@@ -53,6 +57,24 @@ def blended_bytes(recipe: Recipe, state: TrainState) -> int:
     return nbytes
 
 
+def exchanged(recipe: Recipe, state: TrainState) -> tuple[int, int]:
+    """How large the exchange of parameters is.
+
+    Args:
+      recipe: of the rounds.
+      state: their state, or its shapes.
+
+    Returns:
+      Numbers of float32 (or as many bytes) that a device gathers on the others, and numbers in a sum over all; the one
+      that is not needed is small.
+    """
+    numbers = -(-tree.count(state.params) // recipe.at_sync.fragments)
+    if recipe.placement.parts == 1 or not gathers(recipe.averager, recipe.at_sync.wire):
+        return 1, numbers
+    each = tree.count_replicas(state.replicas.params) // recipe.placement.parts
+    return math.ceil(each * numbers * WIRES[recipe.at_sync.wire] / WIRES["float32"]), 1
+
+
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
@@ -76,6 +98,8 @@ class Run:
             self.step, self._evaluate = compiled_together((program.run, *first), evaluate)
         # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
         processes.agree({"round": self.step.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
+        if processes.count() > 1:
+            try_collectives(recipe.placement.devices, *exchanged(recipe, self.initial))
 
     def work(self, first_step: int, steps: int) -> Work:
         """The batches of a `steps`-step round starting at global local step `first_step`, on the devices."""
