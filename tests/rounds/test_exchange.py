@@ -20,6 +20,7 @@ from wavg_jax.training.batches import make_work, put_shared
 from wavg_jax.training.phases import local_phase
 from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import make_recipe
+from wavg_jax.training.run import exchanged
 
 K = 8
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
@@ -38,11 +39,11 @@ def collectives(text):
     return found
 
 
-def compiled_round(weighting, how="float32"):
+def compiled_round(weighting, how="float32", devices=K):
     source = sharded(replicas=K)
-    at_sync = wavg.AtSync(wire=how)
-    recipe = make_recipe(regression(), source, wavg.averager(weighting), optax.sgd(0.1), at_sync=at_sync)
-    assert len(recipe.placement.devices) == K
+    options = {"at_sync": wavg.AtSync(wire=how), "layout": wavg.Layout(devices=devices)}
+    recipe = make_recipe(regression(), source, wavg.averager(weighting), optax.sgd(0.1), **options)
+    assert len(recipe.placement.devices) == devices
     program = programs_of(recipe, K)
     state = program.init(jax.random.key(0))
     work = make_work(recipe, source, seed=0, first_step=0, longest=4, batch_size=4)
@@ -80,6 +81,27 @@ def test_all_replicas_travel_once_in_the_format_of_the_wire(weighting, how):
     assert len(gathers) == 1
     reduced = [nbytes for kind, nbytes in collectives(text) if kind == "all-reduce"]
     assert not reduced or max(reduced) <= 4 * K + 160  # a search's metrics and slope of weights
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    ("weighting", "how"),
+    [(wavg.softmax("loss", 1.0), "float32"), (wavg.uniform(), "int8"), (wavg.learned(), "float32")],
+)
+def test_with_several_replicas_a_device_a_sum_stays_one_tree_and_a_gather_grows_with_all(weighting, how, devices):
+    recipe, state, _, _, text = compiled_round(weighting, how, devices)
+    found = collectives(text)
+    gathers = [nbytes for kind, nbytes in found if kind == "all-gather"]
+    assert len(gathers) == 1
+    gathered, summed = exchanged(recipe, state)
+    if how == "float32" and not weighting.reads_replicas:
+        assert ("all-reduce", tree.nbytes(state.params)) in found
+        assert summed == tree.count(state.params)
+        assert sum(gathers) < 40 * K
+    else:
+        numbers = tree.count(state.params) if how == "float32" else wire.BLOCK
+        assert K * numbers * WIRES[how] <= sum(gathers) <= K * (numbers * WIRES[how] + tree.nbytes(state.mutable) + 40)
+        assert gathered == int(np.ceil(K // devices * tree.count(state.params) * WIRES[how] / 4))
 
 
 def test_a_change_that_was_not_blended_in_leaves_nothing_to_send():

@@ -91,6 +91,17 @@ def test_four_processes_and_four_devices_give_the_rows_of_one(options, tmp_path)
     assert_alike(both[0], alone, options.get("wire", "float32"))
 
 
+@pytest.mark.slow
+def test_eight_replicas_on_eight_devices_give_the_rows_of_one(tmp_path):
+    options = {"replicas": 8, "weighting": "learned"}
+    (alone,) = rows(tmp_path, 1, options)
+    (spread,) = rows(tmp_path, 1, options, devices=8)
+    assert_alike(spread, alone)
+    both = rows(tmp_path, 2, options, devices=4)
+    assert both[0][0]["devices"] == 8
+    assert_alike(both[1], alone)
+
+
 ROUNDS_ALONE = """
 import jax
 where = wavg.place(K)
@@ -123,6 +134,16 @@ def test_a_run_resumes_with_another_number_of_processes(counts, tmp_path):
     resumed = rows(tmp_path, counts[1], options | {"rounds": 4, "resume": True})
     for found in resumed:
         assert_alike(found, straight, "int8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", cases((), ("plain", "int8")))
+def test_a_run_resumes_bit_for_bit_with_as_many_processes(options, tmp_path):
+    straight = rows(tmp_path, 2, options | {"rounds": 4})
+    options = options | {"workdir": str(tmp_path / "run")}
+    rows(tmp_path, 2, options | {"rounds": 2})
+    resumed = rows(tmp_path, 2, options | {"rounds": 4, "resume": True})
+    assert numbers(resumed[0]) == numbers(straight[0])
 
 
 STOPPED = """
