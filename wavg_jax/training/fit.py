@@ -33,6 +33,7 @@ from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stop
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.devices import mapping, processes
 from wavg_jax.rounds import score
+from wavg_jax.rounds.exchange import warn_of_wire
 from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.forward import Forward, metrics, metrics_and_logits
 from wavg_jax.rounds.round import AVERAGER, TASK
@@ -301,6 +302,7 @@ _MANY = 256
 def _check(plan: Plan, recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
     """Refuses what cannot work before anything is compiled, and returns the names of the task's scalar metrics."""
     check_replicas(recipe.faults, len(data.shards))
+    warn_of_wire(recipe.averager, recipe.at_sync.wire, len(data.shards), recipe.placement)
     check_room(recipe, data, plan.schedule.longest, plan.batch_size)
     if len(data.shards) > _MANY:
         warnings.warn(
