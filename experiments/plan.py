@@ -31,6 +31,7 @@ from wavg_jax.base import DataError, SettingsError
 from wavg_jax.devices.network import COLLECTIVES, WIRES, Link
 from wavg_jax.storage.rows import check_writable, write_atomically
 
+BUILT = "library"
 flags.DEFINE_float("parameters", 1e9, "Numbers of the network, N.", lower_bound=1)
 flags.DEFINE_float(
     "flop_per_sample",
@@ -43,10 +44,11 @@ flags.DEFINE_list("workers", "100,1000,10000,100000", "Numbers of workers, K.")
 flags.DEFINE_list("wire_formats", list(WIRES), f"Formats on the wire, of {', '.join(WIRES)}.")
 flags.DEFINE_enum(
     "collective",
-    "ring",
-    list(COLLECTIVES),
-    "How workers exchange: in a ring; by recursive halving, as many bytes in fewer steps; or averaging gathers every "
-    "replica, as weightings that try blends out do, while sync still uses a ring.",
+    BUILT,
+    [BUILT, *COLLECTIVES],
+    "How workers exchange: as the library does, float32 in a ring and narrower formats by gathering every replica; in "
+    "a ring; by recursive halving, as many bytes in fewer steps; or averaging gathers every replica in any format, as "
+    "weightings that try blends out do. Sync uses a ring then. What the library has not built is marked.",
 )
 flags.DEFINE_float(
     "failure_rate",
@@ -59,6 +61,8 @@ flags.DEFINE_float("checkpoint_seconds", 600.0, "Seconds between two checkpoints
 flags.DEFINE_string("check", None, "File of measured points to compare with instead.")
 flags.DEFINE_float("tolerance", 0.2, "Largest relative error of a prediction that --check allows.", lower_bound=0)
 F = flags.FLAGS
+NOT_BUILT = ", not built"
+"""Marks the rows of an exchange that the library does not make: it reduces and sums in float32 alone."""
 
 PLANNED = (
     *("parameters", "flop_per_sample", "flops", "batch_size", "workers", "steps", "wire_formats", "collective"),
@@ -102,7 +106,7 @@ def make_plan() -> dict[Case, Outcome]:
     wires = shared_flags.names("wire_formats", WIRES)
     found = {}
     for workers, steps, wire in itertools.product(numbers("workers", int), (0, *numbers("steps", int)), wires):
-        how = "ring" if not steps and F.collective == "gather" else F.collective
+        how = _collective(steps, wire)
         found[workers, steps, wire] = simulate(
             _load(),
             cluster,
@@ -113,6 +117,12 @@ def make_plan() -> dict[Case, Outcome]:
             collective=how,
         )
     return found
+
+
+def _collective(steps: int, wire: str) -> str:
+    if F.collective == BUILT:
+        return "gather" if steps and wire != "float32" else "ring"
+    return "ring" if not steps and F.collective == "gather" else F.collective
 
 
 def _form(steps: int) -> str:
@@ -128,7 +138,9 @@ HEADS = (
 def _row(steps: int, wire: str, one: Outcome) -> tuple[str, ...]:
     shares = (one.communication, one.hiding / 1e8, one.lost, one.efficiency)
     times = (one.round_seconds, one.round_seconds / (steps or 1))
-    return (_form(steps), wire, *map(_figure, times), *(_figure(100 * x) for x in shares), _figure(one.samples))
+    built = wire == "float32" or _collective(steps, wire) == "gather"
+    figures = (*map(_figure, times), *(_figure(100 * x) for x in shares), _figure(one.samples))
+    return (_form(steps), wire + NOT_BUILT * (not built), *figures)
 
 
 def _figure(value: float) -> str:
@@ -141,6 +153,7 @@ def _premises() -> list[str]:
     load, link = _load(), shared_flags.read_link()
     step = load.batch_size * load.flop_per_sample / F.flops
     how = {
+        BUILT: "float32 all-reduces in a ring, 2 (K-1) steps; narrower formats gather every replica, K-1 steps",
         "ring": "all-reduce in a ring, 2 (K-1) steps (int8: in two phases)",
         "halving": "all-reduce by recursive halving and doubling, 2 log2 K steps",
         "gather": "averaging gathers every replica, K-1 steps; sync all-reduces in a ring",
@@ -157,7 +170,7 @@ def _premises() -> list[str]:
 NOTE = (
     "A round of sync is one step: H of them take H times as long. To hide it: bytes a second at which a worker sends a "
     "round's bytes while it computes the round. Lost: expected share of the workers' time that failures cost. "
-    "Efficiency: share of the time in which workers compute what is kept."
+    "Efficiency: share of the time in which workers compute what is kept. Not built: the library does not exchange so."
 )
 
 

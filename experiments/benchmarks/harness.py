@@ -152,11 +152,19 @@ class BenchmarkTable(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """A benchmark's rows and the folder they go to."""
+    """A benchmark's rows and the folder they go to.
+
+    Attributes:
+      name: of the benchmark.
+      records: its rows.
+      folder: of rows and report.
+      command: that measures now; in a folder that was begun before, not that of the first row.
+    """
 
     name: str
     records: Records
     folder: pathlib.Path
+    command: str
 
     def case(self, **entries: Any) -> None:
         """Adds the row of a case."""
@@ -189,7 +197,7 @@ def begin(name: str, reads: Collection[str], *, again: bool = False, **facts: An
       name: of the benchmark.
       reads: the flags that it reads, except --workdir.
       again: whether to go on in a folder that holds rows of this benchmark; it gets another first row only if hardware
-        or versions are others now.
+        or versions are others now, so that its cases should keep their `Recording.command`.
       facts: further entries of the first row.
 
     Raises:
@@ -204,11 +212,12 @@ def begin(name: str, reads: Collection[str], *, again: bool = False, **facts: An
         raise SettingsError("the folder already holds rows; choose another --workdir")
     settings = {flag: F[flag].value for flag in _given(reads)}
     where = {name: getattr(machine, name)() for name in ("hardware", "versions", "environment")}
-    first = {"kind": "benchmark", "run": name, "command": _command(name, reads), "settings": settings, **where}
+    command = _command(name, reads)
+    first = {"kind": "benchmark", "run": name, "command": command, "settings": settings, **where}
     before = [row for row in records.rows if row["kind"] == "benchmark"]
     if not before or any(before[-1][part] != where[part] for part in ("hardware", "versions")):
         records.append(first | facts)
-    return Recording(name, records, folder)
+    return Recording(name, records, folder, command)
 
 
 def refuse_unused(reads: Collection[str]) -> None:

@@ -86,6 +86,19 @@ class Limits(NamedTuple):
     seconds: float
     patience: float
 
+    def entries(self) -> Row:
+        """A row's entries about them: targets, link_seconds."""
+        return {"targets": list(self.targets), "link_seconds": self.seconds}
+
+    def same_as(self, row: Row) -> bool:
+        """Whether a row was recorded with these; older rows tell the targets alone."""
+        return limits_of(row) in [(self.targets, self.seconds), (self.targets, None)]
+
+
+def limits_of(row: Row) -> tuple[tuple[float, ...], float | None]:
+    """The targets and the seconds that a recorded run ended at; None in older rows."""
+    return tuple(sorted(map(float, row["reached"]))), row.get("link_seconds")
+
 
 class _Place(NamedTuple):
     """Where the processes of a cell run: on nodes, or, without any, side by side on this machine."""
@@ -212,7 +225,7 @@ def measure(cell: Cell, limits: Limits, folder: pathlib.Path, data_dir: str) -> 
     shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # logs of a cell that failed
         folder.parent.rmdir()
-    return cell._asdict() | entries
+    return cell._asdict() | limits.entries() | entries
 
 
 def _last_words(folder: pathlib.Path) -> str:

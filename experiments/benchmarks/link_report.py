@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks.link_cells import ALONE, LOOPBACK, UNSHAPED
+from experiments.benchmarks.link_cells import ALONE, LOOPBACK, UNSHAPED, limits_of
 from experiments.benchmarks.namespaces import bits
 from experiments.setup.simulation import predicted
 from wavg_jax.devices.network import COLLECTIVES, Link
@@ -63,11 +63,13 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     def key(row: Row) -> tuple:
         return (row["link"], row["nodes"], row["arm"], row["local_steps"], row["wire"], tuple(row["options"]))
 
+    # Runs that ended at other limits are no other seeds of the same.
+
     links = [ALONE, *dict.fromkeys(row["link"] for row in rows if row["link"] != ALONE)]
     found: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    every = [Group._make((*of, tuple(some))) for of, some in found.items()]
+        found.setdefault((key(row), limits_of(row)), []).append(row)
+    every = [Group._make((*of, tuple(some))) for (of, _), some in found.items()]
     return sorted(every, key=lambda one: (one.nodes, links.index(one.link)))
 
 
@@ -200,7 +202,9 @@ def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
     best = _best([one for one in whole if all(row["curve"] for row in one.rows)])
     counts = sorted({len(one.rows) for one in best}) or [0]
     several = f"{counts[0]} to " if len(counts) > 1 else ""
-    subtitle = f"{nodes} nodes, links of {link}, {several}{seeds(counts[-1])}, each arm at its best H"
+    tried = {(one.arm, one.wire, one.local_steps) for one in whole}
+    chosen = "each arm at its best H" if len(tried) > len(best) else "H as in the legend"
+    subtitle = f"{nodes} nodes, links of {link}, {several}{seeds(counts[-1])}, {chosen}"
 
     def paint(theme: Theme) -> Figure:
         figure, axes = canvas.make_axes(theme, "Test accuracy on the measured clock", subtitle, 5.0)

@@ -11,12 +11,12 @@ sequential runs alone, in one process with a node's share of the cores. sequenti
 the number of steps between two evaluations, so they run at its smallest.
 
 Further flags, such as --dataset or --lr_weighted, go to experiments.train and are part of a cell: run again with others
-and the same --workdir, and the cells are added. A cell that is there already is skipped, so an interrupted bench goes
-on with the same command.
+and the same --workdir, and the cells are added. A cell that is there already, measured up to the same --targets and
+--link_seconds, is skipped, so an interrupted bench goes on with the same command.
 
 Writes rows.jsonl and a picture for each link and number of nodes to --workdir, and, where the same runs were measured
 unshaped too, points.jsonl, which `experiments.plan --check` compares with what it computes. A row's entries beside
-those of `link_cells.Cell`, `link_cells.summary` and `link_cells.sent`: started.
+those of `link_cells.Cell`, `link_cells.Limits.entries`, `link_cells.summary` and `link_cells.sent`: started, command.
 """
 
 import pathlib
@@ -126,7 +126,7 @@ def _options(arm: str, nodes: int) -> tuple[str, ...]:
 def _fill(recording: Recording, cells: Sequence[Cell], limits: Limits) -> list[str]:
     """Runs the cells that are not recorded, with a line for each; returns what the failed ones said."""
     done = recording.cases()
-    todo = [cell for cell in cells if not any(cell.same_as(row) for row in done)]
+    todo = [cell for cell in cells if not any(cell.same_as(row) and limits.same_as(row) for row in done)]
     failed, out = [], app.console(log_width=180)
     with progress.bar(len(cells), len(cells) - len(todo)) as advance:
         for number, cell in enumerate(todo, len(cells) - len(todo) + 1):
@@ -135,7 +135,7 @@ def _fill(recording: Recording, cells: Sequence[Cell], limits: Limits) -> list[s
             try:
                 started = machine.now()
                 row = measure(cell, limits, folder, F.data_dir)
-                recording.case(started=started, **row)
+                recording.case(started=started, command=recording.command, **row)
                 said = link_report.line(row)
             except WavgError as error:
                 said = f"failed: {error}"

@@ -33,10 +33,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 PRESET = ROOT / "experiments" / "presets" / "digits.flags"
 STARTS = ("import", "train", "compare")
 flags.DEFINE_list("starts", list(STARTS), f"What to start, of {', '.join(STARTS)}.")
-flags.DEFINE_float("start_timeout", 300.0, "Seconds until a process without a first round fails.", lower_bound=1)
+flags.DEFINE_float("longest_start", 300.0, "Seconds until a process without a first round fails.", lower_bound=1)
 F = flags.FLAGS
 
-READS = ("starts", "start_timeout", "repeats")
+READS = ("starts", "longest_start", "repeats")
 for _name in (*READS, "workdir"):
     flags.declare_key_flag(_name)
 
@@ -67,7 +67,7 @@ def _turn(what: str, advance: Callable[[str], None]) -> dict[str | None, float]:
         cache = pathlib.Path(folder) / "cache"
         if what == "import":
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", "import wavg_jax"], cwd=ROOT, check=True, timeout=F.start_timeout)
+            subprocess.run([sys.executable, "-c", "import wavg_jax"], cwd=ROOT, check=True, timeout=F.longest_start)
             found[None] = time.perf_counter() - start
             advance(what)
             return found
@@ -90,9 +90,9 @@ def first_round(binary: str, workdir: pathlib.Path, environment: Mapping[str, st
     )
     try:
         while not _has_round(workdir / FILE):
-            ended, late = process.poll() is not None, time.perf_counter() - start > F.start_timeout
+            ended, late = process.poll() is not None, time.perf_counter() - start > F.longest_start
             if late or (ended and not _has_round(workdir / FILE)):
-                raise WavgError(f"experiments.{binary} finished no round; its output is above (--start_timeout)")
+                raise WavgError(f"experiments.{binary} finished no round; its output is above (--longest_start)")
             time.sleep(POLL)
         seconds = time.perf_counter() - start
         process.wait()  # completes the cache, and slows no one later

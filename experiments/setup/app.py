@@ -41,7 +41,19 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("num_processes", None, "Several processes: how many.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.", lower_bound=0)
-OWN = ["compilation_cache", "matmul_precision", "coordinator_address", "num_processes", "process_id"]
+flags.DEFINE_float(
+    "start_timeout", processes.TIMEOUT, "Several processes: seconds in which all must have started.", lower_bound=1
+)
+flags.DEFINE_float(
+    "heartbeat",
+    processes.HEARTBEAT,
+    "Several processes: seconds of silence after which one counts as frozen, or its machine as lost.",
+    lower_bound=1,
+)
+OWN = [
+    *("compilation_cache", "matmul_precision", "coordinator_address", "num_processes", "process_id"),
+    *("start_timeout", "heartbeat"),
+]
 F = flags.FLAGS
 
 Main = Callable[[Sequence[str]], None]
@@ -195,7 +207,9 @@ def run(main: Main) -> None:
     def configured(rest: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C unwinds, see `call`
         configure()
-        processes.initialize(F.coordinator_address, F.num_processes, F.process_id)
+        processes.initialize(
+            F.coordinator_address, F.num_processes, F.process_id, timeout=F.start_timeout, heartbeat=F.heartbeat
+        )
         if not processes.first():  # one says it for all
             warnings.filterwarnings("ignore", category=WavgWarning)
         with processes.guarded():

@@ -244,11 +244,14 @@ def _groups(arm: Arm) -> dict[str, Any]:
 
 
 def _devices_of_batch(batch_size: int) -> int:
-    """The devices that the pooled arms split their batches over: as many as divide them, the same in every process.
+    """The devices that the pooled arms split their batches over: as many as divide them, up to --devices, the same in
+    every process.
 
     CPU devices of one process share its cores, and one of them computes faster than several that exchange gradients.
     """
     here = 1 if jax.default_backend() == "cpu" else jax.local_device_count()
+    if F.devices is not None:
+        here = max(min(here, F.devices // processes.count()), 1)
     counts = [n * processes.count() for n in range(1, here + 1) if not batch_size % (n * processes.count())]
     if not counts:
         raise SettingsError(

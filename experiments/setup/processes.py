@@ -25,6 +25,8 @@ GRACE = 10.0
 _POLL = 0.05
 """Seconds between two looks at the processes."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a process that a SIGTERM of its own ended in order. Those that train with it stop by themselves."""
 _EMULATED = "xla_force_host_platform_device_count"
 
 
@@ -85,7 +87,8 @@ def launch(
     whole lines are shown. Standard
     input is empty. SIGINT, SIGTERM and SIGHUP are forwarded to all; a second one kills them. When a process fails, the
     others get SIGTERM and, `grace` seconds later, SIGKILL. After a forwarded signal they get no SIGTERM on top, since
-    our binaries take a second signal as an order to end at once.
+    our binaries take a second signal as an order to end at once; nor after a process that stopped in order (`STOPPED`),
+    which takes the others along. When we are killed, they get SIGTERM, and SIGKILL `grace` seconds later.
 
     Args:
       commands: one for each process; process i runs the i-th in a process group of its own.
@@ -161,6 +164,35 @@ class _Stream(NamedTuple):
             self._replace(log=None).take(b"\n")
 
 
+_GUARD = """
+import os, signal, sys, time
+groups = [int(line) for line in sys.stdin]  # until whoever writes is gone
+for number in (signal.SIGTERM, signal.SIGKILL):
+    for group in groups:
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def _guard(stack: contextlib.ExitStack, grace: float) -> BinaryIO:
+    """Starts a process that ends the groups whose numbers it is told, a line each, once we are killed.
+
+    It ends with the stack. The system closes our pipe to it, whatever ends us.
+    """
+    theirs, ours = os.pipe()
+    told = stack.enter_context(os.fdopen(ours, "wb", buffering=0))
+    command = (sys.executable, "-I", "-S", "-c", _GUARD, str(grace))
+    nowhere = subprocess.DEVNULL
+    guard = subprocess.Popen(command, stdin=theirs, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    os.close(theirs)
+    stack.callback(guard.wait)
+    stack.callback(guard.kill)
+    return told
+
+
 class _Group:
     """The processes, from the first one's start to the last one's end."""
 
@@ -169,6 +201,7 @@ class _Group:
         self.running: list[subprocess.Popen] = []
         self.selector = stack.enter_context(selectors.DefaultSelector())
         self.code = 0
+        self.guard = _guard(stack, grace)
 
     def start(self, command: Command) -> None:
         number, log = len(self.running), None
@@ -190,6 +223,7 @@ class _Group:
                 if output is not None:
                     os.close(output)
         self.running.append(process)
+        self.guard.write(f"{process.pid}\n".encode())
 
     def _output(self, number: int, shown: int, log: BinaryIO | None) -> int | None:
         """A file descriptor for a process to write to, where we read it; None for our own, a terminal."""
@@ -229,7 +263,7 @@ class _Group:
                     continue
                 del left[number]
                 if process.returncode and not self.code:
-                    self.fail(number, process.returncode, quiet=bool(sent))
+                    self.fail(number, process.returncode, quiet=bool(sent) or process.returncode == STOPPED)
                     deadline = time.monotonic() + self.grace
             if len(asked) > 1:
                 self.code, deadline = 128 + asked[1], 0.0
@@ -247,7 +281,7 @@ class _Group:
         return self.code
 
     def fail(self, number: int, returncode: int, *, quiet: bool) -> None:
-        """Notes the first failure and, if nobody asked for the end, says so and ends the others."""
+        """Notes the first failure and, unless the others end anyway, says so and ends them."""
         self.code = returncode if returncode > 0 else 128 - returncode
         if quiet:
             return

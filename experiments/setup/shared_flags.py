@@ -152,7 +152,8 @@ flags.DEFINE_enum(
     "wire",
     "float32",
     list(WIRES),
-    "What replicas send in: float32 parameters, or changes in bfloat16 or int8; see wavg_jax/rounds/wire.py.",
+    "What replicas send in: float32 parameters, or changes in bfloat16 or int8, which send less for few replicas; see "
+    "wavg_jax/rounds/wire.py.",
 )
 flags.DEFINE_integer(
     "fragments",

@@ -14,6 +14,7 @@ FLAGS = {
     "name_or_path": "dataset",
     "trim": "byzantine",
     "tau": "outer_tau",
+    "timeout": "start_timeout",
 }
 """Argument -> flag, where their names differ; every other argument goes by its own name."""
 _VALUES = {"resident=True": "feed=resident", "resident=False": "feed=stream", "resume=True": "resume"}

@@ -1,6 +1,7 @@
 """Processes start, speak to one another, and end together; each test runs real ones over loopback."""
 
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -113,11 +114,68 @@ def test_a_process_that_fails_raises_its_own_error_and_ends_the_other(victim):
     assert "failed: RuntimeError: out of luck; this one" in said[1 - victim]
 
 
+def test_only_what_xla_says_of_a_lost_connection_waits_for_a_death(monkeypatch):
+    said = []
+    watch = types.SimpleNamespace(announce=said.append, wait_for_death=lambda: said.append("waited"))
+    monkeypatch.setattr(processes, "_watch", watch)
+    for error in (ValueError("Connection closed"), ValueError("UNKNOWN: Gloo AllGather failed: [x/pair.cc:538]")):
+        processes._announce(error)
+    assert [line.split(":")[0] for line in said] == ["ValueError", "waited", "ValueError"]
+
+
 @pytest.mark.slow
 def test_an_error_outside_the_guard_ends_the_other_too():
     done = spawn(2, joined("if INDEX == 1:\n    raise KeyError('x')\nprocesses.barrier('b')"))
     said = ended(done, processes.EXIT_CODE, 1)
     assert "failed: KeyError: 'x'" in said[0]
+
+
+GOES = """
+from wavg_jax.devices import watch
+watch.MISSED = 2
+if INDEX == 1:
+    {act}
+else:
+    processes.barrier("b")
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "says"),
+    [
+        ("sys.exit(7)", 7, "failed: sys.exit(7); this one"),
+        pytest.param("raise SystemExit(7)", 7, "has ended, for which this one", marks=pytest.mark.slow),
+        ("pass", 0, "has ended, for which this one"),
+    ],
+)
+def test_a_process_that_goes_ends_the_one_that_waits_for_it(act, code, says):
+    said = ended(spawn(2, joined(GOES.format(act=act))), processes.EXIT_CODE, code)
+    assert "process 1 of 2 (on " in said[0]
+    assert says in said[0]
+
+
+@pytest.mark.slow
+def test_an_exit_that_is_caught_is_no_failure():
+    caught = """
+import time
+try:
+    sys.exit(7 * INDEX)
+except SystemExit:
+    pass
+processes.barrier("b")
+time.sleep(6 * (1 - INDEX))  # longer than the others would wait after a failure
+"""
+    assert ended(spawn(2, joined(caught)), 0, 0) == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_in_a_program_of_its_own_says_where_it_stands():
+    script = GOES.format(act="watch.LAST = 5").replace("processes.barrier", "wait")
+    wait = "import threading\ndef wait(_):\n    threading.Event().wait()\n"
+    done = spawn(2, joined(wait + script))
+    assert done[0].returncode == processes.EXIT_CODE
+    assert "has ended; this one, process 0, has been at " in done[0].stderr
+    assert "it ended 5 seconds ago, before the others" in done[0].stderr
 
 
 @pytest.mark.slow

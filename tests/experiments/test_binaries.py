@@ -58,6 +58,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(("given", "split"), [((), 8), (("--devices=2",), 2), (("--devices=6",), 4)])
+def test_arms_of_one_replica_split_their_batches_over_as_many_devices_as_asked_for(given, split, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # on a CPU they stay on one
+    with flagsaver.flagsaver():
+        app.parse(["train", *given])
+        assert arms._devices_of_batch(16) == split
+
+
 BAD = [
     (compare, ["--rundes=3"], "rundes"),
     (compare, ["--weighting=acuracy"], "acuracy"),
@@ -65,7 +73,7 @@ BAD = [
     (compare, ["--rounds=ten"], "--rounds=ten: it must be a positive whole number"),
     (compare, ["--resume=maybe"], "--resume=maybe: it must be true or false"),
     (compare, ["--pull=2"], "--pull=2: it must be a number in the range [0, 1]"),
-    (compare, ["--devices=3"], "set --devices to 2 or 4"),
+    (compare, ["--devices=3"], "set --replicas to 3 or 6, or --devices to 2 or 4"),
     (compare, ["--flagfile={folder}/nowhere.flags"], "nowhere.flags"),
     (compare, ["rounds=3"], "--name=value"),
     (compare, ["--arms=weighted,median"], "--arms"),

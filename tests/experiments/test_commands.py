@@ -22,7 +22,9 @@ def _commands():
     """(binary, arguments) of every command written down; `--flagfile=...` is the flag file of the one before."""
     pages = [ROOT / name for name in ("README.md", "experiments/README.md", "experiments/results/README.md")]
     pages += sorted((ROOT / "experiments" / "presets").glob("*.flags"))
-    texts = [*(path.read_text() for path in pages), *(module.__doc__ for module in BINARIES.values())]
+    scripts = [ROOT / "experiments" / "presets" / name for name in ("slurm.sbatch", "kubernetes.yaml")]
+    joined = [re.sub(r"\\?\n\s+", " ", path.read_text()).replace("$JOB_COMPLETION_INDEX", "0") for path in scripts]
+    texts = [*joined, *(path.read_text() for path in pages), *(module.__doc__ for module in BINARIES.values())]
     found = {}
     for text in texts:
         flagfile = ""

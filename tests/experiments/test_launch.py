@@ -120,7 +120,7 @@ def test_a_program_that_cannot_start_ends_those_that_did(monkeypatch):
     monkeypatch.setattr(processes.subprocess, "Popen", start)
     with pytest.raises(WavgError, match=r"cannot start process 1: .*no/such"):
         launch([code(WAITS), Command(("no/such",))])
-    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2  # and who guards it
 
 
 def start_launcher(tmp_path, text, *flags):
@@ -132,6 +132,22 @@ def start_launcher(tmp_path, text, *flags):
     )
     assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[1] ready\n", "ready\n"]
     return launcher
+
+
+@pytest.mark.parametrize("text", [TIDY, pytest.param(STUBBORN + "#", id="stubborn")])
+def test_a_launcher_that_is_killed_leaves_no_process_behind(text, tmp_path):
+    launcher = start_launcher(tmp_path, "import os; open(f'{__file__}-{os.getpid()}', 'w');" + text, "--grace=0.5")
+    pids = [int(path.name.rpartition("-")[2]) for path in tmp_path.glob("work.py-*")]
+    launcher.kill()
+    assert len(pids) == 2
+    assert all(ends(pid) for pid in pids)
+    launcher.communicate()
+
+
+def test_who_stopped_in_order_takes_the_others_along(capfd):
+    stops = f"exit({processes.STOPPED})"
+    assert launch([code(stops), code("import time; time.sleep(0.5); print('saved'); " + stops)]).code == 143
+    assert capfd.readouterr() == ("[1] saved\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -151,6 +167,15 @@ def test_a_second_signal_kills(tmp_path):
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=20)
     assert launcher.returncode == 143
+
+
+def test_a_command_names_the_flag_that_lets_it_wait_longer():
+    command = [sys.executable, "-m", "experiments.train", f"--coordinator_address=127.0.0.1:{processes.free_port()}"]
+    command += ["--num_processes=2", "--process_id=1", "--start_timeout=1"]
+    done = subprocess.run(command, cwd=terminal.ROOT, env=terminal.ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "process 1 waited 1 seconds for process 0" in done.stderr
+    assert "or wait longer (--start_timeout)" in done.stderr
 
 
 @pytest.mark.parametrize("logged", [False, True])

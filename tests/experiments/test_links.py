@@ -85,6 +85,25 @@ def test_a_recorded_cell_is_known_again():
         assert not other.same_as(row)
 
 
+def test_a_row_without_limits_counts_as_measured_up_to_its_targets():
+    row = {"reached": {"0.8": None, "0.5": 1.0}}
+    assert LIMITS.same_as(row)
+    assert LIMITS.same_as(row | {"link_seconds": 10.0})
+    assert not LIMITS.same_as(row | {"link_seconds": 11.0})
+    assert not LIMITS._replace(targets=(0.5,)).same_as(row)
+
+
+@pytest.mark.parametrize(("steps", "says"), [((10, 20), "each arm at its best H"), ((10,), "H as in the legend")])
+def test_a_picture_says_best_only_where_several_were_tried(steps, says, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(link_report.canvas, "make_plot", lambda name, title, caption, paint: paint)
+    monkeypatch.setattr(link_report.canvas, "make_axes", lambda theme, title, subtitle, height: drawn.append(subtitle))
+    some = link_report.groups([row for h in steps for row in recorded("1mbit", "plain", [3.0], steps=h)])
+    with pytest.raises(TypeError):  # no axes to draw on
+        link_report._draw("1mbit", 2, some)(None)
+    assert drawn[0].endswith(f"1 seed, {says}")
+
+
 def test_what_a_runs_rows_come_to():
     found = link_cells.summary(rows([0.3, None, 0.6, 0.55, 0.7], 2.0), LIMITS.targets)
     assert found["reached"] == {"0.5": 6.0, "0.8": None}
@@ -252,7 +271,8 @@ def measured(monkeypatch):
         called.append(cell)
         if cell.arm == "plain" and called.count(cell) == 1:
             raise WavgError("exit code 1: no luck")
-        return cell._asdict() | link_cells.summary(rows([0.9]), limits.targets) | link_cells.sent([], [])
+        found = link_cells.summary(rows([0.9]), limits.targets) | link_cells.sent([], [])
+        return cell._asdict() | limits.entries() | found
 
     monkeypatch.setattr(links, "measure", measure)
     return called
@@ -271,6 +291,14 @@ def test_a_failed_cell_does_not_stop_the_others_and_is_all_that_runs_again(measu
     assert [row["kind"] for row in read_rows(tmp_path)] == ["benchmark"] + ["case"] * 5
     assert invoke(links.main, *arguments[:-2], "--hidden=9", "--link_arms=sync") == 0  # other settings, another cell
     assert len(read_rows(tmp_path)) == 7
+    # A higher target, a longer run: measured again, each with the command that did it.
+    for number, other in enumerate(("--targets=0.5,0.9,1", "--link_seconds=2"), 8):
+        again = (*arguments[:-2], "--hidden=9", "--link_arms=sync", other)
+        assert invoke(links.main, *again) == invoke(links.main, *again) == 0
+        assert len(read_rows(tmp_path)) == number
+        assert other in read_rows(tmp_path)[-1]["command"]
+    assert "--hidden=8" in read_rows(tmp_path)[1]["command"]
+    assert len(link_report.groups([row for row in read_rows(tmp_path) if row["kind"] == "case"])) == 8
 
 
 def test_without_namespaces_one_line_says_why_and_all_run_over_the_loopback(measured, tmp_path, monkeypatch, capfd):

@@ -149,6 +149,26 @@ def test_a_plan_without_a_link_says_so_and_goes_to_a_new_folder(tmp_path, monkey
     assert "no network" in (folder / "plan.md").read_text()
 
 
+@pytest.mark.parametrize(("collective", "marked"), [("library", 2), ("ring", 4), ("gather", 2)])
+def test_what_the_library_does_not_exchange_so_is_marked(collective, marked, tmp_path, capsys):
+    arguments = ("--workers=4", "--steps=10", f"--collective={collective}", f"--workdir={tmp_path}")
+    assert invoke(plan.main, *arguments) == 0
+    capsys.readouterr()
+    lines = [line for line in (tmp_path / "plan.md").read_text().splitlines() if line.startswith(("| sync", "| H = "))]
+    assert sum(plan.NOT_BUILT in line for line in lines) == marked
+    assert not any("| int8 |" in line for line in lines if line.startswith("| sync"))
+
+
+def test_by_default_narrow_formats_are_gathered():
+    arguments = ("--parameters=1e5", "--workers=4", "--steps=10", "--link_bandwidth=2.4e6", "--failure_rate=0")
+    with flagsaver.flagsaver():
+        app.parse(["binary", *arguments])
+        found = plan.make_plan()
+    seconds = {(h, wire): one.round_seconds * one.communication for (_, h, wire), one in found.items()}
+    assert seconds[10, "float32"] == pytest.approx(all_reduce(1e5, 4).seconds(Link(2.4e6)))
+    assert seconds[10, "int8"] == pytest.approx(all_gather(1e5, 4, "int8").seconds(Link(2.4e6)))
+
+
 @pytest.mark.parametrize(
     ("collective", "average", "sync"), [("ring", 2.0, 2.0), ("halving", 2.0, 2.0), ("gather", 4.0, 2.0)]
 )

@@ -20,6 +20,7 @@ from wavg_jax.training.batches import make_work, put_shared
 from wavg_jax.training.phases import local_phase
 from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import make_recipe
+from wavg_jax.training.run import exchanged
 
 K = 8
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
@@ -38,11 +39,11 @@ def collectives(text):
     return found
 
 
-def compiled_round(weighting, how="float32", drift=None):
+def compiled_round(weighting, how="float32", devices=K, drift=None):
     source = sharded(replicas=K)
-    at_sync = wavg.AtSync(wire=how, drift=drift)
-    recipe = make_recipe(regression(), source, wavg.averager(weighting), optax.sgd(0.1), at_sync=at_sync)
-    assert len(recipe.placement.devices) == K
+    options = {"at_sync": wavg.AtSync(wire=how, drift=drift), "layout": wavg.Layout(devices=devices)}
+    recipe = make_recipe(regression(), source, wavg.averager(weighting), optax.sgd(0.1), **options)
+    assert len(recipe.placement.devices) == devices
     program = programs_of(recipe, K)
     state = program.init(jax.random.key(0))
     work = make_work(recipe, source, seed=0, first_step=0, longest=4, batch_size=4)
@@ -88,6 +89,44 @@ def test_control_variates_travel_once_more_and_a_proximal_term_sends_nothing():
     *_, controlled = compiled_round(wavg.uniform(), drift=wavg.drift.scaffold(0.1))
     assert sorted(collectives(near)) == sorted(collectives(plain))
     assert sorted(collectives(controlled)) == sorted([*collectives(plain), ("all-reduce", tree.nbytes(state.params))])
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    ("weighting", "how"),
+    [(wavg.softmax("loss", 1.0), "float32"), (wavg.uniform(), "int8"), (wavg.learned(), "float32")],
+)
+def test_with_several_replicas_a_device_a_sum_stays_one_tree_and_a_gather_grows_with_all(weighting, how, devices):
+    recipe, state, _, _, text = compiled_round(weighting, how, devices)
+    found = collectives(text)
+    gathers = [nbytes for kind, nbytes in found if kind == "all-gather"]
+    assert len(gathers) == 1
+    gathered, summed = exchanged(recipe, state)
+    if how == "float32" and not weighting.reads_replicas:
+        assert ("all-reduce", tree.nbytes(state.params)) in found
+        assert summed == tree.count(state.params)
+        assert sum(gathers) < 40 * K
+    else:
+        numbers = tree.count(state.params) if how == "float32" else wire.BLOCK
+        assert K * numbers * WIRES[how] <= sum(gathers) <= K * (numbers * WIRES[how] + tree.nbytes(state.mutable) + 40)
+        assert gathered == int(np.ceil(K // devices * tree.count(state.params) * WIRES[how] / 4))
+
+
+def test_a_change_that_was_not_blended_in_leaves_nothing_to_send():
+    def explode(updates, state, params=None):  # in the second round
+        return jax.tree.map(lambda u: jnp.where(state == 1, jnp.inf, -u), updates), state + 1
+
+    outer = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), explode)
+    averager = wavg.averager(wavg.uniform(), outer=optax.chain(outer, optax.scale(-1.0)))
+    rounds = wavg.make_rounds(regression(), averager, optax.sgd(0.1), at_sync=wavg.AtSync(wire="int8"))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 8, 4))
+    step, states = jax.jit(rounds.step), [rounds.init(jax.random.key(0), replicas=2)]
+    for _ in range(2):
+        state, log = step(states[-1], Batch(x, jnp.zeros(x.shape[:-1], jnp.int32)))
+        states.append(state)
+    assert not log.weights.any()
+    assert states[1].replicas.residual.any()
+    np.testing.assert_array_equal(states[2].replicas.residual, states[1].replicas.residual)
 
 
 def test_the_local_phase_sends_nothing():

@@ -1,5 +1,6 @@
 """fit(): one compilation, donated buffers, what reaches the weights, dead replicas, placement, policies, bad input."""
 
+import contextlib
 import re
 
 import jax
@@ -93,11 +94,19 @@ def test_noisy_shards_weigh_less():
     assert np.mean([row["weights"][1] for row in rows]) < 0.8 * 0.25
 
 
-def test_eight_devices_give_the_numbers_of_one():
+@pytest.mark.parametrize(("replicas", "wire"), [(8, "float32"), (16, "float32"), (16, "int8")])
+def test_eight_devices_give_the_numbers_of_one(replicas, wire):
     averager = wavg.averager(wavg.softmax("loss", 0.5), outer=wavg.outer.nesterov(0.7, 0.5))
-    results = [run(sharded(replicas=8), averager, devices=devices) for devices in (1, 8)]
-    for a, b in zip(leaves(results[0]), leaves(results[1]), strict=True):
+    results = [run(sharded(replicas=replicas), averager, wire=wire)]
+    wide = pytest.warns(wavg.WavgWarning, match="wire='int8' sends 2.03 times the bytes of wire='float32': it gathers")
+    with wide if wire == "int8" else contextlib.nullcontext():
+        results.append(run(sharded(replicas=replicas), averager, devices=8, wire=wire))
+    for a, b in zip(*map(leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    assert results[0].rows[0]["data_crc"] == results[1].rows[0]["data_crc"]
+    for a, b in zip(results[0].rows[1:], results[1].rows[1:], strict=True):
+        np.testing.assert_allclose(a["weights"], b["weights"], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=2e-5)
     assert len(jax.tree.leaves(results[1].state.replicas.params)[0].sharding.device_set) == 8
 
 

@@ -93,6 +93,17 @@ def test_four_processes_and_four_devices_give_the_rows_of_one(options, tmp_path)
     assert_alike(both[0], alone, options.get("wire", "float32"))
 
 
+@pytest.mark.slow
+def test_eight_replicas_on_eight_devices_give_the_rows_of_one(tmp_path):
+    options = {"replicas": 8, "weighting": "learned"}
+    (alone,) = rows(tmp_path, 1, options)
+    (spread,) = rows(tmp_path, 1, options, devices=8)
+    assert_alike(spread, alone)
+    both = rows(tmp_path, 2, options, devices=4)
+    assert both[0][0]["devices"] == 8
+    assert_alike(both[1], alone)
+
+
 ROUNDS_ALONE = """
 import jax
 where = wavg.place(K)
@@ -127,6 +138,16 @@ def test_a_run_resumes_with_another_number_of_processes(counts, tmp_path):
         assert_alike(found, straight, "int8")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", cases((), ("plain", "int8")))
+def test_a_run_resumes_bit_for_bit_with_as_many_processes(options, tmp_path):
+    straight = rows(tmp_path, 2, options | {"rounds": 4})
+    options = options | {"workdir": str(tmp_path / "run")}
+    rows(tmp_path, 2, options | {"rounds": 2})
+    resumed = rows(tmp_path, 2, options | {"rounds": 4, "resume": True})
+    assert numbers(resumed[0]) == numbers(straight[0])
+
+
 STOPPED = """
 import os, signal
 def stop(row):
@@ -155,3 +176,44 @@ def test_replicas_that_the_processes_cannot_share_evenly_are_one_clear_line(tmp_
         assert one.returncode != 0
         said = "3 replicas do not spread evenly over 2 processes: set replicas= to 2 or 4, or start another number"
         assert said in one.stderr
+
+
+DIFFERENT = """
+def say(found=data, rate=0.05, wire="float32", **options):
+    try:
+        wavg.fit(task, found, averager, inner=optax.sgd(rate), local_steps=8, batch_size=16, progress=False,
+            at_sync=wavg.AtSync(wire=wire), **{"rounds": 1, "layout": wavg.Layout(replica_map="vmap")} | options)
+    except wavg.SettingsError as error:
+        print(error)
+    else:
+        print("no error")
+changed = data._replace(train=data.train._replace(x=data.train.x + INDEX))
+say(rounds=3 + 2 * INDEX)
+say(store=wavg.Store(checkpoint_every=1 + INDEX))
+say(store=wavg.Store(settings={"lr": INDEX}))
+say(scoring=wavg.Scoring(test_every=1 + INDEX))
+say(wire=["float32", "int8"][INDEX])
+say(rate=[0.05, 0.5][INDEX])
+say(wavg.data.shard(dataset, deal, heldout=200, seed=INDEX))
+say(wavg.data.shard(dataset, lambda split, seed: deal(split, INDEX), heldout=200, seed=0))
+say(data._replace(test=data.test._replace(x=data.test.x + INDEX)))
+say(wavg.data.pool(changed))
+say(on_round=[(), [lambda row: True]][INDEX], rounds=2)  # may differ
+"""
+
+
+def test_processes_that_were_given_different_things_all_refuse(tmp_path):
+    done = spawn(2, joined(RUN + DIFFERENT), tmp_path, "{}", timeout=150)
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    assert done[0].stdout == done[1].stdout
+    said = done[0].stdout.splitlines()
+    program = "would run another round than process 0; give all processes the same task, averager, inner optimizer"
+    expected = (
+        *("rounds=5, process 0 rounds=3; give all processes the same settings", "checkpoint_every=2", "lr=1"),
+        *("test_every=2", "wire='int8', process 0 wire='float32'", program, "other held-out samples"),
+        *("other shards than process 0; give all processes the same data", "other test samples"),
+        *("other training samples", "no error"),
+    )
+    for line, words in zip(said, expected, strict=True):
+        assert words in line
+        assert line == "no error" or line.startswith("process 1 ")

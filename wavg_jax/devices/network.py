@@ -7,8 +7,9 @@ K workers, each with one full-duplex link, exchange trees of N numbers in one of
   halving and doubling (Thakur, Rabenseifner and Gropp 2005), `halving`, as many in 2 log2 K.
 - `all_gather`: every tree reaches everyone, who then sums at will. Each worker sends N (K-1) numbers in K-1 steps.
 
-A worker receives as much as it sends. Links alone count: neither protocol headers (Ethernet and TCP add 5 %) nor a
-switch that is slower than its links.
+The library reduces in float32 alone, and gathers what is narrower (`wavg_jax.rounds.exchange`); the two phases are not
+built. A worker receives as much as it sends. Links alone count: neither protocol headers (Ethernet and TCP add 5 %) nor
+a switch that is slower than its links.
 """
 
 import math

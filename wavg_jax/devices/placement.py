@@ -273,12 +273,24 @@ def check_spread(replicas: int, placement: Placement) -> None:
 
 def _check_multiple(replicas: int, devices: int) -> None:
     if replicas % devices:
-        divisors = [n for n in range(1, replicas + 1) if replicas % n == 0]
-        at = bisect.bisect(divisors, devices)
+        fitting = _fitting(replicas, len(jax.devices()), jax.process_count())
+        at = bisect.bisect(fitting, devices)
+        instead = " or ".join(map(str, fitting[max(at - 1, 0) : at + 1]))
         raise SettingsError(
-            f"{replicas} replicas do not spread evenly over {devices} devices: set devices= to "
-            f"{' or '.join(map(str, divisors[at - 1 : at + 1]))}"
+            f"{replicas} replicas do not spread evenly over {devices} devices: set replicas= to "
+            f"{_nearest(replicas, devices)}" + (f", or devices= to {instead}" if instead else "")
         )
+
+
+def _nearest(replicas: int, divisor: int) -> str:
+    """The numbers of replicas nearest to K that a number divides, in words."""
+    below = replicas - replicas % divisor
+    return " or ".join(str(k) for k in (below, below + divisor) if k)
+
+
+def _fitting(replicas: int, at_hand: int, processes: int) -> list[int]:
+    """The numbers of devices that divide K and are the same in every process."""
+    return [n for n in range(processes, at_hand + 1, processes) if replicas == 1 or replicas % n == 0]
 
 
 def _in_turn(devices: Sequence[jax.Device], count: int) -> tuple[jax.Device, ...]:
@@ -299,13 +311,11 @@ def _choose(replicas: int, at_hand: int, processes: int) -> int:
     Raises:
       SettingsError: the processes cannot share the replicas evenly.
     """
-    counts = [n for n in range(processes, at_hand + 1, processes) if replicas == 1 or replicas % n == 0]
+    counts = _fitting(replicas, at_hand, processes)
     if not counts:
-        below = replicas - replicas % processes
-        nearest = " or ".join(str(k) for k in (below, below + processes) if k)
         raise SettingsError(
-            f"{replicas} replicas do not spread evenly over {processes} processes: set replicas= to {nearest}, or "
-            "start another number of processes"
+            f"{replicas} replicas do not spread evenly over {processes} processes: set replicas= to "
+            f"{_nearest(replicas, processes)}, or start another number of processes"
         )
     return max(counts) if replicas > 1 or processes > 1 else 1
 

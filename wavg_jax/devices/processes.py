@@ -1,8 +1,8 @@
 """Several processes, such as one per machine: how they start, speak to one another, and end together.
 
 Each process runs the same program over its own devices; `jax.distributed` joins them, NCCL (GPU) or gloo (CPU) moves
-the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier`, `decided` and
-`first_error`, in the same order.
+the arrays. All of them must call `initialize`, `broadcast`, `gather`, `barrier`, `decided`, `agree`
+and `first_error`, in the same order.
 """
 
 import atexit
@@ -12,19 +12,20 @@ import os
 import pickle
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax._src import clusters, xla_bridge  # no public way to ask where the processes are, or whether devices are made
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavg_jax.arguments import Rule, as_whole, check, number
 from wavg_jax.base import Diverged, SettingsError, Stopped, WavgError
 from wavg_jax.devices import sockets, watch
+from wavg_jax.devices.trial import try_collectives
 
 EXIT_CODE = watch.EXIT_CODE
 """Exit code of a process that ends because another one died, froze or failed."""
@@ -52,11 +53,14 @@ def initialize(
     """Joins this process to the others; call it before anything that makes JAX's devices.
 
     Needs no arguments under SLURM, Open MPI and Kubernetes (indexed jobs), where `jax.distributed` finds them. Does
-    nothing if there is one process alone. Then tries the collectives once against NumPy.
+    nothing if there is one process alone. Then tries the collectives once; `fit` does in the size of its own exchange.
 
     From here on all processes end together: when one dies, freezes or fails (see `guarded`), each of the others says so
     in one line on stderr and exits with `EXIT_CODE`. When one dies, that takes less than a second; when it freezes or
-    its machine is lost, `heartbeat` seconds; when it fails, `wavg_jax.devices.watch.GRACE` seconds more than it takes.
+    its machine is lost, `heartbeat` seconds; when it fails or calls `sys.exit` with an error,
+    `wavg_jax.devices.watch.GRACE` seconds more than it takes. When one ends without an error while another waits for it
+    (see `meeting`), that takes `wavg_jax.devices.watch.MISSED` seconds; in a program of your own, where we cannot tell
+    what the other one does, it then says where it stands.
 
     Args:
       coordinator_address: HOST:PORT, an address of process 0 that all can reach, and a port that is free there.
@@ -104,8 +108,9 @@ def initialize(
     )
     atexit.register(_watch.leave)
     sys.excepthook = functools.partial(_announce_uncaught, sys.excepthook)
+    sys.exit = functools.partial(_exit_noted, sys.exit)  # type: ignore[assignment]
     with guarded(), _quiet():
-        _check_collectives()
+        _check_exchanges()
 
 
 _JAX_HEARTBEAT = 100
@@ -153,34 +158,16 @@ def _detected(
     return found
 
 
-def _check_collectives() -> None:
-    """Raises WavgError unless a gather and a sum over all devices equal NumPy's.
-
-    gloo has silently returned wrong values for large chunks (jax issue 40830).
-    """
-    devices = np.asarray(jax.devices())
-    # Whole numbers, so that sums in any order are exact; 4 MB in each process.
-    shape = (len(devices), _CHECKED // jax.local_device_count())
-    values = (np.arange(shape[0] * shape[1], dtype=np.float32) % 251).reshape(shape)
-    mesh = Mesh(devices, ("all",), axis_types=(AxisType.Auto,))
-    each, everywhere = PartitionSpec("all"), PartitionSpec()
-    spread = jax.make_array_from_callback(values.shape, NamedSharding(mesh, each), values.__getitem__)
-
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=each, out_specs=(everywhere, everywhere), check_vma=False)
-    def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.all_gather(x, "all", tiled=True), jax.lax.psum(x, "all")
-
-    gathered, summed = both(spread)
-    for what, got, expected in (("gather", gathered, values), ("sum", summed, values.sum(0, keepdims=True))):
-        if not all(np.array_equal(shard.data, expected) for shard in got.addressable_shards):
-            raise WavgError(f"a {what} over {len(devices)} devices returns wrong values: use another version of jaxlib")
+def _check_exchanges() -> None:
+    """Raises WavgError unless what processes and devices send one another arrives as it was sent."""
+    devices = tuple(jax.devices())
+    try_collectives(devices, max(_CHECKED // len(devices), 1), _CHECKED)
     if not np.array_equal(gather(np.int64(index())), np.arange(count())) or broadcast(index()) != 0:
         raise WavgError("values sent between processes arrive changed: use another version of jaxlib")
 
 
 _CHECKED = 2**20
-"""Numbers in each process."""
+"""Numbers in a gather of all devices, and in a sum: 4 MB, however many there are."""
 
 
 @contextlib.contextmanager
@@ -237,7 +224,7 @@ def _on_host(leaf: Any) -> Any:
 
 def _sent(values: np.ndarray) -> np.ndarray:
     """As bytes: JAX would make 64 bits 32, and the sum with others' zeros would make -0.0 0.0."""
-    with jax.numpy_dtype_promotion("standard"):
+    with meeting(), jax.numpy_dtype_promotion("standard"):
         return np.asarray(multihost_utils.broadcast_one_to_all(values.view(np.uint8))).view(values.dtype)
 
 
@@ -251,7 +238,7 @@ def gather(array: Any) -> np.ndarray:
     shape, mine = np.shape(array), mine.reshape(-1)
     if count() == 1:
         return mine.reshape(1, *shape)
-    with jax.numpy_dtype_promotion("standard"):
+    with meeting(), jax.numpy_dtype_promotion("standard"):
         rows = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)))
     return rows.view(mine.dtype).reshape(count(), *shape)
 
@@ -259,7 +246,8 @@ def gather(array: Any) -> np.ndarray:
 def barrier(name: str) -> None:
     """Waits until all processes have come to the barrier of this name."""
     if count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with meeting():
+            multihost_utils.sync_global_devices(name)
 
 
 def decided(decide: Callable[[], Value]) -> Value:
@@ -282,6 +270,26 @@ def decided(decide: Callable[[], Value]) -> Value:
     if theirs is not None:
         raise failed or theirs  # process 0's own, with its cause
     return sent  # type: ignore[return-value]
+
+
+_DIFFERS = "was given {name}={mine!r}, process 0 {name}={zero!r}; give all processes the same settings"
+
+
+def agree(mine: Mapping[str, Any], differs: str = _DIFFERS) -> None:
+    """Checks that all processes were given the same, before they rely on it.
+
+    Args:
+      mine: name -> value, of types that pickle takes.
+      differs: what to say of a process that was given something else, with {name}, {mine} and {zero}.
+
+    Raises:
+      SettingsError: one was given something else than process 0; the same error in all processes.
+    """
+    zero = broadcast(dict(mine))
+    wrong = [name for name in sorted({*mine, *zero}) if mine.get(name) != zero.get(name)]
+    said = [differs.format(name=name, mine=mine.get(name), zero=zero.get(name)) for name in wrong[:1]]
+    if error := first_error("".join(f"process {index()} {line}" for line in said)):
+        raise SettingsError(error)
 
 
 def first_error(error: str) -> str:
@@ -313,19 +321,38 @@ def guarded() -> Iterator[None]:
 def _announce(error: BaseException) -> None:
     if _watch is None or isinstance(error, Diverged | Stopped) or getattr(error, "_announced", False):
         return
-    if _LOST.search(str(error)):
+    if _LOST.match(str(error)):
         _watch.wait_for_death()  # this error is the consequence: the connection to a process that is gone broke
     _watch.announce(f"{type(error).__name__}: {_line(error)}")
     with contextlib.suppress(AttributeError):
         error._announced = True  # type: ignore[attr-defined]
 
 
-_LOST = re.compile("Gloo|NCCL|Connection (reset|closed)", re.IGNORECASE)
+# XLA's errors of several types, which begin with a status; another library's connections may break too.
+_LOST = re.compile("[A-Z_]+: .*(Gloo|NCCL|Connection (reset|closed))", re.DOTALL)
 
 
 def _announce_uncaught(before: Any, kind: type[BaseException], error: BaseException, trace: Any) -> None:
     _announce(error)
     before(kind, error, trace)
+
+
+def _exit_noted(before: Callable[..., Any], code: Any = None) -> None:
+    """`sys.exit`, which the others hear of, since `SystemExit` passes by `sys.excepthook`."""
+    cause = sys.exception()
+    known = isinstance(cause, Diverged | Stopped) or getattr(cause, "_announced", False)
+    ends = threading.current_thread() is threading.main_thread()
+    if _watch is not None and ends and code not in (None, 0) and not known:
+        _watch.exits(f"sys.exit({code!r:.300})")
+    before(code)
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """A block to which all processes come: while one waits in it after another has ended, it ends within
+    `wavg_jax.devices.watch.MISSED` seconds, with one line."""
+    with contextlib.nullcontext() if _watch is None else _watch.meeting():
+        yield
 
 
 def _line(error: BaseException) -> str:

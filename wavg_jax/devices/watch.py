@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -24,6 +24,8 @@ GRACE = 5.0
 """Seconds in which a process may fail by itself, with its own error, after another one has failed."""
 LAST = 600.0
 """Seconds for which a process that has ended waits for the others, which may still write a report."""
+MISSED = 30.0
+"""Seconds for which a process may wait where all must come, after another one has ended."""
 _FAREWELL = 10.0
 """Seconds in which all processes leave JAX's coordination service after one has failed."""
 _SLICES = 10
@@ -48,10 +50,13 @@ class Watch:
         """
         self._index, self._hosts, self._channels, self._heartbeat = index, hosts, channels, heartbeat
         self._ended: set[int] = set()
+        self._failures: set[int] = set()
         self._parted: set[int] = set()
         self._leaving = threading.Event()
         self._over = threading.Lock()
         self._failed = -1e9
+        self._exit = ""
+        self._meetings: dict[object, float] = {}
 
     def start(self) -> None:
         """Starts to watch."""
@@ -69,9 +74,26 @@ class Watch:
         """Waits as long as it can take to learn that another process is gone, which ends this one."""
         time.sleep(self._heartbeat)
 
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """All processes must come to this block: while one is in it, none may have ended."""
+        self._exit = ""  # it was caught
+        key = object()
+        self._meetings[key] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._meetings[key]
+
+    def exits(self, how: str) -> None:
+        """Notes that this process has begun to exit with an error; `leave` announces it."""
+        self._exit = how
+
     def leave(self) -> None:
         """Ends in order: waits until every process has come here, then stops watching."""
         self._stay_if_over()
+        if self._exit:
+            self.announce(self._exit)
         self._leaving.set()
         self._send({"ended": self._index})
         end = time.monotonic() + LAST
@@ -131,11 +153,14 @@ class Watch:
             return
         if "ended" in message:
             self._ended.add(message["ended"])
+            if message["ended"] not in self._failures:
+                background(self._other_ended, message["ended"])
         if self._index == 0:
             self._send(message, but=peer)
         if "gone" in message:
             self._gone(message["gone"], message["how"])
         if "failed" in message:
+            self._failures.add(message["failed"])
             background(self._other_failed, message["failed"], message["error"])
 
     def _gone(self, peer: int, how: str) -> None:
@@ -147,6 +172,24 @@ class Watch:
         if self._leaving.is_set() or time.monotonic() - self._failed < 2 * GRACE:
             return  # this process ends by itself, mostly with the same error
         self._end(f"{name(peer, self._hosts)} failed: {error}; this one, process {self._index}, ends too", part=True)
+
+    def _other_ended(self, peer: int) -> None:
+        """Once another process has ended, ends this one where it waits for that one, and else says where it stands."""
+        who, ended, stood = f"{name(peer, self._hosts)} has ended", time.monotonic(), ("", time.monotonic())
+        while not self._leaving.is_set():
+            time.sleep(MISSED / 30)
+            at, now = _position(), time.monotonic()
+            if any(now - max(begun, ended) > MISSED for begun in list(self._meetings.values())):
+                self._end(f"{who}, for which this one, process {self._index}, waits: it ends too; {_SAME}", part=True)
+            if at != stood[0]:
+                stood = (at, now)
+            # In a program of the user's own a collective looks like any other work.
+            if now - stood[1] > MISSED:
+                stood = (at, float("inf"))  # says so once
+                where = f"this one, process {self._index}, has been at {at} for {MISSED:g} seconds"
+                print(
+                    f"{who}; {where}: if it waits there for that one, it does so in vain", file=sys.stderr, flush=True
+                )
 
     def _end(self, line: str, part: bool = False) -> None:
         """Ends the process at once, whatever its main thread waits for."""
@@ -163,6 +206,13 @@ class Watch:
         os._exit(EXIT_CODE)
 
 
+def _position() -> str:
+    """Where the main thread is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+_SAME = "all processes must make the same calls of wavg_jax"
 _AGAIN = "start all again, with resume=True to go on from the last checkpoint"
 
 
@@ -216,7 +266,7 @@ def receive_all(address: str, hosts: int, service: int, timeout: float) -> tuple
     if missing and not wrong:
         wrong.append(
             f"waited {timeout:g} seconds for process {', '.join(missing)} of {hosts}, which did not come to "
-            f"coordinator_address={address!r}; start it, or wait longer"
+            f"coordinator_address={address!r}; start it, or wait longer (timeout=)"
         )
     with changed:
         for channel in came:
@@ -255,5 +305,5 @@ def join(address: str, index: int, of: int, timeout: float) -> tuple[list[str], 
         raise SettingsError(answer["refused"])
     raise SettingsError(
         f"process {index} waited {timeout:g} seconds for process 0 at coordinator_address={address!r}, which does not "
-        f"answer ({why}); start process 0 there, correct the address, or wait longer"
+        f"answer ({why}); start process 0 there, correct the address, or wait longer (timeout=)"
     )

@@ -1,5 +1,6 @@
 """The sync: what replicas send travels between devices once, and becomes the next global parameters."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.base import Averager, Batch, PyTree, TrainState
+from wavg_jax.base import Averager, Batch, PyTree, TrainState, WavgWarning
+from wavg_jax.devices.network import WIRES
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import score, sync, wire
 from wavg_jax.rounds.forward import Forward
-from wavg_jax.weighting.scores import normalise
+from wavg_jax.weighting.scores import normalise, per_replica
 
 
 class Sent(NamedTuple):
@@ -55,6 +57,38 @@ def gathers(averager: Averager, how: str) -> bool:
     return averager.reads_replicas or "distance" in averager.needs or how != "float32"
 
 
+def wider(averager: Averager, how: str, replicas: int) -> float:
+    """How many times the bytes of float32 a device sends in the format `how`, where there are several devices.
+
+        w / 4   if replicas are gathered in float32 too, with w bytes a number, see `wavg_jax.devices.network.WIRES`;
+        K w / 8   else: (D-1) K/D trees are gathered, where float32 sends 2 (D-1)/D trees of 4 bytes in a ring.
+
+    Args:
+      averager: says whether replicas are gathered in float32.
+      how: the format.
+      replicas: K.
+
+    >>> from wavg_jax import averager, learned, uniform
+    >>> [wider(averager(uniform()), "int8", k) for k in (2, 4, 8)], wider(averager(learned()), "int8", 8)
+    ([0.25390625, 0.5078125, 1.015625], 0.25390625)
+    """
+    if how == "float32":
+        return 1.0
+    return WIRES[how] / 4 if gathers(averager, "float32") else replicas * WIRES[how] / 8
+
+
+def warn_of_wire(averager: Averager, how: str, replicas: int, where: Placement) -> None:
+    """Warns if a narrow wire sends more than float32 would."""
+    ratio = wider(averager, how, replicas)
+    if where.parts > 1 and ratio > 1:
+        warnings.warn(
+            f"wire={how!r} sends {ratio:.2f} times the bytes of wire='float32': it gathers all {replicas} replicas, "
+            "where float32 sends one sum; it pays with fewer replicas, or with a weighting that reads them all",
+            WavgWarning,
+            stacklevel=4,
+        )
+
+
 def make_exchange(averager: Averager, forward: Forward, where: Placement, how: str, every: int = 1) -> Callable:
     """Builds the sync: what the replicas send travels between devices once, and becomes a blend.
 
@@ -87,11 +121,13 @@ def make_exchange(averager: Averager, forward: Forward, where: Placement, how: s
             told = where.gather(sent._replace(params=(), mutable=()))
             blended = blend(averager, forward, where.reduce, before, told._replace(params=sent.params), window)
             return (*blended, {}), told, residual
-        packed, residual = where.map(pack)((sent.params, residual, rng), state.params)
+        packed, left = where.map(pack)((sent.params, residual, rng), state.params)
         told = where.gather(sent._replace(params=packed))
-        if how == "int8":
-            residual = tree.select_replicas(sent.alive, residual, jnp.zeros_like(residual))
-        return where.together(gathered)(before, told, window), told, residual
+        blended = where.together(gathered)(before, told, window)
+        if how == "int8":  # a change that was not blended in leaves nothing to send
+            left = tree.select(per_replica(blended[2]).sum() > 0, left, residual)
+            left = tree.select_replicas(sent.alive, left, jnp.zeros_like(left))
+        return blended, told, left
 
     return exchange
 

@@ -36,7 +36,7 @@ from wavg_jax.rounds.common import (
     report,
     survivors,
 )
-from wavg_jax.rounds.exchange import Sent, make_exchange
+from wavg_jax.rounds.exchange import Sent, make_exchange, warn_of_wire
 from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
 from wavg_jax.rounds.forward import Forward, as_stored
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
@@ -154,6 +154,7 @@ def _init(setup: Setup, rng: jax.Array, replicas: int) -> TrainState:
     """`Rounds.init`."""
     where = setup.where
     check_spread(as_whole("replicas", replicas, 1), where)
+    warn_of_wire(setup.averager, setup.at_sync.wire, replicas, where)
 
     def make(rng: jax.Array) -> TrainState:
         params, mutable = setup.task.init(keys.roots(rng).init)

@@ -29,6 +29,7 @@ class AtSync(NamedTuple):
       smoothing: average of the global parameters over rounds, such as `optax.ema(0.9)` or `wavg_jax.smoothing.swa()`.
         Runs evaluate and return it, with statistics re-estimated for it.
       wire: in which format replicas send their parameters, "float32", "bfloat16" or "int8"; see `wavg_jax.rounds.wire`.
+        Narrow ones send less for few replicas, or where the weighting reads all of them; else `fit` warns.
       fragments: in how many fragments, one after another, each while the next local steps compute; see
         `wavg_jax.rounds.streaming`. 1 sends all parameters at the end of the round. It must divide the local steps.
       drift: a correction of the local steps, such as `wavg_jax.drift.scaffold(0.05)`; its control variates are averaged

@@ -6,6 +6,11 @@
                 1 + 4 / BLOCK bytes. What rounding leaves over is sent with the next change: error feedback (Seide et
                 al. 2014, doi:10.21437/Interspeech.2014-274; Karimireddy et al. 2019, arXiv:1901.09847)
 
+These are bytes of one replica. In float32 a device sends one weighted sum of its replicas, unless the weighting reads
+them all; narrower, it sends each of them, since sums would have to be rounded once more on their way. So K replicas in
+int8 send K 1.016 / 8 times the bytes of float32, half for K = 4, and more from K = 8 on
+(`wavg_jax.rounds.exchange.wider`).
+
 The same arithmetic runs on one device, where nothing travels, so that a run does not depend on where its replicas live.
 """
 

@@ -147,15 +147,8 @@ def _agreed(first: Row) -> Row:
       SettingsError: another process has other settings.
     """
     theirs = processes.broadcast(first)
-    zero, mine = ({name: row[name] for name in FIXED} | row["settings"] for row in (plain(theirs), plain(first)))
-    differing = [
-        f"process {processes.index()} was given {name}={mine.get(name)!r}, process 0 {name}={zero.get(name)!r}; give "
-        "all processes the same settings"
-        for name in sorted({*mine, *zero})
-        if mine.get(name) != zero.get(name)
-    ]
-    if error := processes.first_error("".join(differing[:1])):
-        raise SettingsError(error)
+    mine = plain(first)
+    processes.agree({name: mine[name] for name in FIXED} | mine["settings"])
     return theirs
 
 

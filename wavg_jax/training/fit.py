@@ -33,6 +33,7 @@ from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stop
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.devices import mapping, processes
 from wavg_jax.rounds import score
+from wavg_jax.rounds.exchange import warn_of_wire
 from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.forward import Forward, metrics, metrics_and_logits
 from wavg_jax.rounds.round import AVERAGER, TASK
@@ -40,7 +41,7 @@ from wavg_jax.rounds.score import SCORING, Scoring
 from wavg_jax.rounds.sync import AT_SYNC, AtSync
 from wavg_jax.storage.journal import open_journal
 from wavg_jax.storage.rows import check_name, check_writable, recorded_run
-from wavg_jax.storage.schema import ROUND_ENTRIES, Row, lost_at_the_end
+from wavg_jax.storage.schema import ROUND_ENTRIES, Row, lost_at_the_end, plain
 from wavg_jax.training import automap, liveness, loop
 from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
@@ -141,8 +142,9 @@ def fit(
 ) -> Result:
     """Trains K replicas, one per shard of `data`, and blends them after every H local steps: a loop over rounds.
 
-    In several processes (`wavg_jax.initialize`) each calls it with the same arguments and data, trains its share of the
-    replicas, and gets the same result; process 0 writes rows and shows progress.
+    In several processes (`wavg_jax.initialize`) each calls it with the same arguments and data (else all refuse),
+    trains its share of the replicas, and gets the same result; process 0 writes rows and shows progress. Callbacks and
+    `progress` may differ.
 
     Args:
       task: the network; see `wavg_jax.models`.
@@ -189,6 +191,14 @@ def fit(
     if resume and workdir is None:
         raise SettingsError("resume=True needs workdir=, the folder that the first part of the run wrote")
     plan = _plan(local_steps, rounds, batch_size, seed, store.checkpoint_every, scoring.test_every)
+    given = {
+        "workdir": workdir and "...",
+        "resume": resume,
+        **store._asdict(),
+        **scoring._asdict(),
+        **at_sync._asdict(),
+    }
+    _agree(data, plan, given | layout._asdict(), extra["settings"])
     recipe = make_recipe(task, data, averager, inner, scoring=scoring, at_sync=at_sync, layout=layout, faults=faults)
     scalars = _check(plan, recipe, data)
     folder = None if workdir is None else pathlib.Path(workdir)
@@ -202,8 +212,9 @@ def fit(
         run = Run(recipe, data, plan, store.name, scalars)
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
-        state = journal.begin(run.describe() | extra, run.initial, resume)
-        state, message = loop.train(run, journal, state, callbacks, show, stopped)
+        with processes.meeting():
+            state = journal.begin(run.describe() | extra, run.initial, resume)
+            state, message = loop.train(run, journal, state, callbacks, show, stopped)
         asked = bool(processes.gather(stopped()).any())
     result = Result(*evaluated(state), state, journal.rows(), asked)
     if message is not None:
@@ -212,6 +223,25 @@ def fit(
         outer = getattr(state.averager, "outer", None) is not None
         raise Diverged(liveness.explain(result.rows, folder, outer=outer), result)
     return result
+
+
+def _agree(data: ShardedData, plan: Plan, given: dict[str, Any], settings: Row) -> None:
+    """Raises SettingsError unless all processes were given the same, as far as it can be compared before compiling."""
+    numbers = {name: value for name, value in (given | plan._asdict()).items() if isinstance(value, _PLAIN)}
+    sizes = {
+        "local_steps": plan.schedule.longest,
+        "data.name": data.name,
+        "data.shards of sizes": [len(shard) for shard in data.shards],
+        "data.train.x of": (data.train.x.shape, str(data.train.x.dtype)),
+        "data.heldout.x of": data.heldout.x.shape,
+        "data.test.x of": data.test.x.shape,
+    }
+    processes.agree(numbers | sizes)
+    processes.agree(plain(settings))
+
+
+_PLAIN = (int, str, type(None))
+"""Types that can be compared; functions and optimizers come with the programs made of them."""
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:
@@ -272,6 +302,7 @@ _MANY = 256
 def _check(plan: Plan, recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
     """Refuses what cannot work before anything is compiled, and returns the names of the task's scalar metrics."""
     check_replicas(recipe.faults, len(data.shards))
+    warn_of_wire(recipe.averager, recipe.at_sync.wire, len(data.shards), recipe.placement)
     check_room(recipe, data, plan.schedule.longest, plan.batch_size)
     if len(data.shards) > _MANY:
         warnings.warn(

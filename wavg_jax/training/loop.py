@@ -125,7 +125,8 @@ def train(
         return state, None
     books = _Books(run, journal, show, done)
     given = sum(row["local_steps"] for row in journal.rows()[1:])
-    waits = plan.schedule.varies or bool(callbacks) or run.overlaps
+    called = bool(processes.gather(bool(callbacks)).any())  # one process may have callbacks alone
+    waits = plan.schedule.varies or called or run.overlaps
     pending: _Launched | None = None
     # Processes agree on the round to stop after, by what its program carried.
     stops = stopped if processes.count() == 1 else lambda: books.heard
@@ -149,7 +150,7 @@ def train(
                 pending = None
             if due:  # before a callback, which may raise
                 journal.save(state)
-            early = bool(callbacks) and bool(processes.gather(ends(callbacks, journal.rows()[-1], state)).any())
+            early = called and bool(processes.gather(ends(callbacks, journal.rows()[-1], state)).any())
             # Asked once: a request that comes later must find the next round's checkpoint.
             stop = pending is None and number < plan.rounds and stops()
             over = books.lost >= PATIENCE

@@ -84,7 +84,8 @@ def compiled_pieces(recipe: Recipe, *arguments: PyTree) -> Compiled:
     calls = iter(program.call for program in programs)
     order = {id(program): next(calls) for program, *_ in requests}
     pieces = jax.tree.map(lambda program: order[id(program)], programs_of_pieces(recipe))
-    return Compiled(functools.partial(_play, pieces, _launched, _numbers(recipe)), seconds)
+    digest = "".join(program.digest for program in programs)
+    return Compiled(functools.partial(_play, pieces, _launched, _numbers(recipe)), seconds, digest)
 
 
 def _play(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import jax
 
 from wavg_jax.base import Batch, PyTree, Task, TrainState
-from wavg_jax.devices import machine
+from wavg_jax.devices import machine, processes
 from wavg_jax.devices.collectives import after
 from wavg_jax.devices.placement import compiler_options
 from wavg_jax.rounds import keys
@@ -75,10 +76,17 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
 
 
 class Compiled(NamedTuple):
-    """A program compiled ahead of time, and the seconds that tracing and compiling took."""
+    """A program compiled ahead of time.
+
+    Attributes:
+      call: the program.
+      seconds: that tracing and compiling took.
+      digest: tells apart programs before compilation, with all constants in them; "" in a process by itself.
+    """
 
     call: Callable
     seconds: float
+    digest: str = ""
 
 
 def compiled(program: jax.stages.Wrapped, *arguments: PyTree) -> Compiled:
@@ -118,10 +126,11 @@ def _compile(
 ) -> concurrent.futures.Future[Compiled]:
     start = time.perf_counter()
     lowered = program.lower(*jax.tree.unflatten(structure, shapes))
+    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest() if processes.count() > 1 else ""
     traced = time.perf_counter() - start
 
     def finish() -> Compiled:
         start = time.perf_counter()
-        return Compiled(lowered.compile(), traced + time.perf_counter() - start)
+        return Compiled(lowered.compile(), traced + time.perf_counter() - start, digest)
 
     return _COMPILING.submit(finish)

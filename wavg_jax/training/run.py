@@ -1,6 +1,7 @@
 """One run: its numbers, its data on the devices, its compiled programs, and the row that describes it."""
 
 import functools
+import math
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,8 +13,11 @@ from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine, processes
+from wavg_jax.devices.network import WIRES
 from wavg_jax.devices.transfer import own_part, put, put_own
+from wavg_jax.devices.trial import try_collectives
 from wavg_jax.rounds import sync
+from wavg_jax.rounds.exchange import gathers
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
@@ -53,12 +57,31 @@ def blended_bytes(recipe: Recipe, state: TrainState) -> int:
     return nbytes
 
 
+def exchanged(recipe: Recipe, state: TrainState) -> tuple[int, int]:
+    """How large the exchange of parameters is.
+
+    Args:
+      recipe: of the rounds.
+      state: their state, or its shapes.
+
+    Returns:
+      Numbers of float32 (or as many bytes) that a device gathers on the others, and numbers in a sum over all; the one
+      that is not needed is small.
+    """
+    numbers = -(-tree.count(state.params) // recipe.at_sync.fragments)
+    if recipe.placement.parts == 1 or not gathers(recipe.averager, recipe.at_sync.wire):
+        return 1, numbers
+    each = tree.count_replicas(state.replicas.params) // recipe.placement.parts
+    return math.ceil(each * numbers * WIRES[recipe.at_sync.wire] / WIRES["float32"]), 1
+
+
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
     def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str, metrics: tuple[str, ...]):
         self.recipe, self.data, self.plan, self.name, self.metrics = recipe, data, plan, name, metrics
         self.replicas = len(data.shards)
+        self._crc = _fingerprint(data)
         progress.doing(f"{name}: compiling")
         self.shared = put_shared(recipe, data)
         self._test = put(Batch(data.test.x, as_targets(data.test.y)), recipe.placement.shared)
@@ -73,6 +96,10 @@ class Run:
             self.step, (self._evaluate,) = compiled_pieces(recipe, *first), compiled_together(evaluate)
         else:
             self.step, self._evaluate = compiled_together((program.run, *first), evaluate)
+        # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
+        processes.agree({"round": self.step.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
+        if processes.count() > 1:
+            try_collectives(recipe.placement.devices, *exchanged(recipe, self.initial))
 
     def work(self, first_step: int, steps: int) -> Work:
         """The batches of a `steps`-step round starting at global local step `first_step`, on the devices."""
@@ -117,7 +144,7 @@ class Run:
             test_samples=len(data.test.y),
             shard_sizes=[len(shard) for shard in data.shards],
             noisy_shards=data.noisy,
-            data_crc=_fingerprint(data),
+            data_crc=self._crc,
             devices=len(self.recipe.placement.devices),
             replica_map=self.recipe.placement.replica_map,
             resident=self.recipe.resident,
@@ -144,16 +171,28 @@ def _bytes(array: np.ndarray) -> memoryview:
 def _fingerprint(data: ShardedData) -> int:
     """Tells apart data that differ in inputs, labels, splits or shards: 0.3 s a gigabyte.
 
-    Every process reads its share of the shards alone.
+    Every process reads the inputs of its share of the shards alone.
+
+    Raises:
+      SettingsError: a process has other data than process 0, as far as both know of them.
     """
+    common = {"held-out samples": _crc(*data.heldout), "test samples": _crc(*data.test)}
+    known = {"shards": _crc(*data.shards), "labels": _crc(data.train.y), **common}
+    processes.agree(known, _OTHER_DATA)
     share, rest = divmod(len(data.shards), processes.count())
     mine = data.shards if rest else data.shards[share * processes.index() :][:share]
     shards = [_crc(shard, data.train.y[shard], *_pieces(data.train.x, shard)) for shard in mine]
-    common = [a for split in (data.heldout, data.test) for a in split]
+    if rest:  # each reads all
+        processes.agree({"training samples": _crc(np.asarray(shards, np.uint32))}, _OTHER_DATA)
     each = processes.gather(np.asarray(shards, np.uint32))
-    return _crc(each[0] if rest else each, *common)
+    return _crc(each[0] if rest else each, *data.heldout, *data.test)
 
 
+_OTHER_DATA = "has other {name} than process 0; give all processes the same data, split and dealt with the same seed"
+_OTHER_PROGRAM = (
+    "would run another {name} than process 0; give all processes the same task, averager, inner optimizer, scoring, "
+    "at_sync, faults and numbers in them, and the same versions"
+)
 _AT_ONCE = 2**14
 """Samples copied at a time."""
 
