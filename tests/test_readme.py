@@ -73,7 +73,15 @@ def test_pictures_are_recorded_files():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "BUILD_NOTES.md"])  # that names XLA's flags too
 def test_flags_that_are_named_exist(page):
-    for binary in ("compare", "report", "train", "tune"):  # each defines flags when imported
+    for binary in (
+        "compare",
+        "report",
+        "train",
+        "tune",
+        "plan",
+        "launch",
+        "benchmarks.links",
+    ):  # each defines flags when imported
         assert callable(importlib.import_module(f"experiments.{binary}").main)
     known = set(flags.FLAGS) | {"help", "flagfile"}
     assert set(re.findall(r"--([a-z_]+)", TEXTS[page])) <= known
