@@ -49,6 +49,13 @@ def test_rounds_without_scores_do_not_count():
     assert Trust.over(read_runs(rows(([0.25] * 4, {}, {})))) is None
 
 
+def test_the_dead_are_not_ranked():
+    """The third replica is dead: of the others' worth, 4, 1 and 2 in rank, weights of the same order agree to 1."""
+    given = rows(([0.5, 0.1, 0.0, 0.4], {}, diagnosis()))
+    given[1]["alive"] = [True, True, False, True]
+    assert Trust.over(read_runs(given)).agreement["weights"] == pytest.approx(1.0)
+
+
 def test_the_directions_are_those_of_the_signals():
     lower = {name for name, higher in HIGHER_IS_BETTER.items() if not higher and name != "layer_grad_norm"}
     assert lower == LOWER_IS_BETTER

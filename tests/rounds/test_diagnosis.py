@@ -41,6 +41,8 @@ def test_the_dead_and_those_without_finite_logits_are_worth_nothing():
     found = diagnose(logits, jnp.array([0]), jnp.array([1.0, 0, 0, 0]), jnp.array([True, True, True, False]))
     assert found["leave_one_out"][1] == found["leave_one_out"][3] == 0
     assert found["leave_one_out"][0] > 0 > found["leave_one_out"][2]
+    equal = diagnose(logits, jnp.array([0]), jnp.full(4, 0.25), jnp.ones(4, bool))
+    np.testing.assert_allclose(equal["gain"], 0, atol=1e-6)  # among those who count, equal weights are equal weights
     alone = diagnose(logits, jnp.array([0]), jnp.array([1.0, 0, 0, 0]), jnp.array([True, False, False, False]))
     assert all(np.isfinite(x).all() for x in alone.values())
     assert not np.any(alone["leave_one_out"])

@@ -47,10 +47,10 @@ def teller(classes):
 @pytest.mark.parametrize(
     ("limit", "chunk", "kept"),
     [
-        (1000, 100, list(range(24))),  # 6 samples of 4 positions: all of them
-        (12 * 5, 100, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]),  # 12 of 24: two of each sample
-        (3 * 5, 100, [0, 8, 16]),  # fewer than samples: the first position of every second one
-        (3 * 5, 3, [0, 8, 12, 20]),  # of every chunk
+        (1000, 100, [list(range(4))] * 6),  # 6 samples of 4 positions: all of them
+        (12 * 5, 100, [[0, 2], [3, 1], [2, 0], [1, 3], [0, 2], [3, 1]]),  # 12 of 24: two of each sample, others in each
+        (3 * 5, 100, [[0], [], [2], [], [0], []]),  # fewer than samples: one of every second one
+        (3 * 5, 3, [[0], [], [2]] * 2),  # of every chunk
     ],
 )
 def test_where_there_are_too_many_logits_some_positions_stand_for_all(limit, chunk, kept, monkeypatch):
@@ -58,11 +58,13 @@ def test_where_there_are_too_many_logits_some_positions_stand_for_all(limit, chu
     monkeypatch.setattr(forward, "FEWEST", 1)
     split, over = tokens(6, 4), Forward(teller(5), chunk=chunk)
     _, logits = metrics_and_logits(over, {}, {}, split)
-    assert logits[:, 0].tolist() == kept
-    assert labels(over, split, 5).tolist() == kept  # of the same positions
+    numbers = [4 * sample + position for sample, some in enumerate(kept) for position in some]
+    assert logits[:, 0].tolist() == numbers
+    assert labels(over, split, 5).tolist() == numbers  # of the same positions
 
 
 def test_a_large_vocabulary_keeps_a_few_positions():
     split, over = tokens(100, 8), Forward(teller(32000), chunk=50)
     shape = jax.eval_shape(lambda: metrics_and_logits(over, {}, {}, split)[1]).shape
     assert shape == (forward.FEWEST - 14, 32000)  # every second sample of 100
+    assert set((labels(over, split, 32000) % 8).tolist()) == {0, 2, 4, 6}  # not the first position of each

@@ -96,3 +96,14 @@ def test_states_of_rounds_that_score_otherwise_are_refused():
             other.step(made.init(jax.random.key(0), 4), BATCHES, HELD_OUT)
     with pytest.raises(SettingsError, match="every"):
         wavg.make_rounds(TASK, BY_LOSS, optax.sgd(0.1), scoring=wavg.Scoring(every=0))
+
+
+@pytest.mark.parametrize("weighting", [wavg.uniform(), wavg.robust.coordinate_median()], ids=["uniform", "median"])
+def test_weightings_that_read_no_held_out_data_weigh_in_every_round(weighting):
+    """Replica 0 is dead in the first round alone."""
+    rounds = wavg.make_rounds(TASK, wavg.averager(weighting), optax.sgd(0.1), scoring=wavg.Scoring(every=3))
+    step, state = jax.jit(rounds.step), rounds.init(jax.random.key(0), 4)
+    state, first = step(state, BATCHES._replace(x=BATCHES.x.at[0].set(3e38)))
+    _, second = step(state, BATCHES)
+    assert first.weights[0] == 0
+    assert second.weights[0] > 0.1

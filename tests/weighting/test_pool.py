@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scheme_table import run, two_rounds
 
 import wavg_jax as wavg
 from wavg_jax.base import SettingsError
@@ -26,7 +27,7 @@ def two_classes(margins, labels, evaluate=None, steps=1, alive=None, state=None,
     state = avg.init(PARAMS, margins.shape[1]) if state is None else state
 
     def of_logits(params, weights):
-        return {"loss": cross_entropy(params, labels), "accuracy": jnp.float32(0)}
+        return {"loss": cross_entropy(params, [y for y in labels if 0 <= y < 2]), "accuracy": jnp.float32(0)}
 
     @jax.jit
     def step(stacked, state):
@@ -79,7 +80,7 @@ def test_weights_below_a_quarter_of_an_equal_share_are_cut_off_where_that_blend_
     """One of three replicas is wrong on every sample: with a weak prior its weight falls below 1 / 12."""
     [(weights, fitted)], _ = two_classes([1.0, 1.0, -30.0], [0] * 20, prior=0.1)
     assert 0 < fitted[2] < 1 / 12
-    np.testing.assert_allclose(weights, [0.5, 0.5, 0], rtol=1e-5)
+    np.testing.assert_allclose(weights, [0.5, 0.5, 0], rtol=1e-4)
 
 
 def test_the_replica_with_the_lowest_weight_may_be_left_out_whatever_that_weight():
@@ -147,3 +148,43 @@ def test_what_is_no_logits_or_labels_is_one_clear_line():
         wavg.opinion_pool(prior=0.0)
     with pytest.raises(SettingsError, match="opinion_pool: memory"):
         wavg.opinion_pool(memory=1.5)
+
+
+def test_a_broken_replica_loses_its_weight_however_large_its_logits():
+    """One of four has logits a thousand times as large, and wrong: beside that noise no gain of a blend would count."""
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 3, 200))
+    logits = 2 * jax.nn.one_hot(labels, 3)[None] + jnp.asarray(rng.normal(size=(4, 200, 3)), jnp.float32)
+    logits = logits.at[1].multiply(-1000)
+
+    def evaluate(params, weights):
+        return {"loss": 1 + 0.01 * weights[1], "accuracy": jnp.float32(0)}
+
+    avg = wavg.averager(wavg.opinion_pool())
+    given = {"logits": logits, "labels": labels, "evaluate": evaluate}
+    _, _, weights = avg.update(jnp.zeros((4, 2)), avg.init(PARAMS, 4), PARAMS, **given)
+    assert weights[1] < 1e-6
+    assert min(weights[k] for k in (0, 2, 3)) > 0.1
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 2, 7])
+def test_labels_of_no_class_do_not_count(ignored):
+    [(weights, fitted)], _ = two_classes([2.0, -2.0], THREE_OF_FOUR + [ignored] * 16, prior=2 * PRIOR)
+    np.testing.assert_allclose(fitted, [0.75, 0.25], rtol=1e-5)
+    np.testing.assert_array_equal(weights, fitted)
+
+
+def test_the_state_is_float32_also_where_floats_are_64_bits_wide():
+    with jax.enable_x64(True):
+        avg = wavg.averager(wavg.opinion_pool())
+        state = avg.init(PARAMS, 2)
+        logits = jnp.zeros((2, 5, 2), jnp.float32).at[0, :, 0].set(3)
+        given = {"logits": logits, "labels": jnp.zeros(5, jnp.int32)}
+        loss = {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
+        _, after, weights = avg.update(jnp.zeros((2, 2), PARAMS.dtype), state, PARAMS, evaluate=lambda p, w: loss, **given)
+    assert after.weighting.fitted.dtype == state.weighting.fitted.dtype == weights.dtype == jnp.float32
+
+
+def test_the_rows_of_the_table_have_weights_that_differ():
+    """Else the invariants would hold of equal weights."""
+    assert max(np.ptp(weights) for weights in run("opinion_pool", two_rounds()).weights) > 0.02

@@ -114,10 +114,12 @@ def drop_deltas(rate: float, seed: int = 0) -> Transform:
     """
     check("rate", rate, number(0, below=1))
     check("seed", seed, whole(0, 2**32 - 1))
-    seed = int(seed)
+    rate, seed = float(rate), int(seed)
 
     def transform(stacked: PyTree, params: PyTree, alive: jax.Array) -> PyTree:
         del alive
+        if not rate:
+            return stacked
 
         def drop(x: PyTree) -> PyTree:
             deltas = _delta(x, params)

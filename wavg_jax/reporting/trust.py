@@ -54,7 +54,8 @@ def _agreement(name: str, runs: Sequence[RecordedRun]) -> Floats:
         given = run.weights if name == "weights" else run.scores.get(name)
         if run.diagnosis and given is not None:
             sign = -1.0 if name in LOWER_IS_BETTER else 1.0
-            values += [_spearman(sign * a, b) for a, b in zip(given, run.diagnosis["leave_one_out"], strict=True)]
+            worth = np.where(run.alive, run.diagnosis["leave_one_out"], np.nan)  # nobody weighs the dead
+            values += [_spearman(sign * a, b) for a, b in zip(given, worth, strict=True)]
     return np.array(values, np.float64)
 
 

@@ -47,7 +47,7 @@ _NO_SCORES = ("samples", "steps")
 
 
 class Setup(NamedTuple):
-    """The arguments of `make_rounds`, and what is made of them."""
+    """The arguments of `make_rounds`, and what is made of them; `every` is of `score.weighs_every`."""
 
     forward: Forward
     task: Task
@@ -61,6 +61,7 @@ class Setup(NamedTuple):
     steps: local.LocalSteps
     measured: Callable
     exchange: Callable
+    every: int
     rerun: Callable
 
 

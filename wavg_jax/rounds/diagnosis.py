@@ -6,6 +6,7 @@ import optax
 
 from wavg_jax import tree
 from wavg_jax.averaging.reduce import weighted_mean
+from wavg_jax.weighting.scores import normalise
 
 
 def diagnose(logits: jax.Array, labels: jax.Array, weights: jax.Array, alive: jax.Array) -> dict[str, jax.Array]:
@@ -20,7 +21,7 @@ def diagnose(logits: jax.Array, labels: jax.Array, weights: jax.Array, alive: ja
 
     Args:
       logits: [K, S, C], on held-out samples; of replicas that count, finite.
-      labels: integers [S].
+      labels: integers [S]; those below 0, or of no class, do not count.
       weights: [K], of the blend.
       alive: bool [K].
 
@@ -34,18 +35,24 @@ def diagnose(logits: jax.Array, labels: jax.Array, weights: jax.Array, alive: ja
     """
     alive = alive & jnp.isfinite(logits).all((1, 2))
     logits = jnp.where(alive[:, None, None], logits, 0)
+    valid = (labels >= 0) & (labels < logits.shape[-1])
+    count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
 
     def losses(weights: jax.Array) -> jax.Array:
-        return optax.losses.softmax_cross_entropy_with_integer_labels(weighted_mean(logits, weights), labels)
+        pooled, classes = weighted_mean(logits, weights), jnp.where(valid, labels, 0)
+        return jnp.where(valid, optax.losses.softmax_cross_entropy_with_integer_labels(pooled, classes), 0)
+
+    def mean(losses: jax.Array) -> jax.Array:
+        return losses.sum() / count
 
     def without(k: jax.Array) -> jax.Array:
         left = alive & (jnp.arange(len(alive)) != k)
-        return jnp.where(alive[k] & left.any(), losses(tree.equal_weights(left)).mean() - equal.mean(), 0)
+        return jnp.where(alive[k] & left.any(), mean(losses(tree.equal_weights(left)) - equal), 0)
 
     equal = losses(tree.equal_weights(alive))
-    gains = equal - losses(jnp.where(alive, weights, 0))
+    gains = equal - losses(normalise(jnp.where(alive, weights, 0), alive))
     return {
         "leave_one_out": jax.lax.map(without, jnp.arange(len(alive))),
-        "gain": gains.mean(),
-        "gain_error": gains.std() / jnp.sqrt(jnp.float32(len(gains))),
+        "gain": mean(gains),
+        "gain_error": jnp.sqrt(mean(jnp.where(valid, jnp.square(gains - mean(gains)), 0)) / count),
     }

@@ -167,7 +167,7 @@ def blend(
     weights, weighting = jax.lax.cond(
         before.due,
         lambda: weigh(sent.params, own, before.params, **given, **signals),
-        lambda: (among(sent.alive, before.weights), own),
+        lambda: (tree.cast_like(among(sent.alive, before.weights), before.weights), own),
     )
     params, state, taken = step(sent.params, weights, before.averager, before.params, **given)
     state = state._replace(weighting=tree.select(taken, weighting, own))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from wavg_jax.base import Batch, PyTree, SettingsError, Sums, Task
@@ -114,8 +115,8 @@ def metrics_and_logits(
     """Metrics of one network on samples [N, ...], and from the same pass its logits there.
 
     Where targets are more than a label a sample, as tokens [N, T] are, their positions count as samples. Logits of more
-    numbers than LOGITS are thinned out: to positions evenly spread over every sample and, if that is not enough, to
-    every n-th sample of a chunk.
+    numbers than LOGITS are thinned out: to positions evenly spread over every sample, others for every sample, and, if
+    that is not enough, to every n-th sample of a chunk.
 
     Returns:
       The metrics, and logits [S, C] in float32; `labels` are those of the same positions.
@@ -154,7 +155,18 @@ def _thinned(values: jax.Array, positions: int, samples: int, classes: int) -> j
     """Keeps the values [B, ..., *rest] of some positions, whose axes are the first few: [S, *rest]."""
     most = max(LOGITS // classes, FEWEST)
     own, rest = math.prod(values.shape[1:positions]), values.shape[positions:]
-    each = min(max(most // samples, 1), own)
-    spread = jnp.arange(each, dtype=jnp.int32) * own // each
-    every = max(-(-samples // most), 1)
-    return values.reshape(-1, own, *rest)[::every, spread].reshape(-1, *rest)
+    each, every = min(max(most // samples, 1), own), max(-(-samples // most), 1)
+    kept = np.arange(0, len(values), every)
+    # Shifted from sample to sample, so that a few positions of each are not the same few of all.
+    shift = kept[:, None] * _stride(own) if each < own else np.zeros_like(kept)[:, None]
+    spread = (np.arange(each) * own // each + shift) % own
+    return values.reshape(-1, own, *rest)[kept[:, None], spread].reshape(-1, *rest)
+
+
+def _stride(positions: int) -> int:
+    """About 0.6 of the positions, and without a common divisor, so that multiples of it visit them all, far apart.
+
+    >>> _stride(8), _stride(1), _stride(128)
+    (5, 1, 79)
+    """
+    return next(n for n in range(max(round(0.618 * positions), 1), positions + 2) if math.gcd(n, positions) == 1)

@@ -287,7 +287,7 @@ def _decide(
         signals = signals | {"distance": score.distances(views, alive)}
     shared = score.of_blends(averager.needs, setup.forward, mean, window, signals)
     # The views are of what replicas sent while these were the global parameters.
-    weigh, own, due = averager.halves.weigh, state.averager.weighting, score.due(setup.scoring.every, state.round)
+    weigh, own, due = averager.halves.weigh, state.averager.weighting, score.due(setup.every, state.round)
 
     def now() -> tuple[PyTree, PyTree]:
         return weigh(views, own, state.params, alive=alive, **(signals | shared))

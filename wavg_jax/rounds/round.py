@@ -128,6 +128,7 @@ def make_rounds(
     _check_arguments(locals())
     where = single() if placement is None else placement
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
+    every = score.weighs_every(averager.needs, scoring)
     setup = Setup(
         forward=forward,
         task=task,
@@ -140,7 +141,8 @@ def make_rounds(
         batches=Batch if fetch is local.as_is else object,
         steps=local.local_steps(task, inner, fetch, where, at_sync.drift),
         measured=score.measure(forward, averager.needs, diagnose=scoring.diagnose),
-        exchange=make_exchange(averager, forward, where, at_sync.wire, scoring.every),
+        exchange=make_exchange(averager, forward, where, at_sync.wire, every),
+        every=every,
         rerun=reestimate(task, fetch),
     )
     init = functools.partial(_init, setup)
@@ -179,7 +181,7 @@ def _step(
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step`."""
     where = setup.where
-    check_state(state, setup.faults, setup.scoring, setup.at_sync)
+    check_state(state, setup.faults, setup.every, setup.at_sync)
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     # Train.
     pace = slow_down(setup.faults, pace, local.longest(batches))
@@ -214,7 +216,8 @@ def _step(
         setup.at_sync.opt_state, setup.inner, where.reduce, after.opt_state, params, kept, follows
     )
     replicas = Replicas(restarted, opt_state, stats, split.following, residual, drift=variates)
-    last = () if due is None else tree.select(due & (share.sum() > 0), weights, state.weights)
+    weighed = score.due(setup.every, state.round)
+    last = () if weighed is None else tree.select(weighed & (share.sum() > 0), weights, state.weights)
     new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, (), last, drift)
     log = report(setup, told.signals | distances, share, told.alive, taken, found)
     return place_state(where, new), everywhere(where, log)
@@ -232,7 +235,7 @@ def _streamed(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step` with fragments."""
-    check_state(state, setup.faults, setup.scoring, setup.at_sync)
+    check_state(state, setup.faults, setup.every, setup.at_sync)
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     numbers = [jnp.int32(s) for s in range(setup.at_sync.fragments)]
     given = (state, batches, held_out, shared, pace, sizes)
@@ -280,7 +283,8 @@ def initial_state(
     )
     if at_sync.fragments > 1:
         return streaming.begin(state, averager, at_sync)
-    return state if scoring.every == 1 else state._replace(weights=_no_weights(averager, state, replicas))
+    weighs_all = score.weighs_every(averager.needs, scoring) == 1
+    return state if weighs_all else state._replace(weights=_no_weights(averager, state, replicas))
 
 
 def _no_weights(averager: Averager, state: TrainState, replicas: int) -> PyTree:
@@ -330,14 +334,14 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
         raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")
 
 
-def check_state(state: TrainState, faults: Faults | None, scoring: Scoring, at_sync: AtSync) -> None:
+def check_state(state: TrainState, faults: Faults | None, every: int, at_sync: AtSync) -> None:
     """Raises SettingsError if the state was not made for these faults, and by rounds of this form."""
     check_replicas(faults, tree.count_replicas(state.replicas.params))
     variate = jax.eval_shape(lambda params: _first_variate(at_sync, params), state.params)
     for field, differs in (
         ("AtSync(smoothing=)", (state.smoothed is None) != (at_sync.smoothing is None)),
         ("AtSync(fragments=)", (state.stream == ()) != (at_sync.fragments == 1)),
-        ("Scoring(every=)", bool(jax.tree.leaves(state.weights)) != (scoring.every > 1 and at_sync.fragments == 1)),
+        ("Scoring(every=)", bool(jax.tree.leaves(state.weights)) != (every > 1 and at_sync.fragments == 1)),
         ("AtSync(drift=)", bool(jax.tree.leaves(state.drift)) != bool(jax.tree.leaves(variate))),
     ):
         if differs:

@@ -56,7 +56,7 @@ class Scoring(NamedTuple):
       chunk: samples per forward pass, which bounds the memory of scoring and testing.
       test_every: rounds between evaluations on the test split, in `fit`, which always evaluates the last round.
       every: rounds between scorings. The rounds in between blend with the weights of the last one, divided among those
-        who are alive.
+        who are alive, if the weighting reads held-out data. A replica that was dead then has no weight until the next.
       diagnose: keep the replicas' logits also where the weighting does not need them, and report what each replica is
         worth to the blend; see `wavg_jax.rounds.diagnosis`.
     """
@@ -87,6 +87,11 @@ def reads_heldout(needs: Iterable[str]) -> bool:
     (False, True, True)
     """
     return not set(needs) <= set(_NO_DATA)
+
+
+def weighs_every(needs: Iterable[str], scoring: Scoring) -> int:
+    """Rounds between two weighings: a weighting that reads no held-out data weighs in every round."""
+    return scoring.every if reads_heldout(needs) else 1
 
 
 def asked(needs: Iterable[str], scoring: Scoring) -> tuple[str, ...]:

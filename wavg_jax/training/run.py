@@ -45,6 +45,7 @@ def evaluated(state: TrainState) -> tuple[PyTree, PyTree]:
 
 def blended_bytes(recipe: Recipe, state: TrainState) -> int:
     """What one replica sends at a blend: parameters, statistics, control variates, and optimizer state if averaged.
+    Scores and logits, which are small beside them, are not counted.
 
     Args:
       recipe: of the rounds.

@@ -1,5 +1,6 @@
 """Weights by pooling predictions: the blend's logits, taken as linear in the weights, are fitted to held-out labels."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,12 +22,18 @@ _STEPS = 8
 _STILL = 1e-4
 """A Newton step is the last if it moves every logit by less."""
 
+_WIDEST = 100.0
+"""Logits count up to this far from the mean of their sample; those of a broken network would be beyond float32's
+resolution for the others."""
+
+_FINITE = 1e30
+"""Logits within it have a mean."""
+
 _LONGEST = 2.0
 """The longest Newton step of a logit: a longer one overshoots where predictions saturate."""
 
 _FAINTEST = 1e-3
 """The least prior weight of a replica, before normalising, so that one that recovers regains weight in a few rounds."""
-
 
 _HUGE = float(jnp.finfo(jnp.float32).max) / 2
 """The loss of a blend whose loss is not finite."""
@@ -42,27 +49,38 @@ class _Problem(NamedTuple):
     """What the weights are fitted to.
 
     Attributes:
-      logits: [K, S, C], 0 for replicas that do not count.
+      logits: [K, S, C], centred over the classes and within _WIDEST; 0 for replicas that do not count.
       labels: integers [S].
+      share: [S], of each sample in the mean; 0 where the label is no class.
       prior: weights [K], 0 for replicas that do not count.
       strength: weight of the prior, in nats per nat of a sample.
     """
 
     logits: jax.Array
     labels: jax.Array
+    share: jax.Array
     prior: jax.Array
     strength: float
 
 
+def _problem(logits: jax.Array, labels: jax.Array, sound: jax.Array, prior: jax.Array, samples: float) -> _Problem:
+    """Makes the problem of logits [K, S, C] of the `sound` replicas, with a prior worth that many samples."""
+    logits = jnp.clip(logits, -_FINITE, _FINITE)
+    centred = logits - logits.mean(-1, keepdims=True)
+    logits = jnp.where(sound[:, None, None], jnp.clip(centred, -_WIDEST, _WIDEST), 0)
+    valid = ((labels >= 0) & (labels < logits.shape[-1])).astype(jnp.float32)
+    return _Problem(logits, labels, valid / jnp.maximum(valid.sum(), 1), prior, samples / logits.shape[1])
+
+
 def _fit(problem: _Problem) -> jax.Array:
     """The weights [K] that minimise cross-entropy(sum_k w_k logits_k) + strength * KL(w || prior)."""
-    logits, labels, prior, strength = problem
-    replicas, samples, classes = logits.shape
+    logits, labels, share, prior, strength = problem
+    replicas, _, classes = logits.shape
     counts = prior > 0
     # As differences from the pool of the prior: smaller numbers, and so smaller rounding errors.
-    centre = jnp.tensordot(prior, logits, 1)
+    centre = jnp.tensordot(prior, logits, 1, precision="highest")
     apart = jnp.where(counts[:, None, None], logits - centre[None], 0)
-    flat, targets = apart.reshape(replicas, -1), jax.nn.one_hot(labels, classes)
+    flat, targets = apart.reshape(replicas, -1), jax.nn.one_hot(labels, classes, dtype=jnp.float32)
 
     def weights(lean: jax.Array) -> jax.Array:
         return jax.nn.softmax(jnp.where(counts, jnp.log(jnp.where(counts, prior, 1)) + lean, -jnp.inf))
@@ -72,9 +90,10 @@ def _fit(problem: _Problem) -> jax.Array:
         w = weights(lean)
         p = jax.nn.softmax(centre + jnp.tensordot(w, apart, 1))
         mean = (apart * p[None]).sum(-1)
-        slope = flat @ (p - targets).reshape(-1) / samples + strength * lean
-        hessian = ((flat * p.reshape(1, -1)) @ flat.T - mean @ mean.T) / samples  # of the cross-entropy in w
-        jacobian = hessian @ (jnp.diag(w) - jnp.outer(w, w)) + strength * jnp.eye(replicas)
+        slope = flat @ ((p - targets) * share[:, None]).reshape(-1) + strength * lean
+        product = functools.partial(jnp.matmul, precision="highest")  # the Hessian is a difference of two
+        hessian = product(flat * (p * share[:, None]).reshape(1, -1), flat.T) - product(mean * share[None], mean.T)
+        jacobian = hessian @ (jnp.diag(w) - jnp.outer(w, w)) + strength * jnp.eye(replicas, dtype=jnp.float32)
         move = jnp.linalg.solve(jacobian, slope)
         move = jnp.clip(jnp.where(counts, move - w @ move, 0), -_LONGEST, _LONGEST)
         sound = jnp.isfinite(move).all()
@@ -85,18 +104,21 @@ def _fit(problem: _Problem) -> jax.Array:
         number, _, moves = carry
         return moves & (number < _STEPS)
 
-    return weights(jax.lax.while_loop(goes_on, step, (jnp.int32(0), jnp.zeros(replicas), jnp.bool_(True)))[1])
+    start = (jnp.int32(0), jnp.zeros(replicas, jnp.float32), jnp.bool_(True))
+    return weights(jax.lax.while_loop(goes_on, step, start)[1])
 
 
-def _noise(problem: _Problem, weights: jax.Array, equal: jax.Array) -> jax.Array:
-    """The standard error, over the samples, of what weights gain beside equal ones, by the pools of both."""
+def _gain(problem: _Problem, weights: jax.Array, equal: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What weights gain beside equal ones, by the pools of both, and its standard error over the samples."""
 
     def losses(weights: jax.Array) -> jax.Array:
-        pooled = jnp.tensordot(weights, problem.logits, 1)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(pooled, problem.labels)
+        pooled, labels = jnp.tensordot(weights, problem.logits, 1), jnp.where(problem.share > 0, problem.labels, 0)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(pooled, labels)
 
     gains = losses(equal) - losses(weights)
-    return gains.std() / jnp.sqrt(jnp.float32(len(gains)))
+    mean = problem.share @ gains
+    count = jnp.maximum((problem.share > 0).sum(), 1).astype(jnp.float32)
+    return mean, jnp.sqrt(problem.share @ jnp.square(gains - mean) / count)
 
 
 def _losses(held_out: Held, tried: jax.Array) -> jax.Array:
@@ -129,12 +151,12 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
 
     over the n replicas that are alive, with the fitted weights of the last round in c. The fit is convex in K numbers;
     Newton's method takes no pass over any network. Only the four blends at the end are evaluated, so the result is
-    never worse than equal weights on the samples scored. Weights whose blend gains less than the pool's standard error
-    over these samples stay equal. A subset that changes every round (`Scoring(samples=256)`) suffices, since c carries
+    never worse than equal weights on the samples scored. Weights that gain no more than the standard error over these
+    samples stay equal. A subset that changes every round (`Scoring(samples=256)`) suffices, since c carries
     what earlier subsets said.
 
-    A replica with a NaN or infinite logit has weight 0 beside others. The memory never falls so low that a replica
-    that recovers could not regain its weight.
+    Labels below 0, or of no class, do not count. A replica with a NaN or infinite logit has weight 0 beside others. The
+    memory never falls so low that a replica that recovers could not regain its weight.
 
     Costs one pass of every replica over the S samples, which devices do side by side, and four evaluations and four
     blends. `learned()` costs 17 passes over the parameters and 8 gradients; its weights are about as good.
@@ -189,12 +211,8 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
         counts = jnp.where(sound.any(), sound, alive)
         equal = tree.equal_weights(counts)
         remembered = jnp.maximum(jnp.power(state.fitted, jnp.float32(memory)), _FAINTEST)
-        problem = _Problem(
-            jnp.where(sound[:, None, None], logits, 0),
-            labels,
-            normalise(jnp.where(counts, remembered, 0), counts),
-            prior / logits.shape[1],
-        )
+        before = normalise(jnp.where(counts, remembered, 0), counts)
+        problem = _problem(logits, labels, sound, before, prior)
         fitted = _fit(problem)
         lowest = jnp.argmin(jnp.where(counts, fitted, jnp.inf))
         kept = jnp.stack([4 * fitted >= equal, jnp.arange(len(fitted)) != lowest])
@@ -202,8 +220,10 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
         tried = jnp.stack([equal, fitted, *pruned])
         losses = _losses(held_out, tried)
         chosen = tried[jnp.argmin(losses)]
-        # By the loss of the blends, not of the pools: where replicas are far apart a pool says little of its blend.
-        beyond_chance = losses[0] - losses.min() > _noise(problem, chosen, equal)
+        # Where replicas are far apart a pool says little of its blend, and a blend's gain is small beside the pool's
+        # noise where one of them is broken: either may speak for the weights.
+        gain, error = _gain(problem, chosen, equal)
+        beyond_chance = (losses[0] - losses.min() > error) | (gain > 2 * error)
         return jnp.where(beyond_chance, chosen, equal), PoolState(jnp.where(counts, fitted, state.fitted))
 
     return make_weighting(update, needs=("logits", "labels", "evaluate"), init=init)
