@@ -149,6 +149,9 @@ def test_the_table_of_weightings_is_what_was_recorded(few, label):
     assert f"| {label} | {' | '.join(cells)} |" in README
 
 
+SKEWED = {"dirichlet01", "dirichlet03"}
+
+
 def harmed(gaps, weighting):
     return {scenario for scenario in gaps.scenarios if gaps(scenario, weighting)[2] < 0}
 
@@ -156,17 +159,19 @@ def harmed(gaps, weighting):
 def test_the_pool_is_nowhere_shown_to_do_harm_and_many_rules_are(gaps, few):
     assert "Many rules do harm under label skew; none is shown for `opinion_pool`" in README
     assert harmed(few, "opinion_pool") == harmed(gaps, "learned") == harmed(gaps, "learned_online") == set()
-    skewed = {"dirichlet01", "dirichlet03"}
-    assert sum(bool(harmed(few, weighting) & skewed) for weighting in few.weightings) >= 3
-    assert sum(bool(harmed(gaps, weighting) & skewed) for weighting in gaps.weightings) >= 6
+    assert sum(bool(harmed(few, weighting) & SKEWED) for weighting in few.weightings) >= 3
+    assert sum(bool(harmed(gaps, weighting) & SKEWED) for weighting in gaps.weightings) >= 6
 
 
 def test_the_pool_is_close_to_the_best_rule_of_each_scenario(few):
-    """Within half a point of the best mean, picked on the same seeds."""
+    behind = []
     for scenario in few.scenarios:
         best = max(few(scenario, weighting)[0] for weighting in few.weightings)
-        assert best - few(scenario, "opinion_pool")[0] < 0.5, scenario
-    assert min(few(scenario, "opinion_pool")[0] for scenario in few.scenarios) > 0
+        behind.append(best - few(scenario, "opinion_pool")[0])
+    assert "within 0.2 points of the best rule" in README
+    assert max(behind) < 0.2
+    lost = [-few(scenario, rule)[0] for rule in ("bulyan", "mean_around_median") for scenario in SKEWED]
+    assert f"robust rules lose {min(lost):.0f} to {max(lost):.0f} points" in README
 
 
 def test_plain_averaging_trails_sync_on_clean_shards_as_said():
