@@ -93,6 +93,22 @@ def test_the_table_of_what_scoring_costs_is_what_was_recorded():
     assert f"{shares['learned_online', 256, 200]:.0f} % at H=200" in RESULTS
 
 
+def test_what_is_said_of_the_cost_of_the_pool_was_measured():
+    found = {
+        (row["weighting"], row["local_steps"]): row
+        for row in rows("scoring_cost_256")
+        if row.get("score_samples") == 256
+    }
+    pool, search, scoring = (100 * found[name, 50]["share"] for name in ("opinion_pool", "learned", "accuracy"))
+    said = (
+        f"`opinion_pool()` takes {pool:.0f} % of a round at H = 50, `learned()` {search:.0f} %; scoring all replicas is"
+    )
+    assert f"{said} {scoring:.0f} % of it" in README
+    for name in ("opinion_pool", "learned"):
+        low, high = found[name, 200]["share_quartiles"]
+        assert low < 0 < high
+
+
 @pytest.fixture(scope="module")
 def gaps():
     """Of the matrix that scores 1,000 samples a round."""

@@ -8,8 +8,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-ROWS = [json.loads(line) for line in (ROOT / "experiments/results/links/rows.jsonl").read_text().splitlines()]
-CELLS = [row for row in ROWS if row["kind"] == "case"]
+RESULTS = (ROOT / "experiments/results/README.md").read_text()
+
+
+def cases(folder):
+    lines = (ROOT / "experiments/results" / folder / "rows.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == "case"]
+
+
+CELLS = cases("links")
 COLUMNS = (("100mbit", 2), ("100mbit", 4), ("1gbit", 2))
 ARMS = {
     "sequential, on one node": ("sequential", "float32"),
@@ -56,7 +63,28 @@ def test_the_table_of_links_says_what_was_measured(label):
 
 
 def test_the_factors_in_the_text_follow_from_the_table():
-    sync = seconds("sync", "float32", "100mbit", 2)
-    for arm, wire in (("weighted", "float32"), ("weighted", "int8")):
-        assert f"{sync / seconds(arm, wire, '100mbit', 2):.0f} times" in README
+    words = " ".join(README.split())
+    for nodes, said in (
+        (2, "{:.0f} times sooner than gradients averaged at every step, {:.0f} times with int8"),
+        (4, "{:.0f}, {:.0f}"),
+    ):
+        sync = seconds("sync", "float32", "100mbit", nodes)
+        factors = [sync / seconds("weighted", wire, "100mbit", nodes) for wire in ("float32", "int8")]
+        assert said.format(*factors) in words
+        rival = seconds("accumulate", "float32", "100mbit", nodes) / seconds("weighted", "float32", "100mbit", nodes)
+        assert (f"and {rival:.0f} times sooner than large" if nodes == 2 else f"and {rival:.1f} times") in words
     assert f"1/{sent('sync', 'float32') / sent('weighted', 'int8'):.0f}" in README
+
+
+def test_what_is_said_of_the_pool_was_measured_with_plain_in_one_session():
+    found = {}
+    for row in cases("links_pool"):
+        where = row["arm"], row["wire"], row["link"], row["nodes"]
+        found.setdefault(where, []).append(row["reached"]["0.85"])
+    medians = {where: statistics.median(times) for where, times in found.items()}
+    of = [medians[arm, wire, "100mbit", 2] for wire in ("int8", "float32") for arm in ("weighted", "plain")]
+    assert "85 % after {:.1f} s, plain after {:.1f} (float32: {:.1f} and {:.1f})".format(*of) in " ".join(
+        README.split()
+    )
+    for where, times in found.items():
+        assert len(times) >= (5 if where[2:] == ("100mbit", 2) and where[0] in ("plain", "weighted") else 1)

@@ -1,6 +1,7 @@
 """`fast` changes no numbers: inside every kind of program, under every transformation, and where it does nothing."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -287,3 +288,23 @@ def test_rounds_use_the_forms_unless_the_task_says_otherwise(monkeypatch):
         jax.eval_shape(rounds.step, state, Batch(x, y), Batch(x[0, 0], y[0, 0]))
         assert bool(used) == on
         assert len(used) in (0, 4)  # two layers, in the local steps and in the search
+
+
+def test_gradients_are_rewritten_inside_shard_map_too():
+    """There a gradient's convolutions name a layout, of the mesh whose axes are mapped, that lays nothing out."""
+    grid = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("r",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(kernel, x):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).var()
+
+    def own(kernel, x):
+        return jax.lax.fori_loop(0, 2, lambda i, k: k - fast(jax.grad(loss))(k, x[0]), kernel)[None]
+
+    spec = jax.sharding.PartitionSpec
+    mapped = jax.shard_map(own, mesh=grid, in_specs=(spec(), spec("r")), out_specs=spec("r"), check_vma=False)
+    x = jnp.ones((2, 4, 6, 6, 3)).at[:, :, 2].set(3.0)
+    text = str(jax.make_jaxpr(jax.jit(mapped))(jnp.ones((3, 3, 3, 5)), x))
+    kinds = re.findall(r"lhs_spec=\((\d), (\d)", text)
+    assert kinds
+    assert set(kinds) == {("0", "3")}  # forward convolutions alone: a kernel's gradient has channels for its batch
+    np.testing.assert_allclose(mapped(jnp.ones((3, 3, 3, 5)), x)[0], own(jnp.ones((3, 3, 3, 5)), x[:1])[0], rtol=1e-4)

@@ -181,7 +181,9 @@ def test_the_state_is_float32_also_where_floats_are_64_bits_wide():
         logits = jnp.zeros((2, 5, 2), jnp.float32).at[0, :, 0].set(3)
         given = {"logits": logits, "labels": jnp.zeros(5, jnp.int32)}
         loss = {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
-        _, after, weights = avg.update(jnp.zeros((2, 2), PARAMS.dtype), state, PARAMS, evaluate=lambda p, w: loss, **given)
+        _, after, weights = avg.update(
+            jnp.zeros((2, 2), PARAMS.dtype), state, PARAMS, evaluate=lambda p, w: loss, **given
+        )
     assert after.weighting.fitted.dtype == state.weighting.fitted.dtype == weights.dtype == jnp.float32
 
 

@@ -121,6 +121,7 @@ def scheduled(factor: Callable[[Any], Any], toward: Callable[[Any], Pull] = towa
     """
     check("factor", factor, FUNCTION)
     check("toward", toward, FUNCTION)
+
     def at(round: Any) -> Pull:
         # As a float, schedules such as optax's compute with it under strict dtype promotion too.
         return toward(factor(round.astype(jnp.float32) if isinstance(round, jax.Array) else round))

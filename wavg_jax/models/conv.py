@@ -43,9 +43,12 @@ def covers(lhs: Any, rhs: Any, out: Any, **params: Any) -> bool:
     """Whether `convolve` has a form for a convolution of these shapes and dtypes.
 
     Left alone are integers and complex numbers, mixed dtypes, arrays of size 0, convolutions without a spatial axis,
-    and whatever parameters later versions of JAX add.
+    outputs laid out over a mesh, and whatever parameters later versions of JAX add.
     """
     known = {*_PARAMS, *(name for name, value in params.items() if value is None)}
+    # Inside `shard_map` a gradient's convolutions name a layout that lays nothing out.
+    if not any(getattr(params.get("out_sharding"), "spec", ("?",))):
+        known.add("out_sharding")
     floats = jnp.issubdtype(lhs.dtype, jnp.floating) and lhs.dtype == rhs.dtype
     return set(params) <= known and floats and lhs.ndim > 2 and 0 not in (*lhs.shape, *rhs.shape, *out.shape)
 
@@ -76,6 +79,7 @@ def convolve(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: Any = None,
     **unset: Any,
 ) -> jax.Array:
     """Convolves as `lax.conv_general_dilated` does, in the form that XLA runs fastest on a CPU.
@@ -107,6 +111,7 @@ def convolve(
     References: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
     Processing", 2006, for products over patches.
     """
+    del out_sharding  # `covers` says that it lays nothing out
     assert not any(value is not None for value in unset.values())
     layout, ndim = dimension_numbers, lhs.ndim
     geometry = Geometry(
