@@ -76,7 +76,7 @@ def test_the_factors_in_the_text_follow_from_the_table():
     assert f"1/{sent('sync', 'float32') / sent('weighted', 'int8'):.0f}" in README
 
 
-def test_what_is_said_of_the_pool_was_measured_with_plain_in_one_session():
+def test_what_is_said_of_the_pool_was_measured_beside_plain():
     found = {}
     for row in cases("links_pool"):
         where = row["arm"], row["wire"], row["link"], row["nodes"]
