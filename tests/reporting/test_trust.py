@@ -10,6 +10,7 @@ from wavg_jax.reporting.runs import read_runs
 from wavg_jax.reporting.summary import summarise_scenarios
 from wavg_jax.reporting.tables import comparison_tables
 from wavg_jax.reporting.trust import LOWER_IS_BETTER, Trust
+from wavg_jax.reporting.wording import MINUS
 from wavg_jax.weighting.signals import HIGHER_IS_BETTER
 
 WORTH = [0.3, -0.1, 0.2, 0.1]
@@ -65,8 +66,18 @@ def test_a_report_shows_it_where_there_is_something_to_show():
     scored = rows(([0.4, 0.1, 0.3, 0.2], {"loss": [1.0, 2.0, 3.0, 4.0]}, diagnosis()))
     table = comparison_tables(*summarise_scenarios(scored))[-1]
     assert table.title == "Whom weights and scores trust"
-    assert table.columns == ("arm", "rounds", "gain (nats)", "beyond chance (%)", "weights", "loss")
-    assert table.sections == ((("weighted", "1", "+0.020", "100", "+1.00", "+0.40"),),)
+    assert table.columns == (
+        "arm",
+        "rounds",
+        "gain (nats)",
+        "beyond chance (%)",
+        "worth least",
+        "worth most",
+        "weights",
+        "loss",
+    )
+    worth = (f"{MINUS}0.100 (replica 1)", "+0.300 (replica 0)")
+    assert table.sections == ((("weighted", "1", "+0.020", "100", *worth, "+1.00", "+0.40"),),)
     older = rows(([0.25] * 4, {}, {}))
     for row in older[1:]:
         del row["diagnosis"]

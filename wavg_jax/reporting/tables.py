@@ -105,9 +105,9 @@ def _trust_table(arms: Sequence[tuple[str, Trust]]) -> TextTable:
     """What the weights gain, and whether weights and scores know whom to trust."""
     note = (
         "From the logits of scored rounds, on the samples scored. Gain: loss that the weights save beside equal ones, "
-        "in nats; beyond chance: in how many rounds it is more than twice its standard error. Then the mean rank "
-        "correlation of weights and scores with what leaving a replica out costs: 1 if they trust those most without "
-        "whom equal weights would do worst."
+        "in nats; beyond chance: in how many rounds it is more than twice its standard error. Worth: what leaving a "
+        "replica out costs equal weights, the mean in nats; below 0 they do better without it. Then the mean rank "
+        "correlation of weights and scores with that: 1 if they trust those most that are worth most."
     )
     judges = list(dict.fromkeys(name for _, trust in arms for name in trust.agreement))
 
@@ -115,11 +115,13 @@ def _trust_table(arms: Sequence[tuple[str, Trust]]) -> TextTable:
         found = [trust.agreement.get(judge, math.nan) for judge in judges]
         agreement = [f"{x:+.2f}".replace("-", MINUS) if math.isfinite(x) else "\N{EN DASH}" for x in found]
         if not trust.rounds:
-            return (name, "0", *["not scored"] * 2, *agreement)
+            return (name, "0", *["not scored"] * 4, *agreement)
         gain, beyond = f"{trust.gain:+.3f}".replace("-", MINUS), f"{100 * trust.beyond_chance:.0f}"
-        return (name, str(trust.rounds), gain, beyond, *agreement)
+        ends = (np.nanargmin(trust.worth), np.nanargmax(trust.worth))
+        worth = [f"{trust.worth[k]:+.3f} (replica {k})".replace("-", MINUS) for k in ends]
+        return (name, str(trust.rounds), gain, beyond, *worth, *agreement)
 
-    heads = ("arm", "rounds", "gain (nats)", "beyond chance (%)", *judges)
+    heads = ("arm", "rounds", "gain (nats)", "beyond chance (%)", "worth least", "worth most", *judges)
     return TextTable("Whom weights and scores trust", note, heads, (tuple(row(*arm) for arm in arms),))
 
 

@@ -21,12 +21,14 @@ class Trust(NamedTuple):
       agreement: of the weights and of every recorded score, the mean rank correlation (Spearman's) with what leaving a
         replica out costs: 1 if it trusts those most without whom equal weights would do worst, 0 if it does not know.
         nan where it never told the replicas apart.
+      worth: of each replica, the mean loss in nats that leaving it out costs equal weights [K]; nan if never scored.
       rounds: how many.
     """
 
     gain: float
     beyond_chance: float
     agreement: dict[str, float]
+    worth: Floats
     rounds: int
 
     @classmethod
@@ -42,8 +44,15 @@ class Trust(NamedTuple):
             gain=Statistic.of(gain).mean,
             beyond_chance=float(np.mean((gain > 2 * error)[scored])) if scored.any() else float("nan"),
             agreement={name: Statistic.of(_agreement(name, runs)).mean for name in judges},
+            worth=_worth(runs),
             rounds=int(scored.sum()),
         )
+
+
+def _worth(runs: Sequence[RecordedRun]) -> Floats:
+    """Of each replica [K], over the scored rounds in which it was alive."""
+    found = [np.where(run.alive, run.diagnosis["leave_one_out"], np.nan) for run in runs if run.diagnosis]
+    return np.array([Statistic.of(replica).mean for replica in np.concatenate(found).T], np.float64)
 
 
 def _agreement(name: str, runs: Sequence[RecordedRun]) -> Floats:

@@ -151,9 +151,9 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
 
     over the n replicas that are alive, with the fitted weights of the last round in c. The fit is convex in K numbers;
     Newton's method takes no pass over any network. Only the four blends at the end are evaluated, so the result is
-    never worse than equal weights on the samples scored. Weights that gain no more than the standard error over these
-    samples stay equal. A subset that changes every round (`Scoring(samples=256)`) suffices, since c carries
-    what earlier subsets said.
+    never worse than equal weights on the samples scored. Weights stay equal unless the blend gains more than the pool's
+    standard error over these samples, or the pool itself more than twice that. A subset that changes every round
+    (`Scoring(samples=256)`) suffices, since c carries what earlier subsets said.
 
     Labels below 0, or of no class, do not count. A replica with a NaN or infinite logit has weight 0 beside others. The
     memory never falls so low that a replica that recovers could not regain its weight.
