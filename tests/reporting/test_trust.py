@@ -83,3 +83,10 @@ def test_a_report_shows_it_where_there_is_something_to_show():
         del row["diagnosis"]
     assert "trust" not in comparison_tables(*summarise_scenarios(older))[-1].title
     assert np.isfinite(summarise_scenarios(older)[0].arms[0].shares.effective_mean)
+
+
+def test_a_run_whose_replicas_were_all_dead_has_nobody_to_trust():
+    dead = rows(([0.25] * 4, {}, diagnosis(worth=[0.0] * 4)))
+    dead[1]["alive"] = [False] * 4
+    table = comparison_tables(*summarise_scenarios(dead))[-1]
+    assert table.sections[0][0][:6] == ("weighted", "1", *["all dead"] * 4)

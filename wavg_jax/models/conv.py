@@ -46,7 +46,7 @@ def covers(lhs: Any, rhs: Any, out: Any, **params: Any) -> bool:
     outputs laid out over a mesh, and whatever parameters later versions of JAX add.
     """
     known = {*_PARAMS, *(name for name, value in params.items() if value is None)}
-    # Inside `shard_map` a gradient's convolutions name a layout that lays nothing out.
+    # Where a mesh is in use, a gradient's convolutions may name a layout that lays nothing out.
     if not any(getattr(params.get("out_sharding"), "spec", ("?",))):
         known.add("out_sharding")
     floats = jnp.issubdtype(lhs.dtype, jnp.floating) and lhs.dtype == rhs.dtype

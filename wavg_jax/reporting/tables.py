@@ -114,8 +114,8 @@ def _trust_table(arms: Sequence[tuple[str, Trust]]) -> TextTable:
     def row(name: str, trust: Trust) -> tuple[str, ...]:
         found = [trust.agreement.get(judge, math.nan) for judge in judges]
         agreement = [f"{x:+.2f}".replace("-", MINUS) if math.isfinite(x) else "\N{EN DASH}" for x in found]
-        if not trust.rounds:
-            return (name, "0", *["not scored"] * 4, *agreement)
+        if not np.isfinite(trust.worth).any():
+            return (name, str(trust.rounds), *["all dead" if trust.rounds else "not scored"] * 4, *agreement)
         gain, beyond = f"{trust.gain:+.3f}".replace("-", MINUS), f"{100 * trust.beyond_chance:.0f}"
         ends = (np.nanargmin(trust.worth), np.nanargmax(trust.worth))
         worth = [f"{trust.worth[k]:+.3f} (replica {k})".replace("-", MINUS) for k in ends]
