@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax.base import PyTree
-from wavg_jax.tree import floats, is_float, is_key
+from wavg_jax.devices import processes
+from wavg_jax.tree import floats, is_float, is_key, on_cpu
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -57,18 +58,40 @@ def _restored(row: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def sum_trees(axis: str, tree: PyTree) -> PyTree:
-    """Adds up the trees of all devices, in one exchange for each dtype, one after another."""
+    """Adds up the trees of all devices, in one exchange for each dtype, one after another.
+
+    On CPU devices of one process, large leaves are summed in shares instead, where they lie.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    summed: list[Any] = list(leaves)
+    summed: list[Any] = [_sum_in_shares(axis, x) if _shares_pay(axis, x) else None for x in leaves]
+    together = [i for i, x in enumerate(summed) if x is None]
     last = None
-    for dtype in sorted({x.dtype for x in leaves}, key=str):
-        chosen = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+    for dtype in sorted({leaves[i].dtype for i in together}, key=str):
+        chosen = [i for i in together if leaves[i].dtype == dtype]
         flat = jnp.concatenate([leaves[i].reshape(-1) for i in chosen])
         total = jax.lax.psum(flat if last is None else after(flat, last), axis)
         for i, part in zip(chosen, _cut(total, [leaves[i].size for i in chosen]), strict=True):
             summed[i] = part.reshape(leaves[i].shape)
         last = total
     return jax.tree.unflatten(structure, summed)
+
+
+_LARGE = 2**18
+"""Numbers of a leaf from which adding it up in shares is faster than in one array with the others."""
+
+
+def _shares_pay(axis: str, x: jax.Array) -> bool:
+    return on_cpu() and processes.count() == 1 and x.size >= _LARGE and x.size % jax.lax.axis_size(axis) == 0
+
+
+def _sum_in_shares(axis: str, x: jax.Array) -> jax.Array:
+    """Every device adds up a share of the numbers, then all gather the shares.
+
+    XLA's all-reduce between threads of one process has each of them read what all have. This is two to three times as
+    fast for millions of numbers, and leaves out the copies into one array and out of it.
+    """
+    share = jax.lax.psum_scatter(x.reshape(-1), axis, tiled=True)
+    return jax.lax.all_gather(share, axis, tiled=True).reshape(x.shape)
 
 
 def after(x: PyTree, first: PyTree) -> PyTree:
