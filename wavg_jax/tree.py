@@ -62,22 +62,31 @@ def all_finite(stacked: PyTree) -> jax.Array:
     >>> all_finite({"w": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}).tolist()
     [True, False]
     """
-    floats = [x for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.inexact)]
     check = _zeros_out if on_cpu() else _each_finite
-    finite = [check(x.reshape(x.shape[0], -1)) for x in floats]
-    return functools.reduce(operator.and_, finite, jnp.ones(count_replicas(stacked), bool))
+    return functools.reduce(operator.and_, map(check, floats(stacked)), jnp.ones(count_replicas(stacked), bool))
+
+
+def is_finite(one: PyTree) -> jax.Array:
+    """Returns whether all floating-point numbers of a tree are finite: a bool scalar.
+
+    >>> import jax.numpy as jnp
+    >>> bool(is_finite({"w": jnp.array([1.0, jnp.inf])}))
+    False
+    """
+    return all_finite([jnp.zeros(1), *(x[None] for x in floats(one))])[0]
 
 
 def _each_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all(axis=1)
+    return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
 
 
 def _zeros_out(x: jax.Array) -> jax.Array:
-    """Returns whether x[k] . 0 == 0 for each row of `x` [K, n]; an infinite or NaN entry makes the product NaN."""
+    """Returns whether x[k] . 0 == 0 along the last axis of `x` [K, ...]; an infinity or NaN makes the product NaN."""
     # On CPU a matrix-vector product runs at the speed of a copy, reducing `isfinite` at a fifth of it. Other backends
     # call libraries that may skip zeros. The barrier hides the zeros from the compiler, which would fold the product.
-    zeros = jax.lax.optimization_barrier(jnp.zeros(x.shape[1], x.dtype))
-    return x @ zeros == 0
+    rows = x.reshape(x.shape[0], -1, x.shape[-1] if x.ndim > 1 else 1)
+    zeros = jax.lax.optimization_barrier(jnp.zeros(rows.shape[-1], x.dtype))
+    return (rows @ zeros == 0).all(axis=1)
 
 
 def ordered_sum(values: jax.Array) -> jax.Array:

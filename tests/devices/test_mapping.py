@@ -157,3 +157,33 @@ def test_all_devices_together_score_a_blend_with_the_same_result(heldout):
         assert max(one["weights"]) - min(one["weights"]) > 0.05
         np.testing.assert_allclose(one["weights"], four["weights"], atol=1e-4)
         np.testing.assert_allclose(one["test_loss"], four["test_loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", mapping.MAPS)
+def test_what_is_held_may_be_written_over_in_place(name):
+    held = {"w": jnp.arange(6.0).reshape(3, 2), "rng": jax.random.split(jax.random.key(0), 3)}
+
+    def one(item, shared):
+        held, x = item
+        after = {"w": held["w"] + x + shared, "rng": jax.random.split(held["rng"])[0]}
+        return after, (held["w"].sum(), x)
+
+    given, shared = jnp.array([10.0, 20.0, 30.0]), jnp.float32(1)
+    after, (sums, xs) = jax.jit(mapping.mapped(name, one, in_place=True))((held, given), shared)
+    np.testing.assert_array_equal(after["w"], held["w"] + given[:, None] + 1)
+    np.testing.assert_array_equal(sums, held["w"].sum(1))
+    np.testing.assert_array_equal(xs, given)
+    expected = jax.random.key_data(jax.vmap(lambda rng: jax.random.split(rng)[0])(held["rng"]))
+    np.testing.assert_array_equal(jax.random.key_data(after["rng"]), expected)
+
+
+def test_replicas_in_turn_need_no_second_copy_of_their_state():
+    replicas, width = 16, 128
+    task = wavg.models.from_linen(wavg.models.MLP(hidden=(width, width), classes=10), (width,))
+    rounds = wavg.make_rounds(task, PLAIN, INNER, placement=placement.place(replicas, 1, "map"))
+    state = jax.eval_shape(lambda rng: rounds.init(rng, replicas), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((replicas, 3, 4, width), jnp.float32)
+    batches = wavg.Batch(x, jax.ShapeDtypeStruct((replicas, 3, 4), jnp.int32))
+    program = jax.jit(rounds.step, donate_argnums=0).lower(state, batches).compile()
+    one_copy = wavg.tree.nbytes(jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, state.replicas.params)))
+    assert program.memory_analysis().temp_size_in_bytes < one_copy  # parameters and momentum are two

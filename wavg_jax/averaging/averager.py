@@ -1,7 +1,6 @@
 """The averager: a weighting, then one reduction, then an optional outer optimizer."""
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,23 +23,9 @@ from wavg_jax.arguments import (
 )
 from wavg_jax.averaging.pull import OverRounds, Pull, toward_new
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
+from wavg_jax.averaging.step import AveragerState, masters_of, step
 from wavg_jax.averaging.transforms import Transform
 from wavg_jax.base import Averager, Halves, PyTree, SettingsError, Weighting
-
-
-class AveragerState(NamedTuple):
-    """State of the weighting and of the outer optimizer.
-
-    Attributes:
-      weighting: the weighting's state.
-      outer: the outer optimizer's state; None without one.
-      masters: with an outer optimizer, float32 copies of the global parameters stored in less than float32, so that
-        small steps add up; None in place of every other leaf.
-    """
-
-    weighting: PyTree
-    outer: PyTree
-    masters: PyTree
 
 
 class _Parts(NamedTuple):
@@ -51,35 +36,6 @@ class _Parts(NamedTuple):
     reduce: Reduction
     transform: Transform | None
     deltas: bool
-
-
-def _masters(params: PyTree) -> PyTree:
-    """Copies the leaves narrower than their accumulator dtype into that dtype; None in place of the others."""
-
-    def leaf(x: jax.Array) -> jax.Array | None:
-        wide = tree.accumulator_dtype(x.dtype)
-        return None if x.dtype == wide else x.astype(wide)
-
-    return jax.tree.map(leaf, params)
-
-
-def _current(masters: PyTree, params: PyTree) -> PyTree:
-    """The global parameters in their accumulator dtypes.
-
-    These are the masters, or `params` where the caller has changed them, so that they no longer equal the masters cast.
-    """
-
-    def bits(x: jax.Array) -> jax.Array:
-        # Compare bits: XLA may drop a cast to bfloat16 and back, so numbers would compare as if never rounded.
-        return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-
-    def leaf(p: jax.Array, master: jax.Array | None) -> jax.Array:
-        if master is None:
-            return tree.as_accumulators(p)
-        same = bits(master.astype(p.dtype)) == bits(p)
-        return jnp.where(same, master, p.astype(master.dtype))
-
-    return jax.tree.map(leaf, params, masters)
 
 
 def _as_is(function: Callable) -> Callable:
@@ -174,6 +130,28 @@ def _reducer(
     return of_deltas if parts.deltas else checked
 
 
+def _blend(
+    parts: _Parts,
+    reduce: Callable[[PyTree, PyTree], PyTree],
+    stacked: PyTree,
+    weights: PyTree,
+    params: PyTree,
+    living: jax.Array,
+) -> PyTree:
+    """Reduces the replicas, with `params` in place of the dead, to which only a user's weighting gives weight."""
+    skips = parts.reduce is weighted_mean and not parts.deltas and all(w.ndim == 1 for w in jax.tree.leaves(weights))
+    if not skips:
+        return reduce(_masked(stacked, params, living), weights)
+    # Without a copy of all replicas: the weighted mean skips those without weight, and `params` get what the dead had.
+    own = jax.tree.map(lambda w: jnp.where(living, w, 0), weights)
+
+    def with_dead(w: jax.Array, blend: PyTree, params: PyTree) -> PyTree:
+        dead = jnp.where(living, 0, w).sum()
+        return jax.tree.map(lambda x, p: jnp.where(dead != 0, x + dead.astype(x.dtype) * p, x), blend, params)
+
+    return jax.tree.map(with_dead, weights, reduce(stacked, own), tree.as_accumulators(params))
+
+
 def _weigh(weighting: Weighting, sent: PyTree, state: PyTree, params: PyTree, **given: Any) -> tuple[PyTree, PyTree]:
     """Calls the weighting and checks what it returns."""
     weights, new = checks.pair("weighting.update", weighting.update(sent, state, params, **given), "(weights, state)")
@@ -182,53 +160,13 @@ def _weigh(weighting: Weighting, sent: PyTree, state: PyTree, params: PyTree, **
     return weights, new
 
 
-def _step(
-    outer: optax.GradientTransformation | None, blend: PyTree, state: AveragerState, params: PyTree
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Steps to the next (parameters, outer optimizer state, masters), given the blend."""
-    if outer is None:
-        return tree.cast_like(blend, params), state.outer, state.masters
-    # Measured from `params`, where the replicas started: the rounding of the masters is no movement of theirs.
-    pseudo_gradient = optax.tree.sub(*tree.as_accumulators((params, blend)))
-    current = _current(state.masters, params)
-    updates, outer_state = outer.update(pseudo_gradient, state.outer, current)
-    new = optax.apply_updates(current, updates)
-    masters = jax.tree.map(lambda p, x: None if p.dtype == x.dtype else x, params, new)
-    return tree.cast_like(new, params), outer_state, masters
-
-
-def _sound(params: PyTree, outer: PyTree, before: PyTree) -> jax.Array:
-    """Whether a step gave finite parameters and turned nothing finite in the outer optimizer's state infinite or NaN.
-
-    State that was not finite before, such as a mask of -inf, may stay so. The masters are finite where `params` are,
-    which are their casts.
-    """
-    # XLA fuses `isfinite` with the step itself, unlike the product in `tree.all_finite`.
-    finite = [jnp.isfinite(x).all() for x in tree.floats(params)]
-    kept = [(jnp.isfinite(x) | ~jnp.isfinite(y)).all() for x, y in zip(*map(tree.floats, (outer, before)), strict=True)]
-    return functools.reduce(operator.and_, finite + kept)
-
-
-def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
-    """Computes the blend in a branch of its own where XLA would otherwise recompute it for every replica.
-
-    XLA on CPU fuses the sum into the copies that restart the replicas, but compiles a branch separately. It
-    materializes a branch's operands, so `blended` should compute what it can itself. On a GPU a condition would make
-    the host wait, and outside jit it would recompile in every call; both take the blend directly.
-    """
-    if not (tree.on_cpu() and isinstance(alive, jax.core.Tracer)):
-        return blended()
-    masters = tree.as_accumulators(params)
-    return jax.lax.cond(alive.any(), lambda: tree.cast_like(blended(), masters), lambda: masters)
-
-
 def _init(parts: _Parts, params: PyTree, replicas: int) -> AveragerState:
     """`Averager.init`."""
     checks.parameters("params", params)
     state = parts.weighting.init(params, as_whole("replicas", replicas, 1))
     if parts.outer is None:
         return AveragerState(state, None, None)
-    return AveragerState(state, parts.outer.init(tree.as_accumulators(params)), _masters(params))
+    return AveragerState(state, parts.outer.init(tree.as_accumulators(params)), masters_of(params))
 
 
 def _update(
@@ -254,26 +192,11 @@ def _update(
     )
 
     def blended() -> PyTree:
-        return reduce(sent if parts.transform else _masked(stacked, params, living), weights)
+        return reduce(sent, weights) if parts.transform else _blend(parts, reduce, stacked, weights, params, living)
 
     stepped = state._replace(weighting=weighting_state)
-    new_params, new_state, taken = _taken(parts.outer, living, blended, state, stepped, params)
+    new_params, new_state, taken = step(parts.outer, living, blended, state, stepped, params)
     return new_params, new_state, tree.select(taken, weights, optax.tree.zeros_like(weights))
-
-
-def _taken(
-    outer: optax.GradientTransformation | None,
-    living: jax.Array,
-    blended: Callable[[], PyTree],
-    before: AveragerState,
-    state: AveragerState,
-    params: PyTree,
-) -> tuple[PyTree, AveragerState, jax.Array]:
-    """Blends and steps from `state`; parameters and `before` if no replica is left, or the step is not finite."""
-    new_params, outer_state, masters = _step(outer, _apart(living, blended, params), state, params)
-    taken = living.any() & _sound(new_params, outer_state, state.outer)
-    stepped = state._replace(outer=outer_state, masters=masters)
-    return *tree.select(taken, (new_params, stepped), (params, before)), taken
 
 
 def _weigh_alone(
@@ -307,10 +230,12 @@ def _step_alone(
     """`Halves.step`."""
 
     def blended() -> PyTree:
-        sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
-        return _reducer(parts, params, place)(sent, weights)
+        reduce = _reducer(parts, params, place)
+        if parts.transform is None:
+            return _blend(parts, reduce, stacked, weights, params, alive)
+        return reduce(_transformed(parts.transform, _masked(stacked, params, alive), params, alive), weights)
 
-    return _taken(parts.outer, alive, blended, state, state, params)
+    return step(parts.outer, alive, blended, state, state, params)
 
 
 _ARGUMENTS = {

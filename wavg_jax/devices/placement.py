@@ -43,6 +43,7 @@ class Placement(NamedTuple):
 
     Attributes:
       map: turns `f(one, shared) -> out` for one replica into `g(stacked, shared) -> stacked out`.
+      advance: the same for `f((held, given), shared) -> (held, out)`, overwriting what is held where a loop can.
       average: inside `map`, the mean over the devices that share a replica's batches, in one exchange.
       apart: inside `map`, makes a random key differ between the devices that share a replica's batches.
       reduce: turns a reduction `(stacked, weights) -> tree` into the same reduction over all devices, one all-reduce.
@@ -61,6 +62,7 @@ class Placement(NamedTuple):
     """
 
     map: Callable[[Callable], Callable]
+    advance: Callable[[Callable], Callable]
     average: Callable[[PyTree], PyTree]
     apart: Callable[[jax.Array], jax.Array]
     reduce: Callable[[Callable], Callable]
@@ -115,11 +117,11 @@ def _own(shared: PyTree) -> PyTree:
     )
 
 
-def _here(replica_map: str, function: Callable) -> Callable:
+def _here(replica_map: str, function: Callable, in_place: bool) -> Callable:
     """Maps over the replicas of one device."""
 
     def run(stacked: PyTree, shared: PyTree) -> PyTree:
-        return mapping.mapped(replica_map, function)(stacked, _own(shared))
+        return mapping.mapped(replica_map, function, in_place=in_place)(stacked, _own(shared))
 
     return run
 
@@ -139,9 +141,14 @@ def _together(grid: jax.sharding.Mesh, function: Callable) -> Callable:
 def _single(device: jax.Device, replica_map: str) -> Placement:
     """All replicas on one device."""
     here = SingleDeviceSharding(device)
-    spread = functools.partial(_here, replica_map)
+
+    def spread(function: Callable, in_place: bool = False) -> Callable:
+        return _here(replica_map, function, in_place)
+
     same = (_as_is,) * 6
-    return Placement(spread, *same, here, here, here, here, 1, (device,), replica_map)
+    return Placement(
+        spread, functools.partial(spread, in_place=True), *same, here, here, here, here, 1, (device,), replica_map
+    )
 
 
 def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
@@ -149,8 +156,8 @@ def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placeme
     grid, split = _grid(devices), PartitionSpec(None, None, _AXIS)
     shared = NamedSharding(grid, _EVERYWHERE)
 
-    def spread(function: Callable) -> Callable:
-        here = _here(replica_map, function)
+    def spread(function: Callable, in_place: bool = False) -> Callable:
+        here = _here(replica_map, function, in_place)
 
         def run(stacked: PyTree, shared: PyTree) -> PyTree:
             specs = jax.tree.map(lambda x: split if _is_items(x) else _EVERYWHERE, stacked, is_leaf=_is_items)
@@ -168,6 +175,7 @@ def _data_parallel(devices: tuple[jax.Device, ...], replica_map: str) -> Placeme
 
     return Placement(
         map=spread,
+        advance=functools.partial(spread, in_place=True),
         average=average,
         apart=apart,
         reduce=_as_is,
@@ -188,8 +196,8 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
     """Replicas spread evenly over several devices: `jax.shard_map` over the mesh, `replica_map` inside each device."""
     grid = _grid(devices)
 
-    def spread(function: Callable) -> Callable:
-        here = _here(replica_map, function)
+    def spread(function: Callable, in_place: bool = False) -> Callable:
+        here = _here(replica_map, function, in_place)
 
         def run(stacked: PyTree, shared: PyTree) -> PyTree:
             specs = jax.tree.map(lambda x: _ALONG if _is_parts(x) else _EVERYWHERE, shared, is_leaf=_is_parts)
@@ -215,6 +223,7 @@ def _mesh(devices: tuple[jax.Device, ...], replica_map: str) -> Placement:
     stacked = NamedSharding(grid, _ALONG)
     return Placement(
         map=spread,
+        advance=functools.partial(spread, in_place=True),
         average=_as_is,
         apart=_as_is,
         reduce=reduce,

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from wavg_jax import tree
-from wavg_jax.base import Averager, Batch, PyTree, Replicas, Smoothed, Task, TrainState
+from wavg_jax.base import Averager, Batch, PyTree, Smoothed, Task, TrainState
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import keys, local, score, sync
 from wavg_jax.rounds.diagnosis import diagnose
@@ -147,18 +146,6 @@ def carry_statistics(
         lambda params, mutable: refresh(params, mutable, split.smoothing, few),
     )
     return stats, mutable, smoothed
-
-
-def survivors(before: Replicas, after: Replicas, train_loss: jax.Array) -> jax.Array:
-    """The replicas that came through the local steps with finite numbers: bool [K].
-
-    Numbers that were not finite before, such as a mask of -inf among the collections, do not count.
-    """
-
-    def finite(replicas: Replicas) -> jax.Array:
-        return tree.all_finite((replicas.opt_state, replicas.mutable, replicas.rng, replicas.drift))
-
-    return tree.all_finite((after.params, train_loss)) & (finite(after) | ~finite(before))
 
 
 def place_state(placement: Placement, state: TrainState) -> TrainState:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from wavg_jax import tree
 from wavg_jax.arguments import MAPPING, NONE, as_whole, check, either, number, whole
 from wavg_jax.base import PyTree, SettingsError
 from wavg_jax.rounds.local import Pace
@@ -78,7 +79,7 @@ def slow_down(faults: Faults | None, pace: Pace, longest: int) -> Pace:
 
 def distort(faults: Faults | None, stacked: PyTree, before: PyTree) -> PyTree:
     """The parameters [K, ...] that the replicas send: their own, with the change since `before` multiplied."""
-    if faults is None or set(faults.sent) == {1.0}:
+    if faults is None or not _distorts(faults):
         return stacked
     factors = jnp.asarray(faults.sent, jnp.float32)
 
@@ -87,3 +88,12 @@ def distort(faults: Faults | None, stacked: PyTree, before: PyTree) -> PyTree:
         return jnp.where(factor == 1, x, start + factor * (x - start))
 
     return jax.tree.map(leaf, stacked, before)
+
+
+def finite_after(faults: Faults | None, alive: jax.Array, sent: PyTree) -> jax.Array:
+    """Which of the `alive` replicas [K] still have finite parameters [K, ...] after `distort`."""
+    return alive & tree.all_finite(sent) if _distorts(faults) else alive
+
+
+def _distorts(faults: Faults | None) -> bool:
+    return faults is not None and set(faults.sent) != {1.0}

@@ -127,18 +127,18 @@ def _finished(drift: Correction, own: PyTree, *given: PyTree) -> PyTree:
 
 def train(
     steps: LocalSteps,
-    over_replicas: Callable[[Callable], Callable],
+    advance: Callable[[Callable], Callable],
     replicas: Replicas,
     batches: PyTree,
     shared: PyTree,
     pace: Pace,
     mean: PyTree = (),
-) -> tuple[Replicas, jax.Array]:
+) -> tuple[Replicas, jax.Array, jax.Array]:
     """Trains K replicas for one round.
 
     Args:
       steps: the local phase of one replica; see `local_steps`.
-      over_replicas: maps it over the replicas; see `devices.placement.Placement.map`.
+      advance: maps it over the replicas; see `devices.placement.Placement.advance`.
       replicas: [K, ...].
       batches: what the steps read, [K, H, ...].
       shared: what every replica reads.
@@ -146,7 +146,8 @@ def train(
       mean: of the replicas' control variates; see `wavg_jax.rounds.drift`.
 
     Returns:
-      The replicas after their local steps, and their mean training losses [K].
+      The replicas after their local steps, their mean training losses [K], and who came through with finite numbers,
+      bool [K]. Numbers that were not finite before, such as a mask of -inf among the collections, do not count.
     """
     residual, replicas = replicas.residual, replicas._replace(residual=())  # no matter of the local steps
     # A number common to all stays out of the mapping, so that a loop of one length needs no masking.
@@ -155,13 +156,21 @@ def train(
     own = {name: x for name, x in given.items() if x.ndim}
     common = {name: x for name, x in given.items() if not x.ndim}
 
-    def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, jax.Array]:
-        replica, items, own = item
+    def one(item: PyTree, everywhere: PyTree) -> tuple[Replicas, tuple[jax.Array, jax.Array]]:
+        replica, (items, own) = item
         shared, common, mean = everywhere
-        return steps(replica, items.values, shared, Pace(**own, **common), mean)
+        sound = _finite_states(replica)
+        after, loss = steps(replica, items.values, shared, Pace(**own, **common), mean)
+        # Here each replica's numbers are still in the cache, and those from before the steps need not be kept.
+        alive = tree.is_finite((after.params, loss)) & (_finite_states(after) | ~sound)
+        return after, (loss, alive)
 
-    after, loss = over_replicas(one)((replicas, Items(batches), own), (shared, common, mean))
-    return after._replace(residual=residual), loss
+    after, (loss, alive) = advance(one)((replicas, (Items(batches), own)), (shared, common, mean))
+    return after._replace(residual=residual), loss, alive
+
+
+def _finite_states(replica: Replicas) -> jax.Array:
+    return tree.is_finite((replica.opt_state, replica.mutable, replica.rng, replica.drift))
 
 
 def longest(batches: PyTree) -> int:

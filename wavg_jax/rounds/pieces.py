@@ -15,9 +15,9 @@ from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Trai
 from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import fragments, keys, local, policy, score, sync, wire
-from wavg_jax.rounds.common import Setup, carry_statistics, constrained, diagnosed, report, survivors
+from wavg_jax.rounds.common import Setup, carry_statistics, constrained, diagnosed, report
 from wavg_jax.rounds.exchange import among, gathers
-from wavg_jax.rounds.faults import distort, slow_down
+from wavg_jax.rounds.faults import distort, finite_after, slow_down
 from wavg_jax.rounds.local import Pace
 from wavg_jax.rounds.sync import Trained
 from wavg_jax.weighting.scores import per_replica
@@ -128,9 +128,8 @@ def _train(
     """`Pieces.train`."""
     own = _pace(setup, pace, batches, number)
     segment = _segment(setup, batches, number)
-    after, loss = local.train(setup.steps, setup.where.map, replicas, segment, shared, own)
-    sent = after._replace(params=_distorted(setup, after.params, params))
-    return after, loss, survivors(replicas, sent, loss)
+    after, loss, alive = local.train(setup.steps, setup.where.advance, replicas, segment, shared, own)
+    return after, loss, finite_after(setup.faults, alive, _distorted(setup, after.params, params))
 
 
 def _score(

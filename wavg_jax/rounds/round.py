@@ -34,10 +34,9 @@ from wavg_jax.rounds.common import (
     everywhere,
     place_state,
     report,
-    survivors,
 )
 from wavg_jax.rounds.exchange import Sent, make_exchange, warn_of_wire
-from wavg_jax.rounds.faults import Faults, check_replicas, distort, slow_down
+from wavg_jax.rounds.faults import Faults, check_replicas, distort, finite_after, slow_down
 from wavg_jax.rounds.forward import Forward, as_stored
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
 from wavg_jax.rounds.pieces import Pieces, make_pieces
@@ -185,10 +184,11 @@ def _step(
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     # Train.
     pace = slow_down(setup.faults, pace, local.longest(batches))
-    after, train_loss = local.train(setup.steps, where.map, state.replicas, batches, shared, pace, state.drift)
+    given = state.replicas, batches, shared, pace, state.drift
+    after, train_loss, alive = local.train(setup.steps, where.advance, *given)
     taken = local.steps_taken(batches, pace)
     sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
-    alive = survivors(state.replicas, sent, train_loss)
+    alive = finite_after(setup.faults, alive, sent.params)
     # Score.
     window = score.window(held_out, state.round, setup.scoring.samples)
     due = score.due(setup.scoring.every, state.round)

@@ -19,7 +19,7 @@ def local_phase(recipe: Recipe) -> Callable[..., tuple[Replicas, jax.Array]]:
     steps = local_steps(recipe.task, recipe.inner, fetch_of(recipe), recipe.placement, recipe.at_sync.drift)
 
     def run(replicas: Replicas, work: Work, shared: Shared, mean: PyTree = ()) -> tuple[Replicas, jax.Array]:
-        return train(steps, recipe.placement.map, replicas, work.items, shared.train, work.pace, mean)
+        return train(steps, recipe.placement.advance, replicas, work.items, shared.train, work.pace, mean)[:2]
 
     return run
 
