@@ -35,13 +35,13 @@ class Programs(NamedTuple):
     evaluate: jax.stages.Wrapped
 
 
-_QUICKLY = {"xla_backend_optimization_level": 0}
+QUICKLY = {"xla_backend_optimization_level": 0}
 """Compiler options for programs that run once: optimising an initialiser takes ten times longer than running it."""
 
 
 @functools.lru_cache(maxsize=16)
 def _initialiser(task: Task) -> Callable:
-    return jax.jit(lambda rng: task.init(keys.roots(rng).init), compiler_options=_QUICKLY)
+    return jax.jit(lambda rng: task.init(keys.roots(rng).init), compiler_options=QUICKLY)
 
 
 @functools.lru_cache(maxsize=16)
@@ -67,7 +67,7 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
     def evaluate(params: PyTree, mutable: PyTree, test: Batch) -> dict[str, jax.Array]:
         return placement.together(functools.partial(metrics, forward))(params, mutable, test)
 
-    patient, assembled = compiler_options(placement), jax.jit(assemble, compiler_options=_QUICKLY)
+    patient, assembled = compiler_options(placement), jax.jit(assemble, compiler_options=QUICKLY)
     return Programs(
         lambda rng: assembled(*_initialiser(recipe.task)(rng), rng),
         jax.jit(run, donate_argnums=0, compiler_options=patient),
