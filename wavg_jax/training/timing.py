@@ -13,7 +13,7 @@ import optax
 
 from wavg_jax import tree
 from wavg_jax.averaging.reduce import weighted_mean
-from wavg_jax.base import Batch, PyTree, Replicas, TrainState
+from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices.placement import single
 from wavg_jax.devices.transfer import put
@@ -43,23 +43,23 @@ class Parts(NamedTuple):
 
 
 class _Programs(NamedTuple):
-    """The phases of a round as jitted functions, for K replicas on one device."""
+    """The phases of a round as jitted functions, on one device; `first` takes the first of K replicas."""
 
     window: Callable
+    first: Callable
     local: Callable
     score: Callable
-    stack: Callable
     blend: Callable
     means: Callable
 
 
 @functools.lru_cache(maxsize=16)
-def _programs_of(recipe: Recipe, replicas: int) -> _Programs:
+def _programs_of(recipe: Recipe) -> _Programs:
     return _Programs(
         jax.jit(window_phase(recipe)),
+        jax.jit(lambda replicas: jax.tree.map(lambda x: x[:1], replicas), compiler_options=QUICKLY),
         jax.jit(local_phase(recipe)),
         jax.jit(score_phase(recipe)),
-        jax.jit(_stack(recipe, replicas), compiler_options=QUICKLY),
         jax.jit(blend_phase(recipe)),
         jax.jit(_many_means),
     )
@@ -72,11 +72,11 @@ def _alone(recipe: Recipe) -> Recipe:
 
 def check_parts(recipe: Recipe, data: ShardedData) -> None:
     """Raises what scoring and blending K replicas would raise in a round; traces them, and compiles nothing."""
-    recipe, replicas = _alone(recipe), len(data.shards)
-    programs = _programs_of(recipe, replicas)
-    state = jax.eval_shape(lambda: rounds_of(recipe).init(jax.random.key(0), 1))
+    recipe = _alone(recipe)
+    programs = _programs_of(recipe)
+    state = jax.eval_shape(lambda: rounds_of(recipe).init(jax.random.key(0), len(data.shards)))
     held_out = jax.eval_shape(programs.window, state.round, scored_samples(recipe, data))
-    for program, *arguments in _averaging(programs, state, held_out, replicas):
+    for program, *arguments in _averaging(programs, state, held_out):
         jax.eval_shape(program, *arguments)
 
 
@@ -104,36 +104,42 @@ def measure_parts(
     check_room(recipe, data, local_steps, batch_size)
     progress.doing("timing the parts of a round")
     recipe, replicas = _alone(recipe), len(data.shards)
-    where, programs = recipe.placement.shared, _programs_of(recipe, replicas)
+    where, programs = recipe.placement.shared, _programs_of(recipe)
+    shapes, state_of = programs_of(recipe, replicas).begin(jax.random.key(0))
     shared = put_shared(recipe, data)
-    state = programs_of(recipe, 1).init(put(jax.random.key(0), where))
-    first = data._replace(shards=data.shards[:1])
-    work = make_work(recipe, first, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
-    held_out = None if shared.held_out is None else programs.window(state.round, shared.held_out)
-    steps = (state.replicas, work, shared, state.drift)
-    requests = _averaging(programs, state, held_out, replicas)
+    held_out = None if shared.held_out is None else programs.window(put(np.int32(0), where), shared.held_out)
+    requests = _averaging(programs, shapes, held_out)
     if local is None:
-        requests.append((programs.local, *steps))
-    calls = {request[0]: one.call for request, one in zip(requests, compiled_together(*requests), strict=True)}
+        one = data._replace(shards=data.shards[:1])
+        work = make_work(recipe, one, seed=0, first_step=0, longest=local_steps, batch_size=batch_size)
+        requests.append((programs.local, jax.eval_shape(programs.first, shapes.replicas), work, shared, shapes.drift))
+    calls = {request[0]: made.call for request, made in zip(requests, compiled_together(*requests), strict=True)}
+    state = state_of()
+    first = calls[programs.first](state.replicas)
 
     def seconds(program: Callable, *arguments: PyTree) -> float:
         return _seconds(calls[program], arguments, repeats)
 
     if local is None:
-        local = seconds(programs.local, *steps)
-    scored = (state.replicas, held_out, put(np.ones(1, bool), where))
-    score, measured = 0.0, {}
+        local = seconds(programs.local, first, work, shared, state.drift)
+    score, measured, scored = 0.0, {}, (first, held_out, put(np.ones(1, bool), where))
     if programs.score in calls:
         score, measured = seconds(programs.score, *scored), calls[programs.score](*scored)
     if replicas == 1:
         return Parts(local, score, 0.0, 0.0)
-    full, stacked, alive, signals = calls[programs.stack](state, measured)
-    blend = seconds(programs.blend, full, stacked, alive, held_out, signals)
+    signals = put(_of_all(measured, replicas), where)
+    blend = seconds(programs.blend, state, state.replicas, put(np.ones(replicas, bool), where), held_out, signals)
     equal = put(np.full((_MEANS, replicas), 1 / replicas, np.float32), where)
-    mean = seconds(programs.means, stacked.params, equal) / _MEANS
+    mean = seconds(programs.means, state.replicas.params, equal) / _MEANS
     # Rounds that are not scored blend with weights that they have.
     every = recipe.scoring.every
     return Parts(local, score / every, (blend + (every - 1) * mean) / every, mean / replicas)
+
+
+def _of_all(measured: dict[str, PyTree], replicas: int) -> dict[str, PyTree]:
+    """The signals of K replicas, each like those measured of one, in the host's memory."""
+    free = dict.fromkeys(FREE, np.ones(replicas, np.float32))
+    return jax.tree.map(lambda x: np.repeat(x, replicas, axis=0), jax.device_get(measured)) | free
 
 
 def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
@@ -147,30 +153,23 @@ def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
     return statistics.median(times)
 
 
-def _averaging(programs: _Programs, state: TrainState, held_out: Batch | None, replicas: int) -> list[tuple]:
-    """The programs after the local steps that a round needs, each with its arguments or their shapes."""
-    score = (programs.score, state.replicas, held_out, jax.ShapeDtypeStruct((1,), bool))
+def _averaging(programs: _Programs, state: TrainState, held_out: Batch | None) -> list[tuple]:
+    """The programs of a round of the K replicas in `state`, but for the local one, with the shapes of their arguments."""
+    replicas = tree.count_replicas(state.replicas)
+    one = jax.eval_shape(programs.first, state.replicas)
+    score = (programs.score, one, held_out, jax.ShapeDtypeStruct((1,), bool))
     measured = jax.eval_shape(*score)
-    requests: list[tuple] = [score] if measured else []
+    requests: list[tuple] = [(programs.first, state.replicas), *([score] if measured else [])]
     if replicas == 1:
         return requests
-    stack = (programs.stack, state, measured)
-    full, stacked, alive, signals = jax.eval_shape(*stack)
-    weights = jax.ShapeDtypeStruct((_MEANS, replicas), jnp.float32)
-    blend = (programs.blend, full, stacked, alive, held_out, signals)
-    return [*requests, stack, blend, (programs.means, stacked.params, weights)]
 
+    def of_all(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((replicas * x.shape[0], *x.shape[1:]), x.dtype)
 
-def _stack(recipe: Recipe, replicas: int) -> Callable[..., tuple[TrainState, Replicas, jax.Array, dict[str, PyTree]]]:
-    """Builds `(state of one replica, its scores) -> (state, replicas, alive, signals)`, of K copies of it."""
-
-    def run(state: TrainState, measured: dict[str, PyTree]) -> tuple[TrainState, Replicas, jax.Array, dict]:
-        signals = jax.tree.map(lambda x: jnp.repeat(x, replicas, axis=0), measured)
-        signals |= dict.fromkeys(FREE, jnp.ones(replicas, jnp.float32))
-        full = state._replace(averager=recipe.averager.init(state.params, replicas))
-        return full, tree.replicate(tree.replica(state.replicas, 0), replicas), jnp.ones(replicas, bool), signals
-
-    return run
+    free = dict.fromkeys(FREE, jax.ShapeDtypeStruct((replicas,), jnp.float32))
+    alive, weights = jax.ShapeDtypeStruct((replicas,), bool), jax.ShapeDtypeStruct((_MEANS, replicas), jnp.float32)
+    blend = (programs.blend, state, state.replicas, alive, held_out, jax.tree.map(of_all, measured) | free)
+    return [*requests, blend, (programs.means, state.replicas.params, weights)]
 
 
 _MEANS = 10
