@@ -154,7 +154,7 @@ def _seconds(function: Callable, arguments: tuple, repeats: int) -> float:
 
 
 def _averaging(programs: _Programs, state: TrainState, held_out: Batch | None) -> list[tuple]:
-    """The programs of a round of the K replicas in `state`, but for the local one, with the shapes of their arguments."""
+    """The programs of a round of the replicas in `state`, but for the local one, with the shapes of their arguments."""
     replicas = tree.count_replicas(state.replicas)
     one = jax.eval_shape(programs.first, state.replicas)
     score = (programs.score, one, held_out, jax.ShapeDtypeStruct((1,), bool))
