@@ -50,8 +50,7 @@ def main(argv: Sequence[str]) -> None:
         for arm in chosen:  # fails before the first run if an arm cannot work
             arms.recipe_of(arm, task, first)
         app.console().print(_plan(names, conditions, len(seeds)))
-        progress.doing("timing the parts of a round")
-        paths = arms.critical_path(chosen, task, first)  # it depends on shapes alone, equal under all conditions
+        path_of = arms.critical_path(chosen, task, first)  # it depends on shapes alone, equal under all conditions
         stopped = False
         for condition, seed in itertools.product(conditions, seeds):
             sharded = arms.make_data(dataset, seed, condition.noisy)
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
                     advance,
                     workdir=workdir,
                     name=name,
-                    path=paths[arm.name],
+                    path=path_of(arm.name),
                 ).stopped
 
 

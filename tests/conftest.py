@@ -18,7 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import pytest  # noqa: E402 - jax must be configured before anything else
 from hypothesis import settings  # noqa: E402
 
-from wavg_jax.training.programs import programs_of  # noqa: E402
+from wavg_jax.training.programs import initialiser, programs_of  # noqa: E402
 
 settings.register_profile("wavg", deadline=None, max_examples=25)  # the first example compiles
 settings.load_profile("wavg")
@@ -76,6 +76,7 @@ def optimization(request):
     if before and within(request.path, EXACT):
         jax.clear_caches()
         programs_of.cache_clear()
+        initialiser.cache_clear()
         jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -126,3 +126,7 @@ __all__ = [
     "weighted_mean",
     "with_state",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -261,32 +261,38 @@ def _devices_of_batch(batch_size: int) -> int:
     return counts[-1]
 
 
-def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> dict[str, Row | None]:
-    """For each arm, the seconds of a round on one of K devices, from parts measured with a single replica.
+def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> Callable[[str], Row | None]:
+    """Returns a function of an arm's name: the seconds of its round on one of K devices, from parts measured with a
+    single replica when they are first asked for.
 
     sequential stays on one device; sync exchanges gradients, as large as the parameters, at every step. All arms but
     sequential share one measurement of the local phase. What the exchanges take over the link of --link_bandwidth is
     computed. None where --schedule lets rounds differ.
     """
-    by_name = {arm.name: arm for arm in arms}
     if F.schedule != "fixed":
-        return dict.fromkeys(by_name)
+        return lambda name: None
+    by_name, link = {arm.name: arm for arm in arms}, shared_flags.read_link()
+    averaged = {arm.name: arm for arm in ([arm for arm in arms if not arm.pooled] or make_arms(("plain",)))}
+    first = next(iter(averaged))
+    for arm in averaged.values():  # an arm that cannot blend fails before the first run
+        timing.check_parts(recipe_of(arm, task, sharded), sharded)
 
-    def parts(arm: Arm, source: data.ShardedData) -> timing.Parts:
+    @functools.cache
+    def measured(name: str) -> timing.Parts:
+        arm, source = averaged.get(name) or by_name[name], sharded if name in averaged else data.pool(sharded)
+        local = measured(first).local if name in averaged and name != first else None
         recipe = recipe_of(arm, task, source)
-        return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size)
+        return timing.measure_parts(recipe, source, local_steps=arm.local_steps, batch_size=arm.batch_size, local=local)
 
-    measured: dict[str, timing.Parts] = {}
-    if "sequential" in by_name:
-        measured["sequential"] = parts(by_name["sequential"], data.pool(sharded))
-    if set(by_name) - {"sequential"}:
-        averaged = [arm for arm in arms if not arm.pooled] or make_arms(("plain",))
-        own = {arm.name: parts(arm, sharded) for arm in averaged}
-        one = own[averaged[0].name]
-        measured["sync"] = one._replace(score=0.0, blend=F.local_steps * one.mean)
-        measured |= {name: found._replace(local=one.local) for name, found in own.items()}
-    link = shared_flags.read_link()
-    return {name: _path(measured[name], exchange_of(arm, task, sharded), link) for name, arm in by_name.items()}
+    def path(name: str) -> Row:
+        if name == "sync":
+            one = measured(first)
+            parts = one._replace(score=0.0, blend=F.local_steps * one.mean)
+        else:
+            parts = measured(name)
+        return _path(parts, exchange_of(by_name[name], task, sharded), link)
+
+    return functools.cache(path)
 
 
 def _path(parts: timing.Parts, exchange: network.Exchange, link: network.Link | None) -> Row:

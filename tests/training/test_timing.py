@@ -27,6 +27,12 @@ def parts(averager, source, **options):
     return timing.measure_parts(recipe, source, **({"local_steps": 4, "batch_size": 8, "repeats": 2} | options))
 
 
+def asked(chosen, task, source):
+    """The critical path of every arm, asked for in their order."""
+    path_of = arms.critical_path(chosen, task, source)
+    return {arm.name: path_of(arm.name) for arm in chosen}
+
+
 def test_every_part_that_a_round_has_takes_time_and_no_other():
     scored = parts(wavg.averager(wavg.softmax("loss")), sharded())
     assert min(scored) > 0
@@ -36,6 +42,16 @@ def test_every_part_that_a_round_has_takes_time_and_no_other():
     alone = parts(wavg.averager(wavg.uniform()), data.pool(sharded()))
     assert alone.local > 0
     assert alone[1:] == (0, 0, 0)
+
+
+def test_a_weighting_that_needs_several_replicas_is_timed_and_one_that_needs_more_is_refused_at_once(compilations):
+    recipe = make_recipe(TASK, sharded(), wavg.averager(wavg.robust.krum(1)), optax.sgd(0.1))
+    assert timing.measure_parts(recipe, sharded(), local_steps=1, batch_size=8, repeats=1, local=7.0).local == 7.0
+    recipe = make_recipe(TASK, sharded(), wavg.averager(wavg.robust.krum(2)), optax.sgd(0.1))
+    done = len(compilations)
+    with pytest.raises(wavg.SettingsError, match="byzantine=2 is too large for replicas=4"):
+        timing.check_parts(recipe, sharded())
+    assert len(compilations) == done
 
 
 def test_a_device_is_charged_with_its_share_of_one_mean(monkeypatch):
@@ -48,20 +64,26 @@ def test_a_device_is_charged_with_its_share_of_one_mean(monkeypatch):
 def test_each_arm_is_charged_with_what_it_does(monkeypatch):
     # One replica's phase 1 s, all steps one after another 7 s, scoring 0.1, blend 0.01, or 0.05 with a search, one
     # device's share of a mean 0.001.
-    def measured(recipe, source, *, local_steps, batch_size):
+    def measured(recipe, source, *, local_steps, batch_size, local):
+        locals_given.append(local)
         if len(source.shards) == 1:
             return timing.Parts(7.0, 0.0, 0.0, 0.0)
-        return timing.Parts(1.0, 0.1, 0.05, 0.001) if recipe.averager.needs else timing.Parts(1.0, 0.0, 0.01, 0.001)
+        if recipe.averager.needs:
+            return timing.Parts(local or 1.0, 0.1, 0.05, 0.001)
+        return timing.Parts(1.0, 0.0, 0.01, 0.001)
+
+    locals_given = []
 
     monkeypatch.setattr(timing, "measure_parts", measured)
     with flagsaver.flagsaver():
         app.parse(["binary", "--local_steps=50"])
         dataset = data.digits()
         task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
-        paths = arms.critical_path(arms.make_arms(), task, source)
-        few = arms.critical_path(arms.make_arms(("plain",)), task, source)
+        paths = asked(arms.make_arms(), task, source)
+        assert locals_given == [None, None, 1.0]  # sequential, plain, and weighted, which trains like plain
+        few = asked(arms.make_arms(("plain",)), task, source)
         app.parse(["binary", "--local_steps=50", "--schedule=linear"])
-        changing = arms.critical_path(arms.make_arms(("plain", "weighted")), task, source)
+        changing = asked(arms.make_arms(("plain", "weighted")), task, source)
     totals = {name: round(path["round"], 6) for name, path in paths.items()}
     assert totals == {"sequential": 7.0, "sync": 1.05, "plain": 1.01, "weighted": 1.15}
     assert few == {"plain": paths["plain"]}
@@ -79,7 +101,7 @@ def exchanges(monkeypatch, *arguments):
         app.parse(["binary", "--local_steps=50", "--heldout=100", *arguments])
         dataset = arms.load()
         task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
-        paths = arms.critical_path(arms.make_arms(), task, source)
+        paths = asked(arms.make_arms(), task, source)
     assert all(path["round"] == pytest.approx(1 + path["exchange"]) for path in paths.values())
     return {name: path["exchange"] for name, path in paths.items()}, paths["plain"]["link"]
 

@@ -15,6 +15,13 @@ import optax
 from wavg_jax.arguments import OPTIMIZER, RATE, check, number
 from wavg_jax.base import PyTree
 
+__all__ = ["bmuf", "delayed", "fedadagrad", "fedadam", "fedavgm", "fedyogi", "isotropic", "lookahead", "nesterov"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _MEMORY = number(0, below=1)
 """A decay: 0 or more, less than 1."""
 

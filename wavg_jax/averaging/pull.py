@@ -16,6 +16,13 @@ import jax.numpy as jnp
 
 from wavg_jax.arguments import FUNCTION, check, number
 
+__all__ = ["Pull", "scheduled", "toward_new", "toward_old"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Pull = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 

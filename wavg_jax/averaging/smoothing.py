@@ -19,6 +19,12 @@ from wavg_jax import tree
 from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree
 
+__all__ = ["ema", "lawa", "swa"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class SwaState(NamedTuple):
     """State of `swa`.

@@ -14,6 +14,13 @@ from wavg_jax import tree
 from wavg_jax.arguments import check, number, whole
 from wavg_jax.base import PyTree
 
+__all__ = ["Transform", "drop_deltas", "trim_deltas"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Transform = Callable[[PyTree, PyTree, jax.Array], PyTree]
 """`(stacked, params, alive) -> stacked`; parameters [K, ...], those at the start of the round [...], bool [K]."""
 

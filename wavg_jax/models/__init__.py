@@ -1,13 +1,37 @@
-"""Networks, and adapters that make a `Task` of a Linen module, an NNX module or plain functions."""
+"""Networks, and adapters that make a `Task` of a Linen module, an NNX module or plain functions.
 
-from wavg_jax.models.cnn import CNN
-from wavg_jax.models.linen import from_linen
-from wavg_jax.models.mlp import MLP
-from wavg_jax.models.nnx import from_nnx
-from wavg_jax.models.resnet import ResNet
-from wavg_jax.models.rewrite import fast
-from wavg_jax.models.task import classifier, language_model, regressor
-from wavg_jax.models.transformer import Transformer
+Flax is imported at first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from wavg_jax import lazy
+
+if TYPE_CHECKING:
+    from wavg_jax.models.cnn import CNN
+    from wavg_jax.models.linen import from_linen
+    from wavg_jax.models.mlp import MLP
+    from wavg_jax.models.nnx import from_nnx
+    from wavg_jax.models.resnet import ResNet
+    from wavg_jax.models.rewrite import fast
+    from wavg_jax.models.task import classifier, language_model, regressor
+    from wavg_jax.models.transformer import Transformer
+else:
+    __getattr__, __dir__ = lazy.attach(
+        __name__,
+        {
+            "CNN": "cnn",
+            "MLP": "mlp",
+            "ResNet": "resnet",
+            "Transformer": "transformer",
+            "classifier": "task",
+            "fast": "rewrite",
+            "from_linen": "linen",
+            "from_nnx": "nnx",
+            "language_model": "task",
+            "regressor": "task",
+        },
+    )
 
 __all__ = [
     "CNN",

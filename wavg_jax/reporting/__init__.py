@@ -9,30 +9,28 @@
 Matplotlib, scipy, rich and markdown-it are imported at first use.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from wavg_jax import lazy
 from wavg_jax.base import MissingExtra
 
 if TYPE_CHECKING:
     from wavg_jax.reporting.document import Caller
     from wavg_jax.reporting.publish import summarise, write_report
     from wavg_jax.reporting.statistic import Statistic
+else:
+    _load, __dir__ = lazy.attach(
+        __name__,
+        {"Caller": "document", "Statistic": "statistic", "summarise": "publish", "write_report": "publish"},
+    )
+
+    def __getattr__(name: str) -> Any:
+        try:
+            return _load(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("wavg_jax"):
+                raise
+            raise MissingExtra(f"reports need {error.name}: pip install 'wavg-jax[report]'") from error
+
 
 __all__ = ["Caller", "Statistic", "summarise", "write_report"]
-_HOMES = {"Caller": "document", "Statistic": "statistic", "summarise": "publish", "write_report": "publish"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("wavg_jax"):
-            raise
-        raise MissingExtra(f"reports need {error.name}: pip install 'wavg-jax[report]'") from error
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

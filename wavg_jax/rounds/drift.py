@@ -17,6 +17,12 @@ from wavg_jax import tree
 from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree
 
+__all__ = ["Correction", "fedprox", "scaffold"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Correction(NamedTuple):
     """How the local steps of a replica are corrected; all trees are those of one replica.

@@ -11,6 +11,12 @@ from wavg_jax.arguments import MAPPING, NONE, as_whole, check, either, number, w
 from wavg_jax.base import PyTree, SettingsError
 from wavg_jax.rounds.local import Pace
 
+__all__ = ["Faults", "simulate"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Faults(NamedTuple):
     """The faults of K replicas; 1 everywhere is none.

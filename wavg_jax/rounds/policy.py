@@ -28,6 +28,12 @@ from wavg_jax import tree
 from wavg_jax.arguments import as_whole
 from wavg_jax.base import PyTree, SettingsError
 
+__all__ = ["Policy", "average", "keep", "pull", "reestimate", "reset"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Sync(NamedTuple):
     """What a policy may use; functions compute only if it calls them.

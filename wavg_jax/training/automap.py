@@ -21,7 +21,6 @@ from wavg_jax.base import Batch, WorkdirError
 from wavg_jax.data import ShardedData
 from wavg_jax.data.arrays import Split
 from wavg_jax.devices import machine, placement, processes
-from wavg_jax.devices.transfer import put
 from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.training import progress
@@ -133,8 +132,7 @@ def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> d
     """For recipes that differ only in their map: functions that take a few local steps and return the seconds."""
     one = next(iter(recipes.values()))
     work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
-    rng = put(jax.random.key(0), one.placement.shared)
-    replicas = programs_of(one, len(data.shards)).init(rng).replicas
+    replicas = programs_of(one, len(data.shards)).init(jax.random.key(0)).replicas
     arguments = (replicas, work, put_shared(one, data))
     trains = compiled_together(*((jax.jit(local_phase(recipe)), *arguments) for recipe in recipes.values()), keep=False)
 

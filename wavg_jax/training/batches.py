@@ -50,18 +50,23 @@ def as_targets(y: np.ndarray) -> np.ndarray:
     return y.astype(np.float32 if y.dtype.kind == "f" else np.int32)
 
 
-def put_shared(recipe: Recipe, data: ShardedData) -> Shared:
-    """Copies what every replica reads to the devices; the held-out split only if the weighting reads it.
+def scored_samples(recipe: Recipe, data: ShardedData) -> Batch | None:
+    """The held-out split, in the host's memory; None if the rounds read none.
 
     Raises:
       SettingsError: the rounds score held-out data and there is none.
     """
-    scored = reads_heldout(asked(recipe.averager.needs, recipe.scoring))
-    if scored and not len(data.heldout.y):
+    if not reads_heldout(asked(recipe.averager.needs, recipe.scoring)):
+        return None
+    if not len(data.heldout.y):
         raise SettingsError("the rounds score held-out data and there is none; hold out some samples (heldout=)")
-    held_out = Batch(data.heldout.x, as_targets(data.heldout.y)) if scored else None
+    return Batch(data.heldout.x, as_targets(data.heldout.y))
+
+
+def put_shared(recipe: Recipe, data: ShardedData) -> Shared:
+    """Copies what every replica reads to the devices; of the held-out split, what `scored_samples` gives."""
     sizes = np.array([len(shard) for shard in data.shards], np.float32)
-    everywhere = put(Shared((), held_out, sizes), recipe.placement.shared)
+    everywhere = put(Shared((), scored_samples(recipe, data), sizes), recipe.placement.shared)
     return everywhere._replace(train=_put_train(recipe, data) if recipe.resident else ())
 
 

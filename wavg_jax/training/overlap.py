@@ -10,7 +10,6 @@ one program with its other work, and on one device, where nothing travels, a rou
 import concurrent.futures
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from wavg_jax.rounds.common import RoundLog
 from wavg_jax.rounds.pieces import Piece, Pieces
 from wavg_jax.rounds.streaming import at_once, play
 from wavg_jax.training.batches import Shared, Work
-from wavg_jax.training.programs import Compiled, compiled_together
+from wavg_jax.training.programs import Compiled, compiled_together, laid_out
 from wavg_jax.training.recipe import Recipe, rounds_of
 
 
@@ -58,7 +57,7 @@ def requests_of(recipe: Recipe, *arguments: PyTree) -> list[tuple]:
         def call(*given: PyTree) -> tuple:
             requests.append((program, *given))
             outs = zip(jax.eval_shape(program, *given), piece.outs, strict=True)
-            return tuple(_laid_out(x, getattr(recipe.placement, kind)) for x, kind in outs)
+            return tuple(laid_out(x, getattr(recipe.placement, kind)) for x, kind in outs)
 
         return call
 
@@ -66,10 +65,6 @@ def requests_of(recipe: Recipe, *arguments: PyTree) -> list[tuple]:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
     _play(pieces, at_once, _numbers(recipe), *shapes)
     return requests
-
-
-def _laid_out(shapes: PyTree, sharding: Any) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def _numbers(recipe: Recipe) -> list[jax.Array]:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
 
 import jax
+from jax.sharding import Sharding
 
 from wavg_jax.base import Batch, PyTree, Task, TrainState
 from wavg_jax.devices import machine, processes
 from wavg_jax.devices.collectives import after
 from wavg_jax.devices.placement import compiler_options
+from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys
 from wavg_jax.rounds.forward import metrics
 from wavg_jax.rounds.round import RoundLog, everywhere, initial_state, place_state
@@ -24,24 +26,30 @@ class Programs(NamedTuple):
     """The programs of a recipe.
 
     Attributes:
-      init: `(rng) -> TrainState`.
+      begin: `(rng) -> (shapes, state)`: starts compiling what makes the first `TrainState`. The shapes, with shardings,
+        are known at once; `state()` waits, and makes it.
       run: `(state, work, shared, stop) -> (state, RoundLog, stop)`; donates the state. `stop` goes in as bool [D], one
         entry per device, and comes out as whether any is true; None where nobody asks.
       evaluate: `(params, mutable, test) -> {metric: value}` on the test split, a `Batch` [N, ...].
     """
 
-    init: Callable
+    begin: Callable[[jax.Array], tuple[TrainState, Callable[[], TrainState]]]
     run: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
 
+    def init(self, rng: jax.Array) -> TrainState:
+        """The first state, from the key of a run."""
+        return self.begin(rng)[1]()
 
-_QUICKLY = {"xla_backend_optimization_level": 0}
+
+QUICKLY = {"xla_backend_optimization_level": 0}
 """Compiler options for programs that run once: optimising an initialiser takes ten times longer than running it."""
 
 
 @functools.lru_cache(maxsize=16)
-def _initialiser(task: Task) -> Callable:
-    return jax.jit(lambda rng: task.init(keys.roots(rng).init), compiler_options=_QUICKLY)
+def initialiser(task: Task) -> jax.stages.Wrapped:
+    """Jits a task's `init`, as a function of the key of a run."""
+    return jax.jit(lambda rng: task.init(keys.roots(rng).init), compiler_options=QUICKLY)
 
 
 @functools.lru_cache(maxsize=16)
@@ -67,12 +75,32 @@ def programs_of(recipe: Recipe, replicas: int) -> Programs:
     def evaluate(params: PyTree, mutable: PyTree, test: Batch) -> dict[str, jax.Array]:
         return placement.together(functools.partial(metrics, forward))(params, mutable, test)
 
-    patient, assembled = compiler_options(placement), jax.jit(assemble, compiler_options=_QUICKLY)
+    initialise, assembled = initialiser(recipe.task), jax.jit(assemble, compiler_options=QUICKLY)
+
+    def begin(rng: jax.Array) -> tuple[TrainState, Callable[[], TrainState]]:
+        rng = put(rng, placement.shared)
+        network = laid_out(jax.eval_shape(initialise, rng), placement.shared)
+        jobs = [_started(initialise, (rng,), _compile), _started(assembled, (*network, rng), _compile)]
+        shapes = laid_out(jax.eval_shape(assembled, *network, rng), placement.shared)
+        shapes = shapes._replace(replicas=laid_out(shapes.replicas, placement.stacked))
+
+        def state() -> TrainState:
+            first, second = _finished(jobs)
+            return second.call(*first.call(rng), rng)
+
+        return shapes, state
+
+    patient = compiler_options(placement)
     return Programs(
-        lambda rng: assembled(*_initialiser(recipe.task)(rng), rng),
+        begin,
         jax.jit(run, donate_argnums=0, compiler_options=patient),
         jax.jit(evaluate, compiler_options=patient),
     )
+
+
+def laid_out(tree: PyTree, sharding: Sharding) -> PyTree:
+    """The shapes of a tree, each with this sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 class Compiled(NamedTuple):
@@ -103,7 +131,12 @@ def compiled_together(*requests: tuple, keep: bool = True) -> list[Compiled]:
 
     Tracing, which is Python, goes one after another; compiling goes in parallel. `keep` says whether to remember them.
     """
-    jobs = [_started(request[0], request[1:], _compile if keep else _compile.__wrapped__) for request in requests]
+    return _finished(
+        [_started(request[0], request[1:], _compile if keep else _compile.__wrapped__) for request in requests]
+    )
+
+
+def _finished(jobs: list[concurrent.futures.Future[Compiled]]) -> list[Compiled]:
     try:
         return [job.result() for job in jobs]
     except BaseException:

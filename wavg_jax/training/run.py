@@ -87,16 +87,16 @@ class Run:
         self.shared = put_shared(recipe, data)
         self._test = put(Batch(data.test.x, as_targets(data.test.y)), recipe.placement.shared)
         program = programs_of(recipe, self.replicas)
-        rng = put(jax.random.key(plan.seed), recipe.placement.shared)
-        self.initial: TrainState = program.init(rng)
-        first = (self.initial, self.work(0, 1), self.shared, self.ask(False))
-        evaluate = (program.evaluate, *evaluated(self.initial), self._test)
+        shapes, state = program.begin(jax.random.key(plan.seed))
+        first = (shapes, self.work(0, 1), self.shared, self.ask(False))
+        evaluate = (program.evaluate, *evaluated(shapes), self._test)
         self.overlaps = overlaps(recipe)
         """Whether a round returns only once it is done."""
         if self.overlaps:
             self.step, (self._evaluate,) = compiled_pieces(recipe, *first), compiled_together(evaluate)
         else:
             self.step, self._evaluate = compiled_together((program.run, *first), evaluate)
+        self.initial = state()
         # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
         processes.agree({"round": self.step.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
         if processes.count() > 1:

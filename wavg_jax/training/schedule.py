@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 from wavg_jax.arguments import FUNCTION, as_whole, check, either, number
 from wavg_jax.base import SettingsError
 
+__all__ = ["Past", "Schedule", "adacomm", "fixed", "linear", "post_local", "qsr"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Past(NamedTuple):
     """What a schedule may use, read back from the recorded rows after a resume.

@@ -18,6 +18,21 @@ from wavg_jax.weighting import distances
 from wavg_jax.weighting.make import make_weighting, stateless
 from wavg_jax.weighting.scores import normalise
 
+__all__ = [
+    "bulyan",
+    "clip_deltas",
+    "coordinate_median",
+    "geometric_median",
+    "krum",
+    "mean_around_median",
+    "multi_krum",
+    "trimmed_mean",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def _from_stacked(weigh: Callable[..., PyTree], init: Init = stateless) -> Weighting:
     """Builds the stateless weighting with weights `weigh(stacked, params, alive, blend)`."""

@@ -13,6 +13,13 @@ import jax.numpy as jnp
 from wavg_jax import tree
 from wavg_jax.base import PyTree, SettingsError
 
+__all__ = ["FREE", "HIGHER_IS_BETTER", "OF_SAMPLES", "direction", "values_of", "zeros"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 HIGHER_IS_BETTER = {
     "accuracy": True,
     "loss": False,
