@@ -62,10 +62,17 @@ def all_finite(stacked: PyTree) -> jax.Array:
     >>> all_finite({"w": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}).tolist()
     [True, False]
     """
-    floats = [x for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.inexact)]
     check = _zeros_out if on_cpu() else _each_finite
-    finite = [check(x.reshape(x.shape[0], -1)) for x in floats]
-    return functools.reduce(operator.and_, finite, jnp.ones(count_replicas(stacked), bool))
+    return all_of([check(x.reshape(x.shape[0], -1)) for x in floats(stacked)], count_replicas(stacked))
+
+
+def all_of(flags: list[jax.Array], *shape: int) -> jax.Array:
+    """Returns where all of some bool arrays [*shape] are true; everywhere, if there are none.
+
+    One reduction instead of a chain of `&`: XLA would repeat the chain in every operation that reads its result, so
+    that a program of n leaves had n^2 of them.
+    """
+    return jax.lax.optimization_barrier(jnp.stack([jnp.ones(shape, bool), *flags])).all(0)
 
 
 def _each_finite(x: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """The averager: a weighting, then one reduction, then an optional outer optimizer."""
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,6 +144,11 @@ def _masked(stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
     return tree.select_replicas(living, stacked, tree.replicate(params, living.shape[0]))
 
 
+def _summed(parts: _Parts, stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
+    """What the last blend reads: a reduction of a user's may read the dead, the weighted mean skips them by itself."""
+    return stacked if parts.reduce is weighted_mean else _masked(stacked, params, living)
+
+
 def _transformed(transform: Transform | None, stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
     if transform is None:
         return stacked
@@ -206,7 +210,7 @@ def _sound(params: PyTree, outer: PyTree, before: PyTree) -> jax.Array:
     # XLA fuses `isfinite` with the step itself, unlike the product in `tree.all_finite`.
     finite = [jnp.isfinite(x).all() for x in tree.floats(params)]
     kept = [(jnp.isfinite(x) | ~jnp.isfinite(y)).all() for x, y in zip(*map(tree.floats, (outer, before)), strict=True)]
-    return functools.reduce(operator.and_, finite + kept)
+    return tree.all_of(finite + kept)
 
 
 def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
@@ -254,7 +258,7 @@ def _update(
     )
 
     def blended() -> PyTree:
-        return reduce(sent if parts.transform else _masked(stacked, params, living), weights)
+        return reduce(sent if parts.transform else _summed(parts, stacked, params, living), weights)
 
     stepped = state._replace(weighting=weighting_state)
     new_params, new_state, taken = _taken(parts.outer, living, blended, state, stepped, params)
@@ -307,7 +311,10 @@ def _step_alone(
     """`Halves.step`."""
 
     def blended() -> PyTree:
-        sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
+        if parts.transform is None:
+            sent = _summed(parts, stacked, params, alive)
+        else:
+            sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
         return _reducer(parts, params, place)(sent, weights)
 
     return _taken(parts.outer, alive, blended, state, state, params)
