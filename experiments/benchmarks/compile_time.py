@@ -13,6 +13,7 @@ compiled_lines (of the compiled one), load (of the machine, over a minute).
 """
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,7 @@ def _measured(function: Callable, arguments: tuple) -> dict[str, Any]:
     clock.append(time.perf_counter())
     program = lowered.compile()
     clock.append(time.perf_counter())
-    seconds = [end - start for start, end in zip(clock, clock[1:], strict=False)]
+    seconds = [end - start for start, end in itertools.pairwise(clock)]
     return {
         **dict(zip(("trace", "lower", "compile"), seconds, strict=True)),
         "cpu": time.process_time() - cpu,
