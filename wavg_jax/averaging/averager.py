@@ -145,8 +145,9 @@ def _masked(stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
 
 
 def _summed(parts: _Parts, stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
-    """What the last blend reads: a reduction of a user's may read the dead, the weighted mean skips them by itself."""
-    return stacked if parts.reduce is weighted_mean else _masked(stacked, params, living)
+    """What the last blend reads: others may read the dead, which the weighted mean skips by itself."""
+    skips = parts.reduce is weighted_mean and parts.transform is None
+    return stacked if skips else _masked(stacked, params, living)
 
 
 def _transformed(transform: Transform | None, stacked: PyTree, params: PyTree, living: jax.Array) -> PyTree:
@@ -311,10 +312,7 @@ def _step_alone(
     """`Halves.step`."""
 
     def blended() -> PyTree:
-        if parts.transform is None:
-            sent = _summed(parts, stacked, params, alive)
-        else:
-            sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
+        sent = _transformed(parts.transform, _summed(parts, stacked, params, alive), params, alive)
         return _reducer(parts, params, place)(sent, weights)
 
     return _taken(parts.outer, alive, blended, state, state, params)
