@@ -63,7 +63,7 @@ def all_finite(stacked: PyTree) -> jax.Array:
     [True, False]
     """
     check = _zeros_out if on_cpu() else _each_finite
-    return functools.reduce(operator.and_, map(check, floats(stacked)), jnp.ones(count_replicas(stacked), bool))
+    return all_of([check(x) for x in floats(stacked)], count_replicas(stacked))
 
 
 def is_finite(one: PyTree) -> jax.Array:
@@ -76,6 +76,15 @@ def is_finite(one: PyTree) -> jax.Array:
     return all_finite([jnp.zeros(1), *(x[None] for x in floats(one))])[0]
 
 
+def all_of(flags: list[jax.Array], *shape: int) -> jax.Array:
+    """Returns where all of some bool arrays [*shape] are true; everywhere, if there are none.
+
+    One reduction instead of a chain of `&`: XLA would repeat the chain in every operation that reads its result, so
+    that a program of n leaves had n^2 of them.
+    """
+    return jax.lax.optimization_barrier(jnp.stack([jnp.ones(shape, bool), *flags])).all(0)
+
+
 def _each_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
 
@@ -84,7 +93,8 @@ def _zeros_out(x: jax.Array) -> jax.Array:
     """Returns whether x[k] . 0 == 0 along the last axis of `x` [K, ...]; an infinity or NaN makes the product NaN."""
     # On CPU a matrix-vector product runs at the speed of a copy, reducing `isfinite` at a fifth of it. Other backends
     # call libraries that may skip zeros. The barrier hides the zeros from the compiler, which would fold the product.
-    rows = x.reshape(x.shape[0], -1, x.shape[-1] if x.ndim > 1 else 1)
+    last = x.shape[-1] if x.ndim > 1 else 1
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), last)
     zeros = jax.lax.optimization_barrier(jnp.zeros(rows.shape[-1], x.dtype))
     return (rows @ zeros == 0).all(axis=1)
 

@@ -19,7 +19,10 @@ from wavg_jax import data, models
 from wavg_jax.base import Batch, WavgError
 from wavg_jax.storage.rows import read_rows
 
-BENCHMARKS = ("memory", "own_networks", "roofline", "round_anatomy", "startup", "sync_cost", "throughput")
+BENCHMARKS = (
+    *("compile_time", "memory", "own_networks", "roofline"),
+    *("round_anatomy", "startup", "sync_cost", "throughput"),
+)
 SMALL = ("--shrink=16", "--round_steps=2", "--replica_counts=2")
 
 
@@ -106,6 +109,7 @@ def tiny(monkeypatch):
 
 
 CASES = {
+    "compile_time": ("--depths=1", "--replica_counts=2", "--weightings=uniform"),
     "memory": ("--maps=map", "--networks=mlp", "--replica_counts=2"),
     "sync_cost": ("--sizes=0.0001", "--repeats=1", "--networks=mlp", "--replica_counts=2"),
     "throughput": (
@@ -207,6 +211,9 @@ BAD = [
     ("sync_cost", "--sizes=many", "--sizes=many"),
     ("round_anatomy", "--scored=learned:6000", "--scored=learned:6000"),
     ("startup", "--starts=tea", "--starts=tea"),
+    ("compile_time", "--depths=deep", "--depths=deep"),
+    ("compile_time", "--depths=0", "--depths=0"),
+    ("compile_time", "--weightings=softmax", "--weightings=softmax"),
 ]
 
 

@@ -1,7 +1,5 @@
 """From a blend to the next global parameters: the outer step, its float32 masters, and whether it is taken."""
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,7 +79,7 @@ def _sound(params: PyTree, outer: PyTree, before: PyTree) -> jax.Array:
     # XLA fuses `isfinite` with the step itself, unlike the product in `tree.all_finite`.
     finite = [jnp.isfinite(x).all() for x in tree.floats(params)]
     kept = [(jnp.isfinite(x) | ~jnp.isfinite(y)).all() for x, y in zip(*map(tree.floats, (outer, before)), strict=True)]
-    return functools.reduce(operator.and_, finite + kept)
+    return tree.all_of(finite + kept)
 
 
 def _apart(alive: jax.Array, blended: Callable[[], PyTree], params: PyTree) -> PyTree:
