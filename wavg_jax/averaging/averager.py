@@ -130,28 +130,6 @@ def _reducer(
     return of_deltas if parts.deltas else checked
 
 
-def _blend(
-    parts: _Parts,
-    reduce: Callable[[PyTree, PyTree], PyTree],
-    stacked: PyTree,
-    weights: PyTree,
-    params: PyTree,
-    living: jax.Array,
-) -> PyTree:
-    """Reduces the replicas, with `params` in place of the dead, to which only a user's weighting gives weight."""
-    skips = parts.reduce is weighted_mean and not parts.deltas and all(w.ndim == 1 for w in jax.tree.leaves(weights))
-    if not skips:
-        return reduce(_masked(stacked, params, living), weights)
-    # Without a copy of all replicas: the weighted mean skips those without weight, and `params` get what the dead had.
-    own = jax.tree.map(lambda w: jnp.where(living, w, 0), weights)
-
-    def with_dead(w: jax.Array, blend: PyTree, params: PyTree) -> PyTree:
-        dead = jnp.where(living, 0, w).sum()
-        return jax.tree.map(lambda x, p: jnp.where(dead != 0, x + dead.astype(x.dtype) * p, x), blend, params)
-
-    return jax.tree.map(with_dead, weights, reduce(stacked, own), tree.as_accumulators(params))
-
-
 def _weigh(weighting: Weighting, sent: PyTree, state: PyTree, params: PyTree, **given: Any) -> tuple[PyTree, PyTree]:
     """Calls the weighting and checks what it returns."""
     weights, new = checks.pair("weighting.update", weighting.update(sent, state, params, **given), "(weights, state)")
@@ -192,7 +170,7 @@ def _update(
     )
 
     def blended() -> PyTree:
-        return reduce(sent, weights) if parts.transform else _blend(parts, reduce, stacked, weights, params, living)
+        return reduce(sent if parts.transform else _masked(stacked, params, living), weights)
 
     stepped = state._replace(weighting=weighting_state)
     new_params, new_state, taken = step(parts.outer, living, blended, state, stepped, params)
@@ -230,10 +208,8 @@ def _step_alone(
     """`Halves.step`."""
 
     def blended() -> PyTree:
-        reduce = _reducer(parts, params, place)
-        if parts.transform is None:
-            return _blend(parts, reduce, stacked, weights, params, alive)
-        return reduce(_transformed(parts.transform, _masked(stacked, params, alive), params, alive), weights)
+        sent = _transformed(parts.transform, _masked(stacked, params, alive), params, alive)
+        return _reducer(parts, params, place)(sent, weights)
 
     return step(parts.outer, alive, blended, state, state, params)
 
