@@ -1,5 +1,4 @@
-"""Every replica map gives the same run, and the fastest is chosen once and stored; `tests/training/test_automap.py` says
-how."""
+"""Every replica map gives the same run; one is chosen once and stored (how, `tests/training/test_automap.py` says)."""
 
 import json
 
