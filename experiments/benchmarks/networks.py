@@ -16,7 +16,6 @@ import optax
 from absl import flags
 
 from experiments.benchmarks import limits
-from experiments.benchmarks.flops import training_flops
 from experiments.setup.shared_flags import names, numbers
 from wavg_jax import averager, data, models, uniform
 from wavg_jax.base import Averager, Batch, Replicas, SettingsError, Task
@@ -24,6 +23,7 @@ from wavg_jax.data import Dataset, ShardedData, Split
 from wavg_jax.devices.mapping import MAPS
 from wavg_jax.training import automap, phases
 from wavg_jax.training.batches import make_work, put_shared
+from wavg_jax.training.operations import training_flops
 from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 
@@ -61,7 +61,7 @@ class Network(NamedTuple):
       dataset: random samples.
       prepare: stored inputs -> the network's, inside the compiled program.
       batch_size: B of one replica.
-      flops: operations per sample of a training step; see `flops.training_flops`.
+      flops: operations per sample of a training step; see `wavg_jax.training.operations`.
     """
 
     name: str

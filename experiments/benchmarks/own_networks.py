@@ -9,8 +9,8 @@ us: one model, one jitted step a call, the same network, optimizer and number of
 `experiments.benchmarks.user_networks`. All networks take their turns together, so all ratios are of paired times.
 
 Each case's row: network, replicas, settled (how the replicas ran), local_steps, batch_size, samples_per_second,
-own_samples_per_second (of the user's loop), flops_per_second (operations of `flops.training_flops`), rate (those to the
-CNN's, a ratio), ratio (samples a second, to the user's loop).
+own_samples_per_second (of the user's loop), flops_per_second (operations of `wavg_jax.training.operations`), rate
+(those to the CNN's, a ratio), ratio (samples a second, to the user's loop).
 """
 
 import functools

@@ -5,7 +5,7 @@
 
 Compares the operations per second of K replicas' local steps, with the automatic mapping on the most devices that
 divide K, with those of large matrix products on the same devices, timed in turn. Only matrix products and convolutions
-count; see `experiments.benchmarks.flops`. Three shares of a network's time show what bounds it:
+count; see `wavg_jax.training.operations`. Three shares of a network's time show what bounds it:
 
   compute  the time of its operations at the rate of the large products
   memory   the time of the bytes that the compiled step reads and writes, by XLA's count, at the speed of a plain copy

@@ -13,14 +13,18 @@ data on the devices.
   search       finding the weights: the averager's update minus that of plain averaging
   blend        the update of plain averaging, and the restart of the replicas
   metrics      fetching the round's log and writing its row to disk
-  checkpoint   saving the state until it is on disk, divided by --checkpoint_every
-  rest         the remainder of `fit`'s time; negative where parts overlap, which they do since only the last round is
-               evaluated (by default `fit` evaluates every round, and waits for it)
+  checkpoint   copying the state, which the next round waits for, divided by --checkpoint_every
+  rest         the remainder of `fit`'s time: what saving the copy beside a round costs it, where both need the same
+               cores; negative where parts overlap
+
+Beside them, not a part: `saving`, writing the copy until it is on disk with its sums, as nothing else runs, divided by
+--checkpoint_every. `fit` does it while the next round trains.
 
 Each case's row: network, weighting, replicas, devices, mapping, local_steps, batch_size, held_out, score_samples (null
-for all), rounds (timed rounds of `fit` per turn), parts {name: seconds of a round}, shares {name: share of the whole},
-whole (wall-clock seconds of a round of `fit`), local_share (ratio to the whole), sum_to_whole (ratio of all parts but
-the rest to the whole), streamed (ratio of a round with streamed batches to the whole).
+for all), rounds (timed rounds of `fit` per turn), saving (its share of the whole), parts {name: seconds of a round},
+shares {name: share of the whole}, whole (wall-clock seconds of a round of `fit`), local_share (ratio to the whole),
+sum_to_whole (ratio of all parts but the rest to the whole), streamed (ratio of a round with streamed batches to the
+whole).
 """
 
 import itertools
@@ -56,7 +60,7 @@ from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.rounds.round import RoundLog
-from wavg_jax.storage.checkpoints import Checkpoints, open_checkpoints
+from wavg_jax.storage.checkpoints import Checkpoints, open_checkpoints, snapshot
 from wavg_jax.storage.rows import Records
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, make_work, put_shared
@@ -85,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     scorings = [_scoring(text) for text in F.scored]
     pairs = networks.pairs(networks.chosen("mlp", "cnn"), networks.replica_counts(4))
     recording = begin("round_anatomy", READS)
-    with progress.bar(len(pairs) * len(scorings) * 10 * (F.repeats + 1)) as advance:
+    with progress.bar(len(pairs) * len(scorings) * 11 * (F.repeats + 1)) as advance:
         for net, replicas in pairs:
             for scoring in scorings:
                 _measure(recording, net, replicas, scoring, advance)
@@ -130,7 +134,8 @@ def _measure(
                 cases[name] = _fit(net, replicas, steps, scoring, folder, resident=resident, replica_map=replica_map)
             label = f"{net.name}, {scoring.name}, {scored or HELD_OUT} scored"
             times = alternate(cases, F.repeats, lambda name: advance(f"{label}: {name}"))
-    times["checkpoint"] = times["checkpoint"] / F.checkpoint_every
+    for name in ("checkpoint", "saving"):
+        times[name] = times[name] / F.checkpoint_every
     times["search"] = times["update"] - times["plain update"]
     times["rest"] = times["whole"] - sum(times[name] for name in PARTS)
     parts = {name: float(np.median(times[name])) for name in (*PARTS, "rest")}
@@ -145,6 +150,7 @@ def _measure(
         held_out=HELD_OUT,
         score_samples=scored,
         rounds=F.checkpoint_every,
+        saving=float(np.median(times["saving"] / times["whole"])),
         parts=parts,
         shares={name: float(np.median(times[name] / times["whole"])) for name in parts},
         whole=float(np.median(times["whole"])),
@@ -179,7 +185,8 @@ def _cases(
         "plain update": timed(jax.jit(plain), before, state.replicas, alive, held_out, signals),
         "blend": sync_case(jax.tree.map(jnp.copy, state.replicas.params), recipe.placement),
         "metrics": _metrics(log, Records(folder)),
-        "checkpoint": _checkpoint(state, store),
+        "checkpoint": timed(snapshot, state),
+        "saving": _saving(state, store),
     }
 
 
@@ -199,14 +206,14 @@ def _metrics(log: RoundLog, records: Records) -> Case:
     return fetch
 
 
-def _checkpoint(state: TrainState, store: Checkpoints) -> Case:
-    """Saves the state, under another round number each time."""
+def _saving(state: TrainState, store: Checkpoints) -> Case:
+    """Saves a copy of the state, under another round number each time."""
     number = itertools.count(1)
 
     def save() -> float:
-        now = state._replace(round=jnp.int32(next(number)))
+        kept = jax.block_until_ready(snapshot(state._replace(round=jnp.int32(next(number)))))
         start = time.perf_counter()
-        store.save(now)
+        store.save(kept)
         store.wait()
         return time.perf_counter() - start
 
@@ -254,11 +261,11 @@ def _table(recording: Recording) -> BenchmarkTable:
     text = (
         f"Shares of a round, in %; {HELD_OUT:,} samples are held out, a checkpoint is saved every "
         f"{F.checkpoint_every} rounds. Parts are compiled apart, and timed in turn with rounds of `fit`; `rest` is "
-        "what those take beside them. The figure is the share of the local steps, median and quartiles of "
-        f"{F.repeats} runs."
+        "what those take beside them. `saving` is what writing a checkpoint takes, in the background. The "
+        f"figure is the share of the local steps, median and quartiles of {F.repeats} runs."
     )
     head = ("network", "weighting", "scored", "K", "devices", "mapping", "H")
-    columns = (*head, *PARTS[1:], "rest", "round, ms", "sum / whole", "streamed / whole")
+    columns = (*head, *PARTS[1:], "rest", "saving", "round, ms", "sum / whole", "streamed / whole")
     lines = [
         (
             row["network"],
@@ -269,6 +276,7 @@ def _table(recording: Recording) -> BenchmarkTable:
             row["mapping"],
             str(row["local_steps"]),
             *(f"{100 * row['shares'][name]:.1f}" for name in (*PARTS[1:], "rest")),
+            f"{100 * row['saving']:.1f}",
             f"{1e3 * row['whole']:.0f}",
             shown(row["sum_to_whole"]),
             shown(row["streamed"]),

@@ -10,7 +10,7 @@ import pytest
 
 import wavg_jax as wavg
 from wavg_jax.devices import placement
-from wavg_jax.storage.checkpoints import open_checkpoints
+from wavg_jax.storage.checkpoints import open_checkpoints, snapshot
 
 ROUNDS = 4
 START = np.array([1.0, -2.0, 0.5])
@@ -305,7 +305,7 @@ def test_masters_are_in_the_checkpoint(tmp_path):
     params, state = toward(0.75, wavg.outer.lookahead(0.01), jnp.bfloat16, rounds=5)
     held = wavg.TrainState(params, {}, {}, state, jnp.int32(5))
     with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(held)
+        checkpoints.save(snapshot(held))
         checkpoints.wait()
         restored = checkpoints.restore(5, held)
     jax.tree.map(np.testing.assert_array_equal, restored, held)

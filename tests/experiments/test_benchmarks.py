@@ -13,11 +13,12 @@ from absl.testing import flagsaver
 from binary import invoke
 from small import regression
 
-from experiments.benchmarks import flops, harness, limits, networks, roofline, round_anatomy, startup
+from experiments.benchmarks import harness, limits, networks, roofline, round_anatomy, startup
 from experiments.setup import app
 from wavg_jax import data, models
 from wavg_jax.base import Batch, WavgError
 from wavg_jax.storage.rows import read_rows
+from wavg_jax.training.operations import training_flops
 
 BENCHMARKS = (
     *("compile_time", "memory", "own_networks", "roofline"),
@@ -80,7 +81,7 @@ def test_a_stock_convolution_counts_like_a_product_of_patches():
         y = jax.lax.conv_general_dilated(x, params["kernel"], (2, 2), "SAME", dimension_numbers=axes)
         return y.mean((1, 2)), mutable
 
-    counted = flops.training_flops(models.classifier(init, apply), Batch(image, jnp.zeros(2, jnp.int32)))
+    counted = training_flops(models.classifier(init, apply), Batch(image, jnp.zeros(2, jnp.int32)))
     assert counted == 2 * 2 * (2 * 5 * 5 * 5 * 27)
 
 

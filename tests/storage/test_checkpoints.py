@@ -25,7 +25,7 @@ from small import sharded
 
 import wavg_jax as wavg
 from wavg_jax.storage import checkpoints
-from wavg_jax.storage.checkpoints import SUMS, Found, open_checkpoints
+from wavg_jax.storage.checkpoints import SUMS, Found, open_checkpoints, snapshot
 from wavg_jax.storage.rows import Records, read_rows
 
 FOLDER = pathlib.Path("checkpoints", "run")
@@ -192,7 +192,7 @@ def test_a_kill_while_a_checkpoint_is_set_aside_loses_no_row(step, workdir, stra
 def test_a_save_that_never_began_leaves_nothing_that_looks_whole(when, failure, straight, tmp_path, monkeypatch):
     from orbax.checkpoint import v1 as ocp
 
-    save = ocp.save_async
+    save = ocp.save
 
     def broken(path, *arguments, **options):
         if path.name == str(when):
@@ -200,7 +200,7 @@ def test_a_save_that_never_began_leaves_nothing_that_looks_whole(when, failure, 
         return save(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp, "save_async", broken)
+        patch.setattr(ocp, "save", broken)
         with pytest.raises((wavg.WorkdirError, KeyboardInterrupt)):
             run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS)
     assert find(tmp_path) == Found(None if when == 3 else 3, {}, ())
@@ -260,7 +260,7 @@ def test_keys_of_any_kind_come_back_as_they_were(tmp_path):
     keys = {"default": jax.random.key(1), "other": jax.random.split(jax.random.key(1, impl="rbg"), 2)}
     held = wavg.TrainState({}, {}, keys, {}, jnp.int32(3))
     with open_checkpoints(tmp_path) as opened:
-        opened.save(held)
+        opened.save(snapshot(held))
         opened.wait()
         restored = opened.restore(3, held)
     for name, key in keys.items():

@@ -66,7 +66,7 @@ def advance(journal, numbers, save=True):
              "weights": [0.25] * K, "alive": [True] * K}
         )
         if save:
-            journal.save(state(number))
+            journal.save(journal.snapshot(state(number)))
 """
 
 SAVE = """
@@ -193,7 +193,7 @@ def full(*args, **kwargs):
 with processes.guarded(), open_journal(workdir, "run") as journal:
     journal.begin(first(4), state(0), resume=False)
     if INDEX == 1:
-        ocp.save_async = full
+        ocp.save = full
     advance(journal, (1, 2))
 """
     done = spawn(2, joined(COMMON + script), tmp_path, devices=2)

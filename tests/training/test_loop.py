@@ -1,5 +1,6 @@
 """Rounds that overlap with the host's work give what rounds one after another give, and so do streamed data."""
 
+import itertools
 import threading
 
 import jax
@@ -12,7 +13,9 @@ from small import regression, sharded
 import wavg_jax as wavg
 from wavg_jax.devices import machine, transfer
 from wavg_jax.rounds import policy
-from wavg_jax.training import batches, schedule
+from wavg_jax.storage import checkpoints
+from wavg_jax.storage.rows import Records
+from wavg_jax.training import batches, loop, schedule
 
 TASK, INNER, WEIGHTED = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.softmax("loss", 1.0))
 CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
@@ -40,16 +43,18 @@ def test_rows_that_are_written_one_round_late_are_the_same():
     same(every, last, *tested)
     assert [row["round"] for row in last.rows[1:]] == [1, 2, 3, 4, 5]
     assert last.rows[-1]["test_accuracy"] == every.rows[-1]["test_accuracy"]
-    assert last.rows[-1]["elapsed"] == pytest.approx(sum(row["seconds"] for row in last.rows[1:]))
+    for result in (every, last):
+        assert result.rows[-1]["elapsed"] == pytest.approx(sum(row["seconds"] for row in result.rows[1:]))
 
 
 def test_the_next_round_is_launched_before_the_row_of_this_one_is_written(monkeypatch):
     order = []
     take = batches.Feeder.take
     monkeypatch.setattr(batches.Feeder, "take", lambda self, *which: (order.append("launch"), take(self, *which))[1])
-    run(test_every=5, progress=lambda text: order.append("row"))
-    assert order == ["launch", "launch", "row", "launch", "row", "launch", "row", "launch", "row", "row"]
-    order.clear()
+    for every in (1, 5):  # an evaluation is launched with its round
+        run(test_every=every, progress=lambda text: order.append("row"))
+        assert order == ["launch", "launch", "row", "launch", "row", "launch", "row", "launch", "row", "row"]
+        order.clear()
     # H of the next round may depend on this one's loss.
     run(test_every=5, local_steps=schedule.adacomm(3, 1), progress=lambda text: order.append("row"))
     assert order == ["launch", "row"] * 5
@@ -57,6 +62,69 @@ def test_the_next_round_is_launched_before_the_row_of_this_one_is_written(monkey
     # A callback may end the run.
     run(test_every=5, on_round=lambda row: order.append(row["round"]))
     assert order == ["launch", 1, "launch", 2, "launch", 3, "launch", 4, "launch", 5]
+
+
+def spied(monkeypatch):
+    """Notes launches of rounds, rows and checkpoints, as they come."""
+    order, launched = [], threading.Event()
+
+    def note(owner, name, text, after=False):
+        call = getattr(owner, name)
+
+        def noted(*arguments, **options):
+            said = text(*arguments)
+            if not after:
+                order.append(said)
+            out = call(*arguments, **options)
+            if after:
+                order.append(said)
+            if order.count("launch") == 4:
+                launched.set()
+            return out
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(batches.Feeder, "take", lambda *which: "launch")
+    note(Records, "append", lambda self, row: f"row {row.get('round', 0)}")
+    note(checkpoints, "_seal", lambda path: f"saved {path.name}", after=True)
+    return order, launched
+
+
+def test_a_checkpoint_is_written_while_the_next_rounds_run_and_before_their_rows(monkeypatch, tmp_path):
+    order, launched = spied(monkeypatch)
+    seal = checkpoints._seal
+
+    def late(path):
+        if path.name == "2":  # until round 4 is launched behind round 3
+            assert launched.wait(60)
+        seal(path)
+
+    monkeypatch.setattr(checkpoints, "_seal", late)
+    beside = run(workdir=tmp_path, checkpoint_every=2)
+    assert order.index("row 2") < order.index("saved 2") < order.index("row 3")
+    same(beside, run(), "checkpoint_every")
+    resumed = run(workdir=tmp_path, checkpoint_every=2, rounds=7, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, run(rounds=7).params)
+
+
+def test_a_state_that_does_not_fit_twice_is_saved_before_the_next_round(monkeypatch, tmp_path):
+    order, _ = spied(monkeypatch)
+    monkeypatch.setattr("wavg_jax.training.run.room", lambda devices: 0)
+    alone = run(workdir=tmp_path, checkpoint_every=2)
+    rounds = [event for event in order if event != "row 0"]
+    assert rounds[:5] == ["launch", "launch", "row 1", "row 2", "saved 2"]
+    assert rounds[5:8] == ["launch", "launch", "row 3"]
+    same(alone, run(), "checkpoint_every")
+
+
+def test_a_clock_stops_when_results_are_there_however_late_the_host_looks(monkeypatch):
+    ticks, there = itertools.count(), threading.Event()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: (next(ticks), there.set())[0])
+    with loop.open_watch() as watch:
+        arrival = watch(jax.numpy.ones(3))
+        assert there.wait(60)
+        loop.time.perf_counter()
+        assert arrival.result() == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"local_steps": schedule.linear(1, 3, 2)}, {"stats": policy.reestimate(2)}])

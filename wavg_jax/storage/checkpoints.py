@@ -1,4 +1,4 @@
-"""Checkpoints of a `TrainState` with Orbax: one tree, saved asynchronously, whole or not at all.
+"""Checkpoints of a `TrainState` with Orbax: one tree, saved by a thread, whole or not at all.
 
 Once a checkpoint is on disk, a last file with the SHA-256 of each of its files joins them, in the format of
 `sha256sum`. Orbax reads only checkpoints that match their sums: one without sums was never finished, one that differs
@@ -8,6 +8,7 @@ Several processes save and restore together, each its part of the arrays. Proces
 the sums and tidies up. The folder is one that all processes share.
 """
 
+import concurrent.futures
 import contextlib
 import gc
 import hashlib
@@ -22,9 +23,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.devices import processes
@@ -33,15 +35,28 @@ from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import FILE
 from wavg_jax.tree import is_key
 
-if TYPE_CHECKING:
-    from orbax.checkpoint import v1 as ocp
-
 SUMS = "SHA256SUMS"
 
 
 def _without_keys(tree: PyTree) -> PyTree:
     """Replaces typed random keys by their integers, which Orbax can store."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def snapshot(state: TrainState, *, copy: bool = True) -> PyTree:
+    """What a checkpoint holds of a state.
+
+    Args:
+      state: to save.
+      copy: launches a copy on the devices, so that the state may be donated at once; else nobody may donate it before
+        the checkpoint is on disk.
+    """
+    return _copied(state) if copy else _without_keys(state)
+
+
+@jax.jit
+def _copied(state: TrainState) -> PyTree:
+    return jax.tree.map(jnp.copy, _without_keys(state))
 
 
 def _with_keys(stored: PyTree, like: PyTree) -> PyTree:
@@ -68,10 +83,9 @@ class Found(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, numbered by rounds done. Use `open_checkpoints`."""
 
-    def __init__(self, folder: pathlib.Path, keep: int):
-        self._folder, self._keep = folder, keep
-        self._unsealed: int | None = None
-        self._saving: ocp.AsyncResponse[None] | None = None
+    def __init__(self, folder: pathlib.Path, keep: int, pool: concurrent.futures.Executor):
+        self._folder, self._keep, self._pool = folder, keep, pool
+        self._saving: concurrent.futures.Future[None] | None = None
 
     def find(self) -> Found:
         """Looks for the newest whole checkpoint. Reads no older one, and changes nothing. Process 0 looks for all."""
@@ -101,31 +115,30 @@ class Checkpoints:
                 write_atomically(aside / FILE, rows)
             (self._folder / str(step)).rename(aside / str(step))  # last, so that a call cut short can be repeated
 
-    def save(self, state: TrainState) -> None:
-        """Starts saving; returns once the state may be donated. All processes save together."""
+    def save(self, kept: PyTree) -> None:
+        """Starts saving a `snapshot`, once the save before is on disk. All processes save together."""
         self.wait()
-        with _writing(self._folder):
-            tree, step = _without_keys(state), int(state.round)
-            path, leaves = self._folder.absolute() / str(step), _leaves(tree)
-            with _failing(), _context():
-                self._saving = _orbax().save_async(path, tree, custom_metadata={"leaves": leaves})
-            self._unsealed = step  # not before: a save that failed to start leaves nothing to seal
+        self._saving = self._pool.submit(self._save, kept)
 
     def wait(self) -> None:
-        """Blocks until every save is on disk. All processes wait together."""
-        if self._unsealed is None:
-            return
-        step, self._unsealed = self._unsealed, None
-        assert self._saving is not None
+        """Blocks until every save is on disk; raises what went wrong. All processes wait together."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _save(self, kept: PyTree) -> None:
+        """Writes a checkpoint and its sums, and removes old ones."""
         with _writing(self._folder):
-            with _failing():
-                self._saving.result()  # for all processes
+            step = int(kept.round)
+            path, leaves = self._folder.absolute() / str(step), _leaves(kept)
+            with _failing(), _context():
+                _orbax().save(path, kept, custom_metadata={"leaves": leaves})  # returns when all processes are done
             if not processes.first():
                 return
             try:
-                _seal(self._folder / str(step))
+                _seal(path)
             except OSError:
-                shutil.rmtree(self._folder / str(step), ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
                 raise
             for old in sorted(_steps(self._folder))[: -self._keep]:
                 _remove(self._folder / str(old))
@@ -168,10 +181,16 @@ def _orbax() -> Any:
 
 
 def _context() -> Any:
-    """Orbax's processes meet at the coordination service, since a save's thread must not use the devices."""
+    """Orbax's processes meet at the coordination service, since a save's thread must not use the devices.
+
+    Trained floats shrink by a twelfth under zstd, which takes more time than all else.
+    """
     ocp = _orbax()
     active = set(range(processes.count())) if processes.count() > 1 else None
-    return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=active))
+    return ocp.Context(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=active),
+        array_options=ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(use_compression=False)),
+    )
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
@@ -329,14 +348,11 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
     Raises:
       WorkdirError: the folder cannot be made, or a save failed.
     """
-    with _quiet():
+    with _quiet(), contextlib.ExitStack() as stack:
         processes.decided(lambda: _prepare(folder))
-        checkpoints = Checkpoints(folder, keep)
-        try:
-            yield checkpoints
-        finally:
-            try:
-                checkpoints.wait()
-            finally:
-                if processes.first():
-                    _remove_unfinished(folder)
+        if processes.first():
+            stack.callback(_remove_unfinished, folder)
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
+        checkpoints = Checkpoints(folder, keep, pool)
+        stack.callback(checkpoints.wait)
+        yield checkpoints

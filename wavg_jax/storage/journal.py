@@ -9,9 +9,9 @@ import pathlib
 import warnings
 from collections.abc import Iterator
 
-from wavg_jax.base import ResumeError, SettingsError, TrainState, WavgWarning
+from wavg_jax.base import PyTree, ResumeError, SettingsError, TrainState, WavgWarning
 from wavg_jax.devices import processes
-from wavg_jax.storage.checkpoints import Checkpoints, Found, open_checkpoints
+from wavg_jax.storage.checkpoints import Checkpoints, Found, open_checkpoints, snapshot
 from wavg_jax.storage.rows import Records, as_lines, open_records
 from wavg_jax.storage.schema import FIXED, Row, check_settings, plain
 
@@ -122,17 +122,23 @@ class Journal:
             warnings.warn(f"{self._name!r} was stopped before its first checkpoint: {again}", WavgWarning, stacklevel=2)
 
     def append(self, row: Row) -> None:
-        """Adds a round's row."""
+        """Adds a round's row, once the last checkpoint is on disk: rows that go past one which is missing tell that it
+        was lost, and not that the run was killed before."""
+        self.wait()
         self._records.append(self._identity | row)
 
     def amend(self, entries: Row) -> None:
         """Adds entries to the row of the last round."""
         self._records.amend(self._name, entries)
 
-    def save(self, state: TrainState) -> None:
-        """Starts saving a checkpoint, if the run has a folder; the state may be donated at once."""
+    def snapshot(self, state: TrainState, *, copy: bool = True) -> PyTree | None:
+        """What to `save` of a state; None if the run has no folder. See `wavg_jax.storage.checkpoints.snapshot`."""
+        return None if self._checkpoints is None else snapshot(state, copy=copy)
+
+    def save(self, kept: PyTree | None) -> None:
+        """Starts saving a `snapshot` as a checkpoint, after the row of its round."""
         if self._checkpoints is not None:
-            self._checkpoints.save(state)
+            self._checkpoints.save(kept)
 
     def wait(self) -> None:
         """Blocks until every checkpoint is on disk."""

@@ -1,5 +1,8 @@
 """Chooses how the replicas of a device run by timing each way on the real local steps, once.
 
+One way is kept unless another is faster by more than the noise of the trial: on a CPU one replica after another, which
+was ahead more often than not, elsewhere all at once.
+
 The process remembers the choice, and so does a file beside JAX's compiled programs if `jax_compilation_cache_dir` is
 set: one per network with its shapes, optimizer state, number of replicas, devices and version of JAX.
 """
@@ -25,6 +28,7 @@ from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.training import progress
 from wavg_jax.training.batches import as_targets, make_work, put_shared
+from wavg_jax.training.operations import training_flops
 from wavg_jax.training.phases import local_phase
 from wavg_jax.training.programs import compiled_together, programs_of
 from wavg_jax.training.recipe import Recipe
@@ -36,13 +40,25 @@ _STEPS = 2
 """Local steps in a trial."""
 
 _SECONDS = 0.3
-"""How long to time the ways in turn, once each has run twice."""
+"""How long to time the ways in turn."""
+
+_TURNS = 6
+"""Turns to take at least: as many wins are chance once in 64 times."""
+
+_LONGEST = 10.0
+"""Seconds after which no further turn begins, however few there were."""
+
+_LEAD = 1.05
+"""How many times faster than the way that is kept another must be."""
+
+_CHANCE = 0.02
+"""Highest probability that so many turns are won where both ways are equally fast."""
 
 _FEW = 2
 """Most replicas on a device for which `unroll` is tried; its program takes that many times as long to compile."""
 
-_HOPELESS = 1.5
-"""A way this many times slower than the best in its second run is dropped."""
+_HOPELESS = 2.0
+"""A way this many times slower than the best in the better of its first two turns is dropped."""
 
 _FLOPS = 1e10
 """Floating-point operations of a run below which a trial cannot pay: compiling the ways takes two seconds or more, in
@@ -79,13 +95,16 @@ def settle(
     # Runs that differ in their weighting alone are mapped alike.
     bare = recipe._replace(averager=_PLAIN, at_sync=AtSync(), faults=None, resident=True)
     few = _first_samples(data, batch_size)
-    loss = _lowered_loss(bare, few, batch_size)
-    flops = 3 * (loss.cost_analysis() or {}).get("flops", math.inf) * len(data.shards)  # a gradient is two more losses
-    if steps is not None and flops * steps < _FLOPS:
+    network = jax.eval_shape(bare.task.init, jax.random.key(0))
+    batch = _shapes(bare, few, batch_size)
+    if steps is not None and training_flops(bare.task, batch) * len(data.shards) * steps < _FLOPS:
         return _mapped(recipe, "vmap")
+    loss = jax.jit(bare.task.loss).lower(*network, batch, jax.random.key(0))
     key = _fingerprint(bare, loss, len(data.shards))
     if key not in _known:
-        names = ["vmap", "map", *(["unroll"] if here <= _FEW else [])]
+        # The first is kept unless another is clearly faster.
+        first = ["map", "vmap"] if bare.placement.devices[0].platform == "cpu" else ["vmap", "map"]
+        names = [*first, *(["unroll"] if here <= _FEW else [])]
         found = _recall(key)
         progress.doing("timing the ways to run replicas")
         trials = {} if found in names else _trials({name: _mapped(bare, name) for name in names}, few, batch_size)
@@ -105,13 +124,10 @@ def _first_samples(data: ShardedData, batch_size: int) -> ShardedData:
     return data._replace(train=Split(data.train.x[chosen], data.train.y[chosen]), shards=tuple(shards))
 
 
-def _lowered_loss(recipe: Recipe, data: ShardedData, batch_size: int) -> jax.stages.Lowered:
-    """The loss of one batch as a traced program, not compiled."""
-    rng = jax.random.key(0)
-    params, mutable = jax.eval_shape(recipe.task.init, rng)
+def _shapes(recipe: Recipe, data: ShardedData, batch_size: int) -> Batch:
+    """Shapes and dtypes of one replica's batch, as the network gets it."""
     x, y = data.train.x[:batch_size], as_targets(data.train.y[:batch_size])
-    batch = jax.eval_shape(lambda x, y: Batch(recipe.prepare(x), y), x, y)
-    return jax.jit(recipe.task.loss).lower(params, mutable, batch, rng)
+    return jax.eval_shape(lambda x, y: Batch(recipe.prepare(x), y), x, y)
 
 
 def _where() -> list[dict]:
@@ -148,17 +164,32 @@ def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> d
 
 
 def _fastest(trials: dict[str, Callable[[], float]]) -> str:
-    """The name of the trial with the lowest median, of runs in turn."""
+    """The name of the first trial, or of the fastest of those that are faster beyond chance, by runs in turn."""
     for run in trials.values():
         run()  # the first is slower: memory is touched for the first time
-    times = {name: [run()] for name, run in trials.items()}
-    best = min(min(seconds) for seconds in times.values())
-    hopeful = [name for name, (seconds,) in times.items() if seconds <= _HOPELESS * best]
-    end = time.perf_counter() + _SECONDS
-    while len(hopeful) > 1 and time.perf_counter() < end:
-        for name in hopeful:
+    begun, turns = time.perf_counter(), 0
+    times: dict[str, list[float]] = {name: [] for name in trials}
+    while len(times) > 1:
+        for name in list(times)[:: 1 if turns % 2 else -1]:  # in either order, lest one way profit from its place
             times[name].append(trials[name]())
-    return min(hopeful, key=lambda name: float(np.median(times[name])))
+        turns += 1
+        if turns == 2:  # the better of two, since a busy machine may double the time of one
+            best = min(min(seconds) for seconds in times.values())
+            times = {name: seconds for name, seconds in times.items() if min(seconds) <= _HOPELESS * best}
+        passed = time.perf_counter() - begun
+        if (passed >= _SECONDS and turns >= _TURNS) or passed >= _LONGEST:
+            break
+    kept, *others = times
+    leads = {name: np.array(times[kept]) / np.array(times[name]) for name in others}
+    leads = {name: lead for name, lead in leads.items() if _clear(lead)}
+    return max(leads, key=lambda name: float(np.median(leads[name])), default=kept)
+
+
+def _clear(lead: np.ndarray) -> bool:
+    """Whether paired ratios of times tell of a lead: large enough, and won too often for chance (a sign test)."""
+    turns, won = len(lead), int((lead > 1).sum())
+    chance = sum(math.comb(turns, wins) for wins in range(won, turns + 1)) / 2**turns
+    return bool(np.median(lead) >= _LEAD) and chance <= _CHANCE
 
 
 def _file() -> pathlib.Path | None:

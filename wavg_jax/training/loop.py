@@ -1,19 +1,22 @@
 """The loop over rounds: launches them one after another, and writes their rows and checkpoints.
 
-The loop launches a round before it writes the row of the one before, and makes its batches while that one runs, so that
-the devices never wait for the host. A round waits for the row of the one before only where the host needs the state in
-between, to evaluate, to save or for a callback, or where H depends on the last loss. Where there are several processes
-each runs this loop, and whatever decides its course is the same in all.
+What a round leaves to be measured and saved, its evaluation and a copy of its state, is launched right behind it, and
+the next round behind that. Then the host fetches and writes what the one before gave, and makes the batches of the one
+after, so that the devices never wait for the host. A round waits for the row of the one before only for a callback,
+which may end the run, where H depends on the last loss, or where no copy of the state fits the devices. Where there are
+several processes each runs this loop, and whatever decides its course is the same in all.
 """
 
+import concurrent.futures
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from wavg_jax.base import TrainState
+from wavg_jax.base import PyTree, TrainState
 from wavg_jax.devices import processes
 from wavg_jax.rounds.round import RoundLog
 from wavg_jax.storage.journal import Journal
@@ -24,20 +27,63 @@ from wavg_jax.training.callbacks import Callback, ends
 from wavg_jax.training.run import Run
 from wavg_jax.training.schedule import Past
 
+Arrival = concurrent.futures.Future[float]
+"""When results were there, on the clock of `time.perf_counter`."""
+Watch = Callable[[PyTree], Arrival]
+
+
+@contextlib.contextmanager
+def open_watch() -> Iterator[Watch]:
+    """Opens a thread that notes when results are there: the loop's own may be busy, or held up by the launch of another
+    program, as on several CPU devices."""
+
+    def arrive(results: PyTree) -> float:
+        jax.block_until_ready(results)
+        return time.perf_counter()
+
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="watch") as pool:
+        yield lambda results: pool.submit(arrive, results)
+
 
 class _Launched(NamedTuple):
-    """A round under way: its number, its H, what it will report, what it heard of wishes to stop, and when it began."""
+    """A round under way.
+
+    Attributes:
+      number, steps: which round, and its H.
+      log: what it will report.
+      heard: what it heard of wishes to stop.
+      measured: its evaluation; None if it has none.
+      kept: what to save of its state; None if nothing.
+      begun: when it was launched.
+      done, settled: when its log will be there, and its evaluation.
+    """
 
     number: int
     steps: int
     log: RoundLog
     heard: jax.Array | None
+    measured: dict[str, jax.Array] | None
+    kept: PyTree | None
     begun: float
+    done: Arrival
+    settled: Arrival
+
+
+def _launch(
+    run: Run, journal: Journal, watch: Watch, number: int, steps: int, begun: float, state: TrainState, *rest: Any
+) -> tuple[TrainState, _Launched]:
+    """Launches a round, its evaluation and a copy of its state if they are due, one behind another."""
+    state, log, heard = run.step.call(state, *rest)
+    done = watch(log)
+    measured = run.evaluate(state) if run.evaluates(number) else None
+    settled = watch(measured)
+    kept = journal.snapshot(state, copy=run.copies) if run.saves(number) else None
+    return state, _Launched(number, steps, log, heard, measured, kept, begun, done, settled)
 
 
 class _Books:
-    """Writes the rows of rounds, and keeps their clock: a round lasts from its launch, or from the end of the round
-    before if that is later, until its results are there."""
+    """Writes the rows and checkpoints of rounds, and keeps their clock: a round lasts from its launch, or from the end
+    of the round before and its evaluation if that is later, until its results are there."""
 
     def __init__(self, run: Run, journal: Journal, show: Callable[[Row], Any], done: int):
         self._run, self._journal, self._show = run, journal, show
@@ -56,11 +102,9 @@ class _Books:
         return Past(number - 1, steps, losses)
 
     def close(self, launched: _Launched, state: TrainState | None) -> None:
-        """Waits for a round and writes its row; evaluating it needs the state."""
-        jax.block_until_ready(launched.log)
-        now = time.perf_counter()
-        seconds = now - max(launched.begun, self._ended)
-        self._ended = now
+        """Waits for a round, writes its row and starts its checkpoint; evaluating a lost one needs the state."""
+        seconds = launched.done.result() - max(launched.begun, self._ended)
+        self._ended = launched.settled.result()
         self._elapsed += seconds
         log = jax.device_get(launched.log)
         self.heard = launched.heard is not None and bool(launched.heard)
@@ -85,16 +129,19 @@ class _Books:
         )
         self._journal.append(row | self._quality(launched, state))
         self._show(self._journal.rows()[-1])
+        if launched.kept is not None:
+            self._journal.save(launched.kept)
 
     def _quality(self, launched: _Launched, state: TrainState | None) -> Row:
-        due = self._run.evaluates(launched.number) or self.lost
-        measured = self._run.evaluate(state) if state is not None and due else None
+        measured = launched.measured
+        if measured is None and self.lost and state is not None:  # it may be the last
+            measured = self._run.evaluate(state)
         last = launched.number == self._run.plan.rounds
-        return quality_row(scalars=self._run.metrics, measured=measured, last=last)
+        return quality_row(scalars=self._run.metrics, measured=jax.device_get(measured), last=last)
 
     def end_early(self, state: TrainState) -> None:
         """Marks the last round as the run's last, with everything that a last row holds."""
-        last = quality_row(scalars=self._run.metrics, measured=self._run.evaluate(state), last=True)
+        last = quality_row(scalars=self._run.metrics, measured=jax.device_get(self._run.evaluate(state)), last=True)
         self._journal.amend(last | {"stopped_early": True})
 
 
@@ -131,33 +178,33 @@ def train(
     # Processes agree on the round to stop after, by what its program carried.
     stops = stopped if processes.count() == 1 else lambda: books.heard
     progress.doing(f"{run.name}: round {done + 1}")
-    with open_feeder(run.work) as feeder:
+    with open_feeder(run.work) as feeder, open_watch() as watch:
         for number in range(done + 1, plan.rounds + 1):
             steps = plan.schedule.steps(books.past(number, given))
-            journal.wait()  # else this round's clock would include a checkpoint still being written
             begun = time.perf_counter()
             work = feeder.take(given, steps)
             given += steps
             if number < plan.rounds and not plan.schedule.varies:
                 feeder.prepare(given, steps)
-            state, log, heard = run.step.call(state, work, run.shared, run.ask(stopped()))
+            rest = work, run.shared, run.ask(stopped())
+            state, launched = _launch(run, journal, watch, number, steps, begun, state, *rest)
             if pending is not None:
                 books.close(pending, None)
-            pending = _Launched(number, steps, log, heard, begun)
-            due = number % plan.checkpoint_every == 0 or number == plan.rounds
-            if due or books.lost or waits or run.evaluates(number) or stops():
-                books.close(pending, state)
+            pending = launched
+            crowded = run.saves(number) and not run.copies
+            if books.lost or waits or crowded or number == plan.rounds or stops():
+                books.close(pending, state)  # which saves before a callback, which may raise
                 pending = None
-            if due:  # before a callback, which may raise
-                journal.save(state)
+            if crowded:
+                journal.wait()
             early = called and bool(processes.gather(ends(callbacks, journal.rows()[-1], state)).any())
             # Asked once: a request that comes later must find the next round's checkpoint.
             stop = pending is None and number < plan.rounds and stops()
             over = books.lost >= PATIENCE
             if early and number < plan.rounds:
                 books.end_early(state)
-            if (stop or over or early) and not due:
-                journal.save(state)
+            if (stop or over or early) and not run.saves(number):
+                journal.save(journal.snapshot(state, copy=run.copies))
             if over or early:
                 break
             if stop:

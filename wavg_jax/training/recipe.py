@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     Attributes:
       devices: number of devices; by default as many of those at hand as divide K.
       replica_map: how the replicas of one device run, a name in `wavg_jax.devices.mapping.MAPS`; "auto" times the ways
-        once and takes the fastest. Results are equal up to rounding.
+        once and keeps one unless another is clearly faster. Results are equal up to rounding.
       resident: whether the devices hold the training samples of their replicas; if not, each round's batches are sent
         there while the round before runs. None decides by their size.
     """

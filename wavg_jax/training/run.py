@@ -14,7 +14,7 @@ from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine, processes
 from wavg_jax.devices.network import WIRES
-from wavg_jax.devices.transfer import own_part, put, put_own
+from wavg_jax.devices.transfer import own_part, put, put_own, room
 from wavg_jax.devices.trial import try_collectives
 from wavg_jax.rounds import sync
 from wavg_jax.rounds.exchange import gathers
@@ -58,6 +58,12 @@ def blended_bytes(recipe: Recipe, state: TrainState) -> int:
     return nbytes
 
 
+def held_bytes(state: TrainState) -> int:
+    """Bytes of a state on each of its devices."""
+    arrays = jax.tree.leaves(state)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+
 def exchanged(recipe: Recipe, state: TrainState) -> tuple[int, int]:
     """How large the exchange of parameters is.
 
@@ -92,6 +98,8 @@ class Run:
         evaluate = (program.evaluate, *evaluated(shapes), self._test)
         self.overlaps = overlaps(recipe)
         """Whether a round returns only once it is done."""
+        self.copies = held_bytes(self.initial) <= room(recipe.placement.devices)
+        """Whether the devices have room for another copy of the state, to be saved while the next round runs."""
         if self.overlaps:
             self.step, (self._evaluate,) = compiled_pieces(recipe, *first), compiled_together(evaluate)
         else:
@@ -126,9 +134,13 @@ class Run:
         """Whether to evaluate the round of this number on the test split."""
         return number == self.plan.rounds or number % self.plan.test_every == 0
 
-    def evaluate(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Metrics on the test split of what the run is judged by. Off the clock."""
-        return jax.device_get(self._evaluate.call(*evaluated(state), self._test))
+    def saves(self, number: int) -> bool:
+        """Whether a checkpoint of the round of this number is due."""
+        return number == self.plan.rounds or number % self.plan.checkpoint_every == 0
+
+    def evaluate(self, state: TrainState) -> dict[str, jax.Array]:
+        """Launches the metrics on the test split of what the run is judged by. The state may be donated at once."""
+        return self._evaluate.call(*evaluated(state), self._test)
 
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""

@@ -13,12 +13,13 @@ import jax
 from wavg_jax.base import Batch, Task
 
 
-def training_flops(task: Task, batch: Batch) -> int:
+def training_flops(task: Task, batch: Batch) -> float:
     """Operations of one training step on a batch, forward and backward, without optimizer and element-wise work.
 
     A product of m x k and k x n numbers takes 2 m k n operations in the forward pass, and as many again in the backward
     pass for each operand with a gradient: three products in all for an inner layer, two for the first, whose input is
-    data. A convolution counts as the product that it equals.
+    data. A convolution counts as the product that it equals, what is inside a `scan` as often as it runs. A `while`
+    with products inside may run for ever: infinity.
 
     >>> import jax.numpy as jnp
     >>> from wavg_jax import models
@@ -32,7 +33,7 @@ def training_flops(task: Task, batch: Batch) -> int:
     return 2 * _products(traced.jaxpr, trained)[0]
 
 
-def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[int, list[bool]]:
+def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[float, list[bool]]:
     """Multiplications of a program, forward and backward.
 
     Args:
@@ -47,7 +48,7 @@ def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[int, list[bool]]:
     def depends(variable: Any) -> bool:
         return not hasattr(variable, "val") and known.get(variable, False)  # a literal has a val and is not hashable
 
-    total = 0
+    total: float = 0
     for equation in jaxpr.eqns:
         operands = [depends(variable) for variable in equation.invars]
         outs = [any(operands)] * len(equation.outvars)
@@ -57,10 +58,16 @@ def _products(jaxpr: Any, trained: Sequence[bool]) -> tuple[int, list[bool]]:
         elif inner := _inner(equation):
             counted = [_products(part, _aligned(operands, len(part.invars))) for part in inner]
             # A conditional takes one branch.
-            total += int(equation.params.get("length", 1)) * max(count for count, _ in counted)
+            once = max(count for count, _ in counted)
+            total += once and once * _turns(equation)
             outs = [any(operands)] * len(outs)
         known.update(zip(equation.outvars, outs, strict=True))
     return total, [depends(variable) for variable in jaxpr.outvars]
+
+
+def _turns(equation: Any) -> float:
+    """How often an equation runs the program that it calls."""
+    return math.inf if equation.primitive.name == "while" else equation.params.get("length", 1)
 
 
 def _aligned(operands: Sequence[bool], wanted: int) -> list[bool]:
