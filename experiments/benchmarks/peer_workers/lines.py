@@ -6,12 +6,14 @@
   <- {}                      the first round, from the given parameters on the given batches, is done; the averaged
                              parameters are in FOLDER/NAME.npz
   -> {"ask": "go"}
-  <- {"seconds": 0.31, "idle": 0.0}   one more round; idle: share of a core used since the last answer
+  <- {"seconds": 0.31, "idle": 0.0}   one more round; idle: share of a core that it and its
+                             descendants used since the last answer
   <- {"error": "..."}        instead of any of these
 
 Everything else that a worker prints goes to its log. It ends when its input ends.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -93,7 +95,7 @@ class _Answers:
         self.build = build
         self.job: Job
         self.system: ReadyJob
-        self.clocks = time.perf_counter(), time.process_time()
+        self.clocks = time.perf_counter(), _used()
 
     def to(self, question: dict[str, Any]) -> dict[str, Any]:
         ask = question.pop("ask")
@@ -104,14 +106,34 @@ class _Answers:
         if ask == "check":
             averaged: Any = self.system.check()
             np.savez(pathlib.Path(self.job.folder) / f"{question['file']}.npz", **averaged)
-            self.clocks = time.perf_counter(), time.process_time()
+            self.clocks = time.perf_counter(), _used()
             return {}
         wall, used = self.clocks
-        start, used_before = time.perf_counter(), time.process_time()
+        used_before, start = _used(), time.perf_counter()
         self.system.round()
         end = time.perf_counter()
-        self.clocks = end, time.process_time()
+        self.clocks = end, _used()
         return {"seconds": end - start, "idle": (used_before - used) / (start - wall)}
+
+
+def _used() -> float:
+    """Seconds of a core that this process and its descendants have used."""
+    if not pathlib.Path("/proc/self/stat").exists():
+        return time.process_time()
+    children: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            pid = int(folder.name)
+            children.setdefault(int(fields[1]), []).append(pid)
+            ticks[pid] = sum(map(int, fields[11:15]))  # of itself, and of children that have ended
+    total, family = 0, [os.getpid()]
+    while family:
+        pid = family.pop()
+        total += ticks.get(pid, 0)
+        family += children.get(pid, [])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 class WorkerFailed(Exception):
