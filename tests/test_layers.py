@@ -109,8 +109,8 @@ print(sorted(name for name in sys.modules.keys() - before if name.split(".")[0] 
     assert said.strip() == "[]"
 
 
-# Two dashes that are no flags of ours: variables of style sheets, options of git and TFDS.
-FOREIGN = re.compile(r"--(?:ink|paper|rule|soft|link|shade)\b|--(?:always|exclude|abbrev|dirty)\b|`tfds [^`]*`")
+# Two dashes that are no flags of ours: variables of style sheets, options of git, TFDS and XLA.
+FOREIGN = re.compile(r"--(?:ink|paper|rule|soft|link|shade)\b|--(?:always|exclude|abbrev|dirty|xla_\w+)\b|`tfds [^`]*`")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -71,7 +71,11 @@ def main(argv: Sequence[str]) -> None:
     if reason := namespaces.unavailable():
         app.console().print(f"{reason}: measuring over the loopback, unshaped", soft_wrap=True)
         cells = list(dict.fromkeys(cell._replace(link=LOOPBACK) if cell.link != ALONE else cell for cell in cells))
+    before = len(recording.cases())
     failed = _fill(recording, cells, limits)
+    if len(recording.cases()) > before:
+        for line in filter(None, recording.loaded()):
+            app.console().print(line.strip("*"), soft_wrap=True)
     if recording.cases():
         link_report.publish(recording.cases(), recording.folder, app.console(log_width=180))
     if failed:

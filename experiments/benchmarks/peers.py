@@ -291,7 +291,7 @@ def table(recorded: Sequence[Row]) -> BenchmarkTable:
         "Thousand samples a second in rounds of K replicas, H local steps and plain averaging (or of one model with K "
         "times the batch), and how many times as fast wavg_jax's rounds are: median and quartiles of the ratios of "
         f"{max(len(row['seconds']) for row in recorded)} turns. Difference: of the parameters from ours after the "
-        "first round, relative to how far that round moved them."
+        f"first round, relative to how far that round moved them. {_around(recorded)}"
     )
     columns = ("network", "K", "H", "B", "system", "difference", "thousand samples/s")
     lines = []
@@ -305,6 +305,15 @@ def table(recorded: Sequence[Row]) -> BenchmarkTable:
         else:
             lines.append((*case, title, "", "", f"{NOT_MEASURED} ({row['reason']})"))
     return BenchmarkTable("wavg_jax against its peers", text, columns, lines)
+
+
+def _around(recorded: Sequence[Row]) -> str:
+    """The versions of the systems, and which of them works most while others are measured."""
+    versions = {name: said for row in recorded for name, said in row["notes"].get("versions", {}).items()}
+    listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    busiest = max(recorded, key=lambda row: row["idle"])
+    idle = f"Between its turns a system used at most {busiest['idle']:.0%} of a core ({SYSTEMS[busiest['system']].title})"
+    return f"{idle}. Versions: {listed}." if versions else f"{idle}."
 
 
 if __name__ == "__main__":

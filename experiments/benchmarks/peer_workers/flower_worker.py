@@ -51,7 +51,8 @@ def build(job: Job) -> ReadyJob:
         except BaseException as error:
             averaged.put(error)
 
-    threading.Thread(target=simulate, daemon=True).start()
+    simulation = threading.Thread(target=simulate, daemon=True)
+    simulation.start()
 
     def round_() -> ArrayRecord:
         asked.put(True)
@@ -67,8 +68,12 @@ def build(job: Job) -> ReadyJob:
     def run() -> None:
         round_()
 
+    def close() -> None:
+        asked.put(False)
+        simulation.join()  # and with it Ray's processes
+
     notes = torch_training.notes("flwr", "ray") | {"threads": 1, "processes": cores}
-    return ReadyJob(check, run, notes)
+    return ReadyJob(check, run, notes, close)
 
 
 if __name__ == "__main__":

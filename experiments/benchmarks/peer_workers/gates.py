@@ -4,6 +4,7 @@ The worker holds a `Gate`, and every replica's process an `Entrance` to it, foun
 the processes by pickle, and an address survives that. A replica's process ends when the worker does.
 """
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -12,8 +13,8 @@ from typing import Any
 
 from experiments.benchmarks.peer_workers.lines import Arrays, Job
 
-PROCESS = 0.5e9
-"""Bytes that a replica's process takes, at most: PyTorch alone takes two thirds of it."""
+PROCESS = 0.25e9
+"""Bytes that a replica's process takes for itself; the code of PyTorch, which all share, comes on top once."""
 _KEY = b"rounds"
 
 
@@ -26,10 +27,10 @@ class Gate:
         Raises:
           MemoryError: the processes of K replicas would not fit.
         """
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = _free()
         if job.replicas * PROCESS > free:
             wanted = f"{job.replicas} processes of about {PROCESS / 1e9} GB"
-            raise MemoryError(f"needs {wanted}, and {free / 1e9:.0f} GB are free")
+            raise MemoryError(f"needs {wanted} each, and {free / 1e9:.0f} GB are free")
         self.replicas = job.replicas
         self.address = str(pathlib.Path(job.folder) / f"gate-{os.getpid()}")
         self.listener = Listener(self.address, "AF_UNIX", backlog=job.replicas, authkey=_KEY)
@@ -73,6 +74,15 @@ class Gate:
                 said |= entrance.recv()
                 waiting.remove(entrance)
         return said
+
+
+def _free() -> float:
+    """Bytes of memory that processes can have, caches included."""
+    file = pathlib.Path("/proc/meminfo")
+    for line in file.read_text().splitlines() if file.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return math.inf
 
 
 class Entrance:

@@ -32,6 +32,9 @@ Arrays = dict[str, np.ndarray]
 PATIENCE = 1800.0
 """Seconds an answer may take: compiling a network is slow, and so is a stock one on a slow machine."""
 
+ENDING = 30.0
+"""Seconds a worker may take to end, and with it the processes that it started."""
+
 
 class Job(NamedTuple):
     """The work of every system.
@@ -67,11 +70,13 @@ class ReadyJob(NamedTuple):
       check: does the first round and returns the averaged parameters, named as in `start.npz`.
       round: does another round, to the end.
       notes: for the row.
+      close: ends what would keep the process from ending.
     """
 
     check: Callable[[], Arrays]
     round: Callable[[], None]
     notes: Mapping[str, Any]
+    close: Callable[[], None] = lambda: None
 
 
 def serve(build: Callable[[Job], ReadyJob]) -> None:
@@ -86,6 +91,8 @@ def serve(build: Callable[[Job], ReadyJob]) -> None:
         except Exception as error:
             said = {"error": first_line(f"{type(error).__name__}: {error}")}
         print(json.dumps(said), file=answers)
+    if answer.system is not None:
+        answer.system.close()
 
 
 class _Answers:
@@ -94,7 +101,7 @@ class _Answers:
     def __init__(self, build: Callable[[Job], ReadyJob]):
         self.build = build
         self.job: Job
-        self.system: ReadyJob
+        self.system: ReadyJob | None = None
         self.clocks = time.perf_counter(), _used()
 
     def to(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +110,7 @@ class _Answers:
             self.job = Job(**question)
             self.system = self.build(self.job)
             return {"notes": dict(self.system.notes)}
+        assert self.system is not None
         if ask == "check":
             averaged: Any = self.system.check()
             np.savez(pathlib.Path(self.job.folder) / f"{question['file']}.npz", **averaged)
@@ -166,7 +174,7 @@ class Worker:
         assert self.process.stdin is not None
         try:
             self.process.stdin.close()
-            self.process.wait(10)
+            self.process.wait(ENDING)
         except (OSError, subprocess.TimeoutExpired):
             self.process.kill()
             self.process.wait()

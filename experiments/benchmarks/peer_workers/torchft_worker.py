@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from datetime import timedelta
 
+import numpy as np
 import torch
 from torch.distributed import TCPStore
 from torchft import Manager, ProcessGroupGloo
@@ -26,13 +27,13 @@ def build(job: Job) -> ReadyJob:
     """Prepares a job."""
     gate = Gate(job)
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=job.replicas, quorum_tick_ms=10)
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=replica, args=(job, k, gate.address, lighthouse.address()), daemon=True)
-        for k in range(job.replicas)
-    ]
-    for process in processes:
-        process.start()
+    images, labels, indices = torch_training.tensors(job)
+    spawn, processes = multiprocessing.get_context("spawn"), []
+    for k, rows in enumerate(indices):
+        batches = images[rows].numpy(), labels[rows].numpy()
+        given = (job, k, *batches, gate.address, lighthouse.address())
+        processes.append(spawn.Process(target=replica, args=given, daemon=True))
+        processes[-1].start()
     gate.admit(lambda: next((f"a replica ended with {p.exitcode}" for p in processes if p.exitcode), None))
 
     def run() -> None:
@@ -48,10 +49,10 @@ def threads(job: Job) -> int:
     return max(1, len(os.sched_getaffinity(0)) // job.replicas)
 
 
-def replica(job: Job, k: int, gate: str, lighthouse: str) -> None:
-    """Trains replica k, round after round."""
+def replica(job: Job, k: int, images: np.ndarray, labels: np.ndarray, gate: str, lighthouse: str) -> None:
+    """Trains replica k on its batches [H, B, ...], round after round."""
     torch.set_num_threads(threads(job))
-    images, labels, indices = torch_training.tensors(job)
+    batches = list(zip(torch.from_numpy(images), torch.from_numpy(labels), strict=True))
     model = torch_training.network(job)
     optimizer = torch_training.sgd(job, model)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -63,6 +64,7 @@ def replica(job: Job, k: int, gate: str, lighthouse: str) -> None:
         use_async_quorum=False,
         timeout=LONG,
         quorum_timeout=LONG,
+        heartbeat_interval=timedelta(seconds=1),  # by default ten times as often, while others are measured
         rank=0,
         world_size=1,
         store_addr="127.0.0.1",
@@ -76,7 +78,7 @@ def replica(job: Job, k: int, gate: str, lighthouse: str) -> None:
     with LocalSGD(manager, model, optimizer, sync_every=job.steps):
         while True:
             entrance.wait()
-            torch_training.train(model, optimizer, torch_training.batches(images, labels, indices[k]))
+            torch_training.train(model, optimizer, batches)
             rounds += 1
             assert manager.current_step() == rounds, "a round was not averaged"
             entrance.done(torch_networks.named(dict(model.named_parameters())) if k == 0 and rounds == 1 else None)
