@@ -23,6 +23,9 @@ BENCHMARKS = ("memory", "own_networks", "roofline", "round_anatomy", "startup", 
 SMALL = ("--shrink=16", "--round_steps=2", "--replica_counts=2")
 
 
+HARDWARE = {"processor": "P", "isa": "AVX2", "cores": 2, "count": 1, "kind": "k", "device": "cpu"}
+
+
 def main(name):
     return importlib.import_module(f"experiments.benchmarks.{name}").main
 
@@ -49,11 +52,20 @@ def test_a_ratio_is_the_median_of_paired_ratios_and_not_the_ratio_of_medians():
 
 def test_a_figure_stands_in_the_column_of_the_device_it_was_measured_on():
     table = harness.BenchmarkTable("A title", "What it is.", ("network",), [("mlp", "0.9")])
-    head = {"command": "python", "hardware": {"processor": "P", "cores": 2, "count": 1, "kind": "k"}, "versions": {}}
+    head = {"command": "python", "hardware": HARDWARE, "versions": {}, "environment": {}}
     for device, line in (("cpu", "| mlp | 0.9 | not measured |"), ("gpu", "| mlp | not measured | 0.9 |")):
-        text = harness.markdown({**head, "hardware": {**head["hardware"], "device": device}}, [table])
+        text = harness.markdown({**head, "hardware": {**head["hardware"], "device": device}}, [table], [])
         assert "| network | CPU | GPU |" in text
         assert line in text
+
+
+def test_a_report_names_its_machine_and_what_its_speed_depends_on():
+    flag = "--xla_cpu_max_isa=AVX2"
+    head = {"hardware": HARDWARE, "versions": {"jax": "1.0"}, "environment": {"XLA_FLAGS": flag}}
+    assert harness.host(head) == f"P, AVX2, 2 cores; 1 cpu devices (k); jax 1.0; XLA_FLAGS={flag}."
+    table = harness.BenchmarkTable("A title", "What it is.", ("network",), [("mlp", "0.9")])
+    lines = harness.markdown({**head, "command": "python"}, [table], ["Load.", "", "**Warning**"]).splitlines()
+    assert lines[4:10] == [harness.host(head), "Load.", "", "**Warning**", "", "What it is."]
 
 
 def test_operations_are_those_of_the_products_forward_and_backward():

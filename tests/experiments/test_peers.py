@@ -103,10 +103,16 @@ def test_a_worker_that_does_not_answer_is_ended(tmp_path, monkeypatch):
 
 def test_what_cannot_be_installed_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "none" / "bin").mkdir(parents=True)
+    (tmp_path / "none" / "bin" / "python").symlink_to(sys.executable)
     with pytest.raises(WorkerFailed, match=r"^pip install no-such-thing==1.0: "):
-        environment.python(tmp_path, ("no-such-thing==1.0",))
+        environment.python(tmp_path, environment.Environment("none", ("no-such-thing==1.0",)))
+
+
+def test_every_system_of_one_environment_names_the_same_requirements():
+    environments = {system.requires for system in peers.SYSTEMS.values() if system.requires is not None}
+    assert len({one.name for one in environments}) == len(environments)
+    assert all("==" in requirement or "@" in requirement for one in environments for requirement in one.requirements)
 
 
 @pytest.mark.parametrize("given", ["mlp", "mlp:0", "mlp:2,mlp:3", "gpt:5", ""])
