@@ -2,7 +2,7 @@
 
 Every benchmark writes rows.jsonl and report.md to --workdir. The first row has kind "benchmark": run (the benchmark's
 name), settings, hardware, versions, environment (variables that speed depends on). A row of kind "case" follows for
-each case; the benchmark's docstring lists its entries. The last row has kind "load": see `load.between`. Times are in
+each case; the benchmark's docstring lists its entries. The last row has kind "load": `load.between`. Times are in
 seconds, sizes in bytes. A ratio is a list: the median of the ratios of paired times, and their first and third
 quartiles.
 """
@@ -198,7 +198,7 @@ class Recording(NamedTuple):
             for line in table.lines:
                 shown.add_row(*_cells(line, head["hardware"]))
             console.print(shown)
-        for line in filter(None, loaded):
+        for line in loaded:
             console.print(line.strip("*"), soft_wrap=True)
         console.print(f"wrote {path}", soft_wrap=True)
 
@@ -273,7 +273,9 @@ def markdown(head: Row, tables: Sequence[BenchmarkTable], loaded: Sequence[str])
       tables: what was measured.
       loaded: of `load.lines`.
     """
-    lines = [f"# {tables[0].title}", "", f"    {head['command']}", "", host(head), *loaded]
+    lines = [f"# {tables[0].title}", "", f"    {head['command']}", "", host(head)]
+    for line in loaded:
+        lines += ["", line]
     for number, table in enumerate(tables):
         columns = _columns(table)
         lines += ["", f"## {table.title}", ""] if number else [""]

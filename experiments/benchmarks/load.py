@@ -67,5 +67,5 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     said = "; ".join(parts)
     told = [f"{said[:1].upper()}{said[1:]}."] if said else []
     if max(found["before"] or 0.0, found["others"] or 0.0) > BUSY * found["of"]:
-        told += ["", f"**Warning: others kept this machine busy, with more than {BUSY} a core. Measure again when idle.**"]
+        told += [f"**Warning: others kept this machine busy, with more than {BUSY} a core. Measure again when idle.**"]
     return told

@@ -13,7 +13,8 @@ why. The first use makes the peers' virtual environments in --peers_venv, one fo
 
 Each case's row: network, system, replicas, local_steps, batch_size, measured, reason (why not), difference (see
 `cases.difference`), seconds (of every turn that counts), samples_per_second (median), ratio (our speed to its: above 1
-we are ahead), idle (largest share of a core that its processes used between its turns), notes (versions, devices, threads).
+we are ahead), idle (largest share of a core that its processes used between its turns), notes (of versions,
+devices and threads).
 """
 
 import contextlib
@@ -312,7 +313,9 @@ def _around(recorded: Sequence[Row]) -> str:
     versions = {name: said for row in recorded for name, said in row["notes"].get("versions", {}).items()}
     listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     busiest = max(recorded, key=lambda row: row["idle"])
-    idle = f"Between its turns a system used at most {busiest['idle']:.0%} of a core ({SYSTEMS[busiest['system']].title})"
+    idle = (
+        f"Between its turns a system used at most {busiest['idle']:.0%} of a core ({SYSTEMS[busiest['system']].title})"
+    )
     return f"{idle}. Versions: {listed}." if versions else f"{idle}."
 
 

@@ -10,16 +10,16 @@ import os
 # Before the imports that read them: nobody is told of this run.
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
-import queue  # noqa: E402
-import threading  # noqa: E402
+import queue
+import threading
 
-from flwr.app import ArrayRecord, ConfigRecord, Context  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
-from flwr.serverapp.strategy import FedAvg  # noqa: E402
-from flwr.simulation import run_simulation  # noqa: E402
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
 
-from experiments.benchmarks.peer_workers import flower_client, torch_networks, torch_training  # noqa: E402
-from experiments.benchmarks.peer_workers.lines import Arrays, Job, ReadyJob, serve  # noqa: E402
+from experiments.benchmarks.peer_workers import flower_client, torch_networks, torch_training
+from experiments.benchmarks.peer_workers.lines import Arrays, Job, ReadyJob, serve
 
 
 def build(job: Job) -> ReadyJob:

@@ -1,6 +1,7 @@
 """The networks as a Keras user writes them, their layers named as ours; and parameters to and from `start.npz`.
 
-Keras reads its backend when it is imported, so import this module after KERAS_BACKEND is set.
+Keras reads its backend when it is imported, so import this module after KERAS_BACKEND is set. Its names take neither "/"
+nor, on PyTorch, ".", so "__" stands between a module and its part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ def _cnn(x: Any) -> Any:
     for i, channels in enumerate((32, 64)):
         x = layers.Conv2D(channels, 3, padding="same", activation="relu", name=f"Conv_{i}")(x)
         x = layers.MaxPooling2D(2)(x)
-    return _dense(layers.Flatten()(x), (128, 10), "head.")
+    return _dense(layers.Flatten()(x), (128, 10), "head__")
 
 
 def _resnet(x: Any) -> Any:
