@@ -1,5 +1,6 @@
 """The gate that holds replicas between rounds, with threads in the place of their processes."""
 
+import contextlib
 import tempfile
 import threading
 
@@ -13,14 +14,20 @@ JOB = Job("", "", "digits_mlp", 3, 2, 4, 0.01, 0.9)
 
 
 @pytest.fixture
+def opened():
+    with contextlib.ExitStack() as stack:
+        yield lambda job: stack.enter_context(contextlib.closing(Gate(job)))
+
+
+@pytest.fixture
 def job():
     # Addresses of sockets must be short, and pytest's folders are not.
     with tempfile.TemporaryDirectory() as folder:
         yield JOB._replace(folder=folder)
 
 
-def test_replicas_wait_for_each_round_and_one_says_what_it_came_to(job):
-    gate, trained = Gate(job), []
+def test_replicas_wait_for_each_round_and_one_says_what_it_came_to(job, opened):
+    gate, trained = opened(job), []
 
     def replica(k):
         entrance = Entrance(gate.address)
@@ -44,9 +51,9 @@ def test_replicas_wait_for_each_round_and_one_says_what_it_came_to(job):
         gate.round()
 
 
-def test_a_gate_says_why_no_replica_comes(job):
+def test_a_gate_says_why_no_replica_comes(job, opened):
     with pytest.raises(RuntimeError, match="no luck"):
-        Gate(job).admit(lambda: "no luck")
+        opened(job).admit(lambda: "no luck")
 
 
 def test_more_processes_than_fit_are_refused(job, monkeypatch):

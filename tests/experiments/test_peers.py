@@ -121,7 +121,8 @@ def test_the_table_says_versions_and_who_is_busiest_between_turns():
 def test_a_worker_closes_its_job_at_the_end(tmp_path):
     fake = tmp_path / "fake.py"
     fake.write_text(FAKE.replace('{"batch": job.batch})', "{}, lambda: open(job.folder + '/closed', 'w').close())"))
-    with Worker((sys.executable, str(fake), "good"), tmp_path / "log", os.environ) as worker:
+    variables = os.environ | {"PYTHONPATH": str(peers.ROOT)}
+    with Worker((sys.executable, str(fake), "good"), tmp_path / "log", variables) as worker:
         worker.ask("job", **tiny(tmp_path)._asdict())
         assert not (tmp_path / "closed").exists()
     assert (tmp_path / "closed").exists()

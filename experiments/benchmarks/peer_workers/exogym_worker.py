@@ -109,7 +109,7 @@ def build(job: Job) -> ReadyJob:
         gate.round()
 
     notes = torch_training.notes("exogym") | {"threads": threads, "processes": job.replicas}
-    return ReadyJob(gate.round, run, notes)
+    return ReadyJob(gate.round, run, notes, gate.close)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,12 @@ class Gate:
             said |= entrance.recv()
         return said
 
+    def close(self) -> None:
+        """Closes it, which ends the replicas' processes."""
+        for entrance in self.entrances:
+            entrance.close()
+        self.listener.close()
+
 
 def _free() -> float:
     """Bytes of memory that processes can have, caches included."""

@@ -1,7 +1,7 @@
 """The networks as a Keras user writes them, their layers named as ours; and parameters to and from `start.npz`.
 
-Keras reads its backend when it is imported, so import this module after KERAS_BACKEND is set. Its names take neither "/"
-nor, on PyTorch, ".", so "__" stands between a module and its part.
+Keras reads its backend when it is imported, so import this module after KERAS_BACKEND is set. Its names take no "/"
+and, on PyTorch, no ".", so "__" stands between a module and its part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -76,5 +76,5 @@ def _variables(model: keras.Model) -> list[tuple[str, Any]]:
         for variable in layer.variables:
             leaf = _LEAVES.get(variable.name, variable.name)
             collection = "batch_stats" if leaf in ("mean", "var") else "params"
-            found.append((f"{collection}/{layer.name.replace('.', '/')}/{leaf}", variable))
+            found.append((f"{collection}/{layer.name.replace('__', '/')}/{leaf}", variable))
     return found

@@ -41,7 +41,7 @@ def build(job: Job) -> ReadyJob:
         gate.round()
 
     notes = torch_training.notes("torchft") | {"threads": threads(job), "processes": job.replicas}
-    return ReadyJob(gate.round, run, notes)
+    return ReadyJob(gate.round, run, notes, gate.close)
 
 
 def threads(job: Job) -> int:
