@@ -110,8 +110,8 @@ print(*sys.modules.keys() - before)
     assert len(added) <= 60, sorted(added)  # 37 with jax 0.10.2, most of them under jax.extend
 
 
-# Two dashes that are no flags of ours: variables of style sheets, options of git and TFDS.
-FOREIGN = re.compile(r"--(?:ink|paper|rule|soft|link|shade)\b|--(?:always|exclude|abbrev|dirty)\b|`tfds [^`]*`")
+# Two dashes that are no flags of ours: variables of style sheets, options of git, TFDS and XLA.
+FOREIGN = re.compile(r"--(?:ink|paper|rule|soft|link|shade)\b|--(?:always|exclude|abbrev|dirty|xla_\w+)\b|`tfds [^`]*`")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

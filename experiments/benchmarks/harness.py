@@ -2,8 +2,9 @@
 
 Every benchmark writes rows.jsonl and report.md to --workdir. The first row has kind "benchmark": run (the benchmark's
 name), settings, hardware, versions, environment (variables that speed depends on). A row of kind "case" follows for
-each case; the benchmark's docstring lists its entries. Times are in seconds, sizes in bytes. A ratio is a list: the
-median of the ratios of paired times, and their first and third quartiles.
+each case; the benchmark's docstring lists its entries. The last row has kind "load": `load.between`. Times are in
+seconds, sizes in bytes. A ratio is a list: the median of the ratios of paired times, and their first and third
+quartiles.
 """
 
 import datetime
@@ -17,6 +18,7 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
+from experiments.benchmarks import load
 from experiments.setup import app, shared_flags
 from wavg_jax.base import SettingsError, TrainState
 from wavg_jax.data import ShardedData
@@ -159,12 +161,14 @@ class Recording(NamedTuple):
       records: its rows.
       folder: of rows and report.
       command: that measures now; in a folder that was begun before, not that of the first row.
+      began: the load before the measurement.
     """
 
     name: str
     records: Records
     folder: pathlib.Path
     command: str
+    began: load.Moment
 
     def case(self, **entries: Any) -> None:
         """Adds the row of a case."""
@@ -174,12 +178,19 @@ class Recording(NamedTuple):
         """The rows of the cases so far."""
         return [row for row in self.records.rows if row["kind"] == "case"]
 
+    def loaded(self) -> list[str]:
+        """Adds the row of the load since the beginning, and returns the lines that a report says of it."""
+        row = {"kind": "load", "run": self.name, **load.between(self.began, load.now())}
+        self.records.append(row)
+        return load.lines(row)
+
     def publish(self, *tables: BenchmarkTable) -> None:
-        """Writes the report and prints its tables."""
+        """Writes the report and prints its tables and the load."""
         head = self.records.rows[0]
         path = self.folder / "report.md"
-        write_atomically(path, markdown(head, tables).encode())
         console = app.console(log_width=180)
+        loaded = self.loaded()
+        write_atomically(path, markdown(head, tables, loaded).encode())
         for table in tables:
             shown = Table(title=table.title, caption=table.text)
             for column in _columns(table):
@@ -187,6 +198,8 @@ class Recording(NamedTuple):
             for line in table.lines:
                 shown.add_row(*_cells(line, head["hardware"]))
             console.print(shown)
+        for line in loaded:
+            console.print(line.strip("*"), soft_wrap=True)
         console.print(f"wrote {path}", soft_wrap=True)
 
 
@@ -205,6 +218,7 @@ def begin(name: str, reads: Collection[str], *, again: bool = False, **facts: An
       WorkdirError: the folder cannot be written.
     """
     refuse_unused(reads)
+    began = load.now()
     folder = pathlib.Path(F.workdir or pathlib.Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     check_writable(folder)
     records = Records(folder)
@@ -217,7 +231,7 @@ def begin(name: str, reads: Collection[str], *, again: bool = False, **facts: An
     before = [row for row in records.rows if row["kind"] == "benchmark"]
     if not before or any(before[-1][part] != where[part] for part in ("hardware", "versions")):
         records.append(first | facts)
-    return Recording(name, records, folder, command)
+    return Recording(name, records, folder, command, began)
 
 
 def refuse_unused(reads: Collection[str]) -> None:
@@ -251,19 +265,32 @@ def _cells(line: Sequence[str], hardware: Mapping[str, Any]) -> tuple[str, ...]:
     return (*cells, *figures)
 
 
-def markdown(head: Row, tables: Sequence[BenchmarkTable]) -> str:
-    hardware, versions = head["hardware"], head["versions"]
-    lines = [
-        f"# {tables[0].title}",
-        "",
-        f"    {head['command']}",
-        "",
-        f"{hardware['processor']}, {hardware['cores']} cores; {hardware['count']} {hardware['device']} devices "
-        f"({hardware['kind']}); {', '.join(f'{name} {version}' for name, version in versions.items())}.",
-    ]
+def markdown(head: Row, tables: Sequence[BenchmarkTable], loaded: Sequence[str]) -> str:
+    """The report: its command, machine, versions and load, and the tables.
+
+    Args:
+      head: the first row.
+      tables: what was measured.
+      loaded: of `load.lines`.
+    """
+    lines = [f"# {tables[0].title}", "", f"    {head['command']}", "", host(head)]
+    for line in loaded:
+        lines += ["", line]
     for number, table in enumerate(tables):
         columns = _columns(table)
         lines += ["", f"## {table.title}", ""] if number else [""]
         lines += [table.text, "", f"| {' | '.join(columns)} |", "|---" * len(table.columns) + "|--:|--:|"]
-        lines += [f"| {' | '.join(_cells(line, hardware))} |" for line in table.lines]
+        lines += [f"| {' | '.join(_cells(line, head['hardware']))} |" for line in table.lines]
     return "\n".join(lines) + "\n"
+
+
+def host(head: Row) -> str:
+    """What a report says of the machine: processor, instruction set, cores, devices, versions and variables."""
+    hardware = head["hardware"]
+    parts = [
+        f"{hardware['processor']}, {hardware['isa']}, {hardware['cores']} cores",
+        f"{hardware['count']} {hardware['device']} devices ({hardware['kind']})",
+        ", ".join(f"{name} {version}" for name, version in head["versions"].items()),
+        *(f"{name}={value}" for name, value in head["environment"].items()),
+    ]
+    return f"{'; '.join(parts)}."

@@ -16,7 +16,8 @@ and the same --workdir, and the cells are added. A cell that is there already, m
 
 Writes rows.jsonl and a picture for each link and number of nodes to --workdir, and, where the same runs were measured
 unshaped too, points.jsonl, which `experiments.plan --check` compares with what it computes. A row's entries beside
-those of `link_cells.Cell`, `link_cells.Limits.entries`, `link_cells.summary` and `link_cells.sent`: started, command.
+those of `link_cells.Cell`, `link_cells.Limits.entries`, `link_cells.summary` and `link_cells.sent`: started, load
+(`load.between`), command.
 """
 
 import pathlib
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments.benchmarks import link_report, namespaces
+from experiments.benchmarks import link_report, load, namespaces
 from experiments.benchmarks.harness import Recording, begin
 from experiments.benchmarks.link_cells import ALONE, LOOPBACK, UNSHAPED, Cell, Limits, measure
 from experiments.setup import app, shared_flags
@@ -72,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
         app.console().print(f"{reason}: measuring over the loopback, unshaped", soft_wrap=True)
         cells = list(dict.fromkeys(cell._replace(link=LOOPBACK) if cell.link != ALONE else cell for cell in cells))
     failed = _fill(recording, cells, limits)
+    for line in load.lines(load.between(recording.began, load.now())):
+        app.console().print(line.strip("*"), soft_wrap=True)
     if recording.cases():
         link_report.publish(recording.cases(), recording.folder, app.console(log_width=180))
     if failed:
@@ -133,9 +136,10 @@ def _fill(recording: Recording, cells: Sequence[Cell], limits: Limits) -> list[s
             progress.doing(cell.words)
             folder = pathlib.Path(recording.folder).absolute() / "cells" / f"{number}"
             try:
-                started = machine.now()
+                started, began = machine.now(), load.now()
                 row = measure(cell, limits, folder, F.data_dir)
-                recording.case(started=started, command=recording.command, **row)
+                loaded = load.between(began, load.now())
+                recording.case(started=started, load=loaded, command=recording.command, **row)
                 said = link_report.line(row)
             except WavgError as error:
                 said = f"failed: {error}"

@@ -1,4 +1,6 @@
-"""This library against PyTorch, FedJAX and plain flax: the same rounds of local SGD with plain averaging.
+"""This library against its peers: the same rounds of local SGD with plain averaging.
+
+PyTorch, torch.func, torchft, EXO Gym, Flower, FedJAX, Keras and plain flax.
 
   python -m experiments.benchmarks.peers
   python -m experiments.benchmarks.peers --peer_networks=mlp:50 --systems=torch_loop,flax_sync --repeats=3
@@ -7,11 +9,12 @@ Every system trains the same network from the same parameters on the same data: 
 SGD with momentum; or one model with K times the batch, for as many samples. Each system is a process; they take turns,
 so that only one computes at a time, and ratios compare times of one turn. After the first round a system's parameters
 must agree with ours. A system that does other work, fails or cannot be installed is not measured, and the table says
-why. The first use makes the peers' virtual environment in --peers_venv.
+why. The first use makes the peers' virtual environments in --peers_venv, one for each of them.
 
 Each case's row: network, system, replicas, local_steps, batch_size, measured, reason (why not), difference (see
 `cases.difference`), seconds (of every turn that counts), samples_per_second (median), ratio (our speed to its: above 1
-we are ahead), idle (largest share of a core that its process used between its turns), notes (versions, devices).
+we are ahead), idle (largest share of a core that its processes used between its turns), notes (of versions,
+devices and threads).
 """
 
 import contextlib
@@ -44,7 +47,7 @@ class System(NamedTuple):
       title: in the table.
       worker: the module of its process.
       system: its name in that module.
-      requires: packages of the peers' environment; None runs it in this one.
+      requires: its environment; None runs it in this one.
       like: the system of ours that does the same work.
       networks: the networks to measure it on.
     """
@@ -52,13 +55,13 @@ class System(NamedTuple):
     title: str
     worker: str
     system: str
-    requires: tuple[str, ...] | None = None
+    requires: environment.Environment | None = None
     like: str = "ours"
     networks: tuple[str, ...] = tuple(cases.NETWORKS)
 
 
 OURS, CEILING = "ours", "ours_one_model"
-TORCH, FEDJAX = environment.TORCH, environment.FEDJAX
+TORCH, KERAS = environment.TORCH, environment.KERAS
 SYSTEMS = {
     OURS: System("wavg_jax, rounds", "ours_worker", "rounds"),
     CEILING: System("wavg_jax, one model with K times the batch", "ours_worker", "one_model", like=CEILING),
@@ -68,7 +71,15 @@ SYSTEMS = {
     ),
     "torch_loader": System("PyTorch loop, DataLoader", "torch_worker", "loader", TORCH),
     "torch_vmap": System("torch.func.vmap", "torch_worker", "vmap", TORCH),
-    "fedjax": System("FedJAX FedAvg", "fedjax_worker", "fedavg", FEDJAX),
+    "torchft": System("torchft LocalSGD, gloo", "torchft_worker", "local_sgd", environment.TORCHFT),
+    "exogym": System("EXO Gym FedAvg, gloo", "exogym_worker", "fedavg", environment.EXOGYM),
+    "flower": System("Flower FedAvg, simulated with Ray", "flower_worker", "fedavg", environment.FLOWER),
+    "fedjax": System("FedJAX FedAvg", "fedjax_worker", "fedavg", environment.FEDJAX),
+    "keras_loop": System("Keras fit on JAX, one replica after the other", "keras_worker", "loop", KERAS),
+    "keras_fit": System("Keras fit on JAX, one model with K times the batch", "keras_worker", "fit", KERAS, CEILING),
+    "keras_torch": System(
+        "Keras fit on PyTorch, one model with K times the batch", "keras_worker", "torch_fit", KERAS, CEILING
+    ),
     "flax_loop": System("flax, one replica after the other", "flax_worker", "loop"),
     "flax_sync": System("flax sync, one model with K times the batch", "flax_worker", "sync", like=CEILING),
 }
@@ -82,7 +93,7 @@ flags.DEFINE_list("systems", list(SYSTEMS), f"Which systems, of {', '.join(SYSTE
 flags.DEFINE_string(
     "peers_venv",
     f"~/.cache/wavg_jax/peers-py{sys.version_info.major}.{sys.version_info.minor}",
-    "Folder of the peers' virtual environment, made if missing.",
+    "Folder of the peers' virtual environments, each made if missing.",
 )
 F = flags.FLAGS
 
@@ -158,9 +169,9 @@ def commands(systems: Mapping[str, System], folder: pathlib.Path) -> Commands:
 
     Args:
       systems: by name.
-      folder: of the peers' environment, made if a system needs it.
+      folder: of the peers' environments, each made if a system needs it.
     """
-    pythons: dict[tuple[str, ...] | None, str | WorkerFailed] = {None: sys.executable}
+    pythons: dict[environment.Environment | None, str | WorkerFailed] = {None: sys.executable}
     found: dict[str, Sequence[str] | WorkerFailed] = {}
     for name, system in systems.items():
         if system.requires not in pythons:
@@ -281,7 +292,7 @@ def table(recorded: Sequence[Row]) -> BenchmarkTable:
         "Thousand samples a second in rounds of K replicas, H local steps and plain averaging (or of one model with K "
         "times the batch), and how many times as fast wavg_jax's rounds are: median and quartiles of the ratios of "
         f"{max(len(row['seconds']) for row in recorded)} turns. Difference: of the parameters from ours after the "
-        "first round, relative to how far that round moved them."
+        f"first round, relative to how far that round moved them. {_around(recorded)}"
     )
     columns = ("network", "K", "H", "B", "system", "difference", "thousand samples/s")
     lines = []
@@ -295,6 +306,17 @@ def table(recorded: Sequence[Row]) -> BenchmarkTable:
         else:
             lines.append((*case, title, "", "", f"{NOT_MEASURED} ({row['reason']})"))
     return BenchmarkTable("wavg_jax against its peers", text, columns, lines)
+
+
+def _around(recorded: Sequence[Row]) -> str:
+    """The versions of the systems, and which of them works most while others are measured."""
+    versions = {name: said for row in recorded for name, said in row["notes"].get("versions", {}).items()}
+    listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    busiest = max(recorded, key=lambda row: row["idle"])
+    idle = (
+        f"Between its turns a system used at most {busiest['idle']:.0%} of a core ({SYSTEMS[busiest['system']].title})"
+    )
+    return f"{idle}. Versions: {listed}." if versions else f"{idle}."
 
 
 if __name__ == "__main__":

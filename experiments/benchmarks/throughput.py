@@ -2,6 +2,7 @@
 
   python -m experiments.benchmarks.throughput
   python -m experiments.benchmarks.throughput --networks=mlp --replica_counts=4 --maps=auto,vmap --device_counts=1
+  python -m experiments.benchmarks.throughput --networks=mlp --replica_counts=16,32,64 --round_steps=10
 
 For every network, K, mapping and number of devices, times a round of plain averaging in turn with *one model with K
 times the batch* and with *one replica alone*, which takes K times as many steps. The ceiling is the faster of those

@@ -76,3 +76,30 @@ def test_a_new_commit_does_not_time_the_replica_maps_again(monkeypatch):
     before = automap._where()
     monkeypatch.setattr(machine, "build", lambda: "0.1.0+gfffffff")
     assert automap._where() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "xla", "says"),
+    [
+        ("fpu sse4_2 avx avx2", None, "AVX2"),
+        ("fpu sse4_2 avx avx2 avx512f avx512_bf16", None, "AVX512_BF16"),
+        ("fpu sse4_2 avx avx2 avx512f", "--xla_cpu_max_isa=avx2", "AVX2 (xla_cpu_max_isa; the processor has AVX512)"),
+        ("avx2 avx512f", "--a=1 --xla_cpu_max_isa=AVX --xla_cpu_max_isa=AVX512", "AVX512"),  # the last one counts
+        ("fpu avx2", "--xla_cpu_max_isa=AMX", "AVX2"),  # no cap at all
+        ("fpu avx2", "--xla_cpu_max_isa=NONE", "AVX2"),
+        ("fp asimd", "--xla_cpu_max_isa=AVX2", "unknown"),
+    ],
+)
+def test_the_instruction_set_is_the_processors_or_its_cap(flags, xla, says, tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some: Processor\nflags\t\t: {flags}\nvmx flags\t: amx_fp16\n\n")
+    monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
+    monkeypatch.setenv("XLA_FLAGS", xla or "")
+    assert machine.isa() == says
+    assert machine.hardware()["isa"] == says
+    assert machine.hardware()["processor"] == "Some: Processor"
+
+
+def test_a_machine_that_tells_nothing_has_an_unknown_instruction_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "missing")
+    assert machine.isa() == "unknown"

@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from binary import invoke
 from small import regression
 
-from experiments.benchmarks import harness, limits, networks, roofline, round_anatomy, startup
+from experiments.benchmarks import harness, limits, load, networks, roofline, round_anatomy, startup
 from experiments.setup import app
 from wavg_jax import data, models
 from wavg_jax.base import Batch, WavgError
@@ -25,6 +25,9 @@ BENCHMARKS = (
     *("round_anatomy", "startup", "sync_cost", "throughput"),
 )
 SMALL = ("--shrink=16", "--round_steps=2", "--replica_counts=2")
+
+
+HARDWARE = {"processor": "P", "isa": "AVX2", "cores": 2, "count": 1, "kind": "k", "device": "cpu"}
 
 
 def main(name):
@@ -53,11 +56,20 @@ def test_a_ratio_is_the_median_of_paired_ratios_and_not_the_ratio_of_medians():
 
 def test_a_figure_stands_in_the_column_of_the_device_it_was_measured_on():
     table = harness.BenchmarkTable("A title", "What it is.", ("network",), [("mlp", "0.9")])
-    head = {"command": "python", "hardware": {"processor": "P", "cores": 2, "count": 1, "kind": "k"}, "versions": {}}
+    head = {"command": "python", "hardware": HARDWARE, "versions": {}, "environment": {}}
     for device, line in (("cpu", "| mlp | 0.9 | not measured |"), ("gpu", "| mlp | not measured | 0.9 |")):
-        text = harness.markdown({**head, "hardware": {**head["hardware"], "device": device}}, [table])
+        text = harness.markdown({**head, "hardware": {**head["hardware"], "device": device}}, [table], [])
         assert "| network | CPU | GPU |" in text
         assert line in text
+
+
+def test_a_report_names_its_machine_and_what_its_speed_depends_on():
+    flag = "--xla_cpu_max_isa=AVX2"
+    head = {"hardware": HARDWARE, "versions": {"jax": "1.0"}, "environment": {"XLA_FLAGS": flag}}
+    assert harness.host(head) == f"P, AVX2, 2 cores; 1 cpu devices (k); jax 1.0; XLA_FLAGS={flag}."
+    table = harness.BenchmarkTable("A title", "What it is.", ("network",), [("mlp", "0.9")])
+    lines = harness.markdown({**head, "command": "python"}, [table], ["Load.", "**Warning**"]).splitlines()
+    assert lines[4:11] == [harness.host(head), "", "Load.", "", "**Warning**", "", "What it is."]
 
 
 def test_operations_are_those_of_the_products_forward_and_backward():
@@ -135,10 +147,13 @@ SLOW = {
 def check(name, arguments, folder):
     """Runs a benchmark, and checks that all it measured is in its rows and its report."""
     assert invoke(main(name), *arguments, f"--workdir={folder}") == 0
-    head, *cases = read_rows(folder)
+    head, *cases, loaded = read_rows(folder)
     assert (head["kind"], head["run"], head["hardware"]["device"]) == ("benchmark", name, "cpu")
     assert {row["kind"] for row in cases} == {"case"}
+    assert (loaded["kind"], loaded["run"]) == ("load", name)
     text = (folder / "report.md").read_text()
+    assert harness.host(head) in text
+    assert all(line in text for line in load.lines(loaded))
     assert f"python -m experiments.benchmarks.{name} --" in text
     assert text.count("not measured") == len(cases)
     assert head["versions"]["jax"] in text

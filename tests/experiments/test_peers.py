@@ -1,6 +1,9 @@
 """The comparison with peers: what driver and workers say, workers that fail, and the arithmetic of turns."""
 
+import os
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -93,6 +96,38 @@ def test_nothing_is_a_ratio_to_what_was_not_measured():
     assert [line[-1] for line in peers.table([ours, other]).lines] == ["not measured (no luck)", "not measured"]
 
 
+def test_what_children_use_between_turns_counts():
+    def of_children():
+        return lines._used() - time.process_time()
+
+    work = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    before = of_children()
+    with subprocess.Popen((sys.executable, "-c", work), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert of_children() - before > 0.2  # while it lives
+        child.communicate(b"\n")
+    assert of_children() - before > 0.2  # and afterwards
+
+
+def test_the_table_says_versions_and_who_is_busiest_between_turns():
+    def found(idle, **versions):
+        return peers.Found(None, 0.0, np.array([1.0]), idle, {"versions": versions})
+
+    rows = peers.rows(tiny("nowhere"), {"ours": found(0.01, jax="1.0"), "torch_loop": found(0.05, torch="2.0")})
+    text = peers.table(rows).text
+    assert "used at most 5% of a core (PyTorch loop). Versions: jax 1.0, torch 2.0." in text
+
+
+def test_a_worker_closes_its_job_at_the_end(tmp_path):
+    fake = tmp_path / "fake.py"
+    fake.write_text(FAKE.replace('{"batch": job.batch})', "{}, lambda: open(job.folder + '/closed', 'w').close())"))
+    variables = os.environ | {"PYTHONPATH": str(peers.ROOT)}
+    with Worker((sys.executable, str(fake), "good"), tmp_path / "log", variables) as worker:
+        worker.ask("job", **tiny(tmp_path)._asdict())
+        assert not (tmp_path / "closed").exists()
+    assert (tmp_path / "closed").exists()
+
+
 def test_a_worker_that_does_not_answer_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "PATIENCE", 0.2)
     with Worker((sys.executable, "-c", "import time; time.sleep(60)"), tmp_path / "log", {}) as worker:
@@ -103,10 +138,16 @@ def test_a_worker_that_does_not_answer_is_ended(tmp_path, monkeypatch):
 
 def test_what_cannot_be_installed_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "none" / "bin").mkdir(parents=True)
+    (tmp_path / "none" / "bin" / "python").symlink_to(sys.executable)
     with pytest.raises(WorkerFailed, match=r"^pip install no-such-thing==1.0: "):
-        environment.python(tmp_path, ("no-such-thing==1.0",))
+        environment.python(tmp_path, environment.Environment("none", ("no-such-thing==1.0",)))
+
+
+def test_every_system_of_one_environment_names_the_same_requirements():
+    environments = {system.requires for system in peers.SYSTEMS.values() if system.requires is not None}
+    assert len({one.name for one in environments}) == len(environments)
+    assert all("==" in requirement or "@" in requirement for one in environments for requirement in one.requirements)
 
 
 @pytest.mark.parametrize("given", ["mlp", "mlp:0", "mlp:2,mlp:3", "gpt:5", ""])

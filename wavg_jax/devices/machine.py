@@ -7,28 +7,70 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from importlib import metadata
 
 import jax
 
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
+
 
 def hardware() -> dict[str, str | int]:
-    """The devices that JAX uses, and the host's processor."""
+    """The devices that JAX uses, and the host's processor.
+
+    Two machines whose processors have one name may differ in `isa`, and so may two runs on one machine.
+    """
     device = jax.devices()[0]
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "device": device.platform,
         "kind": device.device_kind,
         "count": jax.device_count(),
         "processes": jax.process_count(),
-        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "processor": _said("model name") or platform.processor() or platform.machine(),
+        "isa": isa(),
         "cores": cores(),
         # On a GPU, the versions of its driver and libraries; on a CPU just "cpu".
         "platform_version": " ".join(device.client.platform_version.split()),
     }
+
+
+# XLA's names of the levels, each of which includes those before it, and a flag of Linux that tells it.
+_LEVELS = {
+    "SSE4_2": "sse4_2",
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "AVX512": "avx512f",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AMX": "amx_tile",
+    "AMX_FP16": "amx_fp16",
+}
+
+
+def isa() -> str:
+    """The highest instruction set that XLA may use on this host's processor: "AVX2", or "unknown" off x86 and Linux.
+
+    With a cap in XLA_FLAGS: "AVX2 (xla_cpu_max_isa; the processor has AVX512_BF16)".
+    """
+    flags, levels = _said("flags").split(), list(_LEVELS)
+    has = next((level for level in reversed(levels) if _LEVELS[level] in flags), "unknown")
+    # The last one counts, as in XLA.
+    given = re.findall(r"(?:^|\s)--xla_cpu_max_isa=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    cap = given[-1].upper() if given else ""
+    if has not in levels or cap not in levels or levels.index(cap) >= levels.index(has):
+        return has
+    return f"{cap} (xla_cpu_max_isa; the processor has {has})"
+
+
+def _said(key: str) -> str:
+    """What Linux says of the first processor under this name, or ""."""
+    with contextlib.suppress(OSError):
+        for line in _CPUINFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""
 
 
 def now() -> str:

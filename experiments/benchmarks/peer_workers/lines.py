@@ -6,12 +6,14 @@
   <- {}                      the first round, from the given parameters on the given batches, is done; the averaged
                              parameters are in FOLDER/NAME.npz
   -> {"ask": "go"}
-  <- {"seconds": 0.31, "idle": 0.0}   one more round; idle: share of a core used since the last answer
+  <- {"seconds": 0.31, "idle": 0.0}   one more round; idle: share of a core that it and its
+                             descendants used since the last answer
   <- {"error": "..."}        instead of any of these
 
 Everything else that a worker prints goes to its log. It ends when its input ends.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -29,6 +31,9 @@ Arrays = dict[str, np.ndarray]
 
 PATIENCE = 1800.0
 """Seconds an answer may take: compiling a network is slow, and so is a stock one on a slow machine."""
+
+ENDING = 30.0
+"""Seconds a worker may take to end, and with it the processes that it started."""
 
 
 class Job(NamedTuple):
@@ -65,11 +70,13 @@ class ReadyJob(NamedTuple):
       check: does the first round and returns the averaged parameters, named as in `start.npz`.
       round: does another round, to the end.
       notes: for the row.
+      close: ends what would keep the process from ending.
     """
 
     check: Callable[[], Arrays]
     round: Callable[[], None]
     notes: Mapping[str, Any]
+    close: Callable[[], None] = lambda: None
 
 
 def serve(build: Callable[[Job], ReadyJob]) -> None:
@@ -84,6 +91,8 @@ def serve(build: Callable[[Job], ReadyJob]) -> None:
         except Exception as error:
             said = {"error": first_line(f"{type(error).__name__}: {error}")}
         print(json.dumps(said), file=answers)
+    if answer.system is not None:
+        answer.system.close()
 
 
 class _Answers:
@@ -92,8 +101,8 @@ class _Answers:
     def __init__(self, build: Callable[[Job], ReadyJob]):
         self.build = build
         self.job: Job
-        self.system: ReadyJob
-        self.clocks = time.perf_counter(), time.process_time()
+        self.system: ReadyJob | None = None
+        self.clocks = time.perf_counter(), _used()
 
     def to(self, question: dict[str, Any]) -> dict[str, Any]:
         ask = question.pop("ask")
@@ -101,17 +110,38 @@ class _Answers:
             self.job = Job(**question)
             self.system = self.build(self.job)
             return {"notes": dict(self.system.notes)}
+        assert self.system is not None
         if ask == "check":
             averaged: Any = self.system.check()
             np.savez(pathlib.Path(self.job.folder) / f"{question['file']}.npz", **averaged)
-            self.clocks = time.perf_counter(), time.process_time()
+            self.clocks = time.perf_counter(), _used()
             return {}
         wall, used = self.clocks
-        start, used_before = time.perf_counter(), time.process_time()
+        used_before, start = _used(), time.perf_counter()
         self.system.round()
         end = time.perf_counter()
-        self.clocks = end, time.process_time()
+        self.clocks = end, _used()
         return {"seconds": end - start, "idle": (used_before - used) / (start - wall)}
+
+
+def _used() -> float:
+    """Seconds of a core that this process and its descendants have used."""
+    if not pathlib.Path("/proc/self/stat").exists():
+        return time.process_time()
+    children: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            pid = int(folder.name)
+            children.setdefault(int(fields[1]), []).append(pid)
+            ticks[pid] = sum(map(int, fields[11:15]))  # of itself, and of children that have ended
+    total, family = 0, [os.getpid()]
+    while family:
+        pid = family.pop()
+        total += ticks.get(pid, 0)
+        family += children.get(pid, [])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 class WorkerFailed(Exception):
@@ -144,7 +174,7 @@ class Worker:
         assert self.process.stdin is not None
         try:
             self.process.stdin.close()
-            self.process.wait(10)
+            self.process.wait(ENDING)
         except (OSError, subprocess.TimeoutExpired):
             self.process.kill()
             self.process.wait()

@@ -8,7 +8,7 @@ vmap: torch.func.vmap of the gradient over stacked modules.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,28 +16,18 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.benchmarks.peer_workers import torch_networks
+from experiments.benchmarks.peer_workers import torch_networks, torch_training
 from experiments.benchmarks.peer_workers.lines import Arrays, Job, ReadyJob, serve
-
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 def build(job: Job) -> ReadyJob:
     """Prepares a job."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    data, start = job.read("data"), job.read("start")
-    images, labels = torch.from_numpy(data["x"]), torch.from_numpy(data["y"]).long()
-    images = images.permute(0, 3, 1, 2).contiguous()
-    indices = torch.from_numpy(data["indices"]).long()
-    models = []
-    for _ in range(job.replicas):
-        model = torch_networks.NETWORKS[job.network]()
-        torch_networks.load(model, start)
-        models.append(model.train())
+    images, labels, indices = torch_training.tensors(job)
+    models = [torch_training.network(job) for _ in range(job.replicas)]
     made = _stacked if job.system == "vmap" else _in_turn
     check, run = made(job, models, images, labels, indices)
-    notes = {"versions": {"torch": torch.__version__}, "threads": torch.get_num_threads()}
-    return ReadyJob(check, run, notes)
+    return ReadyJob(check, run, torch_training.notes())
 
 
 def _in_turn(job: Job, models: list[nn.Module], images: Any, labels: Any, indices: torch.Tensor) -> tuple[Any, Any]:
@@ -48,22 +38,19 @@ def _in_turn(job: Job, models: list[nn.Module], images: Any, labels: Any, indice
         memory_format = torch.channels_last
         images = images.contiguous(memory_format=memory_format)
         models = [model.to(memory_format=memory_format) for model in models]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=job.rate, momentum=job.momentum) for model in models]
+    optimizers = [torch_training.sgd(job, model) for model in models]
     dataset = TensorDataset(images, labels)
 
-    def resident(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in order:
-            yield images[rows].contiguous(memory_format=memory_format), labels[rows]
-
-    def loaded(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for x, y in DataLoader(dataset, job.batch, sampler=order.reshape(-1).tolist()):
+    def given(order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        found: torch_training.Batches = torch_training.batches(images, labels, order)
+        if job.system == "loader":
+            found = DataLoader(dataset, job.batch, sampler=order.reshape(-1).tolist())
+        for x, y in found:
             yield x.contiguous(memory_format=memory_format), y
-
-    batches = loaded if job.system == "loader" else resident
 
     def run() -> None:
         for model, optimizer, order in zip(models, optimizers, indices, strict=True):
-            _train(model, optimizer, batches(order))
+            torch_training.train(model, optimizer, given(order))
         _average([model.state_dict() for model in models])
 
     def check() -> Arrays:
@@ -71,13 +58,6 @@ def _in_turn(job: Job, models: list[nn.Module], images: Any, labels: Any, indice
         return torch_networks.named(dict(models[0].named_parameters()))
 
     return check, run
-
-
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
-    for x, y in batches:
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
 
 
 @torch.no_grad()
