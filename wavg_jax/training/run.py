@@ -98,7 +98,7 @@ class Run:
         evaluate = (program.evaluate, *evaluated(shapes), self._test)
         self.overlaps = overlaps(recipe)
         """Whether a round returns only once it is done."""
-        self.copies = held_bytes(self.initial) <= room(recipe.placement.devices)
+        self.copies = held_bytes(shapes) <= room(recipe.placement.devices)
         """Whether the devices have room for another copy of the state, to be saved while the next round runs."""
         if self.overlaps:
             self.step, (self._evaluate,) = compiled_pieces(recipe, *first), compiled_together(evaluate)
