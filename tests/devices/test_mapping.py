@@ -51,7 +51,7 @@ def fake_trials(monkeypatch, seconds):
     """Fakes trials of the given seconds; returns the names of the maps tried."""
     tried = []
 
-    def trials(recipes, data, batch_size):
+    def trials(recipes, data, batch_size, steps):
         tried.append(list(recipes))
         return {name: lambda name=name: seconds[name] for name in recipes}
 

@@ -120,3 +120,8 @@ def test_a_network_with_a_loop_inside_is_not_taken_for_a_small_one(monkeypatch):
         return automap.settle(recipe, data, batch_size=8, steps=steps).placement.replica_map
 
     assert (settled(9), settled(11)) == ("vmap", "map")
+
+
+def test_a_trial_takes_more_steps_the_smaller_the_network():
+    counts = [automap._steps(flops) for flops in (0.0, 1e6, 2.5e9, 1e12, float("inf"))]
+    assert counts == [automap._MOST, automap._MOST, 4, automap._FEWEST, automap._FEWEST]

@@ -36,8 +36,9 @@ from wavg_jax.weighting.scores import uniform
 
 FILE = "replica_maps.json"
 
-_STEPS = 2
-"""Local steps in a trial."""
+_FEWEST, _MOST = 2, 10
+"""Local steps in a trial: as many as take `_FLOPS` operations. Small networks need several, since a way that is fast by
+the step may copy more in every round."""
 
 _SECONDS = 0.3
 """How long to time the ways in turn."""
@@ -97,7 +98,8 @@ def settle(
     few = _first_samples(data, batch_size)
     network = jax.eval_shape(bare.task.init, jax.random.key(0))
     batch = _shapes(bare, few, batch_size)
-    if steps is not None and training_flops(bare.task, batch) * len(data.shards) * steps < _FLOPS:
+    flops = training_flops(bare.task, batch) * len(data.shards)
+    if steps is not None and flops * steps < _FLOPS:
         return _mapped(recipe, "vmap")
     loss = jax.jit(bare.task.loss).lower(*network, batch, jax.random.key(0))
     key = _fingerprint(bare, loss, len(data.shards))
@@ -107,10 +109,16 @@ def settle(
         names = [*first, *(["unroll"] if here <= _FEW else [])]
         found = _recall(key)
         progress.doing("timing the ways to run replicas")
-        trials = {} if found in names else _trials({name: _mapped(bare, name) for name in names}, few, batch_size)
+        ways = {name: _mapped(bare, name) for name in names}
+        trials = {} if found in names else _trials(ways, few, batch_size, _steps(flops))
         _known[key] = _fastest(trials) if trials else str(found)
         _remember(key, _known[key])
     return _mapped(recipe, _known[key])
+
+
+def _steps(flops: float) -> int:
+    """Local steps in a trial of a network whose steps take so many operations."""
+    return int(min(max(_FLOPS // flops, _FEWEST), _MOST)) if flops else _MOST
 
 
 def _mapped(recipe: Recipe, name: str) -> Recipe:
@@ -144,10 +152,12 @@ def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _trials(recipes: dict[str, Recipe], data: ShardedData, batch_size: int) -> dict[str, Callable[[], float]]:
+def _trials(
+    recipes: dict[str, Recipe], data: ShardedData, batch_size: int, steps: int
+) -> dict[str, Callable[[], float]]:
     """For recipes that differ only in their map: functions that take a few local steps and return the seconds."""
     one = next(iter(recipes.values()))
-    work = make_work(one, data, seed=0, first_step=0, longest=_STEPS, batch_size=batch_size)
+    work = make_work(one, data, seed=0, first_step=0, longest=steps, batch_size=batch_size)
     replicas = programs_of(one, len(data.shards)).init(jax.random.key(0)).replicas
     arguments = (replicas, work, put_shared(one, data))
     trains = compiled_together(*((jax.jit(local_phase(recipe)), *arguments) for recipe in recipes.values()), keep=False)
