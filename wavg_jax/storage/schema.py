@@ -6,7 +6,7 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
   weighting             the scheme that weighs the replicas, "uniform" for a plain average; may be missing
   started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"; missing in older rows
-  dataset, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+  dataset, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards, noise (what those have)
   classes               number of classes; for tokens, the size of the vocabulary; null for regression
   class_names           [classes]; null if unknown, missing in older rows
   data_crc              CRC-32 of labels, shards and stored inputs, to tell data apart; older rows omit the inputs
@@ -103,6 +103,7 @@ def run_row(
     test_samples: int,
     shard_sizes: Sequence[int],
     noisy_shards: Sequence[int],
+    noise: str,
     data_crc: int,
     devices: int,
     replica_map: str,
@@ -139,6 +140,7 @@ def run_row(
         "test_samples": test_samples,
         "shard_sizes": shard_sizes,
         "noisy_shards": noisy_shards,
+        "noise": noise,
         "data_crc": data_crc,
         "replicas": replicas,
         "devices": devices,

@@ -145,6 +145,7 @@ class Run:
             test_samples=len(data.test.y),
             shard_sizes=[len(shard) for shard in data.shards],
             noisy_shards=data.noisy,
+            noise=data.noise,
             data_crc=self._crc,
             devices=len(self.recipe.placement.devices),
             replica_map=self.recipe.placement.replica_map,
