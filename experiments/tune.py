@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from experiments.setup import app, arms, shared_flags
+from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import Condition, read_conditions, title
 from experiments.setup.shared_flags import ARMS, COMPARED, numbers
 from wavg_jax import data
@@ -37,7 +37,7 @@ Found = dict[tuple[int, float], Statistic]
 
 def spaces(dataset: data.Dataset, noisy: int, seeds: Sequence[int]) -> dict[int, data.ShardedData]:
     """The data to try every rate on under one condition, by seed."""
-    made = {seed: arms.make_data(dataset, seed, noisy) for seed in seeds}
+    made = {seed: problem.make_data(dataset, seed, noisy) for seed in seeds}
     # The run's test split is the held-out one here.
     return {seed: sharded._replace(test=sharded.heldout) for seed, sharded in made.items()}
 
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> None:
     found: dict[str, Found] = {arm.name: {} for arm in chosen}
     with progress.bar(len(chosen) * len(tried) * len(seeds) * F.rounds) as advance:
         progress.doing("loading data")
-        dataset = arms.load()
-        task = arms.make_task(dataset)
+        dataset = problem.load(texts=True)
+        task = problem.make_task(dataset)
         everything = {condition.noisy: spaces(dataset, condition.noisy, seeds) for condition in conditions}
         for arm, condition in itertools.product(chosen, tried):
             accuracies = [

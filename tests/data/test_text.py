@@ -1,4 +1,4 @@
-"""Text as data: every byte is predicted once, in one part; shards deal windows; noise keeps the bytes and their shard."""
+"""Text as data: each byte is predicted once, in one part; shards deal windows; noise keeps a shard's bytes."""
 
 import pathlib
 

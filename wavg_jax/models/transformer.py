@@ -145,13 +145,14 @@ class _Layer(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Puts one position's key and value [B, 1, heads, features] into the cache, a ring over positions; returns all
         that it holds [B, length, ...], and which of them are filled."""
-        kept = []
-        for name, one in (("keys", key), ("values", value)):
+
+        def kept(name: str, one: jax.Array) -> jax.Array:
             shape = (one.shape[0], self.length, *one.shape[2:])
             ring = self.variable("cache", name, jnp.zeros, shape, one.dtype)
             ring.value = jax.lax.dynamic_update_slice_in_dim(ring.value, one, position % self.length, axis=1)
-            kept.append(ring.value)
-        return *kept, (jnp.arange(self.length) <= position)[None, None, None]
+            return ring.value
+
+        return kept("keys", key), kept("values", value), (jnp.arange(self.length) <= position)[None, None, None]
 
 
 def _angles(positions: jax.Array, features: int) -> jax.Array:

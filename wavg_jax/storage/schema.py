@@ -34,13 +34,15 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
                         compilation nor the test split
   train_loss            mean over the living replicas and the local steps
   test_{name}           every scalar metric of the task, of the global parameters; null in rounds without an evaluation.
-                        A classifier has test_accuracy, test_loss, test_macro_f1, test_ece; a regressor test_loss
+                        A classifier has test_accuracy, test_loss, test_macro_f1, test_ece; a regressor
+                        test_loss; a language model test_loss, test_accuracy and, of text, test_bits_per_byte
   weights, alive        [K]
   effective_replicas    1 / sum(weights^2)
   scores                {signal: [K]}, the signals that the weighting needed; null in a round that was not scored
   diagnosis             likewise {leave_one_out: [K], gain, gain_error}; {} without logits, missing in older rows
   {name}                every array metric of the task, on a run's last row. A classifier has confusion
                         [classes][classes], counts on the test split with true classes as rows
+  sample                {prompt, text, temperature} on a language model's last row: how it goes on from the prompt
   stopped_early         true on the last row of a run that a callback ended early; else missing
 
 A matrix has two kinds of its own.
@@ -166,7 +168,7 @@ def run_row(
 
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
-    *("effective_replicas", "alive", "scores", "diagnosis", "stopped_early"),
+    *("effective_replicas", "alive", "scores", "diagnosis", "sample", "stopped_early"),
 )
 
 

@@ -3,8 +3,8 @@
 import functools
 import math
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,8 +79,17 @@ def exchanged(recipe: Recipe, state: TrainState) -> tuple[int, int]:
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
-    def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str, metrics: tuple[str, ...]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ShardedData,
+        plan: Plan,
+        name: str,
+        metrics: tuple[str, ...],
+        at_end: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
+    ):
         self.recipe, self.data, self.plan, self.name, self.metrics = recipe, data, plan, name, metrics
+        self._at_end = at_end
         self.replicas = len(data.shards)
         self._crc = _fingerprint(data)
         progress.doing(f"{name}: compiling")
@@ -129,6 +138,10 @@ class Run:
     def evaluate(self, state: TrainState) -> dict[str, np.ndarray]:
         """Metrics on the test split of what the run is judged by. Off the clock."""
         return jax.device_get(self._evaluate.call(*evaluated(state), self._test))
+
+    def final(self, state: TrainState) -> Row:
+        """What the caller adds to the last row. Off the clock."""
+        return {} if self._at_end is None else dict(self._at_end(*jax.device_get(evaluated(state))))
 
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""
