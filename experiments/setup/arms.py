@@ -282,7 +282,7 @@ def run_arm(
     """
     facts = {
         "arm": arm.name,
-        "target_accuracy": F.target_accuracy,
+        "target_accuracy": None if F.model == "transformer" else F.target_accuracy,
         "critical_path": path,
         "weighting": F.weighting if arm.name == "weighted" else "uniform",
     }

@@ -38,7 +38,6 @@ class Course(NamedTuple):
     steps: int = 1
 
 
-@functools.cache
 def make_inner(text: str, rate: float, course: Course = Course()) -> optax.GradientTransformation:  # noqa: B008
     """The inner optimizer that a text such as `adamw(weight_decay=0.1)` names, one object per setting, so that runs
     share their programs.
@@ -51,6 +50,11 @@ def make_inner(text: str, rate: float, course: Course = Course()) -> optax.Gradi
     Raises:
       SettingsError: there is no such optimizer, or its arguments are not what it takes.
     """
+    return _made(text, rate, course)
+
+
+@functools.cache
+def _made(text: str, rate: float, course: Course) -> optax.GradientTransformation:
     name, arguments = parse(text)
     make = SHORT.get(name) or _of_optax(name)
     try:
