@@ -105,7 +105,7 @@ def make_data(dataset: data.Dataset, seed: int, noisy: int = 0) -> data.ShardedD
         "sized": lambda split, seed: data.sized(len(split.y), _proportions(), seed),
         "dirichlet": lambda split, seed: data.dirichlet(split.y, F.replicas, F.alpha, seed),
         "contiguous": lambda split, seed: data.contiguous(len(split.y), F.replicas),
-        "blocks": lambda split, seed: data.blocks(len(split.y), F.replicas, F.block, seed),
+        "interleaved": lambda split, seed: data.interleaved(len(split.y), F.replicas, F.block, seed),
     }
     return data.shard(
         dataset,

@@ -40,10 +40,10 @@ flags.DEFINE_integer("context", 128, "Texts: bytes in a window, which is a sampl
 flags.DEFINE_enum(
     "partition",
     "iid",
-    ["iid", "sized", "dirichlet", "contiguous", "blocks"],
-    "How to cut the training data into shards; contiguous: one passage of a text each, blocks: several.",
+    ["iid", "sized", "dirichlet", "contiguous", "interleaved"],
+    "How to cut the training data into shards; contiguous: a passage of a text each, interleaved: many.",
 )
-flags.DEFINE_integer("block", 16, "partition=blocks: successive samples in a block.", lower_bound=1)
+flags.DEFINE_integer("block", 16, "partition=interleaved: successive samples in a block.", lower_bound=1)
 flags.DEFINE_list("proportions", "1,2,3,4", "partition=sized: relative sizes of the shards, repeated as needed.")
 flags.DEFINE_float("alpha", 0.3, "partition=dirichlet: concentration; small means few labels per shard.", lower_bound=0)
 flags.DEFINE_list(

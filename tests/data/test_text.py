@@ -36,7 +36,7 @@ def test_no_byte_is_a_target_in_two_parts_or_in_two_shards_and_none_is_lost(n, c
     text = bytes(np.arange(n, dtype=np.uint8))  # a byte is its own place
     for partition in (
         lambda split, seed: data.contiguous(len(split.y), replicas),
-        lambda split, seed: data.blocks(len(split.y), replicas, length, seed),
+        lambda split, seed: data.interleaved(len(split.y), replicas, length, seed),
         lambda split, seed: data.iid(len(split.y), replicas, seed),
     ):
         made = sharded(text, context, heldout=heldout, partition=partition)
@@ -60,14 +60,13 @@ def test_held_out_windows_are_the_last_ones_in_an_order_of_the_seed():
 def test_contiguous_shards_are_passages_and_blocks_come_from_all_over():
     assert [s.tolist() for s in data.contiguous(7, 2)] == [[0, 1, 2, 3], [4, 5, 6]]
     for seed in range(3):
-        shards = data.blocks(24, 3, 4, seed)
+        shards = data.interleaved(24, 3, 4, seed)
         assert [len(s) for s in shards] == [8, 8, 8]
         runs = [s.reshape(2, 4) for s in shards]
         assert all((np.diff(r) == 1).all() and (r[:, 0] % 4 == 0).all() for r in runs)
-    assert {tuple(map(tuple, data.blocks(24, 3, 4, seed))) for seed in range(3)} != {()}
-    assert not np.array_equal(data.blocks(24, 3, 4, 0)[0], data.blocks(24, 3, 4, 1)[0])
+    assert not np.array_equal(data.interleaved(24, 3, 4, 0)[0], data.interleaved(24, 3, 4, 1)[0])
     with pytest.raises(SettingsError, match="length is 0"):
-        data.blocks(24, 3, 0, 0)
+        data.interleaved(24, 3, 0, 0)
 
 
 def test_noise_shuffles_the_bytes_of_its_shards_and_leaves_the_others_alone():

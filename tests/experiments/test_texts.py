@@ -61,14 +61,14 @@ def test_a_text_to_a_trained_model_and_a_sample_in_one_command(text, tmp_path, c
 def test_corrupted_shards_of_a_text_are_shuffled_and_said_so(tmp_path, capfd):
     """The embedded text, with clean and with corrupted shards."""
     folder = tmp_path / "docs"
-    arguments = ("--dataset=python_docs", "--noisy=0,1", "--arms=plain,weighted", "--seeds=0", "--partition=blocks")
-    assert invoke(compare.main, *SMALL, *arguments, "--lr_plain=0.1", "--lr_weighted=0.1", f"--workdir={folder}") == 0
+    arguments = ("--dataset=python_docs", "--noisy=0,1", "--arms=plain", "--seeds=0", "--partition=interleaved")
+    assert invoke(compare.main, *SMALL, *arguments, "--lr_plain=0.1", f"--workdir={folder}") == 0
     rows = read_rows(folder)
     runs = [row for row in rows if row["kind"] == "run"]
-    assert [row["noisy_shards"] for row in runs] == [[], [], [0], [0]]
+    assert [row["noisy_shards"] for row in runs] == [[], [0]]
     assert len({row["data_crc"] for row in runs}) == 2
     report, said = (folder / "report.md").read_text(), " ".join(capfd.readouterr().out.split())
-    assert "## 1 of 2 blocks shards with shuffled bytes" in report
+    assert "## 1 of 2 interleaved shards with shuffled bytes" in report
     assert "then with 1 of 2 shards with shuffled bytes" in said
     assert "random labels" not in report + said
 

@@ -6,7 +6,7 @@ from wavg_jax.data.embedded import digits
 from wavg_jax.data.feed import round_indices
 from wavg_jax.data.prepare import make_prepare, overall, per_channel, per_feature
 from wavg_jax.data.sharded import ShardedData, pool, shard
-from wavg_jax.data.shards import blocks, contiguous, dirichlet, iid, label_noise, sized
+from wavg_jax.data.shards import contiguous, dirichlet, iid, interleaved, label_noise, sized
 from wavg_jax.data.sources import load
 from wavg_jax.data.text import from_text, windows
 
@@ -14,7 +14,6 @@ __all__ = [
     "Dataset",
     "ShardedData",
     "Split",
-    "blocks",
     "contiguous",
     "crop_flip",
     "digits",
@@ -24,6 +23,7 @@ __all__ = [
     "from_text",
     "hold_out",
     "iid",
+    "interleaved",
     "label_noise",
     "load",
     "make_prepare",

@@ -53,7 +53,7 @@ def contiguous(n: int, replicas: int) -> Shards:
     return _cut(np.arange(n), _even(n, replicas))
 
 
-def blocks(n: int, replicas: int, length: int, seed: int) -> Shards:
+def interleaved(n: int, replicas: int, length: int, seed: int) -> Shards:
     """Deals out blocks of successive samples at random, in shards whose sizes differ by at most 1: of a text, each
     replica gets passages from all over it. A block that does not fit into a shard goes on in the next.
 
@@ -69,12 +69,12 @@ def blocks(n: int, replicas: int, length: int, seed: int) -> Shards:
     Raises:
       SettingsError: fewer than one replica, more replicas than samples, or blocks of no sample.
 
-    >>> [shard.tolist() for shard in blocks(12, 2, length=3, seed=0)]
-    [[3, 4, 5, 9, 10, 11], [0, 1, 2, 6, 7, 8]]
+    >>> [shard.tolist() for shard in interleaved(12, 2, length=3, seed=0)]
+    [[6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5]]
     """
     n, replicas = _counts(n, replicas)
     length = as_whole("length", length, 1)
-    order = generator(seed, "blocks").permutation(-(-n // length))
+    order = generator(seed, "interleaved").permutation(-(-n // length))
     samples = (order[:, None] * length + np.arange(length)).reshape(-1)
     return _cut(samples[samples < n], _even(n, replicas))
 
