@@ -92,7 +92,7 @@ BAD = [
     (
         train,
         ["--dataset={text}", "--model=transformer", "--heads=3", "--context=16"],
-        "--width=128 is not a multiple of twice --heads=3",
+        "--width=128 is not a multiple of 6, as --heads=3 needs",
     ),
     (
         train,

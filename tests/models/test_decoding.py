@@ -95,7 +95,7 @@ BAD = {
     "no tokens": ({}, {"tokens": 0}, "tokens is 0"),
     "cold": ({}, {"temperature": -1.0}, "temperature is -1.0"),
     "no decoder": ({}, {"module": MLP((4,), 3)}, "takes no `position`"),
-    "odd features": ({"rotary": True, "heads": 16}, {}, "width=16 is not a multiple of twice heads=16"),
+    "odd features": ({"rotary": True, "heads": 16}, {}, "width=16 is not a multiple of 32, as heads=16 needs"),
 }
 
 

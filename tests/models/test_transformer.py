@@ -176,7 +176,7 @@ def _loss(logits_shape: tuple[int, ...], labels_shape: tuple[int, ...]):
 BAD = {
     "float tokens": (lambda: _init(tokens=jnp.float32), SettingsError, r"integer tokens \[B, T\], got float32"),
     "too long": (lambda: _init(length=T + 1), SettingsError, "have 7 tokens, but length=6 allows 1 to 6"),
-    "heads": (lambda: _init(heads=3), SettingsError, "width=16 is not a multiple of heads=3"),
+    "heads": (lambda: _init(heads=3), SettingsError, "width=16 is not a multiple of 3, as heads=3 needs"),
     "no layers": (lambda: _init(layers=0), SettingsError, "layers is 0; it must be a whole number, 1 or more"),
     "dropout of 1": (lambda: _init(dropout=1.0), SettingsError, "dropout is 1.0; it must be a finite number"),
     "logits of a classifier": (

@@ -90,9 +90,11 @@ class Transformer(nn.Module):
             check(name, getattr(self, name), whole(1))
         check("dropout", self.dropout, number(0, below=1))
         # Rotation turns pairs of features.
-        unit, of = (2 * self.heads, "twice ") if self.rotary else (self.heads, "")
+        unit = 2 * self.heads if self.rotary else self.heads
         if self.width % unit:
-            raise SettingsError(f"width={self.width} is not a multiple of {of}heads={self.heads}: change one of them")
+            raise SettingsError(
+                f"width={self.width} is not a multiple of {unit}, as heads={self.heads} needs: change one of them"
+            )
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2:
             raise SettingsError(
                 f"a Transformer needs integer tokens [B, T], got {tokens.dtype} of shape {tokens.shape}: "
