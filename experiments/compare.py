@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.setup import app, arms, shared_flags
+from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import Condition, read_conditions, title
 from experiments.setup.shared_flags import ARMS, COMPARED
 from wavg_jax.base import Stopped
@@ -42,18 +42,18 @@ def main(argv: Sequence[str]) -> None:
     total = len(names) * len(conditions) * len(seeds) * F.rounds
     with app.reported(workdir), progress.bar(total, done) as advance:
         progress.doing("loading data")
-        dataset = arms.load()
-        task = arms.make_task(dataset)
+        dataset = problem.load(texts=True)
+        task = problem.make_task(dataset)
         chosen = arms.make_arms(names, conditions[0])
         arms.check_heldout({arm.name: arm.averager for arm in chosen})
-        first = arms.make_data(dataset, seeds[0], conditions[0].noisy)
+        first = problem.make_data(dataset, seeds[0], conditions[0].noisy)
         for arm in chosen:  # fails before the first run if an arm cannot work
             arms.recipe_of(arm, task, first)
         app.console().print(_plan(names, conditions, len(seeds)))
         path_of = arms.critical_path(chosen, task, first)  # it depends on shapes alone, equal under all conditions
         stopped = False
         for condition, seed in itertools.product(conditions, seeds):
-            sharded = arms.make_data(dataset, seed, condition.noisy)
+            sharded = problem.make_data(dataset, seed, condition.noisy)
             # The first has the same name as without the others, so that a resumed run can add conditions.
             suffix = "" if condition == conditions[0] else f"-noisy{condition.noisy}"
             for arm in chosen:  # arms alternate, so that a slow spell of the machine hits all

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 import wavg_jax as wavg
-from experiments.setup import app, arms, record_matrix, shared_flags
+from experiments.setup import app, arms, problem, record_matrix, shared_flags
 from experiments.setup.conditions import read_condition, settings_of
+from experiments.setup.optimizers import make_inner
 from experiments.setup.record_matrix import Cell
 from experiments.setup.shared_flags import numbers
 from wavg_jax.averaging import reduce
@@ -45,9 +46,9 @@ def main(argv: Sequence[str]) -> None:
         if F.total_steps % h:
             raise SettingsError(f"--total_steps={F.total_steps} is not a multiple of H={h} (--steps)")
     rate = condition.rates["plain"]
-    dataset = arms.load()
-    task = arms.make_task(dataset)
-    inner = arms.make_inner(F.inner, rate)
+    dataset = problem.load()
+    task = problem.make_task(dataset)
+    inner = make_inner(F.inner, rate)
     variants = _variants()
     workdir = arms.choose_workdir("reductions")
     check_writable(workdir)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         averager, stats = variants[cell.weighting]
         return wavg.fit(
             task,
-            arms.make_data(dataset, cell.seed, condition.noisy),
+            problem.make_data(dataset, cell.seed, condition.noisy),
             inner=inner,
             local_steps=lengths[cell.scenario],
             rounds=rounds(cell),

@@ -26,8 +26,9 @@ from absl import flags
 from rich.table import Table
 
 import wavg_jax as wavg
-from experiments.setup import app, arms, record_matrix, shared_flags
+from experiments.setup import app, arms, problem, record_matrix, shared_flags
 from experiments.setup.choices import DRIFTS, SCALES
+from experiments.setup.optimizers import make_inner
 from experiments.setup.record_matrix import Cell
 from experiments.setup.shared_flags import numbers
 from experiments.setup.weightings import WEIGHTINGS
@@ -148,10 +149,10 @@ def main(argv: Sequence[str]) -> None:
     seeds = shared_flags.read_seeds()
     names, weightings = shared_flags.names("scenarios", SCENARIOS), shared_flags.names("weightings", ROWS)
     rates = {name: _rate(name) for name in names}
-    dataset = arms.load()
+    dataset = problem.load()
     schemes = _schemes(weightings)
     arms.check_heldout({name: scheme.averager for name, scheme in schemes.items()})
-    study = Study(dataset, arms.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
+    study = Study(dataset, problem.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
     _check(study)
     if F.tune_rates:
         _tune(study, seeds)
@@ -196,7 +197,7 @@ def _check(study: Study) -> None:
         sharded = study.shard(name, 0)
         data.round_indices(sharded.shards, seed=0, first_step=0, local_steps=F.local_steps, batch_size=F.batch_size)
         plain = wavg.averager(wavg.uniform())
-        make_recipe(study.task, sharded, plain, arms.make_inner(F.inner, 1.0), layout=wavg.Layout(F.devices))
+        make_recipe(study.task, sharded, plain, make_inner(F.inner, 1.0), layout=wavg.Layout(F.devices))
 
 
 def _train(
@@ -211,7 +212,7 @@ def _train(
         study.task,
         sharded,
         scheme.averager,
-        inner=arms.make_inner(F.inner, cell.rate),
+        inner=make_inner(F.inner, cell.rate),
         local_steps=F.local_steps,
         rounds=F.rounds,
         batch_size=F.batch_size,

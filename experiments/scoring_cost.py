@@ -18,8 +18,9 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.benchmarks.harness import alternate, refuse_unused, round_runner
-from experiments.setup import app, arms, shared_flags
+from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition, settings_of
+from experiments.setup.optimizers import make_inner
 from experiments.setup.shared_flags import numbers
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
@@ -58,12 +59,12 @@ def main(argv: Sequence[str]) -> None:
     names = shared_flags.names("cost_weightings", WEIGHTINGS)
     steps, subsets, everies = numbers("steps", int), numbers("subsets", int, least=0), numbers("cost_every", int)
     condition = read_condition()
-    dataset = arms.load()
+    dataset = problem.load()
     dtype = jnp.bfloat16 if F.bfloat16 else None
     # A network fixed to float32 would score in float32 too.
-    task = arms.make_task(dataset, of_inputs=dtype is not None)
-    sharded = arms.make_data(dataset, 0, condition.noisy)
-    inner = arms.make_inner(F.inner, condition.rates["plain"])
+    task = problem.make_task(dataset, of_inputs=dtype is not None)
+    sharded = problem.make_data(dataset, 0, condition.noisy)
+    inner = make_inner(F.inner, condition.rates["plain"])
     averagers = {name: wavg.averager(**WEIGHTINGS[name](F)) for name in ("plain", *names)}
     arms.check_heldout(averagers)
     workdir = arms.choose_workdir("cost")

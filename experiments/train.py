@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.setup import app, arms, shared_flags
+from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax.training import progress
 
@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> None:
     workdir = arms.choose_workdir("train")
     with app.reported(workdir), progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
         progress.doing("loading data")
-        dataset = arms.load()
-        task = arms.make_task(dataset)
+        dataset = problem.load(texts=True)
+        task = problem.make_task(dataset)
         (arm,) = arms.make_arms((F.arm,), condition)
-        sharded = arms.make_data(dataset, F.seed, condition.noisy)
+        sharded = problem.make_data(dataset, F.seed, condition.noisy)
         arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir)
 
 

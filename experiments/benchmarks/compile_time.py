@@ -1,7 +1,7 @@
 """How long a round takes to trace, lower and compile, by the network's depth, the replicas and the weighting.
 
   python -m experiments.benchmarks.compile_time
-  python -m experiments.benchmarks.compile_time --depths=2 --replica_counts=4,64 --weightings=uniform
+  python -m experiments.benchmarks.compile_time --depths=2 --replica_counts=4,64 --compiled_weightings=uniform
 
 The network is an MLP of --depths layers of 64 units, which compiles fast for its number of tensors, two a layer; a
 round is --round_steps (default 10) local steps on one device, scored on 64 samples where the weighting scores. Every
@@ -35,10 +35,10 @@ from wavg_jax.training import progress
 
 WEIGHTINGS = {"uniform": uniform, "opinion_pool": opinion_pool, "learned": learned}
 flags.DEFINE_list("depths", "2,10,40", "Hidden layers of the network.")
-flags.DEFINE_list("weightings", list(WEIGHTINGS), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
+flags.DEFINE_list("compiled_weightings", list(WEIGHTINGS), f"Which weightings, of {', '.join(WEIGHTINGS)}.")
 F = flags.FLAGS
 
-READS = ("depths", "weightings", "replica_counts", "round_steps")
+READS = ("depths", "compiled_weightings", "replica_counts", "round_steps")
 for _name in (*READS, "workdir"):
     flags.declare_key_flag(_name)
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     depths, counts = sorted(set(numbers("depths", int))), sorted(set(networks.replica_counts(4, 16, 64)))
     pairs = dict.fromkeys([*((depth, counts[0]) for depth in depths), *((depths[0], k) for k in counts)])
-    chosen = names("weightings", tuple(WEIGHTINGS))
+    chosen = names("compiled_weightings", tuple(WEIGHTINGS))
     recording = begin("compile_time", READS)
     with progress.bar(len(pairs) * len(chosen)) as advance, _without_cache():
         _measured(*_round(1, 1, "uniform"))  # the first of a process also starts the compiler

@@ -1,15 +1,13 @@
-"""From flags to runs: data, network, and the four arms of the comparison."""
+"""From flags to runs: the arms of the comparison."""
 
 import contextlib
 import datetime
 import functools
-import itertools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from absl import flags
 
@@ -18,19 +16,19 @@ from experiments.setup import shared_flags
 from experiments.setup.choices import (
     DRIFTS,
     FEEDS,
-    MOMENTUM,
     PULLS,
     REDUCES,
-    SCALES,
     SCHEDULES,
     SMOOTHINGS,
     make_outer,
 )
 from experiments.setup.conditions import Condition, read_condition, settings_of
-from experiments.setup.shared_flags import COMPARED, RUN, numbers
+from experiments.setup.optimizers import Course, make_inner, read_course
+from experiments.setup.problem import writer
+from experiments.setup.shared_flags import COMPARED, RUN
 from experiments.setup.simulation import exchange
 from experiments.setup.weightings import WEIGHTINGS
-from wavg_jax import data, models, tree
+from wavg_jax import data, tree
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.devices import network, processes
 from wavg_jax.rounds import policy
@@ -45,11 +43,6 @@ from wavg_jax.training.run import blended_bytes
 
 F = flags.FLAGS
 
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
-    "adam": optax.adam,
-}
 POLICIES = {
     "keep": policy.keep,
     "average": policy.average,
@@ -80,28 +73,6 @@ class Arm(NamedTuple):
     drift: Correction | None = None
 
 
-def load() -> data.Dataset:
-    """Loads --dataset, and sets the default of --chance, 1 / classes."""
-    if not processes.first():  # process 0 may have to prepare the files first
-        processes.barrier("data")
-    dataset = data.load(F.dataset, F.data_dir)
-    if processes.first():
-        processes.barrier("data")
-    if F.chance is None:
-        F["chance"].value = 1 / classes_of(dataset)
-    return dataset
-
-
-def classes_of(dataset: data.Dataset) -> int:
-    """The number of classes; DataError if the data set is not for classification, which all commands are."""
-    if dataset.classes is None or dataset.train.y.ndim != 1:
-        raise DataError(
-            f"the targets of {dataset.name} are {dataset.train.y.dtype} of shape {dataset.train.y.shape}; the commands "
-            "train classifiers, give integer labels [N], or call wavg_jax.fit"
-        )
-    return dataset.classes
-
-
 def check_heldout(averagers: Mapping[str, wavg.Averager]) -> None:
     """Raises SettingsError if a weighting scores held-out data and --heldout is 0."""
     reading = [name for name, averager in averagers.items() if reads_heldout(averager.needs)]
@@ -129,7 +100,7 @@ def make_arms(names: tuple[str, ...] = COMPARED, condition: Condition | None = N
         )
     # Blending the steps of a rate of 1 gives the mean gradient, which the outer optimizer takes a step with.
     summed = optax.MultiSteps(optax.sgd(1.0), steps).gradient_transformation()
-    large = wavg.averager(wavg.uniform(), outer=make_inner(F.inner, rates["accumulate"]))
+    large = wavg.averager(wavg.uniform(), outer=make_inner(F.inner, rates["accumulate"], _course("accumulate")))
     arms = {
         "sequential": (alone, True, replicas * steps, batch),
         "sync": (alone, True, steps, replicas * batch),
@@ -137,15 +108,11 @@ def make_arms(names: tuple[str, ...] = COMPARED, condition: Condition | None = N
         "plain": (plain, False, steps, batch),
         "weighted": (weighted, False, steps, batch),
     }
-    made = [Arm(name, arms[name][0], make_inner(F.inner, rates[name]), *arms[name][1:]) for name in names]
+    made = [
+        Arm(name, arms[name][0], make_inner(F.inner, rates[name], _course(name)), *arms[name][1:]) for name in names
+    ]
     made = [arm._replace(drift=_drift_of(arm.name, rates)) for arm in made]
     return [arm._replace(inner=summed) if arm.name == "accumulate" else arm for arm in made]
-
-
-@functools.cache
-def make_inner(name: str, rate: float) -> optax.GradientTransformation:
-    """The inner optimizer of that name, one object per rate, so that runs share their programs."""
-    return OPTIMIZERS[name](rate)
 
 
 def at_rates(arm: Arm, condition: Condition) -> Arm:
@@ -153,7 +120,14 @@ def at_rates(arm: Arm, condition: Condition) -> Arm:
     if arm.name == "accumulate":
         return make_arms((arm.name,), condition)[0]
     rates = condition.rates
-    return arm._replace(inner=make_inner(F.inner, rates[arm.name]), drift=_drift_of(arm.name, rates))
+    inner = make_inner(F.inner, rates[arm.name], _course(arm.name))
+    return arm._replace(inner=inner, drift=_drift_of(arm.name, rates))
+
+
+def _course(arm: str) -> Course:
+    """Clipping and the schedule of an arm's rate, which all arms go through over equally many samples."""
+    stretch = {"sequential": F.replicas, "accumulate": 1 / F.local_steps}.get(arm, 1)
+    return read_course(F, round(F.rounds * F.local_steps * stretch), stretch)
 
 
 def _drift_of(arm: str, rates: Mapping[str, float]) -> Correction | None:
@@ -171,49 +145,6 @@ def _drift(name: str, rate: float, *settings: Any) -> Correction | None:
     """One object per setting of the flags, so that runs share their programs."""
     del settings
     return DRIFTS[name](F, rate)
-
-
-def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
-    """Builds the task of --model for a data set; it computes in --compute_dtype or, `of_inputs`, in theirs."""
-    dtype: Any = None if of_inputs else jnp.dtype(F.compute_dtype)
-    stored = jax.ShapeDtypeStruct(dataset.train.x[:1].shape, dataset.train.x.dtype)
-    shape = jax.eval_shape(data.make_prepare(dataset), stored).shape[1:]
-    if F.model != "mlp" and len(shape) != 3:
-        raise SettingsError(
-            f"--model={F.model} needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
-        )
-    for name in ("hidden", "batch_norm", "dropout"):
-        if F.model == "resnet" and F[name].present:
-            raise SettingsError(f"--{name} has no effect with --model=resnet; leave it out")
-    classes = classes_of(dataset)
-    networks: dict[str, Callable] = {
-        "mlp": lambda: models.MLP(numbers("hidden", int), classes, F.dropout, dtype),
-        "cnn": lambda: models.CNN(classes, F.batch_norm, F.dropout, dtype),
-        "resnet": lambda: models.ResNet(classes, dtype=dtype),
-    }
-    return models.from_linen(networks[F.model](), shape)
-
-
-def make_data(dataset: data.Dataset, seed: int, noisy: int = 0) -> data.ShardedData:
-    """Holds samples out, cuts shards, and randomises the labels of the first `noisy`; equal for every arm of a seed."""
-    partitions: dict[str, Callable] = {
-        "iid": lambda split, seed: data.iid(len(split.y), F.replicas, seed),
-        "sized": lambda split, seed: data.sized(len(split.y), _proportions(), seed),
-        "dirichlet": lambda split, seed: data.dirichlet(split.y, F.replicas, F.alpha, seed),
-    }
-    return data.shard(
-        dataset,
-        partitions[F.partition],
-        heldout=F.heldout,
-        seed=seed,
-        noisy=tuple(range(noisy)),
-        augment=data.crop_flip if F.augment else None,
-        scale=SCALES[F.scale],
-    )
-
-
-def _proportions() -> tuple[float, ...]:
-    return tuple(itertools.islice(itertools.cycle(numbers("proportions", float)), F.replicas))
 
 
 def recipe_of(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> Recipe:
@@ -235,12 +166,22 @@ def _groups(arm: Arm) -> dict[str, Any]:
         fragments = 1 if arm.name == "accumulate" else F.fragments
         at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments, arm.drift)
     return {
-        "scoring": wavg.Scoring(samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled),
+        "scoring": wavg.Scoring(
+            samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled, **_chunk()
+        ),
         "at_sync": at_sync,
         "layout": wavg.Layout(
             _devices_of_batch(arm.batch_size) if arm.pooled else F.devices, F.replica_map, FEEDS[F.feed]
         ),
     }
+
+
+def _chunk() -> dict[str, int]:
+    """Windows of a text scored at a time: as many positions as samples of other data."""
+    return {"chunk": max(_POSITIONS // F.context, 1)} if F.model == "transformer" else {}
+
+
+_POSITIONS = 4096
 
 
 def _devices_of_batch(batch_size: int) -> int:
@@ -341,13 +282,15 @@ def run_arm(
     """
     facts = {
         "arm": arm.name,
-        "target_accuracy": F.target_accuracy,
+        "target_accuracy": None if F.model == "transformer" else F.target_accuracy,
         "critical_path": path,
         "weighting": F.weighting if arm.name == "weighted" else "uniform",
     }
     if arm.name == "sync":
         gradients, _ = jax.eval_shape(task.init, jax.random.key(0))
         facts["bytes_per_round"] = 2 * F.replicas * tree.nbytes(gradients) * arm.local_steps
+    # A decay ends with the last round, so that their number is no longer free.
+    settings = settings_of(RUN | {"rounds"} if F.decay != "none" else RUN, condition)
     return wavg.fit(
         task,
         data.pool(sharded) if arm.pooled else sharded,
@@ -360,7 +303,7 @@ def run_arm(
         **_groups(arm),
         workdir=workdir,
         resume=F.resume,
-        store=wavg.Store(name or f"{arm.name}-seed{seed}", F.checkpoint_every, facts, settings_of(RUN, condition)),
+        store=wavg.Store(name or f"{arm.name}-seed{seed}", F.checkpoint_every, facts, settings, writer(sharded, seed)),
         progress=progress,
     )
 

@@ -51,7 +51,7 @@ SMOOTHINGS: dict[str, Callable[[Flags], optax.GradientTransformation | None]] = 
 DRIFTS: dict[str, Callable[[Flags, float], drift.Correction | None]] = {
     "none": lambda f, rate: None,
     "fedprox": lambda f, rate: drift.fedprox(f.prox_mu),
-    "scaffold": lambda f, rate: drift.scaffold(rate * _steps_worth(f.inner)),
+    "scaffold": lambda f, rate: drift.scaffold(rate * _steps_worth(f)),
 }
 """Name -> function of the flags and the inner optimizer's learning rate."""
 MOMENTUM = 0.9
@@ -79,19 +79,24 @@ def make_outer(f: Flags) -> optax.GradientTransformation | None:
     return outer.delayed(chosen or optax.sgd(1.0)) if f.delayed else chosen
 
 
-def _steps_worth(inner: str) -> float:
+def _steps_worth(f: Flags) -> float:
     """How many times the learning rate a constant gradient moves the parameters in a step.
 
     Raises:
       SettingsError: the steps of this optimizer are no multiple of the gradient.
     """
     worth = {"sgd": 1.0, "momentum": 1 / (1 - MOMENTUM)}
-    if inner not in worth:
+    if f.inner not in worth:
         raise SettingsError(
-            f"--drift=scaffold reads gradients off the steps of SGD, which --inner={inner} does not take: choose "
+            f"--drift=scaffold reads gradients off the steps of SGD, which --inner={f.inner} does not take: choose "
             f"--inner={' or '.join(worth)}, or --drift=fedprox"
         )
-    return worth[inner]
+    if f.clip is not None or f.warmup or f.decay != "none":
+        raise SettingsError(
+            "--drift=scaffold reads gradients off steps of a constant rate: leave out --clip, --warmup and --decay, or "
+            "choose --drift=fedprox"
+        )
+    return worth[f.inner]
 
 
 SCALES = {"channel": data.per_channel, "feature": data.per_feature, "all": data.overall, "none": None}

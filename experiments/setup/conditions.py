@@ -7,12 +7,13 @@ from absl import flags
 
 from experiments.setup.shared_flags import ARMS, RATES, numbers
 from wavg_jax.base import SettingsError
+from wavg_jax.data.text_sets import is_text
 
 F = flags.FLAGS
 
 
 class Condition(NamedTuple):
-    """How many of the shards have random labels, and the learning rate of every arm there."""
+    """How many of the shards are spoilt, and the learning rate of every arm there."""
 
     noisy: int
     rates: Mapping[str, float]
@@ -20,7 +21,8 @@ class Condition(NamedTuple):
 
 def title(noisy: int) -> str:
     """A condition in words."""
-    return f"{noisy} of {F.replicas} shards with random labels" if noisy else "clean shards"
+    noise = "shuffled bytes" if is_text(F.dataset) else "random labels"
+    return f"{noisy} of {F.replicas} shards with {noise}" if noisy else "clean shards"
 
 
 def read_conditions() -> tuple[Condition, ...]:

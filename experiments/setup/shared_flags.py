@@ -29,18 +29,28 @@ def _topic(title: str) -> None:
 
 _topic("Data")
 flags.DEFINE_string(
-    "dataset", "digits", "digits (embedded), mnist, fashion_mnist, cifar10, or a .npz file of your own."
+    "dataset",
+    "digits",
+    "digits (embedded), mnist, fashion_mnist, cifar10, or a .npz file of your own; of text: python_docs (Python's own "
+    "help topics), tiny_shakespeare, or a .txt file of your own.",
 )
 flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "Folder of prepared TFDS sets, or of the publishers' files.")
 flags.DEFINE_integer("heldout", 200, "Training samples held out for scoring; never trained on.", lower_bound=0)
-flags.DEFINE_enum("partition", "iid", ["iid", "sized", "dirichlet"], "How to cut the training data into shards.")
+flags.DEFINE_integer("context", 128, "Texts: bytes in a window, which is a sample.", lower_bound=1)
+flags.DEFINE_enum(
+    "partition",
+    "iid",
+    ["iid", "sized", "dirichlet", "contiguous", "interleaved"],
+    "How to cut the training data into shards; contiguous: a passage of a text each, interleaved: many.",
+)
+flags.DEFINE_integer("block", 16, "partition=interleaved: successive samples in a block.", lower_bound=1)
 flags.DEFINE_list("proportions", "1,2,3,4", "partition=sized: relative sizes of the shards, repeated as needed.")
 flags.DEFINE_float("alpha", 0.3, "partition=dirichlet: concentration; small means few labels per shard.", lower_bound=0)
 flags.DEFINE_list(
     "noisy",
     None,
-    "How many shards, from the first on, get random labels. compare and tune take several numbers, one per scenario "
-    "(default: 0 and half of the shards); other commands take one (default: 0).",
+    "How many shards, from the first on, get random labels, or a text's bytes in random order. compare and tune take "
+    "several numbers, one per scenario (default: 0 and half of the shards); other commands take one (default: 0).",
 )
 flags.DEFINE_enum(
     "scale",
@@ -51,10 +61,20 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("augment", False, "Randomly crop and flip the images, with a random key per replica.")
 
 _topic("Network")
-flags.DEFINE_enum("model", "mlp", ["mlp", "cnn", "resnet"], "The network; resnet is ResNet-20.")
+flags.DEFINE_enum(
+    "model",
+    "mlp",
+    ["mlp", "cnn", "resnet", "transformer"],
+    "The network; resnet is ResNet-20, transformer is for texts.",
+)
+flags.DEFINE_integer("layers", 3, "model=transformer: number of layers.", lower_bound=1)
+flags.DEFINE_integer("width", 128, "model=transformer: features per byte.", lower_bound=1)
+flags.DEFINE_integer("heads", 4, "model=transformer: attention heads; divide half the width.", lower_bound=1)
 flags.DEFINE_list("hidden", "128", "model=mlp: widths of the hidden layers.")
 flags.DEFINE_bool("batch_norm", False, "model=cnn: use BatchNorm.")
-flags.DEFINE_float("dropout", 0.0, "Dropout rate before the last layer.", lower_bound=0, upper_bound=0.9)
+flags.DEFINE_float(
+    "dropout", 0.0, "Dropout rate before the last layer, or in the transformer.", lower_bound=0, upper_bound=0.9
+)
 flags.DEFINE_enum(
     "compute_dtype", "float32", ["float32", "bfloat16"], "Dtype to compute in; parameters and sums stay float32."
 )
@@ -64,7 +84,17 @@ flags.DEFINE_integer("replicas", 4, "K, the number of replicas and of shards.", 
 flags.DEFINE_integer("local_steps", 10, "H, local steps between two blends.", lower_bound=1)
 flags.DEFINE_integer("rounds", 20, "Number of rounds: H local steps each, then a blend.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 16, "Samples per replica and local step.", lower_bound=1)
-flags.DEFINE_enum("inner", "sgd", ["sgd", "momentum", "adam"], "The inner optimizer; momentum is SGD with 0.9.")
+flags.DEFINE_string(
+    "inner",
+    "sgd",
+    "The inner optimizer, any of optax with its arguments: adam, rprop, 'adamw(weight_decay=0.1)', contrib.muon; "
+    "momentum is SGD with 0.9.",
+)
+flags.DEFINE_float("clip", None, "Largest global norm of a gradient; by default no limit.", lower_bound=0)
+flags.DEFINE_integer("warmup", 0, "Local steps in which the learning rate rises from 0.", lower_bound=0)
+flags.DEFINE_enum(
+    "decay", "none", ["none", "cosine"], "How the learning rate falls from then on, to 0 after the last local step."
+)
 RATES = {
     "sequential": (0.4, 0.025),
     "sync": (0.4, 0.1),
@@ -237,7 +267,7 @@ TOPICS = {title: _ORDER[start:end] for (title, start), end in zip(_STARTS.items(
 """Topic -> names of its flags."""
 NAMES = frozenset(_ORDER)
 DATA = ("dataset", "heldout", "augment", "scale")
-SHARDS = ("partition", "alpha", "proportions", "noisy")
+SHARDS = ("partition", "alpha", "proportions", "block", "noisy")
 NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
 WEIGHTING = ("temperature", "chance", "byzantine")
 """Flags that a weighting reads; see `experiments.setup.weightings`."""

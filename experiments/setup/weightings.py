@@ -88,5 +88,5 @@ WEIGHTINGS: dict[str, Callable[[Flags], dict[str, Any]]] = {
 """Name -> function of the flags that returns arguments of `wavg_jax.averager`.
 
 Call it once per run or matrix, since runs share compiled programs only if they get the same objects, and after
-`experiments.setup.arms.load`, which sets --chance.
+`experiments.setup.problem.load`, which sets --chance.
 """

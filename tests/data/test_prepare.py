@@ -7,7 +7,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import scenarios
-from experiments.setup import app, arms
+from experiments.setup import app, problem
 from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.data import from_arrays, make_prepare, overall, per_channel, per_feature
@@ -70,7 +70,7 @@ def test_shard_passes_the_scale_on():
 def test_the_flag_of_the_binaries_chooses_the_scale(said, means):
     with flagsaver.flagsaver():
         app.parse(["binary", *said])
-        prepare = arms.make_data(data.digits(), 0).prepare
+        prepare = problem.make_data(data.digits(), 0).prepare
         study = scenarios.Study(data.digits(), None, {"iid": scenarios.SCENARIOS["iid"](2)})
         assert study.shard("iid", 0).prepare == prepare
     assert len(prepare.mean) == means

@@ -39,7 +39,9 @@ def test_load_by_name_or_path(tmp_path):
     assert load(tmp_path / "own.npz").classes == 2
     with pytest.raises(DataError, match=r"there is no file .*none.npz"):
         load(str(tmp_path / "none.npz"))
-    with pytest.raises(SettingsError, match="'imagenet': set dataset= to digits, mnist, fashion_mnist, cifar10, or"):
+    with pytest.raises(
+        SettingsError, match="'imagenet': set dataset= to digits, mnist, fashion_mnist, cifar10, python_docs"
+    ):
         load("imagenet")
 
 

@@ -16,7 +16,7 @@ from binary import invoke
 
 import wavg_jax as wavg
 from experiments import compare, reductions, report, scenarios, scoring_cost, train, tune
-from experiments.setup import app, arms, choices
+from experiments.setup import app, arms, choices, problem
 from experiments.setup.shared_flags import COMPARED
 from wavg_jax import data
 from wavg_jax.devices import machine
@@ -160,7 +160,7 @@ def test_flags_reach_the_pull_the_schedule_and_the_chance():
         app.parse(["binary", "--pull_toward=old", "--pull=0.25", "--post_local_steps=2", "--local_steps=8"])
         restart = arms.make_arms(("plain",))[0].averager.restart
         post_local = choices.SCHEDULES["post_local"](flags.FLAGS)
-        assert arms.load().classes == 10
+        assert problem.load().classes == 10
         assert flags.FLAGS.chance == 0.1
     assert restart(np.float32([8, 4]), np.float32(0), np.float32(1)).tolist() == [6, 3]
     assert [post_local.steps(schedule.Past(0, done, ())) for done in (0, 1, 2)] == [1, 1, 8]

@@ -133,6 +133,37 @@ def test_loss_and_accuracy_by_hand():
     np.testing.assert_allclose(metrics["accuracy"], 2 / 3, rtol=1e-6)
 
 
+def test_bits_per_byte_are_those_of_numpy():
+    rng = np.random.default_rng(1)
+    logits, tokens = rng.normal(size=(4, 3, 7)).astype(np.float32), rng.integers(0, 7, (4, 3))
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    bits = -np.log2(np.take_along_axis(shares, tokens[..., None], -1)).mean()
+    for bytes_per_token in (1.0, 2.5):
+        task = language_model(
+            lambda rng: ({}, {}), lambda p, m, x, *, train, rng: (x, m), bytes_per_token=bytes_per_token
+        )
+        sums = task.measure(jnp.asarray(logits), Batch(None, jnp.asarray(tokens)))
+        metrics = task.metrics(sums, jnp.float32(4))
+        np.testing.assert_allclose(metrics["bits_per_byte"], bits / bytes_per_token, rtol=1e-5)
+    assert set(_given(jnp.zeros((1, 1, 2))).metrics(sums, jnp.float32(4))) == {"loss", "accuracy"}
+    with pytest.raises(SettingsError, match="bytes_per_token is 0"):
+        language_model(lambda rng: ({}, {}), lambda p, m, x, *, train, rng: (x, m), bytes_per_token=0)
+
+
+def test_rotary_attention_is_causal_sees_order_and_has_no_position_embeddings():
+    task = _task(rotary=True)
+    params, mutable = filled(task)
+    assert "positions" not in params
+    tokens = _text(1)[:, :T]
+    changed = np.concatenate([tokens, (tokens + np.eye(T, dtype=np.uint8)) % VOCABULARY])
+    logits = np.asarray(jax.jit(task.predict)(params, mutable, jnp.asarray(changed)))
+    differs = (np.abs(logits[1:] - logits[:1]) > 1e-6).any(-1)
+    np.testing.assert_array_equal(differs, np.triu(np.ones((T, T), bool)))
+    swapped = np.array([[0, 1, 2, 3], [1, 0, 2, 3]], np.uint8)  # one layer without positions could not tell
+    first, second = np.asarray(task.predict(params, mutable, jnp.asarray(swapped)))[:, -1]
+    assert np.abs(first - second).max() > 1e-6
+
+
 def _init(**attributes):
     jax.eval_shape(_task(**attributes).init, jax.random.key(0))
 
@@ -145,7 +176,7 @@ def _loss(logits_shape: tuple[int, ...], labels_shape: tuple[int, ...]):
 BAD = {
     "float tokens": (lambda: _init(tokens=jnp.float32), SettingsError, r"integer tokens \[B, T\], got float32"),
     "too long": (lambda: _init(length=T + 1), SettingsError, "have 7 tokens, but length=6 allows 1 to 6"),
-    "heads": (lambda: _init(heads=3), SettingsError, "width=16 is not a multiple of heads=3"),
+    "heads": (lambda: _init(heads=3), SettingsError, "width=16 is not a multiple of 3, as heads=3 needs"),
     "no layers": (lambda: _init(layers=0), SettingsError, "layers is 0; it must be a whole number, 1 or more"),
     "dropout of 1": (lambda: _init(dropout=1.0), SettingsError, "dropout is 1.0; it must be a finite number"),
     "logits of a classifier": (

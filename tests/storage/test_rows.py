@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from wavg_jax.base import DataError, ResumeError, WorkdirError
-from wavg_jax.storage import schema
+from wavg_jax.storage import resumption
+from wavg_jax.storage.resumption import check_settings
 from wavg_jax.storage.rows import Records, check_writable, read_rows, write_atomically
-from wavg_jax.storage.schema import check_settings
 
 
 def header(run="a", **more):
@@ -19,7 +19,7 @@ def header(run="a", **more):
 
 
 def row(number, run="a", **more):
-    return dict.fromkeys(schema.ROUND, 1) | {"kind": "round", "run": run, "round": number} | more
+    return dict.fromkeys(resumption.ROUND, 1) | {"kind": "round", "run": run, "round": number} | more
 
 
 def test_rows_come_back_as_strict_json(tmp_path):
@@ -65,7 +65,7 @@ def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
 
 
 def test_other_settings_are_named():
-    first = dict.fromkeys((*schema.READ, "replica_map"), 1) | header(data_crc=7, seed=1)
+    first = dict.fromkeys((*resumption.READ, "replica_map"), 1) | header(data_crc=7, seed=1)
     check_settings(first, first)
     with pytest.raises(ResumeError, match=r"data are not what.*training samples: 2, now 3"):
         check_settings(first, first | {"train_samples": 2, "settings": {"lr": 0.1, "chance": 0.5}})

@@ -183,3 +183,26 @@ def test_the_distance_to_the_mean_is_measured(devices):
     stacked = jax.tree.map(np.asarray, result.state.replicas.params)
     away = [np.sqrt(sum(np.square(x[k] - x.mean(axis=0)).sum() for x in jax.tree.leaves(stacked))) for k in range(4)]
     np.testing.assert_allclose(result.rows[1]["scores"]["distance"], away, rtol=1e-5)
+
+
+def test_the_last_row_has_what_the_caller_makes_of_the_network(tmp_path):
+    seen = []
+
+    def note(params, mutable):
+        seen.append((params, mutable))
+        return {"note": "done", "round": -1}  # an entry of the row's own stays
+
+    store = wavg.Store(at_end=note)
+    result = run(store=store, workdir=tmp_path)
+    assert [row.get("note") for row in result.rows] == [None, None, None, "done"]
+    assert [row["round"] for row in result.rows[1:]] == [1, 2, 3]
+    ((params, mutable),) = seen
+    for got, expected in zip(
+        jax.tree.leaves((params, mutable)), jax.tree.leaves((result.params, result.mutable)), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+    early = run(store=store, on_round=lambda row: row["round"] == 2)
+    assert [row.get("note") for row in early.rows] == [None, None, "done"]
+    assert early.rows[-1]["stopped_early"]
+    with pytest.raises(wavg.SettingsError, match="at_end"):
+        run(store=wavg.Store(at_end="note"))

@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 from small import regression, sharded
 
 import wavg_jax as wavg
-from experiments.setup import app, arms
+from experiments.setup import app, arms, problem
 from wavg_jax import data
 from wavg_jax.base import Batch
 from wavg_jax.rounds.forward import Forward, metrics
@@ -78,7 +78,7 @@ def test_each_arm_is_charged_with_what_it_does(monkeypatch):
     with flagsaver.flagsaver():
         app.parse(["binary", "--local_steps=50"])
         dataset = data.digits()
-        task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
+        task, source = problem.make_task(dataset), problem.make_data(dataset, 0)
         paths = asked(arms.make_arms(), task, source)
         assert locals_given == [None, None, 1.0]  # sequential, plain, and weighted, which trains like plain
         few = asked(arms.make_arms(("plain",)), task, source)
@@ -99,8 +99,8 @@ def exchanges(monkeypatch, *arguments):
     monkeypatch.setattr(timing, "measure_parts", lambda *_, **__: timing.Parts(1.0, 0.0, 0.0, 0.0))
     with flagsaver.flagsaver():
         app.parse(["binary", "--local_steps=50", "--heldout=100", *arguments])
-        dataset = arms.load()
-        task, source = arms.make_task(dataset), arms.make_data(dataset, 0)
+        dataset = problem.load()
+        task, source = problem.make_task(dataset), problem.make_data(dataset, 0)
         paths = asked(arms.make_arms(), task, source)
     assert all(path["round"] == pytest.approx(1 + path["exchange"]) for path in paths.values())
     return {name: path["exchange"] for name, path in paths.items()}, paths["plain"]["link"]
@@ -139,8 +139,10 @@ def test_latency_and_overhead_count_with_every_exchange(monkeypatch):
 def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():
     with flagsaver.flagsaver():
         app.parse(["binary", "--score_samples=50", "--smoothing=swa"])
-        dataset = arms.load()
-        recipe = arms.recipe_of(arms.make_arms(("weighted",))[0], arms.make_task(dataset), arms.make_data(dataset, 0))
+        dataset = problem.load()
+        recipe = arms.recipe_of(
+            arms.make_arms(("weighted",))[0], problem.make_task(dataset), problem.make_data(dataset, 0)
+        )
     assert recipe.scoring.samples == 50
     assert recipe.at_sync.smoothing is not None
 
@@ -148,9 +150,9 @@ def test_a_recipe_of_an_arm_scores_and_smooths_as_the_run_does():
 def test_a_network_that_computes_in_its_inputs_dtype_is_scored_in_bfloat16():
     with flagsaver.flagsaver():
         app.parse(["binary", "--hidden=8"])
-        dataset = arms.load()
-        task, source = arms.make_task(dataset, of_inputs=True), arms.make_data(dataset, 0)
-        fixed = arms.make_task(dataset)
+        dataset = problem.load()
+        task, source = problem.make_task(dataset, of_inputs=True), problem.make_data(dataset, 0)
+        fixed = problem.make_task(dataset)
     params, mutable = task.init(jax.random.key(0))
     held_out = Batch(source.heldout.x, as_targets(source.heldout.y))
 

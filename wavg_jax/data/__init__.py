@@ -6,20 +6,24 @@ from wavg_jax.data.embedded import digits
 from wavg_jax.data.feed import round_indices
 from wavg_jax.data.prepare import make_prepare, overall, per_channel, per_feature
 from wavg_jax.data.sharded import ShardedData, pool, shard
-from wavg_jax.data.shards import dirichlet, iid, label_noise, sized
+from wavg_jax.data.shards import contiguous, dirichlet, iid, interleaved, label_noise, sized
 from wavg_jax.data.sources import load
+from wavg_jax.data.text import from_text, windows
 
 __all__ = [
     "Dataset",
     "ShardedData",
     "Split",
+    "contiguous",
     "crop_flip",
     "digits",
     "dirichlet",
     "from_arrays",
     "from_npz",
+    "from_text",
     "hold_out",
     "iid",
+    "interleaved",
     "label_noise",
     "load",
     "make_prepare",
@@ -30,6 +34,7 @@ __all__ = [
     "round_indices",
     "shard",
     "sized",
+    "windows",
 ]
 
 

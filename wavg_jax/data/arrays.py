@@ -41,6 +41,8 @@ class Dataset(NamedTuple):
       test: test split, never used for training or scoring.
       classes: number of classes, or size of the vocabulary; targets lie in [0, classes). None for regression.
       class_names: one name per class, for reports; None if the classes have numbers alone.
+      bytes_per_token: of a text, whose samples are windows in its order, how many bytes a token of the test split has
+        on average; None if the samples are no text.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Dataset(NamedTuple):
     test: Split
     classes: int | None
     class_names: tuple[str, ...] | None = None
+    bytes_per_token: float | None = None
 
 
 def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
@@ -305,13 +308,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
-    """Holds out n random training samples, on which replicas and blends are scored.
+def hold_out(split: Split, n: int, seed: int, *, last: bool = False) -> tuple[Split, Split]:
+    """Holds out n training samples, on which replicas and blends are scored.
 
     Args:
       split: training split of N samples.
       n: number of samples to hold out, 0 <= n < N.
-      seed: decides which samples.
+      seed: decides which samples, and their order.
+      last: hold out the last n, a contiguous part of a text, rather than random ones.
 
     Returns:
       The N - n samples left to train on, in their old order, and the n held-out ones in random order, so that the
@@ -328,7 +332,8 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
             f"heldout={n} leaves nothing of {len(split.y)} training samples to train on: set heldout= between 0 and "
             f"{len(split.y) - 1}"
         )
-    held = generator(seed, "hold_out").permutation(len(split.y))[:n]
+    rng = generator(seed, "hold_out")
+    held = len(split.y) - n + rng.permutation(n) if last else rng.permutation(len(split.y))[:n]
     left = np.ones(len(split.y), bool)
     left[held] = False
     return Split(split.x[left], split.y[left]), Split(split.x[held], split.y[held])

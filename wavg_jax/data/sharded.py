@@ -10,7 +10,7 @@ from wavg_jax.arguments import shown
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Dataset, Split, hold_out
 from wavg_jax.data.prepare import Scale, make_prepare, per_channel
-from wavg_jax.data.shards import Shards, as_indices, label_noise, noisy_shards
+from wavg_jax.data.shards import Shards, as_indices, label_noise, noisy_shards, shuffled_tokens
 
 
 class ShardedData(NamedTuple):
@@ -18,15 +18,16 @@ class ShardedData(NamedTuple):
 
     Attributes:
       name: name of the data set.
-      train: the training samples not held out, with random labels on the noisy shards.
+      train: the training samples not held out, with noise on the noisy shards.
       heldout: samples with true labels, to score replicas and blends on.
       test: the test split, for evaluation alone.
       shards: K index arrays into `train`, none empty, no sample in two.
       classes: number of classes, or size of the vocabulary; None for regression.
       prepare: stored inputs [B, ...] -> the network's inputs [B, ...], inside jit: float32, or int32 tokens.
       augment: `(rng, prepared x) -> x`, applied during training; or None.
-      noisy: numbers of the shards with random labels.
+      noisy: numbers of the shards with noise.
       class_names: names of the classes, for reports; None if they have numbers alone.
+      noise: what the noisy shards have.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ShardedData(NamedTuple):
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     noisy: tuple[int, ...] = ()
     class_names: tuple[str, ...] | None = None
+    noise: str = "random labels"
 
 
 def shard(
@@ -51,7 +53,7 @@ def shard(
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     scale: Scale | None = per_channel,
 ) -> ShardedData:
-    """Holds out samples, deals the rest to the replicas and randomises the labels of the noisy shards.
+    """Holds out samples, deals the rest to the replicas and spoils the noisy shards.
 
     The same arguments give the same data, whatever trains on them.
 
@@ -59,9 +61,9 @@ def shard(
       dataset: the data set.
       partition: `(training split, seed) -> shards`, one array or list of indices per replica, such as
         `lambda split, seed: iid(len(split.y), 8, seed)`.
-      heldout: number of training samples to hold out.
+      heldout: number of training samples to hold out: random ones, but of a text the last ones.
       seed: decides the held-out samples, the shards and the noise.
-      noisy: numbers of the shards that get random labels.
+      noisy: numbers of the shards that get random labels, or, of a text, their bytes in random order.
       augment: `(rng, prepared x) -> x`, applied during training, such as `crop_flip`; or None.
       scale: which numbers of a sample are standardised together; see `make_prepare`. Tokens are never standardised.
 
@@ -79,12 +81,15 @@ def shard(
     ([300, 300, 300, 300], 237, (2, 8, 8, 1))
     """
     _check(dataset, partition, augment)
-    train, held = hold_out(dataset.train, heldout, seed)
+    text = dataset.bytes_per_token is not None
+    train, held = hold_out(dataset.train, heldout, seed, last=text)
     shards = _dealt(partition(train, seed), len(train.y))
     noisy = noisy_shards(noisy, len(shards))
-    labels = label_noise(train.y, shards, noisy, dataset.classes, seed)
     prepare = make_prepare(dataset, scale)
-    train = Split(train.x, labels)
+    if text:
+        train = shuffled_tokens(train, shards, noisy, seed)
+    else:
+        train = Split(train.x, label_noise(train.y, shards, noisy, dataset.classes, seed))
     return ShardedData(
         name=dataset.name,
         train=train,
@@ -96,6 +101,7 @@ def shard(
         augment=augment,
         noisy=noisy,
         class_names=dataset.class_names,
+        noise="shuffled bytes" if text else "random labels",
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from wavg_jax.arguments import as_whole, check, number, shown
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import as_array, generator
+from wavg_jax.data.arrays import Split, as_array, generator
 
 Shards = tuple[np.ndarray, ...]
 
@@ -31,6 +31,52 @@ def iid(n: int, replicas: int, seed: int) -> Shards:
     """
     n, replicas = _counts(n, replicas)
     return _cut(generator(seed, "iid").permutation(n), _even(n, replicas))
+
+
+def contiguous(n: int, replicas: int) -> Shards:
+    """Cuts n samples into contiguous parts, whose sizes differ by at most 1: of a text, one passage per replica.
+
+    Args:
+      n: number of samples.
+      replicas: K.
+
+    Returns:
+      K index arrays, int32, ascending.
+
+    Raises:
+      SettingsError: fewer than one replica, or more replicas than samples.
+
+    >>> [shard.tolist() for shard in contiguous(7, 3)]
+    [[0, 1, 2], [3, 4], [5, 6]]
+    """
+    n, replicas = _counts(n, replicas)
+    return _cut(np.arange(n), _even(n, replicas))
+
+
+def interleaved(n: int, replicas: int, length: int, seed: int) -> Shards:
+    """Deals out blocks of successive samples at random, in shards whose sizes differ by at most 1: of a text, each
+    replica gets passages from all over it. A block that does not fit into a shard goes on in the next.
+
+    Args:
+      n: number of samples.
+      replicas: K.
+      length: samples per block.
+      seed: decides which replica gets which blocks.
+
+    Returns:
+      K index arrays, int32, ascending.
+
+    Raises:
+      SettingsError: fewer than one replica, more replicas than samples, or blocks of no sample.
+
+    >>> [shard.tolist() for shard in interleaved(12, 2, length=3, seed=0)]
+    [[6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5]]
+    """
+    n, replicas = _counts(n, replicas)
+    length = as_whole("length", length, 1)
+    order = generator(seed, "interleaved").permutation(-(-n // length))
+    samples = (order[:, None] * length + np.arange(length)).reshape(-1)
+    return _cut(samples[samples < n], _even(n, replicas))
 
 
 def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
@@ -157,6 +203,32 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
     for k in noisy:
         labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
     return labels
+
+
+def shuffled_tokens(train: Split, shards: Shards, noisy: Sequence[int], seed: int) -> Split:
+    """Puts the tokens of the noisy shards, read as one text, in random order: they keep their frequencies alone.
+
+    A shard's order depends on the seed and its own number alone, not on which others are noisy.
+
+    Args:
+      train: windows [N, T] of a text, not modified.
+      shards: index arrays into them.
+      noisy: numbers of the noisy shards.
+      seed: decides the order.
+
+    Returns:
+      New windows in which every input but the shard's first is still the target before it.
+
+    Raises:
+      SettingsError: `noisy` names a shard that does not exist.
+    """
+    x, y = train.x.copy(), train.y.copy()
+    for k in noisy_shards(noisy, len(shards)):
+        shard = shards[k]
+        targets = generator(seed, "shuffled_tokens", k).permutation(y[shard].reshape(-1))
+        inputs = np.append(x[shard[0], :1], targets[:-1].astype(x.dtype))
+        x[shard], y[shard] = inputs.reshape(x[shard].shape), targets.reshape(y[shard].shape)
+    return Split(x, y)
 
 
 def _class_labels(what: str, labels: Any) -> np.ndarray:

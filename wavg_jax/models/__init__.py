@@ -9,6 +9,7 @@ from wavg_jax import lazy
 
 if TYPE_CHECKING:
     from wavg_jax.models.cnn import CNN
+    from wavg_jax.models.decoding import generate
     from wavg_jax.models.linen import from_linen
     from wavg_jax.models.mlp import MLP
     from wavg_jax.models.nnx import from_nnx
@@ -28,6 +29,7 @@ else:
             "fast": "rewrite",
             "from_linen": "linen",
             "from_nnx": "nnx",
+            "generate": "decoding",
             "language_model": "task",
             "regressor": "task",
         },
@@ -42,6 +44,7 @@ __all__ = [
     "fast",
     "from_linen",
     "from_nnx",
+    "generate",
     "language_model",
     "regressor",
 ]

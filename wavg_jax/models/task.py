@@ -1,5 +1,6 @@
 """Classifiers, language models and regressors as tasks: initialise, loss, predict, measure."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax.arguments import FUNCTION, check
+from wavg_jax.arguments import FUNCTION, check, number
 from wavg_jax.base import Batch, DataError, PyTree, SettingsError, Sums, Task, means
 from wavg_jax.models import quality
 
@@ -61,7 +62,7 @@ def classifier(init: Init, apply: Apply) -> Task:
     return _task(init, apply, _CLASSIFIER)
 
 
-def language_model(init: Init, apply: Apply) -> Task:
+def language_model(init: Init, apply: Apply, *, bytes_per_token: float | None = None) -> Task:
     """Makes a task of a network that predicts the next token at every position.
 
     The loss is the mean cross-entropy `-1/(B T) sum_bt log softmax(logits_bt)[y_bt]` in nats per token, computed in
@@ -71,9 +72,12 @@ def language_model(init: Init, apply: Apply) -> Task:
       init: `rng -> (params, mutable)`.
       apply: `(params, mutable, x [B, T, ...], *, train, rng) -> (logits [B, T, vocabulary], mutable)`, called as for
         `classifier`.
+      bytes_per_token: bytes of text that a token stands for on average, 1 for a text read byte by byte; see
+        `wavg_jax.data.Dataset`.
 
     Returns:
-      A `Task` over batches with y [B, T] and the metrics `loss` and `accuracy`, the share of correct tokens.
+      A `Task` over batches with y [B, T] and the metrics `loss`, `accuracy`, the share of correct tokens, and, with
+      `bytes_per_token`, `bits_per_byte = loss / (log 2 * bytes_per_token)`, which compares across vocabularies.
 
     Raises:
       SettingsError: while tracing, if the logits are not [B, T, vocabulary].
@@ -93,7 +97,15 @@ def language_model(init: Init, apply: Apply) -> Task:
       >>> print(f"{loss:.4f} {metrics['accuracy']:.1f}")  # log(1 + 3 exp(-10))
       0.0001 1.0
     """
-    return _task(init, apply, _LANGUAGE_MODEL)
+    if bytes_per_token is None:
+        return _task(init, apply, _LANGUAGE_MODEL)
+    check("bytes_per_token", bytes_per_token, number(above=0))
+
+    def metrics(sums: Sums, samples: jax.Array) -> dict[str, jax.Array]:
+        found = means(sums, samples)
+        return found | {"bits_per_byte": found["loss"] / (math.log(2) * bytes_per_token)}
+
+    return _task(init, apply, _LANGUAGE_MODEL._replace(metrics=metrics))
 
 
 def regressor(init: Init, apply: Apply) -> Task:

@@ -34,6 +34,7 @@ class Measure(NamedTuple):
 KNOWN = {
     measure.metric: measure
     for measure in (
+        Measure("bits_per_byte", "test bits per byte", "bits per byte", decimals=3),
         Measure("accuracy", "test accuracy", "accuracy (%)", 100, "points", 2, higher=True),
         Measure("loss", "test loss", "loss"),
         Measure("macro_f1", "macro-F1", "macro-F1 (%)", 100, "points", 2, higher=True),
@@ -63,9 +64,9 @@ def in_order(metrics: Collection[str]) -> tuple[Measure, ...]:
 
 
 def judged_by(metrics: Collection[str]) -> Measure:
-    """What arms are compared by: accuracy if it was measured, else the loss (lower is better).
+    """What arms are compared by: bits per byte of a text, else accuracy if it was measured, else the loss.
 
-    >>> judged_by(["loss", "accuracy"]).metric, judged_by(["loss", "perplexity"]).metric
-    ('accuracy', 'loss')
+    >>> [judged_by(["loss", *more]).metric for more in (["accuracy"], ["perplexity"], ["accuracy", "bits_per_byte"])]
+    ['accuracy', 'loss', 'bits_per_byte']
     """
-    return KNOWN["accuracy" if "accuracy" in metrics else "loss"]
+    return KNOWN[next((name for name in ("bits_per_byte", "accuracy") if name in metrics), "loss")]

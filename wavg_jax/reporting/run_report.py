@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Group
+from rich.text import Text
 
 from wavg_jax.reporting.canvas import Plot
 from wavg_jax.reporting.document import Caller, assemble, bullets, code_block, dated, image_link, write_files
@@ -21,6 +22,7 @@ from wavg_jax.reporting.wording import capitalised, distinct, in_words, name_val
 
 QUESTION = "Did weighting help?"
 BEWARE = "What to beware of"
+WRITTEN = "What the networks write"
 CLOCKS = {
     "measured": "wall time on this hardware, whose devices all replicas share; neither clock counts compilation or "
     "evaluation on the test split",
@@ -66,6 +68,7 @@ class RunReport(NamedTuple):
         conclusion, *numbers = answer(self.summaries)
         return Group(
             *(terminal_block(_heading(one), comparison_tables(one), scenario_sentences(one)) for one in self.summaries),
+            *(Text(f"\n{title}\n{text}") for one in self.summaries for title, text in _samples(one)),
             terminal_block(BEWARE, (), caveats(self.summaries)),
             terminal_block(f"{QUESTION} {conclusion}", (), numbers),
         )
@@ -133,10 +136,27 @@ def _section(name: str, one: Summary) -> list[str]:
 
 
 def _tables(one: Summary) -> list[str]:
-    return [
+    parts = [
         part
         for table in comparison_tables(one)
         for part in (f"### {escape(table.title)}", markdown_table(table), escape(table.note))
+    ]
+    written = [
+        part for title, text in _samples(one) for part in (escape(title), code_block(text.replace("```", "'''")))
+    ]
+    return [*parts, *([f"### {WRITTEN}", *written] if written else [])]
+
+
+def _samples(one: Summary) -> list[tuple[str, str]]:
+    """What the language model of each arm's first seed wrote, under a line that says so."""
+    found = [(arm.name, run, run.sample) for arm in one.arms for run in arm.runs[:1] if run.sample]
+    return [
+        (
+            f"{name}, seed {run.seed}, at temperature {sample['temperature']:g}, from the test split's "
+            f"{sample['prompt']!r} on:",
+            sample["text"],
+        )
+        for name, run, sample in found
     ]
 
 

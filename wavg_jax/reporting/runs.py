@@ -44,6 +44,7 @@ class RecordedRun(NamedTuple):
       gave_up: the run ended because its last rounds were lost.
       stopped_early: a callback ended the run before its last planned round.
       confusion: counts of the last round, true class by row [C, C]; None if there are none.
+      sample: what a language model wrote: {prompt, text, temperature}; None if nothing.
       scores: every signal that the weighting needed [R, K], nan in rounds that were not scored.
       diagnosis: `leave_one_out` [R, K], `gain` and `gain_error` [R], likewise; `{}` if no logits were kept.
     """
@@ -62,6 +63,7 @@ class RecordedRun(NamedTuple):
     gave_up: bool
     stopped_early: bool
     confusion: Floats | None
+    sample: Row | None
     scores: Mapping[str, Floats]
     diagnosis: Mapping[str, Floats]
 
@@ -224,6 +226,7 @@ def _run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
         gave_up=gave_up,
         stopped_early=bool(last.get("stopped_early")),
         confusion=None if confusion is None or diverged[-1] else np.array(confusion, np.float64),
+        sample=last.get("sample"),
         scores=_tables_of(rounds, "scores"),
         diagnosis=_tables_of(rounds, "diagnosis"),
     )

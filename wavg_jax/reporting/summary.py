@@ -109,7 +109,8 @@ class Summary(NamedTuple):
         kind = "shards" if partition in (None, "iid") else f"{partition} shards"
         if not noisy:
             return f"clean {kind}"
-        return f"{len(noisy)} of {k} {kind} with random labels" if k > 1 else f"{len(noisy)} {kind} with random labels"
+        noise = self.header.get("noise", "random labels")
+        return f"{len(noisy)} of {k} {kind} with {noise}" if k > 1 else f"{len(noisy)} {kind} with {noise}"
 
     @property
     def focus(self) -> ArmSummary:

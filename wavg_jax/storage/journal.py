@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from wavg_jax.base import PyTree, ResumeError, SettingsError, TrainState, WavgWarning
 from wavg_jax.devices import processes
 from wavg_jax.storage.checkpoints import Checkpoints, Found, open_checkpoints, snapshot
+from wavg_jax.storage.resumption import FIXED, check_settings
 from wavg_jax.storage.rows import Records, as_lines, open_records
-from wavg_jax.storage.schema import FIXED, Row, check_settings, plain
+from wavg_jax.storage.schema import Row, plain
 
 
 def _useless(found: Found) -> list[int]:

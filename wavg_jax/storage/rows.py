@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from wavg_jax.base import DataError, ResumeError, SettingsError, WorkdirError
 from wavg_jax.devices import processes
 from wavg_jax.storage.lock import check_free, hold_together
-from wavg_jax.storage.schema import FILE, Row, check_first, check_kept, plain
+from wavg_jax.storage.resumption import check_first, check_kept
+from wavg_jax.storage.schema import FILE, Row, plain
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:

@@ -1,4 +1,4 @@
-"""The rows of `rows.jsonl`: what each kind holds, what builds it, and what must agree when a run resumes.
+"""The rows of `rows.jsonl`: what each kind holds, and what builds it.
 
 Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite is null. A run has two kinds.
 
@@ -6,7 +6,7 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
   weighting             the scheme that weighs the replicas, "uniform" for a plain average; may be missing
   started               when its first part began: UTC, ISO 8601, such as "2026-01-31T12:00:00Z"; missing in older rows
-  dataset, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards
+  dataset, train_samples, heldout_samples, test_samples, shard_sizes, noisy_shards, noise (what those have)
   classes               number of classes; for tokens, the size of the vocabulary; null for regression
   class_names           [classes]; null if unknown, missing in older rows
   data_crc              CRC-32 of labels, shards and stored inputs, to tell data apart; older rows omit the inputs
@@ -34,13 +34,15 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
                         compilation nor the test split
   train_loss            mean over the living replicas and the local steps
   test_{name}           every scalar metric of the task, of the global parameters; null in rounds without an evaluation.
-                        A classifier has test_accuracy, test_loss, test_macro_f1, test_ece; a regressor test_loss
+                        A classifier has test_accuracy, test_loss, test_macro_f1, test_ece; a regressor
+                        test_loss; a language model test_loss, test_accuracy and, of text, test_bits_per_byte
   weights, alive        [K]
   effective_replicas    1 / sum(weights^2)
   scores                {signal: [K]}, the signals that the weighting needed; null in a round that was not scored
   diagnosis             likewise {leave_one_out: [K], gain, gain_error}; {} without logits, missing in older rows
   {name}                every array metric of the task, on a run's last row. A classifier has confusion
                         [classes][classes], counts on the test split with true classes as rows
+  sample                {prompt, text, temperature} on a language model's last row: how it goes on from the prompt
   stopped_early         true on the last row of a run that a callback ended early; else missing
 
 A matrix has two kinds of its own.
@@ -72,7 +74,7 @@ from typing import Any
 
 import numpy as np
 
-from wavg_jax.base import DataError, ResumeError
+from wavg_jax.base import DataError
 
 FILE = "rows.jsonl"
 """The file of a run folder that holds its rows."""
@@ -103,6 +105,7 @@ def run_row(
     test_samples: int,
     shard_sizes: Sequence[int],
     noisy_shards: Sequence[int],
+    noise: str,
     data_crc: int,
     devices: int,
     replica_map: str,
@@ -139,6 +142,7 @@ def run_row(
         "test_samples": test_samples,
         "shard_sizes": shard_sizes,
         "noisy_shards": noisy_shards,
+        "noise": noise,
         "data_crc": data_crc,
         "replicas": replicas,
         "devices": devices,
@@ -164,7 +168,7 @@ def run_row(
 
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
-    *("effective_replicas", "alive", "scores", "diagnosis", "stopped_early"),
+    *("effective_replicas", "alive", "scores", "diagnosis", "sample", "stopped_early"),
 )
 
 
@@ -329,72 +333,3 @@ def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, repli
             if len(row[name]) != replicas:
                 what = f"run {run!r}, round {row['round']}: {len(row[name])} {name} for {replicas} replicas"
                 raise DataError(f"{what}; restore the row from a copy, or train again")
-
-
-FIXED = (
-    *("seed", "dataset", "train_samples", "shard_sizes", "noisy_shards"),
-    *("local_steps", "batch_size", "parameters", "score_samples", "faults"),
-)
-"""Entries of a run's first row, beside `settings`, that must not change when the run resumes."""
-READ = (*FIXED, "settings", "data_crc", "classes", "heldout_samples", "test_samples", "rounds", "checkpoint_every")
-"""Entries of a run's first row, beside `replica_map`, that resuming needs."""
-ROUND = ("round", "local_steps", "samples", "elapsed", "train_loss")
-"""Entries of a round's row that resuming needs."""
-
-
-def check_first(first: Row) -> None:
-    """Raises ResumeError unless this is a run's first row, with every entry that resuming needs."""
-    if first["kind"] != "run":
-        raise ResumeError(f"cannot resume {first['run']!r}: its first row is missing; restore it from a copy")
-    for name in (*READ, "replica_map"):
-        if name not in first:
-            raise ResumeError(
-                f"cannot resume {first['run']!r}: its first row lacks {name!r}, so an earlier version wrote it; start "
-                "over in another workdir="
-            )
-
-
-def check_kept(run: str, rounds: Sequence[Row], done: int) -> None:
-    """Raises DataError unless the rounds that a resumed run keeps, 1 to `done`, are there and hold what it needs."""
-    if lacking := [name for row in rounds for name in ROUND if name not in row]:
-        raise DataError(f"a row of {run!r} lacks {lacking[0]!r}; restore it from a copy")
-    check_rounds(run, rounds, done)
-
-
-def check_settings(before: Row, first: Row) -> None:
-    """Compares the first row of a recorded run with the first row of the run that resumes it.
-
-    Raises:
-      ResumeError: they differ; names the first difference.
-    """
-    check_first(before)
-    first = plain(first)
-    # The data first, since settings such as `chance` follow from them. How they are split and spoilt is a setting.
-    then, now = (
-        {
-            "dataset": row["dataset"],
-            "classes": row["classes"],
-            "training samples": row["train_samples"] + row["heldout_samples"],
-            "test samples": row["test_samples"],
-        }
-        for row in (before, first)
-    )
-    for name, value in then.items():
-        if value != now[name]:
-            raise ResumeError(
-                f"cannot resume {before['run']!r}: the data are not what it was started with ({name}: {value}, now "
-                f"{now[name]}); give the same data (dataset=, data_dir=), or choose another workdir="
-            )
-    # Then the settings, which the user can repeat.
-    then, now = ({key: row[key] for key in FIXED} | row["settings"] for row in (before, first))
-    for name in sorted({*now, *then}):
-        if now.get(name) != then.get(name):
-            raise ResumeError(
-                f"cannot resume {before['run']!r}: it was started with {name}={then.get(name)!r}, "
-                f"now it is {now.get(name)!r}; repeat the settings it was started with, or choose another workdir="
-            )
-    if before["data_crc"] != first["data_crc"]:
-        raise ResumeError(
-            f"cannot resume {before['run']!r}: inputs, labels, splits or shards are not what it was started with; "
-            "give the same data, or choose another workdir="
-        )

@@ -60,12 +60,15 @@ class Store(NamedTuple):
       checkpoint_every: rounds between checkpoints; the end of the run and SIGTERM or Ctrl-C save one too.
       facts: further entries of the run's first row, such as `arm`.
       settings: further settings that must agree when the run resumes.
+      at_end: `(params, mutable) -> entries` of the run's last row, made of what the run is judged by, such as a sample
+        of what a language model writes; every process calls it. Entries of the row's own stay as they are.
     """
 
     name: str = "run"
     checkpoint_every: int = 10
     facts: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] | None = None
+    at_end: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None
 
 
 class Result(NamedTuple):
@@ -114,6 +117,7 @@ _GROUPED: dict[str, dict[str, Rule]] = {
         "checkpoint_every": whole(1),
         "facts": either(NONE, MAPPING),
         "settings": either(NONE, MAPPING),
+        "at_end": either(NONE, FUNCTION),
     },
 }
 _INDICES = Rule(lambda shard: isinstance(shard, np.ndarray) and shard.ndim == 1 and shard.dtype.kind in "iu", "indices")
@@ -209,7 +213,7 @@ def fit(
         if layout.replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, store.name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
-        run = Run(recipe, data, plan, store.name, scalars)
+        run = Run(recipe, data, plan, store.name, scalars, store.at_end)
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         with processes.meeting():
@@ -286,7 +290,9 @@ def _settled(recipe: Recipe, data: ShardedData, plan: Plan, recorded: Row | None
 
 def caption(row: Row) -> str:
     """One line about a round, for a progress bar."""
-    measured = {name: row.get(f"test_{name}") for name in ("accuracy", "loss")}
+    measured = {name: row.get(f"test_{name}") for name in ("bits_per_byte", "accuracy", "loss")}
+    if measured["bits_per_byte"] is not None:
+        return f"{row['run']}: test bits per byte {measured['bits_per_byte']:.3f}"
     if measured["accuracy"] is not None:
         return f"{row['run']}: test accuracy {100 * measured['accuracy']:.1f} %"
     if measured["loss"] is not None:

@@ -127,7 +127,8 @@ class _Books:
             scores=log.scores,
             diagnosis=log.diagnosis,
         )
-        self._journal.append(row | self._quality(launched, state))
+        own = {} if state is None or launched.number < self._run.plan.rounds else self._run.final(state)
+        self._journal.append(own | row | self._quality(launched, state))
         self._show(self._journal.rows()[-1])
         if launched.kept is not None:
             self._journal.save(launched.kept)
@@ -142,7 +143,7 @@ class _Books:
     def end_early(self, state: TrainState) -> None:
         """Marks the last round as the run's last, with everything that a last row holds."""
         last = quality_row(scalars=self._run.metrics, measured=jax.device_get(self._run.evaluate(state)), last=True)
-        self._journal.amend(last | {"stopped_early": True})
+        self._journal.amend({**self._run.final(state), **last, "stopped_early": True})
 
 
 def train(

@@ -3,8 +3,8 @@
 import functools
 import math
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,8 +85,17 @@ def exchanged(recipe: Recipe, state: TrainState) -> tuple[int, int]:
 class Run:
     """One run's data on the devices, and its compiled programs."""
 
-    def __init__(self, recipe: Recipe, data: ShardedData, plan: Plan, name: str, metrics: tuple[str, ...]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ShardedData,
+        plan: Plan,
+        name: str,
+        metrics: tuple[str, ...],
+        at_end: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
+    ):
         self.recipe, self.data, self.plan, self.name, self.metrics = recipe, data, plan, name, metrics
+        self._at_end = at_end
         self.replicas = len(data.shards)
         self._crc = _fingerprint(data)
         progress.doing(f"{name}: compiling")
@@ -142,6 +151,10 @@ class Run:
         """Launches the metrics on the test split of what the run is judged by. The state may be donated at once."""
         return self._evaluate.call(*evaluated(state), self._test)
 
+    def final(self, state: TrainState) -> Row:
+        """What the caller adds to the last row. Off the clock."""
+        return {} if self._at_end is None else dict(self._at_end(*jax.device_get(evaluated(state))))
+
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""
         data, plan, initial = self.data, self.plan, self.initial
@@ -157,6 +170,7 @@ class Run:
             test_samples=len(data.test.y),
             shard_sizes=[len(shard) for shard in data.shards],
             noisy_shards=data.noisy,
+            noise=data.noise,
             data_crc=self._crc,
             devices=len(self.recipe.placement.devices),
             replica_map=self.recipe.placement.replica_map,
