@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         arms.check_heldout({arm.name: arm.averager for arm in chosen})
         first = problem.make_data(dataset, seeds[0], conditions[0].noisy)
         for arm in chosen:  # fails before the first run if an arm cannot work
-            arms.recipe_of(arm, task, first)
+            arms.check_arm(arm, task, first)
         app.console().print(_plan(names, conditions, len(seeds)))
         path_of = arms.critical_path(chosen, task, first)  # it depends on shapes alone, equal under all conditions
         stopped = False

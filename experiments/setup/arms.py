@@ -38,6 +38,7 @@ from wavg_jax.rounds.score import reads_heldout
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
 from wavg_jax.training import timing
+from wavg_jax.training.batches import check_room
 from wavg_jax.training.recipe import Recipe, make_recipe, rounds_of
 from wavg_jax.training.run import blended_bytes
 
@@ -200,6 +201,13 @@ def _devices_of_batch(batch_size: int) -> int:
             "or leave out sequential and sync (--arms)"
         )
     return counts[-1]
+
+
+def check_arm(arm: Arm, task: wavg.Task, sharded: data.ShardedData) -> None:
+    """Raises SettingsError if an arm cannot work: for its recipe, lack of room, or a shard smaller than a batch."""
+    source = data.pool(sharded) if arm.pooled else sharded
+    check_room(recipe_of(arm, task, source), source, arm.local_steps, arm.batch_size)
+    data.round_indices(source.shards, seed=0, first_step=0, local_steps=1, batch_size=arm.batch_size)
 
 
 def critical_path(arms: list[Arm], task: wavg.Task, sharded: data.ShardedData) -> Callable[[str], Row | None]:

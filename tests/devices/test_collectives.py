@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from wavg_jax.devices import collectives, processes
+from wavg_jax.devices import collectives
 from wavg_jax.devices.placement import place
 
 D, LARGE = 8, collectives._LARGE
@@ -45,7 +45,7 @@ def test_large_leaves_are_summed_in_shares_and_the_others_together(leaves):
 
 
 def test_between_processes_all_leaves_of_a_dtype_travel_as_one(leaves, monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     text, _ = summed({name: leaves[name] for name in ("large", "small")})
     assert "reduce-scatter(" not in text
     assert text.count("all-reduce(") == 1

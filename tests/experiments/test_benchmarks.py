@@ -122,7 +122,7 @@ def tiny(monkeypatch):
 
 
 CASES = {
-    "compile_time": ("--depths=1", "--replica_counts=2", "--weightings=uniform"),
+    "compile_time": ("--depths=1", "--replica_counts=2", "--compiled_weightings=uniform"),
     "memory": ("--maps=map", "--networks=mlp", "--replica_counts=2"),
     "sync_cost": ("--sizes=0.0001", "--repeats=1", "--networks=mlp", "--replica_counts=2"),
     "throughput": (
@@ -229,7 +229,7 @@ BAD = [
     ("startup", "--starts=tea", "--starts=tea"),
     ("compile_time", "--depths=deep", "--depths=deep"),
     ("compile_time", "--depths=0", "--depths=0"),
-    ("compile_time", "--weightings=softmax", "--weightings=softmax"),
+    ("compile_time", "--compiled_weightings=softmax", "--compiled_weightings=softmax"),
 ]
 
 

@@ -23,7 +23,7 @@ from wavg_jax.arguments import (
 )
 from wavg_jax.averaging.pull import OverRounds, Pull, toward_new
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
-from wavg_jax.averaging.step import AveragerState, masters_of, step
+from wavg_jax.averaging.stepping import AveragerState, masters_of, step
 from wavg_jax.averaging.transforms import Transform
 from wavg_jax.base import Averager, Halves, PyTree, SettingsError, Weighting
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax.base import PyTree
-from wavg_jax.devices import processes
 from wavg_jax.tree import floats, is_float, is_key, on_cpu
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
@@ -81,7 +80,7 @@ _LARGE = 2**18
 
 
 def _shares_pay(axis: str, x: jax.Array) -> bool:
-    return on_cpu() and processes.count() == 1 and x.size >= _LARGE and x.size % jax.lax.axis_size(axis) == 0
+    return on_cpu() and jax.process_count() == 1 and x.size >= _LARGE and x.size % jax.lax.axis_size(axis) == 0
 
 
 def _sum_in_shares(axis: str, x: jax.Array) -> jax.Array:

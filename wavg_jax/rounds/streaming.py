@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax import tree
-from wavg_jax.averaging.step import AveragerState
+from wavg_jax.averaging.stepping import AveragerState
 from wavg_jax.base import Averager, Batch, PyTree, SettingsError, TrainState
 from wavg_jax.rounds import fragments, sync, wire
 from wavg_jax.rounds.common import RoundLog
