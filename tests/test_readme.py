@@ -81,6 +81,8 @@ def test_flags_that_are_named_exist(page):
         "plan",
         "launch",
         "benchmarks.links",
+        "benchmarks.peers",
+        "benchmarks.throughput",
     ):  # each defines flags when imported
         assert callable(importlib.import_module(f"experiments.{binary}").main)
     known = set(flags.FLAGS) | {"help", "flagfile"}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 BUSY = 0.5
-"""Processes that run, or cores that others use, for each core of the machine: above it, figures are not to be trusted.
-"""
+"""Cores that others use, or processes that run where that is not known, for each core of the machine: above it, figures
+are not to be trusted."""
 _STAT = pathlib.Path("/proc/stat")
 
 
@@ -66,6 +66,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         parts.append(f"other processes used {found['others']:.2f} of {found['of']} cores meanwhile")
     said = "; ".join(parts)
     told = [f"{said[:1].upper()}{said[1:]}."] if said else []
-    if max(found["before"] or 0.0, found["others"] or 0.0) > BUSY * found["of"]:
+    # A load average remembers what ended a minute ago, such as the benchmark before this one.
+    busy = found["others"] if found["others"] is not None else found["before"] or 0.0
+    if busy > BUSY * found["of"]:
         told += [f"**Warning: others kept this machine busy, with more than {BUSY} a core. Measure again when idle.**"]
     return told

@@ -25,7 +25,14 @@ def test_others_used_what_the_benchmark_and_its_children_did_not(monkeypatch):
 
 @pytest.mark.parametrize(
     ("entries", "warned"),
-    [({}, False), ({"after": 9.0}, False), ({"before": 2.1}, True), ({"others": 2.1}, True), ({"before": None}, False)],
+    [
+        ({}, False),
+        ({"after": 9.0}, False),
+        ({"before": 2.1}, False),
+        ({"before": 2.1, "others": None}, True),
+        ({"others": 2.1}, True),
+        ({"before": None}, False),
+    ],
 )
 def test_a_report_warns_of_others_and_not_of_its_own_load(entries, warned):
     assert (WARNING in load.lines(found(**entries))) == warned
