@@ -275,8 +275,8 @@ def test_the_other_options_work_too(arguments, tmp_path):
 
 @pytest.mark.slow
 def test_tune_judges_on_the_held_out_split_and_does_not_touch_the_test_split(capfd, monkeypatch):
-    def poisoned(name, folder, load=data.load):
-        dataset = load(name, folder)
+    def poisoned(*asked, load=data.load, **how):
+        dataset = load(*asked, **how)
         return dataset._replace(test=dataset.test._replace(y=np.zeros_like(dataset.test.y)))
 
     arguments = (*QUICK, "--tune=plain", "--noisy=0", "--rates=0.1,0.4", "--tuning_seeds=7")

@@ -43,8 +43,9 @@ with socket.create_server((sys.argv[1], 7000)) as server:
     connection.sendall(b"ok")
 """
 HOLDS = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from experiments.benchmarks import namespaces
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job of a shell's background ignores
 with namespaces.network(1, "100mbit") as (node,):
     child = subprocess.Popen(node.command("sleep", "300"), stdout=subprocess.DEVNULL)
     print(node.name, child.pid, flush=True)
