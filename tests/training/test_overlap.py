@@ -37,7 +37,7 @@ def test_several_programs_give_the_numbers_of_one(averager, wire, monkeypatch):
     whole = run(sharded(), averager, fragments=2, wire=wire, devices=1)
     apart = run(sharded(), averager, fragments=2, wire=wire, devices=4)
     close(whole, apart)
-    monkeypatch.setattr("wavg_jax.training.run.overlaps", lambda recipe: False)
+    monkeypatch.setattr("wavg_jax.training.engine.overlaps", lambda recipe: False)
     close(apart, run(sharded(), averager, fragments=2, wire=wire, devices=4))
     for a, b in zip(whole.rows[1:], apart.rows[1:], strict=True):
         assert a["alive"] == b["alive"]
@@ -156,7 +156,7 @@ def test_an_exchange_that_fails_ends_the_run_with_its_error(monkeypatch):
         return done._replace(call=type(play)(play.func, pieces, *play.args[1:]))
 
     compiled = overlap.compiled_pieces
-    monkeypatch.setattr("wavg_jax.training.run.compiled_pieces", broken)
+    monkeypatch.setattr("wavg_jax.training.engine.compiled_pieces", broken)
     with pytest.raises(RuntimeError, match="no link"):
         run(sharded(), fragments=2, devices=4)
 

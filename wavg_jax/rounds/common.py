@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from wavg_jax.base import Averager, Batch, PyTree, Smoothed, Task, TrainState
+from wavg_jax.base import Averager, Batch, PyTree, Replicas, Smoothed, Task, TrainState
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import keys, local, score, sync
 from wavg_jax.rounds.diagnosis import diagnose
@@ -40,6 +40,38 @@ class RoundLog(NamedTuple):
     alive: jax.Array
     steps: jax.Array
     diagnosis: dict[str, jax.Array]
+
+
+class Brought(NamedTuple):
+    """What replicas bring to a blend.
+
+    Attributes:
+      replicas: [K, ...], after their local steps.
+      train_loss: float32 [K].
+      alive: bool [K], whose numbers are finite.
+      steps: int32 [K], local steps taken.
+      signals: {name: [K, ...]}, what held-out data were needed for.
+    """
+
+    replicas: Replicas
+    train_loss: jax.Array
+    alive: jax.Array
+    steps: jax.Array
+    signals: dict[str, PyTree]
+
+
+class Apart(NamedTuple):
+    """`Rounds.step` in two, for replicas that train elsewhere.
+
+    Attributes:
+      locally: `(replicas, batches, held_out, round, drift=(), *, shared=(), pace=EVERY_STEP) -> Brought`, of any number
+        of replicas; `round` and `drift` are those of the `TrainState`.
+      together: `(state, brought, batches, held_out, *, shared=(), sizes=None) -> (TrainState, RoundLog)`, of all K. A
+        replica that is not alive there needs no more than the right shapes.
+    """
+
+    locally: Callable[..., Brought]
+    together: Callable[..., tuple[TrainState, RoundLog]]
 
 
 _NO_SCORES = ("samples", "steps")

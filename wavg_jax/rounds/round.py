@@ -27,6 +27,8 @@ from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
 from wavg_jax.rounds import keys, local, score, streaming, sync, wire
 from wavg_jax.rounds.common import (
+    Apart,
+    Brought,
     RoundLog,
     Setup,
     carry_statistics,
@@ -57,11 +59,13 @@ class Rounds(NamedTuple):
         [N, ...], is needed if the weighting scores on held-out data. `shared` goes to `fetch`. `pace` sets fewer local
         steps or other rates without recompiling. `sizes` [K] is the signal `samples`, by default equal.
       pieces: of which `step` is made where `AtSync(fragments=)` is more than 1; see `wavg_jax.rounds.streaming`.
+      apart: `step` in two; None with fragments.
     """
 
     init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, RoundLog]]
     pieces: Pieces | None = None
+    apart: Apart | None = None
 
 
 TASK = has("a Task: wavg_jax.models.from_linen, from_nnx and classifier make one", *Task._fields)
@@ -146,7 +150,8 @@ def make_rounds(
     )
     init = functools.partial(_init, setup)
     if at_sync.fragments == 1:
-        return Rounds(init, functools.partial(_step, setup))
+        apart = Apart(functools.partial(_locally, setup), functools.partial(_together, setup))
+        return Rounds(init, functools.partial(_step, setup), apart=apart)
     pieces = make_pieces(setup)
     return Rounds(init, functools.partial(_streamed, setup, pieces), pieces)
 
@@ -179,23 +184,53 @@ def _step(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step`."""
-    where = setup.where
     check_state(state, setup.faults, setup.every, setup.at_sync)
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
-    # Train.
+    brought = _locally(setup, state.replicas, batches, held_out, state.round, state.drift, shared=shared, pace=pace)
+    return _together(setup, state, brought, batches, held_out, shared=shared, sizes=sizes)
+
+
+def _locally(
+    setup: Setup,
+    replicas: Replicas,
+    batches: PyTree,
+    held_out: Batch | None,
+    round: jax.Array,
+    drift: PyTree = (),
+    *,
+    shared: PyTree = (),
+    pace: Pace = EVERY_STEP,
+) -> Brought:
+    """`Apart.locally`: train and score."""
+    where = setup.where
     pace = slow_down(setup.faults, pace, local.longest(batches))
-    given = state.replicas, batches, shared, pace, state.drift
-    after, train_loss, alive = local.train(setup.steps, where.advance, *given)
-    taken = local.steps_taken(batches, pace)
-    sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
+    after, train_loss, alive = local.train(setup.steps, where.advance, replicas, batches, shared, pace, drift)
+    sent = after._replace(params=distort(setup.faults, after.params, replicas.params))
     alive = finite_after(setup.faults, alive, sent.params)
-    # Score.
+    window = score.window(held_out, round, setup.scoring.samples)
+    due = score.due(setup.scoring.every, round)
+    signals = score.of_replicas(setup.measured, where.map, sent, window, due)
+    return Brought(after, train_loss, alive, local.steps_taken(batches, pace), signals)
+
+
+def _together(
+    setup: Setup,
+    state: TrainState,
+    brought: Brought,
+    batches: PyTree,
+    held_out: Batch | None,
+    *,
+    shared: PyTree = (),
+    sizes: jax.Array | None = None,
+) -> tuple[TrainState, RoundLog]:
+    """`Apart.together`: blend and carry over."""
+    where, after, taken = setup.where, brought.replicas, brought.steps
+    sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
     window = score.window(held_out, state.round, setup.scoring.samples)
-    due = score.due(setup.scoring.every, state.round)
-    signals = score.of_replicas(setup.measured, where.map, sent, window, due) | score.free(train_loss, sizes, taken)
+    signals = brought.signals | score.free(brought.train_loss, sizes, taken)
     # Blend.
     split = keys.at_sync(after.rng)
-    outgoing = Sent(sent.params, sent.mutable, alive, signals)
+    outgoing = Sent(sent.params, sent.mutable, brought.alive, signals)
     blended, told, residual = setup.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
     share = everywhere(where, per_replica(weights))

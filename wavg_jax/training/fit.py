@@ -46,6 +46,7 @@ from wavg_jax.training import automap, liveness, loop
 from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
 from wavg_jax.training.callbacks import Callback, as_callbacks
+from wavg_jax.training.engine import Engine, in_process
 from wavg_jax.training.interrupt import stop_requests
 from wavg_jax.training.recipe import Layout, Recipe, make_recipe
 from wavg_jax.training.run import Plan, Run, evaluated
@@ -188,6 +189,31 @@ def fit(
       Stopped: SIGTERM or Ctrl-C came before the last round; the round was finished and a checkpoint saved. Its `result`
         is the run so far. Only runs with a `workdir` in the main thread catch them.
     """
+    return carry_out(in_process, **locals())
+
+
+def carry_out(
+    engine: Engine,
+    *,
+    task: Task,
+    data: ShardedData,
+    averager: Averager,
+    inner: optax.GradientTransformation,
+    local_steps: int | Schedule,
+    rounds: int,
+    batch_size: int,
+    seed: int,
+    scoring: Scoring,
+    at_sync: AtSync,
+    layout: Layout,
+    faults: Faults | None,
+    workdir: str | pathlib.Path | None,
+    resume: bool,
+    store: Store,
+    on_round: Callback | Sequence[Callback],
+    progress: bool | Callable[[str], None],
+) -> Result:
+    """`fit`, its rounds run by `engine`; all other arguments are those of `fit`."""
     _check_arguments(locals())
     check("data.shards", data.shards, _SHARDS)
     callbacks = as_callbacks(on_round)
@@ -213,7 +239,7 @@ def fit(
         if layout.replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, store.name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
-        run = Run(recipe, data, plan, store.name, scalars, store.at_end)
+        run = Run(recipe, data, plan, store.name, scalars, store.at_end, engine)
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         with processes.meeting():

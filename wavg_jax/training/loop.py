@@ -56,6 +56,7 @@ class _Launched(NamedTuple):
       kept: what to save of its state; None if nothing.
       begun: when it was launched.
       done, settled: when its log will be there, and its evaluation.
+      entries: what else its row says.
     """
 
     number: int
@@ -67,18 +68,19 @@ class _Launched(NamedTuple):
     begun: float
     done: Arrival
     settled: Arrival
+    entries: Row
 
 
 def _launch(
     run: Run, journal: Journal, watch: Watch, number: int, steps: int, begun: float, state: TrainState, *rest: Any
 ) -> tuple[TrainState, _Launched]:
     """Launches a round, its evaluation and a copy of its state if they are due, one behind another."""
-    state, log, heard = run.step.call(state, *rest)
+    state, log, heard = run.step.program.call(state, *rest)
     done = watch(log)
     measured = run.evaluate(state) if run.evaluates(number) else None
     settled = watch(measured)
     kept = journal.snapshot(state, copy=run.copies) if run.saves(number) else None
-    return state, _Launched(number, steps, log, heard, measured, kept, begun, done, settled)
+    return state, _Launched(number, steps, log, heard, measured, kept, begun, done, settled, run.step.entries())
 
 
 class _Books:
@@ -111,8 +113,9 @@ class _Books:
         self.lost = self.lost + 1 if lost(log.weights) else 0
         over = self.lost >= PATIENCE or (self.lost and launched.number == self._run.plan.rounds)
         if not over:  # else it is an error
-            liveness.warn(launched.number, log.weights, log.alive, self._died)
-            self._died |= ~log.alive & (not self.lost)
+            absent = np.isin(np.arange(len(log.alive)), [int(k) for k in launched.entries.get("missing", {})])
+            liveness.warn(launched.number, log.weights, log.alive, self._died | absent)
+            self._died |= ~log.alive & ~absent & (not self.lost)
         self._samples += int(log.steps.sum()) * self._run.plan.batch_size
         row = round_row(
             number=launched.number,
@@ -128,7 +131,7 @@ class _Books:
             diagnosis=log.diagnosis,
         )
         own = {} if state is None or launched.number < self._run.plan.rounds else self._run.final(state)
-        self._journal.append(own | row | self._quality(launched, state))
+        self._journal.append(own | row | launched.entries | self._quality(launched, state))
         self._show(self._journal.rows()[-1])
         if launched.kept is not None:
             self._journal.save(launched.kept)
@@ -174,7 +177,7 @@ def train(
     books = _Books(run, journal, show, done)
     given = sum(row["local_steps"] for row in journal.rows()[1:])
     called = bool(processes.gather(bool(callbacks)).any())  # one process may have callbacks alone
-    waits = plan.schedule.varies or called or run.overlaps
+    waits = plan.schedule.varies or called or run.step.waits
     pending: _Launched | None = None
     # Processes agree on the round to stop after, by what its program carried.
     stops = stopped if processes.count() == 1 else lambda: books.heard

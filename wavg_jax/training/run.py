@@ -21,8 +21,8 @@ from wavg_jax.rounds.exchange import gathers
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
-from wavg_jax.training.overlap import compiled_pieces, overlaps
-from wavg_jax.training.programs import compiled_together, programs_of
+from wavg_jax.training.engine import Engine, in_process
+from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.training.schedule import Schedule
 
@@ -93,6 +93,7 @@ class Run:
         name: str,
         metrics: tuple[str, ...],
         at_end: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
+        engine: Engine = in_process,
     ):
         self.recipe, self.data, self.plan, self.name, self.metrics = recipe, data, plan, name, metrics
         self._at_end = at_end
@@ -103,19 +104,14 @@ class Run:
         self._test = put(Batch(data.test.x, as_targets(data.test.y)), recipe.placement.shared)
         program = programs_of(recipe, self.replicas)
         shapes, state = program.begin(jax.random.key(plan.seed))
-        first = (shapes, self.work(0, 1), self.shared, self.ask(False))
-        evaluate = (program.evaluate, *evaluated(shapes), self._test)
-        self.overlaps = overlaps(recipe)
-        """Whether a round returns only once it is done."""
         self.copies = held_bytes(shapes) <= room(recipe.placement.devices)
         """Whether the devices have room for another copy of the state, to be saved while the next round runs."""
-        if self.overlaps:
-            self.step, (self._evaluate,) = compiled_pieces(recipe, *first), compiled_together(evaluate)
-        else:
-            self.step, self._evaluate = compiled_together((program.run, *first), evaluate)
+        first = (shapes, self.work(0, 1), self.shared, self.ask(False))
+        evaluate = (program.evaluate, *evaluated(shapes), self._test)
+        self.step, self._evaluate = engine(recipe, first, evaluate)
         self.initial = state()
         # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
-        processes.agree({"round": self.step.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
+        processes.agree({"round": self.step.program.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
         if processes.count() > 1:
             try_collectives(recipe.placement.devices, *exchanged(recipe, self.initial))
 
@@ -181,7 +177,7 @@ class Run:
             checkpoint_every=plan.checkpoint_every,
             parameters=tree.count(initial.params),
             blended_bytes=blended_bytes(self.recipe, initial),
-            compile_seconds=self.step.seconds + self._evaluate.seconds,
+            compile_seconds=self.step.program.seconds + self._evaluate.seconds,
             score_samples=self.recipe.scoring.samples,
             score_every=self.recipe.scoring.every,
             faults=None if self.recipe.faults is None else self.recipe.faults._asdict(),
