@@ -67,6 +67,11 @@ class Diverged(WavgError):
         self.result = result
 
 
+class TooFew(WavgError):
+    """An elastic run had fewer replicas than `Workers.min_replicas` for longer than its patience. A checkpoint of the
+    rounds before is saved where the run has a `workdir`."""
+
+
 class WavgWarning(UserWarning):
     """The run survives this, but its user should know: one line, said once."""
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from wavg_jax.base import PyTree, TrainState
+from wavg_jax.base import PyTree, TooFew, TrainState
 from wavg_jax.devices import processes
 from wavg_jax.rounds.round import RoundLog
 from wavg_jax.storage.journal import Journal
@@ -81,6 +81,13 @@ def _launch(
     settled = watch(measured)
     kept = journal.snapshot(state, copy=run.copies) if run.saves(number) else None
     return state, _Launched(number, steps, log, heard, measured, kept, begun, done, settled, run.step.entries())
+
+
+def _keep(journal: Journal, run: Run, state: TrainState) -> None:
+    """Saves what the last whole round left, unless that is done."""
+    if state.round and not run.saves(int(state.round)):
+        journal.save(journal.snapshot(state, copy=run.copies))
+    journal.wait()
 
 
 class _Books:
@@ -191,7 +198,11 @@ def train(
             if number < plan.rounds and not plan.schedule.varies:
                 feeder.prepare(given, steps)
             rest = work, run.shared, run.ask(stopped())
-            state, launched = _launch(run, journal, watch, number, steps, begun, state, *rest)
+            try:
+                state, launched = _launch(run, journal, watch, number, steps, begun, state, *rest)
+            except TooFew:  # raised before the state is touched
+                _keep(journal, run, state)
+                raise
             if pending is not None:
                 books.close(pending, None)
             pending = launched

@@ -1,0 +1,80 @@
+"""The Ray cluster that workers run on: one of our own on this machine, or one that exists."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from wavg_jax.base import SettingsError
+from wavg_jax.extras import need
+
+STARTS = 3
+"""Times to try starting Ray: on a busy machine its own processes may miss one another."""
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Yields the module `ray`, connected to a cluster, and leaves it as it was found.
+
+    Without an address a cluster of this machine is started, unless this process is connected to one. It listens on the
+    loopback interface alone, has no dashboard, and ends with this process, also by kill -9. With an address, token
+    authentication is required of the cluster; see `wavg_jax.elastic`.
+
+    Args:
+      address: "HOST:PORT" of a cluster's head, "auto" for that of this machine; or None.
+
+    Raises:
+      MissingExtra: Ray is not installed.
+      SettingsError: there is no cluster at the address, or it refuses us.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the accelerators of the driver
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray, about itself and about processes that it starts
+        ray = need("ray", extra="ray", why="elastic.fit")
+    if ray.is_initialized():
+        yield ray
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _join(ray, address) if address is not None else _start(ray)
+    try:
+        yield ray
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.shutdown()
+
+
+_QUIET = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+
+
+def _start(ray: Any) -> None:
+    for attempt in range(STARTS):
+        try:
+            ray.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == STARTS - 1:
+                raise SettingsError(
+                    f"Ray does not start on this machine: {_line(error)}; see its logs in /tmp/ray/session_latest/logs"
+                ) from error
+
+
+def _join(ray: Any, address: str) -> None:
+    try:
+        ray.init(address=address, **_QUIET)
+    except Exception as error:
+        raise SettingsError(
+            f"address={address!r}: cannot join the cluster: {_line(error)}; start it with RAY_AUTH_MODE=token "
+            "`ray start --head --node-ip-address=ADDRESS`, and give this machine its token (`ray get-auth-token` there)"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,277 @@
+"""Rounds whose replicas train in workers: the driver sends orders, blends what comes back in time, and keeps the state.
+
+The driver alone holds the global parameters, the optimizer states of all replicas, the averager, rows and checkpoints.
+"""
+
+import dataclasses
+import statistics
+import time
+import uuid
+from typing import Any
+
+import jax
+import numpy as np
+
+from wavg_jax.base import PyTree, TooFew, TrainState
+from wavg_jax.elastic.arrivals import Form, NormBound, form_of, vet
+from wavg_jax.elastic.audit import Auditor
+from wavg_jax.elastic.crew import Arrival, Crew, Member
+from wavg_jax.elastic.lanes import Lanes
+from wavg_jax.elastic.settings import Workers
+from wavg_jax.elastic.worker import Kit, Ticket, from_host, locally, recipe_of, to_host
+from wavg_jax.rounds.common import Brought, RoundLog
+from wavg_jax.storage.schema import Row
+from wavg_jax.training.batches import Shared, Work
+from wavg_jax.training.programs import compiled_together
+from wavg_jax.training.recipe import Recipe, rounds_of
+
+
+def shapes_of(state: TrainState, replicas: int) -> PyTree:
+    """Shapes of `(Replicas, drift)` as an order of so many replicas brings them."""
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((replicas, *x.shape[1:]), x.dtype)
+
+    drift = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.drift)
+    return jax.tree.map(leaf, state.replicas._replace(residual=())), drift
+
+
+@dataclasses.dataclass
+class Collected:
+    """What has come of a round: host arrays [K, ...] of a `Brought`, and for each replica that is missing, why."""
+
+    leaves: list[np.ndarray]
+    arrived: np.ndarray
+    missing: dict[int, str]
+
+    def put(self, replicas: tuple[int, ...], leaves: list[np.ndarray]) -> None:
+        for all_of_them, own in zip(self.leaves, leaves, strict=True):
+            all_of_them[list(replicas)] = own
+        self.arrived[list(replicas)] = True
+        for k in replicas:
+            self.missing.pop(k, None)
+
+
+class Elastic:
+    """Runs the rounds of a run; `step` is called as `Programs.run` is."""
+
+    def __init__(self, crew: Crew, workers: Workers, kit: Kit, recipe: Recipe, first: tuple, seed: int):
+        """
+        Args:
+          crew: the workers.
+          workers: the settings.
+          kit: what the workers are made with.
+          recipe: of all rounds, on the driver.
+          first: arguments of `Programs.run`, or their shapes.
+          seed: decides which replicas are audited.
+        """
+        self._crew, self._workers, self._kit = crew, workers, kit
+        state, work, shared, _ = first
+        self._k, self._nonce = kit.replicas, uuid.uuid4().hex
+        self._forms: dict[int, Form] = {}
+        self._parts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, work.items, shared))
+        self._shapes = self._brought(self._k)
+        self._stack = [np.zeros(shape, dtype) for shape, dtype in self._form(self._k)]
+        self._bound, self._lanes = NormBound(workers.norm_bound), Lanes()
+        self._auditor = Auditor(crew, kit, workers.audit, seed)
+        self._programs = self._compile(recipe, state, work, shared)
+        self.seconds = sum(program.seconds for program in self._programs)
+
+    def _brought(self, replicas: int) -> PyTree:
+        """Shapes of what so many replicas bring."""
+        state, items, shared = self._parts
+        own = recipe_of(self._kit, tuple(range(replicas)))
+        given = (*shapes_of(state, replicas), jax.ShapeDtypeStruct((replicas, *items.shape[1:]), items.dtype))
+        number = jax.ShapeDtypeStruct((), np.int32)
+        return jax.eval_shape(locally(self._kit, own), *given, shared.train, shared.held_out, number, number)
+
+    def _form(self, replicas: int) -> Form:
+        if replicas not in self._forms:
+            self._forms[replicas] = form_of(self._brought(replicas))
+        return self._forms[replicas]
+
+    def _compile(self, recipe: Recipe, state: TrainState, work: Work, shared: Shared) -> list[Any]:
+        apart = rounds_of(recipe).apart
+        assert apart is not None
+
+        def together(
+            state: TrainState, brought: Brought, alive: jax.Array, items: PyTree, shared: Shared
+        ) -> tuple[TrainState, RoundLog]:
+            whole = brought._replace(
+                replicas=brought.replicas._replace(residual=state.replicas.residual), alive=brought.alive & alive
+            )
+            return apart.together(state, whole, items, shared.held_out, shared=shared.train, sizes=shared.sizes)
+
+        where = recipe.placement.shared
+        laid = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), self._shapes)
+        alive = jax.ShapeDtypeStruct((self._k,), bool, sharding=where)
+        before = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state.replicas._replace(residual=())
+        )
+        blend = (jax.jit(together, donate_argnums=0), state, laid, alive, work.items, shared)
+        return compiled_together(blend, (jax.jit(vet), laid.replicas, laid.train_loss, before), keep=False)
+
+    def step(
+        self, state: TrainState, work: Work, shared: Shared, stop: None = None
+    ) -> tuple[TrainState, RoundLog, None]:
+        """Runs a round.
+
+        Raises:
+          TooFew: there were not enough replicas for too long; the state is as it was.
+        """
+        number = int(state.round) + 1
+        self._lanes.begin()
+        self._crew.muster(number)
+        collected = self._collect(number, state, work)
+        confirmed = self._auditor.audit(number, collected, state, self._shapes)
+        blend, check = self._programs
+        brought = from_host(collected.leaves, self._shapes)
+        finite, norms = jax.device_get(
+            check.call(brought.replicas, brought.train_loss, state.replicas._replace(residual=()))
+        )
+        beyond = self._bound.beyond(np.asarray(norms), collected.arrived & confirmed & finite)
+        for k in np.flatnonzero(collected.arrived & ~confirmed).tolist():
+            collected.missing[k] = "another worker measured other scores"
+        for k in np.flatnonzero(beyond).tolist():
+            collected.missing[k] = f"its change is {norms[k]:.3g} long, out of bounds"
+        alive = jax.device_put(collected.arrived & confirmed & finite & ~beyond)
+        state, log = jax.block_until_ready(blend.call(state, brought, alive, work.items, shared))
+        self._entries = self._lanes.row(self._crew.members, collected.missing, self._auditor.found)
+        return state, log, None
+
+    def entries(self) -> Row:
+        """What the row of the last round says of its workers."""
+        return self._entries
+
+    def _collect(self, number: int, state: TrainState, work: Work) -> Collected:
+        """Sends the orders of a round and gathers what comes, until it has enough."""
+        given = to_host((state.replicas._replace(residual=()), state.drift))
+        own = len(jax.tree.leaves(state.replicas._replace(residual=())))
+        items, longest = np.asarray(work.items), self._steps(work)
+        collected = self._nothing_yet(given[:own])
+        asked: set[int] = set()
+        begun = time.perf_counter()
+        while True:
+            self._crew.settle(0)
+            for member in self._crew.members:
+                if member.ready and not asked.intersection(member.replicas):
+                    self._send(number, member, given, own, items, longest, collected)
+                    asked.update(member.replicas)
+            wait = self._workers.deadline(list(self._crew.seconds))
+            left = self._workers.patience - (time.perf_counter() - begun)
+            for arrival in self._crew.arrivals(number, left if wait is None else min(wait, left)):
+                self._take(number, arrival, given, own, collected)
+            if collected.arrived.sum() >= self._workers.min_replicas:
+                break
+            if left <= 0:
+                raise TooFew(self._explain(number, collected))
+            self._crew.settle(min(0.2, left))
+            asked = {k for m in self._crew.members if m.order is not None for k in m.replicas}
+            asked.update(np.flatnonzero(collected.arrived).tolist())
+        for member in self._crew.members:
+            if member.order is not None and member.order.ticket.round == number:
+                collected.missing.update(dict.fromkeys(member.replicas, "its worker was late"))
+                self._lanes.note(member, "late", member.order.sent, time.perf_counter(), "late")
+        return collected
+
+    def _nothing_yet(self, before: list[np.ndarray]) -> Collected:
+        """A round of which nothing has come: the replicas as they were, and nothing measured."""
+        for place, x in enumerate(self._stack):
+            x[...] = before[place] if place < len(before) else 0
+        why = {k: member.why for member in self._crew.members for k in member.replicas}
+        return Collected(
+            self._stack, np.zeros(self._k, bool), {k: why.get(k, "no worker has it") for k in range(self._k)}
+        )
+
+    def _send(
+        self,
+        number: int,
+        member: Member,
+        given: list[np.ndarray],
+        own: int,
+        items: np.ndarray,
+        longest: int,
+        collected: Collected,
+    ) -> None:
+        chosen = _rows(member.replicas)
+        leaves = [x[chosen] if place < own else x for place, x in enumerate(given)]
+        ticket = Ticket(number, self._nonce, member.number, member.replicas)
+        try:
+            order = self._crew.send(member, ticket, leaves, items[chosen], self._share(member, longest))
+        except self._crew.full as error:
+            collected.missing.update(
+                dict.fromkeys(member.replicas, f"no room to send its order: {type(error).__name__}")
+            )
+            return
+        order.form = self._form(len(member.replicas))
+        if self._workers.late is not None:  # the arrays that were sent are overwritten by the blend
+            order.start = [x.copy() for x in leaves[: self._params]]
+
+    @property
+    def _params(self) -> int:
+        """How many leaves parameters have; they come first."""
+        return len(jax.tree.leaves(self._shapes.replicas.params))
+
+    def _steps(self, work: Work) -> int:
+        return self._kit.longest if work.pace.steps is None else int(work.pace.steps)
+
+    def _share(self, member: Member, longest: int) -> int:
+        """How many local steps a worker is to take: with `fill`, those that the median worker's time has room for."""
+        paces = [m.pace for m in self._crew.members if m.pace is not None]
+        if not self._workers.fill or member.pace is None or not paces:
+            return longest
+        return int(np.clip(longest * statistics.median(paces) / member.pace, 1, longest))
+
+    def _take(self, number: int, arrival: Arrival, given: list[np.ndarray], own: int, collected: Collected) -> None:
+        """Puts an arrival where it belongs; a late one only if that counts and nothing newer is there."""
+        member, order = arrival.member, arrival.order
+        staleness, replicas = number - order.ticket.round, order.ticket.replicas
+        if arrival.reply is None:
+            if not staleness:
+                collected.missing.update(dict.fromkeys(replicas, str(arrival.why)))
+            self._lanes.note(member, "failed", order.sent, arrival.at, str(arrival.why))
+            return
+        if order.audits:
+            return
+        leaves, reply = arrival.reply.leaves, arrival.reply
+        taken = int(np.max(leaves[self._place("steps")]))
+        member.pace = reply.seconds / max(taken, 1) / len(replicas)
+        if staleness == 0:
+            collected.put(replicas, leaves)
+            self._lanes.note(member, "computed", order.sent, arrival.at, "", reply.seconds)
+        elif self._workers.late is not None and not collected.arrived[list(replicas)].any():
+            collected.put(replicas, self._discounted(order, leaves, given, self._workers.late(staleness)))
+            self._lanes.note(member, "late, counted", order.sent, arrival.at, f"{staleness} rounds late", reply.seconds)
+        else:
+            self._lanes.note(member, "late, dropped", order.sent, arrival.at, f"{staleness} rounds late", reply.seconds)
+
+    def _discounted(
+        self, order: Any, leaves: list[np.ndarray], given: list[np.ndarray], factor: float
+    ) -> list[np.ndarray]:
+        """A late result as a change of the parameters of today: `now + factor * (sent - start)`."""
+        chosen = _rows(order.ticket.replicas)
+        moved = [
+            now[chosen] + np.asarray(factor, x.dtype) * (x - start)
+            for x, start, now in zip(leaves, order.start, given, strict=False)
+        ]
+        return [*moved, *leaves[len(moved) :]]
+
+    def _place(self, name: str) -> int:
+        """The first leaf of an entry of `Brought`."""
+        entries = self._shapes._asdict()
+        before = list(entries)[: list(entries).index(name)]
+        return sum(len(jax.tree.leaves(entries[other])) for other in before)
+
+    def _explain(self, number: int, collected: Collected) -> str:
+        some = sorted({f"{why} (replica {k})" for k, why in collected.missing.items()})[:4]
+        return (
+            f"round {number} waited {self._workers.patience:g} s for {self._workers.min_replicas} replicas and had "
+            f"{int(collected.arrived.sum())}: {'; '.join(some)}. Give Workers a longer patience= or deadline=, or fewer "
+            "min_replicas=; with a workdir= the rounds before are saved, and resume=True goes on"
+        )
+
+
+def _rows(replicas: tuple[int, ...]) -> Any:
+    """An index of these rows, without a copy where they are neighbours."""
+    first, last = replicas[0], replicas[-1]
+    return slice(first, last + 1) if last - first + 1 == len(replicas) else list(replicas)

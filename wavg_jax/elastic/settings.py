@@ -1,0 +1,94 @@
+"""What an elastic run is told about its workers."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from wavg_jax.arguments import FUNCTION, NONE, TEXT, YES_OR_NO, check_fields, either, instance, number, whole
+from wavg_jax.base import SettingsError
+from wavg_jax.elastic.deadlines import Deadline, Discount, median_mad
+from wavg_jax.elastic.worker import Hook
+
+
+class Workers(NamedTuple):
+    """The workers of an elastic run, and how long it waits for them.
+
+    Attributes:
+      count: how many workers; or a function of the round, from 1 on, for workers that are added and removed while the
+        run goes on, among whom the shards are dealt again.
+      address: of a Ray cluster to join, "HOST:PORT" or "auto"; None starts one on this machine. See
+        `wavg_jax.elastic`.
+      deadline: how long a round waits; see `wavg_jax.elastic.deadlines`. A fixed one must leave time for a whole
+        round.
+      min_replicas: fewest replicas that a round blends; with fewer it waits past its deadline.
+      late: what a result is worth that comes after its round, such as `polynomial(0.5)`; None drops it.
+      audit: replicas in each round whose scores another worker measures too. Where the two differ the driver measures,
+        and the replicas of a worker that was wrong have no weight in the round; that worker is checked in every round
+        from then on.
+      fill: slower workers take fewer local steps, as many as fit in the time that the median worker takes for H.
+      norm_bound: a replica whose change is longer than that many times the median of the last rounds has no weight.
+      patience: seconds that a round waits for `min_replicas`, or for workers without a deadline.
+      start_timeout: seconds in which workers must start, and take over shards that are dealt again.
+      away: rounds missed in a row after which a worker's shards are dealt to the others, until it is back.
+      cpus, gpus: of each worker on a cluster, which places it by them. Workers of this machine share its cores.
+      hook: for tests and traces, `(point, worker, round, reply) -> reply`, called in the worker's process at the
+        points "hold" (round 0) and "train", where the reply is None, and "reply" and "score", whose reply is sent.
+    """
+
+    count: int | Callable[[int], int] = 4
+    address: str | None = None
+    deadline: Deadline = median_mad()
+    min_replicas: int = 1
+    late: Discount | None = None
+    audit: int = 0
+    fill: bool = False
+    norm_bound: float = 100.0
+    patience: float = 300.0
+    start_timeout: float = 120.0
+    away: int = 3
+    cpus: float = 1.0
+    gpus: float = 0.0
+    hook: Hook | None = None
+
+
+_WORKERS = {
+    "count": either(whole(1), FUNCTION),
+    "address": either(NONE, TEXT),
+    "deadline": FUNCTION,
+    "min_replicas": whole(1),
+    "late": either(NONE, FUNCTION),
+    "audit": whole(0),
+    "fill": YES_OR_NO,
+    "norm_bound": number(above=1),
+    "patience": number(above=0),
+    "start_timeout": number(above=0),
+    "away": whole(1),
+    "cpus": number(least=0),
+    "gpus": number(least=0),
+    "hook": either(NONE, FUNCTION),
+}
+WORKERS = instance(Workers, "a wavg_jax.elastic.Workers")
+
+
+def check_workers(workers: Workers, replicas: int) -> None:
+    """Raises SettingsError if these workers cannot train K replicas."""
+    check_fields(workers, _WORKERS)
+    for name in ("min_replicas", "audit"):
+        if getattr(workers, name) > replicas:
+            raise SettingsError(f"{name}={getattr(workers, name)} is more than the {replicas} replicas there are")
+    if not callable(workers.count) and workers.count > replicas:
+        raise SettingsError(
+            f"count={workers.count} workers for {replicas} replicas: a worker trains at least one; use {replicas} or "
+            "fewer, or more shards"
+        )
+
+
+def count_in(workers: Workers, round: int, replicas: int) -> int:
+    """How many workers a round has.
+
+    Raises:
+      SettingsError: `count` gave no number from 1 to K.
+    """
+    count = workers.count(round) if callable(workers.count) else workers.count
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= replicas:
+        raise SettingsError(f"count({round}) gave {count!r}; it must give a whole number from 1 to {replicas}")
+    return count
