@@ -1,8 +1,8 @@
 """Workers that come and go: the replicas of `fit` train in processes that may die, hang, be slow, and return.
 
 `fit` here takes what `wavg_jax.fit` takes, and `Workers`. Each worker is a Ray actor that holds a group of replicas and
-their shards alone; the driver, which is the process that calls `fit`, holds everything else. A round blends whoever came
-back in time, weighted by how good it is. Rows say who was missing and why.
+their shards alone; the driver, the process that calls `fit`, holds everything else. A round blends whoever came back in
+time, weighted by how good it is. Rows say who was missing and why.
 
 Security is Ray's, which trusts everybody who can reach a cluster: whoever does can run any code on all of its machines,
 the driver's among them, for what processes exchange is unpickled. So a cluster that we start listens on the loopback

@@ -20,7 +20,7 @@ class Auditor:
         self._crew, self._kit, self._count, self._seed = crew, kit, replicas, seed
         self._suspects: set[int] = set()
         self.found: list[Row] = []
-        """What the last audit found: {replica, worker, auditor, wrong}, `wrong` being the number of the worker that was."""
+        """What the last audit found: {replica, worker, auditor, wrong}; `wrong` is the worker that was, or None."""
 
     def audit(self, round: int, collected: Any, state: TrainState, shapes: PyTree) -> np.ndarray:
         """Which replicas to trust, bool [K].

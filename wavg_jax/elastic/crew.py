@@ -11,7 +11,7 @@ import numpy as np
 from wavg_jax.base import SettingsError
 from wavg_jax.elastic.arrivals import SLACK, Form, complaint, nbytes
 from wavg_jax.elastic.dealing import deal
-from wavg_jax.elastic.settings import Workers, count_in
+from wavg_jax.elastic.settings import Workers, size_in
 from wavg_jax.elastic.worker import Kit, Reply, Ticket, actor
 
 REMEMBERED = 100
@@ -109,7 +109,7 @@ class Crew:
           SettingsError: a worker cannot be made, or its program cannot be compiled.
         """
         replicas = len(self._shards)
-        count = count_in(self._workers, round, replicas)
+        count = size_in(self._workers, round, replicas)
         while len(self.members) > count:
             self._ray.kill(self.members.pop().actor)
         while len(self.members) < count:
@@ -191,8 +191,9 @@ class Crew:
         """
         end = time.perf_counter() + seconds
         while True:
-            busy = {m.order.ref: m for m in self.members if m.order is not None}
-            if not any(m.order.ticket.round == round and m.order.audits == audits for m in busy.values()):
+            under_way = [(m, m.order) for m in self.members if m.order is not None]
+            busy = {order.ref: member for member, order in under_way}
+            if not any(order.ticket.round == round and order.audits == audits for _, order in under_way):
                 return
             left = end - time.perf_counter()
             holding = [m.holding for m in self.members if m.holding is not None]

@@ -266,7 +266,7 @@ class Elastic:
         some = sorted({f"{why} (replica {k})" for k, why in collected.missing.items()})[:4]
         return (
             f"round {number} waited {self._workers.patience:g} s for {self._workers.min_replicas} replicas and had "
-            f"{int(collected.arrived.sum())}: {'; '.join(some)}. Give Workers a longer patience= or deadline=, or fewer "
+            f"{int(collected.arrived.sum())}: {'; '.join(some)}. Give Workers a longer patience= or deadline=, or less "
             "min_replicas=; with a workdir= the rounds before are saved, and resume=True goes on"
         )
 

@@ -16,7 +16,7 @@ from wavg_jax.devices import machine, processes
 from wavg_jax.elastic.cluster import connected
 from wavg_jax.elastic.crew import Crew
 from wavg_jax.elastic.engine import Elastic, shapes_of
-from wavg_jax.elastic.settings import WORKERS, Workers, check_workers, count_in
+from wavg_jax.elastic.settings import WORKERS, Workers, check_workers, size_in
 from wavg_jax.elastic.worker import CONFIG, Kit, Shard
 from wavg_jax.storage.schema import Row
 from wavg_jax.training import fit as in_process
@@ -74,7 +74,7 @@ def _checked(given: dict[str, Any], workers: Workers) -> dict[str, Any]:
     data, layout, at_sync, store = (given[name] for name in ("data", "layout", "at_sync", "store"))
     if isinstance(data, ShardedData):  # else `fit` refuses it
         check_workers(workers, len(data.shards))
-        count_in(workers, 1, len(data.shards))
+        size_in(workers, 1, len(data.shards))
     if processes.count() > 1:
         raise SettingsError("elastic.fit runs in one process, which starts workers: leave out wavg_jax.initialize")
     if getattr(layout, "devices", None) is not None or getattr(layout, "resident", None) is False:
@@ -93,9 +93,9 @@ def _checked(given: dict[str, Any], workers: Workers) -> dict[str, Any]:
 def _described(workers: Workers) -> Row:
     """What a run's first row says of its workers."""
     names = ("min_replicas", "audit", "fill", "norm_bound", "patience", "away")
-    varies = callable(workers.count)
+    varies = callable(workers.size)
     numbers = {name: getattr(workers, name) for name in names}
-    return {"workers": "varies" if varies else workers.count, "late": workers.late is not None, **numbers}
+    return {"workers": "varies" if varies else workers.size, "late": workers.late is not None, **numbers}
 
 
 def _start(
@@ -119,7 +119,7 @@ def _start(
 
 
 def _kit(recipe: Recipe, given: dict[str, Any], workers: Workers, longest: int, dynamic: bool) -> Kit:
-    count = count_in(workers, 1, len(given["data"].shards))
+    count = size_in(workers, 1, len(given["data"].shards))
     return Kit(
         recipe.task,
         recipe.averager,

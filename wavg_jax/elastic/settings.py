@@ -13,7 +13,7 @@ class Workers(NamedTuple):
     """The workers of an elastic run, and how long it waits for them.
 
     Attributes:
-      count: how many workers; or a function of the round, from 1 on, for workers that are added and removed while the
+      size: how many workers; or a function of the round, from 1 on, for workers that are added and removed while the
         run goes on, among whom the shards are dealt again.
       address: of a Ray cluster to join, "HOST:PORT" or "auto"; None starts one on this machine. See
         `wavg_jax.elastic`.
@@ -34,7 +34,7 @@ class Workers(NamedTuple):
         points "hold" (round 0) and "train", where the reply is None, and "reply" and "score", whose reply is sent.
     """
 
-    count: int | Callable[[int], int] = 4
+    size: int | Callable[[int], int] = 4
     address: str | None = None
     deadline: Deadline = median_mad()
     min_replicas: int = 1
@@ -51,7 +51,7 @@ class Workers(NamedTuple):
 
 
 _WORKERS = {
-    "count": either(whole(1), FUNCTION),
+    "size": either(whole(1), FUNCTION),
     "address": either(NONE, TEXT),
     "deadline": FUNCTION,
     "min_replicas": whole(1),
@@ -75,20 +75,20 @@ def check_workers(workers: Workers, replicas: int) -> None:
     for name in ("min_replicas", "audit"):
         if getattr(workers, name) > replicas:
             raise SettingsError(f"{name}={getattr(workers, name)} is more than the {replicas} replicas there are")
-    if not callable(workers.count) and workers.count > replicas:
+    if not callable(workers.size) and workers.size > replicas:
         raise SettingsError(
-            f"count={workers.count} workers for {replicas} replicas: a worker trains at least one; use {replicas} or "
+            f"size={workers.size} workers for {replicas} replicas: a worker trains at least one; use {replicas} or "
             "fewer, or more shards"
         )
 
 
-def count_in(workers: Workers, round: int, replicas: int) -> int:
+def size_in(workers: Workers, round: int, replicas: int) -> int:
     """How many workers a round has.
 
     Raises:
-      SettingsError: `count` gave no number from 1 to K.
+      SettingsError: `size` gave no number from 1 to K.
     """
-    count = workers.count(round) if callable(workers.count) else workers.count
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= replicas:
-        raise SettingsError(f"count({round}) gave {count!r}; it must give a whole number from 1 to {replicas}")
-    return count
+    size = workers.size(round) if callable(workers.size) else workers.size
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= replicas:
+        raise SettingsError(f"size({round}) gave {size!r}; it must give a whole number from 1 to {replicas}")
+    return size

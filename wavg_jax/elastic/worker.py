@@ -127,7 +127,7 @@ def from_host(leaves: list[np.ndarray], like: PyTree) -> PyTree:
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty((0,), shape.dtype)))
 
     shapes, structure = jax.tree.flatten(like)
-    return structure.unflatten([leaf(x, shape) for x, shape in zip(leaves, shapes, strict=True)])
+    return jax.tree.unflatten(structure, [leaf(x, shape) for x, shape in zip(leaves, shapes, strict=True)])
 
 
 def recipe_of(kit: Kit, replicas: tuple[int, ...]) -> Recipe:
@@ -173,7 +173,9 @@ def scores_of(kit: Kit, recipe: Recipe) -> Callable[..., dict[str, PyTree]]:
     measured = score.measure(forward, kit.averager.needs, diagnose=kit.scoring.diagnose)
 
     def run(network: PyTree, held_out: Batch, round: jax.Array) -> dict[str, PyTree]:
-        return measured(network, score.window(held_out, round, kit.scoring.samples))
+        window = score.window(held_out, round, kit.scoring.samples)
+        assert window is not None
+        return measured(network, window)
 
     return run
 
