@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from wavg_jax.base import PyTree, TrainState
-from wavg_jax.elastic.arrivals import agree, form_of
+from wavg_jax.elastic.arrivals import Form, agree, form_of
 from wavg_jax.elastic.crew import Crew, Member
 from wavg_jax.elastic.worker import Kit, Ticket, from_host, recipe_of, scores_of, to_host
 from wavg_jax.storage.schema import Row
@@ -36,8 +36,11 @@ class Auditor:
             return confirmed
         whole = jax.tree.unflatten(jax.tree.structure(shapes), collected.leaves)
         owner = {k: m for m in self._crew.members for k in m.replicas}
-        asked = self._ask(round, self._chosen(round, collected.arrived, owner), owner, whole, state, shapes)
-        for arrival in self._crew.arrivals(round, self._patience(), audits=True):
+        left, asked = self._chosen(round, collected.arrived, owner), dict[Ticket, list[np.ndarray]]()
+        form = form_of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes.signals))
+        self._ask(round, left, asked, owner, whole, form)
+        for arrival in self._crew.arrivals(round, self._crew.patience(), audits=True):
+            self._ask(round, left, asked, owner, whole, form)  # whoever answered is free
             ticket = arrival.order.ticket
             if arrival.reply is None or not arrival.order.audits or ticket not in asked:
                 continue
@@ -46,16 +49,12 @@ class Auditor:
             if agree(ours, arrival.reply.leaves):
                 self.found.append(_finding(k, owner[k], arrival.member, None))
                 continue
-            wrong = self._judged(round, ours, asked[ticket], state, shapes, owner[k], arrival.member)
+            wrong = self._judged(round, ours, asked[ticket], state, owner[k], arrival.member)
             self._suspects.add(wrong.number)
             self.found.append(_finding(k, owner[k], arrival.member, wrong.number))
             if wrong is owner[k]:
                 confirmed[list(wrong.replicas)] = False
         return confirmed
-
-    def _patience(self) -> float:
-        """Seconds to wait for auditors: what the slowest of the last replies took."""
-        return max(self._crew.seconds, default=1.0) + 1.0
 
     def _chosen(self, round: int, arrived: np.ndarray, owner: dict[int, Member]) -> list[int]:
         """The replicas to audit: some at random, and one of every suspect."""
@@ -68,20 +67,23 @@ class Auditor:
         return chosen
 
     def _ask(
-        self, round: int, chosen: list[int], owner: dict[int, Member], whole: Any, state: TrainState, shapes: PyTree
-    ) -> dict[Ticket, list[np.ndarray]]:
-        """Asks a worker about each replica, nobody about its own; returns what was asked about."""
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.mutable))
-        form = form_of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes.signals))
-        asked = {}
-        for k in chosen:
+        self,
+        round: int,
+        left: list[int],
+        asked: dict[Ticket, list[np.ndarray]],
+        owner: dict[int, Member],
+        whole: Any,
+        form: Form,
+    ) -> None:
+        """Asks workers that are free about the replicas that are left, nobody about its own; notes what was asked."""
+        for k in list(left):
             free = [m for m in self._crew.members if m.ready and m is not owner[k]]
             if not free:
-                break
+                continue
+            left.remove(k)
             ticket = Ticket(round, "audit", free[0].number, (k,))
             asked[ticket] = [x[k] for x in jax.tree.leaves((whole.replicas.params, whole.replicas.mutable))]
-            self._crew.ask(free[0], ticket, asked[ticket], one, form)
-        return asked
+            self._crew.ask(free[0], ticket, asked[ticket], form)
 
     def _judged(
         self,
@@ -89,7 +91,6 @@ class Auditor:
         ours: list[np.ndarray],
         leaves: list[np.ndarray],
         state: TrainState,
-        shapes: PyTree,
         owner: Member,
         auditor: Member,
     ) -> Member:

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from wavg_jax.base import SettingsError
 from wavg_jax.extras import need
+
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's own switch: at 0 a cluster is this machine's alone and listens on the loopback interface, as it always does on
+Windows and macOS."""
 
 STARTS = 3
 """Times to try starting Ray: on a busy machine its own processes may miss one another."""
@@ -32,6 +37,8 @@ def connected(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    elif "ray" not in sys.modules:  # Ray reads it when imported
+        os.environ[_LOOPBACK] = "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray, about itself and about processes that it starts
         ray = need("ray", extra="ray", why="elastic.fit")
@@ -42,7 +49,8 @@ def connected(address: str | None) -> Iterator[Any]:
         warnings.simplefilter("ignore")
         _join(ray, address) if address is not None else _start(ray)
     try:
-        yield ray
+        with _hushed():
+            yield ray
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -55,14 +63,20 @@ _QUIET = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging":
 def _start(ray: Any) -> None:
     for attempt in range(STARTS):
         try:
-            ray.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
-            return
+            ray.init(num_cpus=1, include_dashboard=False, **_QUIET)
+            break
         except Exception as error:
             ray.shutdown()
             if attempt == STARTS - 1:
                 raise SettingsError(
                     f"Ray does not start on this machine: {_line(error)}; see its logs in /tmp/ray/session_latest/logs"
                 ) from error
+    if not ray.util.get_node_ip_address().startswith("127."):
+        ray.shutdown()
+        raise SettingsError(
+            "the cluster of this machine would listen on its network: Ray was imported before elastic.fit could keep "
+            f"it to the loopback interface; set {_LOOPBACK}=0 in the environment, or call ray.init yourself"
+        )
 
 
 def _join(ray: Any, address: str) -> None:
@@ -73,6 +87,27 @@ def _join(ray: Any, address: str) -> None:
             f"address={address!r}: cannot join the cluster: {_line(error)}; start it with RAY_AUTH_MODE=token "
             "`ray start --head --node-ip-address=ADDRESS`, and give this machine its token (`ray get-auth-token` there)"
         ) from error
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keeps Ray from printing a paragraph for every worker that dies, which `log_to_driver` does not: rows and warnings
+    of the run say it."""
+    own = sys.modules.get("ray._private.worker")
+    prints = getattr(own, "print_to_stdstream", None)
+    if prints is None:  # another version of Ray, which may print
+        yield
+        return
+
+    def hushed(data: Any, *arguments: Any, **named: Any) -> None:
+        if data.get("pid") != "raylet":
+            prints(data, *arguments, **named)
+
+    own.print_to_stdstream = hushed  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        own.print_to_stdstream = prints  # type: ignore[union-attr]
 
 
 def _line(error: BaseException) -> str:

@@ -101,6 +101,11 @@ class Crew:
         self.seconds: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
         """What the last replies took."""
 
+    def patience(self) -> float:
+        """Seconds that the next round waits, if enough have come by then."""
+        wait = self._workers.deadline(list(self.seconds))
+        return self._workers.patience if wait is None else min(wait, self._workers.patience)
+
     def muster(self, round: int) -> None:
         """Adds and removes workers as the settings say, deals the shards among those who are there, and waits until
         they have taken over what is new to them.
@@ -173,12 +178,12 @@ class Crew:
         """
         brought = self._ray.put(leaves)
         ref = member.actor.train.remote(ticket, brought, items, steps)
-        member.order = Order(ticket, ref, [], time.perf_counter())
+        member.order, member.why = Order(ticket, ref, [], time.perf_counter()), "its worker is still at an older round"
         return member.order
 
-    def ask(self, member: Member, ticket: Ticket, leaves: list[np.ndarray], shapes: Any, form: Form) -> None:
+    def ask(self, member: Member, ticket: Ticket, leaves: list[np.ndarray], form: Form) -> None:
         """Asks a worker for the scores of another one's replica."""
-        ref = member.actor.score.remote(ticket, self._ray.put(leaves), shapes)
+        ref = member.actor.score.remote(ticket, self._ray.put(leaves))
         member.order = Order(ticket, ref, form, time.perf_counter(), audits=True)
 
     def arrivals(self, round: int, seconds: float, *, audits: bool = False) -> Iterator[Arrival]:
@@ -190,20 +195,26 @@ class Crew:
           audits: whether to wait for audits, else for training.
         """
         end = time.perf_counter() + seconds
-        while True:
-            under_way = [(m, m.order) for m in self.members if m.order is not None]
-            busy = {order.ref: member for member, order in under_way}
-            if not any(order.ticket.round == round and order.audits == audits for _, order in under_way):
-                return
+        while any(o.ticket.round == round and o.audits == audits for o in self._orders().values()):
             left = end - time.perf_counter()
-            holding = [m.holding for m in self.members if m.holding is not None]
-            done, _ = self._ray.wait([*busy, *holding], num_returns=1, timeout=max(left, 0))
-            if not done and left <= 0:
+            came = self.look(max(left, 0))
+            yield from came
+            if not came and left <= 0:
                 return
-            self.settle(0)
-            for ref in done:
-                if ref in busy:
-                    yield self._taken(busy[ref])
+
+    def look(self, seconds: float) -> list[Arrival]:
+        """Waits until an order of any round ends, or a worker becomes ready, and returns the orders that have ended."""
+        orders = self._orders()
+        holding = [m.holding for m in self.members if m.holding is not None]
+        if not orders and not holding:
+            time.sleep(seconds)
+            return []
+        done, _ = self._ray.wait([*orders, *holding], num_returns=1, timeout=seconds)
+        self.settle(0)
+        return [self._taken(m) for m in self.members if m.order is not None and m.order.ref in done]
+
+    def _orders(self) -> dict[Any, Order]:
+        return {m.order.ref: m.order for m in self.members if m.order is not None}
 
     def _taken(self, member: Member) -> Arrival:
         """What an order has come to."""

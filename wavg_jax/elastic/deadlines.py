@@ -57,30 +57,32 @@ def quantile(q: float = 0.9, factor: float = 2.0) -> Deadline:
     return deadline
 
 
-def median_mad(k: float = 6.0, factor: float = 2.0) -> Deadline:
+def median_mad(k: float = 6.0, factor: float = 2.0, least: float = 1.0) -> Deadline:
     """Waits for the median of what workers took, and k times their median absolute deviation longer.
 
-        max(median + k * MAD, factor * median)
+        max(median + k * MAD, factor * median, least)
 
     The median ignores the stragglers themselves. The first round waits for all. The rule is the one proposed in
-    hivemind's issue 676; `factor` keeps workers of equal speed, whose deviation is nearly 0, from being dropped for a
-    hiccup.
+    hivemind's issue 676; `factor` and `least` keep workers of equal speed, whose deviation is nearly 0, from being
+    dropped for a hiccup.
 
     Args:
       k: at least 0.
       factor: at least 1.
+      least: seconds.
 
     >>> median_mad(k=2.0, factor=1.0)([1.0, 2.0, 3.0, 90.0])  # the median is 2.5, deviations 1.5, 0.5, 0.5, 87.5
     4.5
     """
     check("median_mad: k", k, number(least=0))
     check("median_mad: factor", factor, _FACTOR)
+    check("median_mad: least", least, number(least=0))
 
     def deadline(past: Sequence[float]) -> float | None:
         if not past:
             return None
         median = statistics.median(past)
-        return max(median + k * statistics.median(abs(x - median) for x in past), factor * median)
+        return max(median + k * statistics.median(abs(x - median) for x in past), factor * median, least)
 
     return deadline
 

@@ -4,18 +4,20 @@ The driver alone holds the global parameters, the optimizer states of all replic
 """
 
 import dataclasses
+import re
 import statistics
 import time
 import uuid
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 
-from wavg_jax.base import PyTree, TooFew, TrainState
+from wavg_jax.base import PyTree, TooFew, TrainState, WavgWarning
 from wavg_jax.elastic.arrivals import Form, NormBound, form_of, vet
 from wavg_jax.elastic.audit import Auditor
-from wavg_jax.elastic.crew import Arrival, Crew, Member
+from wavg_jax.elastic.crew import POLL, Arrival, Crew, Member
 from wavg_jax.elastic.lanes import Lanes
 from wavg_jax.elastic.settings import Workers
 from wavg_jax.elastic.worker import Kit, Ticket, from_host, locally, recipe_of, to_host
@@ -73,6 +75,7 @@ class Elastic:
         self._shapes = self._brought(self._k)
         self._stack = [np.zeros(shape, dtype) for shape, dtype in self._form(self._k)]
         self._bound, self._lanes = NormBound(workers.norm_bound), Lanes()
+        self._told: set[tuple[int, str]] = set()
         self._auditor = Auditor(crew, kit, workers.audit, seed)
         self._programs = self._compile(recipe, state, work, shared)
         self.seconds = sum(program.seconds for program in self._programs)
@@ -136,8 +139,24 @@ class Elastic:
             collected.missing[k] = f"its change is {norms[k]:.3g} long, out of bounds"
         alive = jax.device_put(collected.arrived & confirmed & finite & ~beyond)
         state, log = jax.block_until_ready(blend.call(state, brought, alive, work.items, shared))
+        self._warn(number, collected.missing)
         self._entries = self._lanes.row(self._crew.members, collected.missing, self._auditor.found)
         return state, log, None
+
+    def _warn(self, number: int, missing: dict[int, str]) -> None:
+        """Says who is missing for the first time, once for every worker and reason; rows say it in every round."""
+        for member in self._crew.members:
+            own = [k for k in member.replicas if k in missing and not member.missed]
+            told = (member.number, re.sub(r"[\d.,+e-]+", "", missing[own[0]])) if own else None
+            if told is not None and told not in self._told:
+                self._told.add(told)
+                which = f"replica{'s' * (len(own) > 1)} {', '.join(map(str, own))}"
+                warnings.warn(
+                    f"round {number} is without {which} of worker {member.number}: {missing[own[0]]}; "
+                    f"{'they restart' if len(own) > 1 else 'it restarts'} from the blend",
+                    WavgWarning,
+                    stacklevel=2,
+                )
 
     def entries(self) -> Row:
         """What the row of the last round says of its workers."""
@@ -152,20 +171,21 @@ class Elastic:
         asked: set[int] = set()
         begun = time.perf_counter()
         while True:
-            self._crew.settle(0)
+            for arrival in self._crew.look(0):  # of earlier rounds
+                self._take(number, arrival, given, own, collected)
             for member in self._crew.members:
                 if member.ready and not asked.intersection(member.replicas):
                     self._send(number, member, given, own, items, longest, collected)
                     asked.update(member.replicas)
-            wait = self._workers.deadline(list(self._crew.seconds))
             left = self._workers.patience - (time.perf_counter() - begun)
-            for arrival in self._crew.arrivals(number, left if wait is None else min(wait, left)):
+            for arrival in self._crew.arrivals(number, min(self._crew.patience(), left)):
                 self._take(number, arrival, given, own, collected)
             if collected.arrived.sum() >= self._workers.min_replicas:
                 break
             if left <= 0:
                 raise TooFew(self._explain(number, collected))
-            self._crew.settle(min(0.2, left))
+            for arrival in self._crew.look(min(POLL, left)):
+                self._take(number, arrival, given, own, collected)
             asked = {k for m in self._crew.members if m.order is not None for k in m.replicas}
             asked.update(np.flatnonzero(collected.arrived).tolist())
         for member in self._crew.members:

@@ -137,6 +137,7 @@ def _kit(recipe: Recipe, given: dict[str, Any], workers: Workers, longest: int, 
         dynamic,
         {name: jax.config.values[name] for name in CONFIG},
         max(machine.cores() // count if workers.address is None else int(workers.cpus), 1),
+        workers.audit > 0,
         workers.hook,
     )
 

@@ -51,6 +51,7 @@ class Kit(NamedTuple):
       dynamic: whether the number of local steps is an argument.
       config: settings of JAX.
       threads: of XLA on a CPU.
+      audits: whether workers score replicas of others.
       hook: see `Workers.hook`.
     """
 
@@ -70,6 +71,7 @@ class Kit(NamedTuple):
     dynamic: bool
     config: Mapping[str, Any]
     threads: int
+    audits: bool
     hook: Hook | None
 
 
@@ -185,7 +187,8 @@ class Worker:
 
     def __init__(self, number: int):
         self._number, self._held_out = number, None
-        self._scores: Callable | None = None
+        self._network: PyTree = None
+        self._scores: Callable = _unasked
 
     def hold(self, kit: Kit, replicas: tuple[int, ...], shapes: PyTree, *shards: Shard) -> int:
         """Takes over replicas with their shards, compiles their program, and returns the process's id.
@@ -213,6 +216,11 @@ class Worker:
         number = jax.ShapeDtypeStruct((), np.int32)
         program = jax.jit(locally(self._kit, self._recipe), donate_argnums=0)
         self._program = program.lower(*shapes, items, self._data, self._held_out, number, number).compile()
+        if kit.audits and self._held_out is not None:
+            whole = (shapes[0].params, shapes[0].mutable)
+            self._network = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole)
+            scores = jax.jit(scores_of(kit, self._recipe))
+            self._scores = scores.lower(self._network, self._held_out, number).compile()
         return os.getpid()
 
     def train(self, ticket: Ticket, leaves: list[np.ndarray], items: np.ndarray, steps: int) -> Reply:
@@ -234,18 +242,20 @@ class Worker:
         reply = Reply(ticket, to_host(out), time.perf_counter() - begun)
         return self._hook("reply", ticket.round, reply)
 
-    def score(self, ticket: Ticket, leaves: list[np.ndarray], shapes: PyTree) -> Reply:
-        """Scores another worker's replica: the leaves of its `(params, mutable)`, of these shapes."""
+    def score(self, ticket: Ticket, leaves: list[np.ndarray]) -> Reply:
+        """Scores another worker's replica: the leaves of its `(params, mutable)`."""
         begun = time.perf_counter()
-        if self._scores is None:
-            self._scores = jax.jit(scores_of(self._kit, self._recipe))
-        network, round = from_host(leaves, shapes), jax.device_put(np.int32(ticket.round - 1))
+        network, round = from_host(leaves, self._network), jax.device_put(np.int32(ticket.round - 1))
         out = self._scores(network, self._held_out, round)
         return self._hook("score", ticket.round, Reply(ticket, to_host(out), time.perf_counter() - begun))
 
     def _hook(self, point: str, round: int, reply: Any = None) -> Any:
         hook = self._kit.hook
         return reply if hook is None else hook(point, self._number, round, reply)
+
+
+def _unasked(*given: Any) -> Any:
+    raise RuntimeError("this worker was not told that there would be audits")
 
 
 @functools.cache

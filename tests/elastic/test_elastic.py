@@ -1,0 +1,238 @@
+"""Elastic runs: without faults they are runs of `fit`, and with faults they go on."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+from breaking import Hook, wait_for
+from runs import INNER, TASK, WEIGHTED, without_clocks
+from small import sharded
+
+import wavg_jax as wavg
+from wavg_jax import elastic
+from wavg_jax.elastic import Workers, fixed, polynomial, wait_for_all
+
+DATA = sharded(4)
+quietly = pytest.mark.filterwarnings("ignore::wavg_jax.WavgWarning")
+SETTINGS = {"inner": INNER, "local_steps": 4, "rounds": 4, "batch_size": 8, "progress": False}
+
+
+def train(workers, task=TASK, averager=WEIGHTED, data=DATA, **settings):
+    return elastic.fit(task, data, averager, workers=workers, **(SETTINGS | settings))
+
+
+def alone(task=TASK, averager=WEIGHTED, data=DATA, **settings):
+    """The same run in this process."""
+    layout = wavg.Layout(1, "map")
+    return wavg.fit(task, data, averager, layout=layout, **(SETTINGS | settings))
+
+
+def alike(a, b):
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(a.rows[1:], b.rows[1:], strict=True):
+        assert ours["samples"] == theirs["samples"]
+        assert ours["round"] == theirs["round"]
+        np.testing.assert_allclose(ours["weights"], theirs["weights"], rtol=1e-3, atol=1e-4)
+
+
+def rounds(result):
+    return [row for row in result.rows if row["kind"] == "round"]
+
+
+def missing(result):
+    """{round: {replica: why}} of the rounds that missed somebody."""
+    return {row["round"]: row["missing"] for row in rounds(result) if row["missing"]}
+
+
+def was(result, worker):
+    return [entry["was"] for row in rounds(result) for entry in row["workers"] if entry["worker"] == worker]
+
+
+def test_without_faults_it_is_the_run_of_fit():
+    options = {
+        "averager": wavg.averager(wavg.opinion_pool(), outer=wavg.outer.nesterov(0.7, 0.9)),
+        "at_sync": wavg.AtSync(opt_state=wavg.policy.average, smoothing=wavg.smoothing.swa()),
+        "local_steps": wavg.schedule.linear(2, 4, rounds=4),
+    }
+    result = train(Workers(2), **options)
+    alike(result, alone(**options))
+    assert not missing(result)
+    assert was(result, 0) == was(result, 1) == ["computed"] * 4
+    assert [entry["replicas"] for entry in rounds(result)[0]["workers"]] == [[0, 1], [2, 3]]
+    assert result.rows[0]["elastic"]["workers"] == 2
+
+
+def test_control_variates_and_simulated_faults_travel():
+    options = {
+        "at_sync": wavg.AtSync(drift=wavg.drift.scaffold(0.1)),
+        "faults": wavg.faults.simulate(4, speed={1: 0.5}, sent={2: -1.0}),
+        "inner": optax.sgd(0.1),
+        "averager": wavg.averager(wavg.uniform()),
+        "rounds": 3,
+    }
+    alike(train(Workers(2), **options), alone(**options))
+
+
+def test_workers_are_added_and_removed_while_the_run_goes_on():
+    sizes = {1: 2, 2: 3, 3: 3, 4: 1}
+    result = train(Workers(sizes.__getitem__))
+    alike(result, alone())
+    dealt = [{entry["worker"]: entry["replicas"] for entry in row["workers"]} for row in rounds(result)]
+    assert dealt[0] == {0: [0, 1], 1: [2, 3]}
+    assert dealt[1] == dealt[2] == {0: [0, 1], 1: [2], 2: [3]}
+    assert dealt[3] == {0: [0, 1, 2, 3]}
+
+
+@quietly
+def test_broken_replies_are_refused_and_the_run_goes_on(tmp_path):
+    kinds = {
+        2: ("raise", "its worker failed: RuntimeError: no luck"),
+        3: ("not finite", None),
+        4: ("far", "its change is"),
+        5: ("shape", "its worker sent an array of shape (1, 3) for (2, 3)"),
+        6: ("dtype", "its worker sent an array of dtype float64 for float32"),
+        7: ("tree", "its worker sent another tree"),
+        8: ("nothing", "its worker sent no reply but a NoneType"),
+        9: ("earlier", "its worker answered another order"),
+        10: ("huge", "its worker sent 8,"),
+    }
+    # Workers take turns, since one that is useless three times in a row is started anew.
+    plan = {(round % 2, round): kind for round, (kind, _) in kinds.items()}
+    result = train(Workers(2, deadline=wait_for_all, hook=Hook(plan, str(tmp_path))), rounds=11)
+    for row in rounds(result):
+        number = row["round"]
+        own = [0, 1] if number % 2 == 0 else [2, 3]
+        dead = own if number in kinds else []
+        assert [k for k, alive in enumerate(row["alive"]) if not alive] == dead, number
+        kind, why = kinds.get(number, ("", None))
+        assert set(row["missing"]) == ({str(k) for k in dead} if why else set()), kind
+        for told in row["missing"].values():
+            assert told.startswith(why), kind
+    assert rounds(result)[-1]["test_accuracy"] >= rounds(alone(rounds=11))[-1]["test_accuracy"] - 0.1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.params))
+
+
+def test_a_quorum_waits_for_killed_workers_and_no_round_is_lost_or_counted_twice(tmp_path):
+    hook = Hook({(0, 2): "kill", (1, 3): "kill on the way"}, str(tmp_path))
+    result = train(Workers(2, min_replicas=4, hook=hook), workdir=tmp_path / "run")
+    alike(result, alone())
+    assert not missing(result)
+    assert (tmp_path / "train-0-2-again").exists()
+
+
+def test_without_a_quorum_the_round_goes_on_and_the_killed_worker_comes_back(tmp_path):
+    hook = Hook({(1, 2): "kill"}, str(tmp_path / "met"))
+    (tmp_path / "met").mkdir()
+
+    def until_it_is_back(row):
+        if row["round"] == 4:
+            wait_for(tmp_path / "met" / "hold-1-0-again")
+
+    with pytest.warns(wavg.WavgWarning, match="round 2 is without replicas 2, 3 of worker 1: its worker died"):
+        result = train(Workers(2, deadline=wait_for_all, hook=hook), rounds=60, on_round=until_it_is_back)
+    assert set(missing(result)[2]) == {"2", "3"}
+    assert missing(result)[2]["2"] == "its worker died"
+    assert rounds(result)[1]["weights"][2:] == [0, 0]
+    lane = was(result, 1)
+    assert lane[1] == "failed"
+    assert lane[2] == "away"
+    assert "computed" in lane[4:]
+    assert [row["round"] for row in rounds(result)] == list(range(1, 61))
+
+
+@pytest.mark.parametrize("late", [None, polynomial(1.0)], ids=["dropped", "counted"])
+def test_a_stopped_worker_is_late_and_comes_back(late, tmp_path):
+    hook = Hook({(0, 2): "stop"}, str(tmp_path))
+
+    def go_on(row):
+        if row["round"] == 4:
+            os.kill(int(wait_for(tmp_path / "train-0-2")), signal.SIGCONT)
+            wait_for(tmp_path / "reply-0-2")
+
+    with pytest.warns(wavg.WavgWarning, match="round 2 is without replicas 0, 1 of worker 0: its worker was late"):
+        result = train(Workers(2, deadline=fixed(1.0), late=late, hook=hook), rounds=9, on_round=go_on)
+    lane = was(result, 0)
+    assert lane[:4] == ["computed", "late", "away", "away"]
+    assert ("late, dropped" if late is None else "late, counted") in lane[4:]
+    assert lane[-1] == "computed"
+    counted = rounds(result)[lane.index("late, counted")]["weights"][:2] if late else None
+    assert counted is None or min(counted) > 0
+
+
+@quietly
+def test_scores_are_checked_by_another_worker(tmp_path):
+    hook = Hook({(0, 2): "lie", (1, 3): "lie about others"}, str(tmp_path))
+    result = train(Workers(2, audit=4, hook=hook), averager=wavg.averager(wavg.softmax("accuracy", 0.5)))
+    first, second, third, fourth = rounds(result)
+    assert {finding["wrong"] for finding in first["audits"]} == {None}
+    assert {finding["wrong"] for finding in second["audits"] if finding["worker"] == 0} == {0}
+    assert second["weights"][:2] == [0, 0]
+    assert second["missing"]["0"] == "another worker measured other scores"
+    assert 1 in {finding["wrong"] for finding in third["audits"] if finding["auditor"] == 1}
+    assert not third["missing"]
+    assert not fourth["missing"]
+
+
+def test_a_slow_worker_takes_as_many_steps_as_fit(tmp_path):
+    plan = {(1, round): "slow" for round in range(1, 5)}
+    result = train(Workers(2, fill=True, hook=Hook(plan, str(tmp_path))), local_steps=40)
+    steps = np.diff([0] + [row["samples"] for row in rounds(result)]) // 8
+    assert steps[0] == 160
+    assert (steps[1:] < 160).all()
+
+
+def test_too_few_end_the_run_with_a_checkpoint(tmp_path):
+    plan = {(worker, round): "raise" for worker in (0, 1) for round in (3, 4)}
+
+    class Always(Hook):
+        def __call__(self, point, worker, round, reply):
+            if point == "train" and round == 3:
+                raise RuntimeError("out of luck")
+            return reply
+
+    workdir = tmp_path / "run"
+    with pytest.raises(wavg.TooFew, match=r"round 3 waited 2 s for 1 replicas and had 0: its worker"):
+        train(Workers(2, patience=2.0, hook=Always(plan, str(tmp_path))), workdir=workdir)
+    resumed = train(Workers(2), workdir=workdir, resume=True)
+    alike(resumed, alone())
+
+
+def test_a_worker_that_cannot_start_is_an_error_at_once():
+    def broken(point, worker, round, reply):
+        raise RuntimeError("no disk here")
+
+    with pytest.raises(wavg.SettingsError, match=r"worker 0 cannot start: .*no disk here"):
+        train(Workers(1, hook=broken))
+
+
+REFUSED = {
+    "size=9 workers for 4 replicas": {"workers": Workers(9)},
+    "size is 0": {"workers": Workers(0)},
+    "min_replicas=5 is more": {"workers": Workers(2, min_replicas=5)},
+    r"size\(1\) gave 7": {"workers": Workers(lambda round: 7)},
+    "workers is": {"workers": 3},
+    "leave out wire= and fragments=": {"workers": Workers(2), "at_sync": wavg.AtSync(wire="int8")},
+    "give replica_map= alone": {"workers": Workers(2), "layout": wavg.Layout(devices=2)},
+    "rounds is 0": {"workers": Workers(2), "rounds": 0},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_settings_are_refused_before_anything_starts(message):
+    with pytest.raises(wavg.SettingsError, match=message):
+        train(**REFUSED[message])
+
+
+def test_an_unknown_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="momentum"):
+        train(Workers(2), momentum=0.9)
+
+
+def test_rows_differ_from_those_of_fit_by_the_workers_alone():
+    ours, theirs = train(Workers(1), rounds=1), alone(rounds=1)
+    for row, other in zip(without_clocks(ours.rows), without_clocks(theirs.rows), strict=True):
+        assert set(row) - set(other) == ({"elastic"} if row["kind"] == "run" else {"missing", "workers"})
