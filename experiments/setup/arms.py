@@ -283,10 +283,12 @@ def run_arm(
     workdir: pathlib.Path | None = None,
     name: str | None = None,
     path: Row | None = None,
+    fit: Callable[..., wavg.Result] = wavg.fit,
 ) -> wavg.Result:
     """Runs one arm under one condition for one seed.
 
-    Its rows and checkpoints go to `workdir`, by default as ARM-seedSEED. `progress` is as for `fit`.
+    Its rows and checkpoints go to `workdir`, by default as ARM-seedSEED. `progress` is as for `fit`, which
+    may be another than the library's.
     """
     facts = {
         "arm": arm.name,
@@ -299,7 +301,7 @@ def run_arm(
         facts["bytes_per_round"] = 2 * F.replicas * tree.nbytes(gradients) * arm.local_steps
     # A decay ends with the last round, so that their number is no longer free.
     settings = settings_of(RUN | {"rounds"} if F.decay != "none" else RUN, condition)
-    return wavg.fit(
+    return fit(
         task,
         data.pool(sharded) if arm.pooled else sharded,
         arm.averager,

@@ -10,11 +10,11 @@ interface alone, and one that we join must ask for a token; still, put it on a n
 workers send, in `wavg_jax.elastic.arrivals`, protect a run from workers that are broken, or wrong, not from intruders.
 """
 
-from wavg_jax.elastic.deadlines import fixed, median_mad, polynomial, quantile, wait_for_all
+from wavg_jax.elastic.deadlines import Deadline, fixed, median_mad, polynomial, quantile, wait_for_all
 from wavg_jax.elastic.run import fit
 from wavg_jax.elastic.settings import Workers
 
-__all__ = ["Workers", "fit", "fixed", "median_mad", "polynomial", "quantile", "wait_for_all"]
+__all__ = ["Deadline", "Workers", "fit", "fixed", "median_mad", "polynomial", "quantile", "wait_for_all"]
 
 
 def __dir__() -> list[str]:

@@ -71,7 +71,11 @@ def vet(after: Replicas, train_loss: jax.Array, before: Replicas) -> tuple[jax.A
       train_loss: [K].
       before: as they started.
     """
-    states = [tree.all_finite((x.opt_state, x.mutable, x.drift)) for x in (after, before)]
+
+    def sound(one: Replicas) -> jax.Array:
+        return tree.is_finite((one.opt_state, one.mutable, one.rng, one.drift))
+
+    states = [jax.vmap(sound)(x) for x in (after, before)]
     finite = tree.all_finite((after.params, train_loss)) & (states[0] | ~states[1])
 
     def distance(x: Any, start: Any) -> jax.Array:

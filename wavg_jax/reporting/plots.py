@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import DASHES, MARKERS, SMALL, TEXT, Plot, Theme
+from wavg_jax.reporting.lanes import draw_lanes
 from wavg_jax.reporting.measures import Measure
 from wavg_jax.reporting.runs import RecordedRun, links_in_words
 from wavg_jax.reporting.statistic import Floats
@@ -46,7 +47,7 @@ def draw_scenario(summary: Summary, places: Places) -> tuple[Plot, ...]:
 
     Returns:
       Plots in the order of the report: test accuracy (or loss) on the measured clock, on the computed clock and against
-      samples; the effective number of replicas; the weights of one seed; the confusion matrix.
+      samples; the effective number of replicas; the weights of one seed; the confusion matrix; what workers did.
     """
     words, metric = capitalised(summary.measure.words), summary.measure.metric
     dotted = "; dotted: target" if math.isfinite(summary.target) else ""
@@ -79,6 +80,7 @@ def draw_scenario(summary: Summary, places: Places) -> tuple[Plot, ...]:
         _effective(summary, places),
         _heat_map(summary),
         _confusion(summary),
+        draw_lanes(summary.focus.runs, f"{summary.header['dataset']}, {summary.scenario}"),
     ]
     return tuple(plot for plot in plots if plot is not None)
 

@@ -47,6 +47,7 @@ class RecordedRun(NamedTuple):
       sample: what a language model wrote: {prompt, text, temperature}; None if nothing.
       scores: every signal that the weighting needed [R, K], nan in rounds that were not scored.
       diagnosis: `leave_one_out` [R, K], `gain` and `gain_error` [R], likewise; `{}` if no logits were kept.
+      workers: what each worker of an elastic run did, in every round; of other runs, `()` each.
     """
 
     header: Row
@@ -66,6 +67,7 @@ class RecordedRun(NamedTuple):
     sample: Row | None
     scores: Mapping[str, Floats]
     diagnosis: Mapping[str, Floats]
+    workers: Sequence[Sequence[Row]]
 
     @property
     def arm(self) -> str:
@@ -229,6 +231,7 @@ def _run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
         sample=last.get("sample"),
         scores=_tables_of(rounds, "scores"),
         diagnosis=_tables_of(rounds, "diagnosis"),
+        workers=[row.get("workers", ()) for row in rounds],
     )
 
 

@@ -26,6 +26,7 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
                         unlimited) and seconds; no link is null or missing; all null if not measured
   target_accuracy       the test accuracy that "time to target" refers to; null if none is set
   hardware, versions    where the run ran, and with which versions
+  elastic               of an elastic run: how it was told to deal with its workers; else missing
   settings              the flags, or `Store(settings=...)`; must agree when the run resumes
 
 `kind="round"`, one per round:
@@ -43,6 +44,11 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
   {name}                every array metric of the task, on a run's last row. A classifier has confusion
                         [classes][classes], counts on the test split with true classes as rows
   sample                {prompt, text, temperature} on a language model's last row: how it goes on from the prompt
+  missing               of an elastic run: {replica: why it took no part}
+  workers               of an elastic run: [{worker, replicas, was, sent, ended, computed, why}], `was` being computed,
+                        late, "late, counted", "late, dropped", failed or away; seconds since the round began; away has
+                        no times
+  audits                of an elastic run with audits: [{replica, worker, auditor, wrong}]; wrong is a worker or null
   stopped_early         true on the last row of a run that a callback ended early; else missing
 
 A matrix has two kinds of its own.
@@ -169,6 +175,7 @@ def run_row(
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
     *("effective_replicas", "alive", "scores", "diagnosis", "sample", "stopped_early"),
+    *("missing", "workers", "audits"),
 )
 
 
