@@ -8,9 +8,9 @@ import pytest
 import wavg_jax as wavg
 from wavg_jax.base import Replicas
 from wavg_jax.elastic import fixed, median_mad, polynomial, quantile, wait_for_all
-from wavg_jax.elastic.arrivals import KEPT, NormBound, agree, form_of, nbytes, vet
+from wavg_jax.elastic.arrivals import KEPT, NormBound, agree, nbytes, vet
 from wavg_jax.elastic.dealing import deal
-from wavg_jax.elastic.worker import from_host, to_host
+from wavg_jax.elastic.worker import form_of, from_host, to_host
 
 INF = np.inf
 

@@ -10,19 +10,10 @@ import optax
 
 from wavg_jax import tree
 from wavg_jax.base import Replicas
-from wavg_jax.elastic.worker import Reply, Ticket
-
-Form = list[tuple[tuple[int, ...], np.dtype]]
-"""Shape and dtype of every array of a reply."""
+from wavg_jax.elastic.worker import Form, Reply, Ticket
 
 SLACK = 2**16
 """Bytes of a reply beside its arrays."""
-
-
-def form_of(shapes: Any) -> Form:
-    """The form of what `wavg_jax.elastic.worker.to_host` makes of a tree of these shapes."""
-    data = jax.eval_shape(lambda x: jax.tree.map(lambda a: jax.random.key_data(a) if tree.is_key(a) else a, x), shapes)
-    return [(x.shape, np.dtype(x.dtype)) for x in jax.tree.leaves(data)]
 
 
 def nbytes(form: Form) -> int:

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from wavg_jax.base import PyTree, TrainState
-from wavg_jax.elastic.arrivals import Form, agree, form_of
+from wavg_jax.elastic.arrivals import agree
 from wavg_jax.elastic.crew import Crew, Member
-from wavg_jax.elastic.worker import Kit, Ticket, from_host, recipe_of, scores_of, to_host
+from wavg_jax.elastic.worker import Form, Kit, Ticket, form_of, from_host, recipe_of, scores_of, to_host
 from wavg_jax.storage.schema import Row
 
 

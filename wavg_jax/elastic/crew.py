@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from wavg_jax.base import SettingsError
-from wavg_jax.elastic.arrivals import SLACK, Form, complaint, nbytes
+from wavg_jax.elastic.arrivals import SLACK, complaint, nbytes
 from wavg_jax.elastic.dealing import deal
 from wavg_jax.elastic.settings import Workers, size_in
-from wavg_jax.elastic.worker import Kit, Reply, Ticket, actor
+from wavg_jax.elastic.worker import Form, Kit, Reply, Ticket, actor
 
 REMEMBERED = 100
 """Replies whose seconds decide the next deadline."""

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from wavg_jax.base import PyTree, TooFew, TrainState, WavgWarning
-from wavg_jax.elastic.arrivals import Form, NormBound, form_of, vet
+from wavg_jax.elastic.arrivals import NormBound, vet
 from wavg_jax.elastic.audit import Auditor
 from wavg_jax.elastic.crew import POLL, Arrival, Crew, Member
 from wavg_jax.elastic.lanes import Lanes
 from wavg_jax.elastic.settings import Workers
-from wavg_jax.elastic.worker import Kit, Ticket, from_host, locally, recipe_of, to_host
+from wavg_jax.elastic.worker import Form, Kit, Ticket, form_of, from_host, locally, recipe_of, to_host
 from wavg_jax.rounds.common import Brought, RoundLog
 from wavg_jax.storage.schema import Row
 from wavg_jax.training.batches import Shared, Work
@@ -74,6 +74,7 @@ class Elastic:
         self._parts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, work.items, shared))
         self._shapes = self._brought(self._k)
         self._stack = [np.zeros(shape, dtype) for shape, dtype in self._form(self._k)]
+        from_host(self._stack, self._shapes)  # compiles what handles random keys
         self._bound, self._lanes = NormBound(workers.norm_bound), Lanes()
         self._told: set[tuple[int, str]] = set()
         self._auditor = Auditor(crew, kit, workers.audit, seed)

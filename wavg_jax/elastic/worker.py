@@ -132,6 +132,16 @@ def from_host(leaves: list[np.ndarray], like: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [leaf(x, shape) for x, shape in zip(leaves, shapes, strict=True)])
 
 
+Form = list[tuple[tuple[int, ...], np.dtype]]
+"""Shape and dtype of every array that `to_host` makes."""
+
+
+def form_of(shapes: PyTree) -> Form:
+    """The form of what `to_host` makes of a tree of these shapes."""
+    data = jax.eval_shape(lambda x: jax.tree.map(lambda a: jax.random.key_data(a) if tree.is_key(a) else a, x), shapes)
+    return [(x.shape, np.dtype(x.dtype)) for x in jax.tree.leaves(data)]
+
+
 def recipe_of(kit: Kit, replicas: tuple[int, ...]) -> Recipe:
     """The recipe of some of the replicas, on this process's first device."""
     faults = kit.faults and Faults(*(tuple(row[k] for k in replicas) for row in kit.faults))
@@ -216,6 +226,7 @@ class Worker:
         number = jax.ShapeDtypeStruct((), np.int32)
         program = jax.jit(locally(self._kit, self._recipe), donate_argnums=0)
         self._program = program.lower(*shapes, items, self._data, self._held_out, number, number).compile()
+        to_host(from_host([np.zeros(*one) for one in form_of(shapes)], shapes))  # compiles what handles random keys
         if kit.audits and self._held_out is not None:
             whole = (shapes[0].params, shapes[0].mutable)
             self._network = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole)
