@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from experiments.elastic import read_workers
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
+from wavg_jax.base import WavgWarning
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import Row
@@ -113,6 +115,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs both, and writes the figures."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
+    warnings.filterwarnings("ignore", category=WavgWarning)  # somebody is missing all the time
     workdir = arms.choose_workdir("chaos")
     (workdir / "pids").mkdir(parents=True, exist_ok=True)
     with app.reported(workdir):

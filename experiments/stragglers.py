@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from experiments.elastic import READS as ELASTIC
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
+from wavg_jax.base import WavgWarning
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import Row
@@ -70,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs every way for every seed, and writes the figures."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
+    warnings.filterwarnings("ignore", category=WavgWarning)  # somebody is missing all the time
     condition, seeds = read_condition(), shared_flags.read_seeds()
     workdir = arms.choose_workdir("stragglers")
     found: dict[str, list[Row]] = {name: [] for name in ways()}

@@ -1,4 +1,4 @@
-"""What README says is true: its three snippets run as they stand, and the files and flags it names exist."""
+"""What README says is true: its snippets run as they stand, and the files and flags it names exist."""
 
 import importlib
 import pathlib
@@ -17,7 +17,7 @@ PAGES = {
 TEXTS = {name: path.read_text() for name, path in PAGES.items()}
 
 
-AVERAGING, ROUND, RUN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+AVERAGING, ROUND, RUN, WORKERS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_only_the_averaging_runs_as_it_stands_and_leaves_out_the_bad_shard():
@@ -46,6 +46,17 @@ def test_the_whole_run_runs_as_it_stands(tmp_path, monkeypatch):
     last = names["result"].rows[-1]
     assert last["round"] == 20
     assert last["test_accuracy"] > 0.8
+
+
+@pytest.mark.slow
+def test_the_same_run_in_workers_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(RUN + WORKERS, names)
+    last = names["result"].rows[-1]
+    assert last["round"] == 20
+    assert last["test_accuracy"] > 0.8
+    assert len(last["workers"]) == 4
 
 
 def _anchors(path):

@@ -10,8 +10,9 @@ rounds alternate; the first two rounds of each do not count.
 Rows: local_steps, in_process, elastic (median seconds a round, by run), ratio (elastic / in process, of paired runs).
 """
 
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import optax
@@ -49,13 +50,20 @@ def main(argv: Sequence[str]) -> None:
             def one(fit: object, h: int = h, **settings: object) -> float:
                 return _round_seconds(fit, h, **settings)
 
-            cases = {"in process": lambda: one(wavg.fit), "elastic": lambda: one(elastic.fit, workers=workers)}
-            seconds = alternate(cases, F.repeats, lambda name, h=h: advance(f"H={h}: {name}"))
+            cases = {
+                "in process": functools.partial(one, wavg.fit),
+                "elastic": functools.partial(one, elastic.fit, workers=workers),
+            }
+            seconds = alternate(cases, F.repeats, functools.partial(_told, advance, h))
             ours, theirs = seconds["elastic"], seconds["in process"]
             recording.case(
                 local_steps=h, in_process=theirs.tolist(), elastic=ours.tolist(), ratio=list(ratio(ours, theirs))
             )
     recording.publish(_table(recording))
+
+
+def _told(advance: Callable[[str], None], steps: int, name: str) -> None:
+    advance(f"H={steps}: {name}")
 
 
 def _problem() -> tuple[wavg.Task, data.ShardedData]:

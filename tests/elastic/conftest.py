@@ -2,7 +2,7 @@ import breaking
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cluster():
     """One cluster for all tests of a process: starting it takes longer than most of them."""
     from wavg_jax.elastic.cluster import connected

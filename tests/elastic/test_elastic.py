@@ -16,6 +16,7 @@ from wavg_jax import elastic
 from wavg_jax.elastic import Workers, fixed, polynomial, wait_for_all
 
 DATA = sharded(4)
+pytestmark = pytest.mark.usefixtures("cluster")
 quietly = pytest.mark.filterwarnings("ignore::wavg_jax.WavgWarning")
 SETTINGS = {"inner": INNER, "local_steps": 4, "rounds": 4, "batch_size": 8, "progress": False}
 

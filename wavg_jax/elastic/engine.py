@@ -38,6 +38,12 @@ def shapes_of(state: TrainState, replicas: int) -> PyTree:
     return jax.tree.map(leaf, state.replicas._replace(residual=())), drift
 
 
+def rows(replicas: tuple[int, ...]) -> Any:
+    """An index of these rows, without a copy where they are neighbours."""
+    first, last = replicas[0], replicas[-1]
+    return slice(first, last + 1) if last - first + 1 == len(replicas) else list(replicas)
+
+
 @dataclasses.dataclass
 class Collected:
     """What has come of a round: host arrays [K, ...] of a `Brought`, and for each replica that is missing, why."""
@@ -48,10 +54,15 @@ class Collected:
 
     def put(self, replicas: tuple[int, ...], leaves: list[np.ndarray]) -> None:
         for all_of_them, own in zip(self.leaves, leaves, strict=True):
-            all_of_them[list(replicas)] = own
+            all_of_them[rows(replicas)] = own
         self.arrived[list(replicas)] = True
         for k in replicas:
             self.missing.pop(k, None)
+
+    def fill(self, before: list[np.ndarray]) -> None:
+        """Puts the replicas that are missing where they were `before`, with nothing measured of them."""
+        for place, x in enumerate(self.leaves):
+            x[~self.arrived] = before[place][~self.arrived] if place < len(before) else 0
 
 
 class Elastic:
@@ -73,8 +84,8 @@ class Elastic:
         self._forms: dict[int, Form] = {}
         self._parts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, work.items, shared))
         self._shapes = self._brought(self._k)
-        self._stack = [np.zeros(shape, dtype) for shape, dtype in self._form(self._k)]
-        from_host(self._stack, self._shapes)  # compiles what handles random keys
+        self._stack = [_aligned(shape, dtype) for shape, dtype in self._form(self._k)]
+        from_host(self._stack, self._shapes, copy=False)  # compiles what handles random keys
         self._bound, self._lanes = NormBound(workers.norm_bound), Lanes()
         self._told: set[tuple[int, str]] = set()
         self._auditor = Auditor(crew, kit, workers.audit, seed)
@@ -129,7 +140,7 @@ class Elastic:
         collected = self._collect(number, state, work)
         confirmed = self._auditor.audit(number, collected, state, self._shapes)
         blend, check = self._programs
-        brought = from_host(collected.leaves, self._shapes)
+        brought = from_host(collected.leaves, self._shapes, copy=False)
         finite, norms = jax.device_get(
             check.call(brought.replicas, brought.train_loss, state.replicas._replace(residual=()))
         )
@@ -168,7 +179,7 @@ class Elastic:
         given = to_host((state.replicas._replace(residual=()), state.drift))
         own = len(jax.tree.leaves(state.replicas._replace(residual=())))
         items, longest = np.asarray(work.items), self._steps(work)
-        collected = self._nothing_yet(given[:own])
+        collected = self._nothing_yet()
         asked: set[int] = set()
         begun = time.perf_counter()
         while True:
@@ -189,16 +200,15 @@ class Elastic:
                 self._take(number, arrival, given, own, collected)
             asked = {k for m in self._crew.members if m.order is not None for k in m.replicas}
             asked.update(np.flatnonzero(collected.arrived).tolist())
+        collected.fill(given[:own])
         for member in self._crew.members:
             if member.order is not None and member.order.ticket.round == number:
                 collected.missing.update(dict.fromkeys(member.replicas, "its worker was late"))
                 self._lanes.note(member, "late", member.order.sent, time.perf_counter(), "late")
         return collected
 
-    def _nothing_yet(self, before: list[np.ndarray]) -> Collected:
-        """A round of which nothing has come: the replicas as they were, and nothing measured."""
-        for place, x in enumerate(self._stack):
-            x[...] = before[place] if place < len(before) else 0
+    def _nothing_yet(self) -> Collected:
+        """A round of which nothing has come."""
         why = {k: member.why for member in self._crew.members for k in member.replicas}
         return Collected(
             self._stack, np.zeros(self._k, bool), {k: why.get(k, "no worker has it") for k in range(self._k)}
@@ -214,7 +224,7 @@ class Elastic:
         longest: int,
         collected: Collected,
     ) -> None:
-        chosen = _rows(member.replicas)
+        chosen = rows(member.replicas)
         leaves = [x[chosen] if place < own else x for place, x in enumerate(given)]
         ticket = Ticket(number, self._nonce, member.number, member.replicas)
         try:
@@ -270,7 +280,7 @@ class Elastic:
         self, order: Any, leaves: list[np.ndarray], given: list[np.ndarray], factor: float
     ) -> list[np.ndarray]:
         """A late result as a change of the parameters of today: `now + factor * (sent - start)`."""
-        chosen = _rows(order.ticket.replicas)
+        chosen = rows(order.ticket.replicas)
         moved = [
             now[chosen] + np.asarray(factor, x.dtype) * (x - start)
             for x, start, now in zip(leaves, order.start, given, strict=False)
@@ -292,7 +302,9 @@ class Elastic:
         )
 
 
-def _rows(replicas: tuple[int, ...]) -> Any:
-    """An index of these rows, without a copy where they are neighbours."""
-    first, last = replicas[0], replicas[-1]
-    return slice(first, last + 1) if last - first + 1 == len(replicas) else list(replicas)
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that a CPU device can use as they are: XLA takes over host memory at multiples of 64 bytes."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    memory = np.zeros(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)

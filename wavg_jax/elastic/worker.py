@@ -119,11 +119,14 @@ def to_host(values: PyTree) -> list[np.ndarray]:
     return [np.asarray(jax.random.key_data(x) if tree.is_key(x) else x) for x in leaves]
 
 
-def from_host(leaves: list[np.ndarray], like: PyTree) -> PyTree:
-    """The inverse of `to_host`, on the default device; `like` has the structure and the kinds of keys."""
+def from_host(leaves: list[np.ndarray], like: PyTree, *, copy: bool = True) -> PyTree:
+    """The inverse of `to_host`, on the default device; `like` has the structure and the kinds of keys.
+
+    Without `copy` a CPU device may go on using the memory of `leaves`, which no program can then overwrite.
+    """
 
     def leaf(x: np.ndarray, shape: Any) -> jax.Array:
-        array = jax.device_put(x, may_alias=False)  # else a program could not overwrite it
+        array = jax.device_put(x, may_alias=not copy)
         if not tree.is_key(shape):
             return array
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty((0,), shape.dtype)))
