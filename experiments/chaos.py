@@ -6,7 +6,8 @@ Runs one arm in workers of this machine for --seconds, undisturbed, then again w
 average, a random worker gets SIGKILL, and every --stop_every another one SIGSTOP, for --stop_for seconds. Then the same
 arm in two processes of the steady runtime, `jax.distributed`, one of which is killed halfway.
 
-Writes the rows of both elastic runs with their report, and chaos.json and chaos.md with the figures, to --workdir.
+Writes the rows of each elastic run with their report to a folder of --workdir, and chaos.json and chaos.md with the
+figures.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ flags.DEFINE_float("stop_every", 15.0, "Mean seconds between two stops.", lower_
 flags.DEFINE_float("stop_for", 5.0, "Seconds that a worker stays stopped.", lower_bound=0.1)
 flags.DEFINE_bool("steady", True, "Whether to try the steady runtime too.")
 F = flags.FLAGS
-READS = ELASTIC - {"resume"}
+READS = ELASTIC - {"resume", "rounds"}
 for _name in [*READS, "arm", "seed", "workers", "deadline", "min_replicas", "count_late", "audit", "fill", "patience"]:
     flags.declare_key_flag(_name)
 
@@ -118,10 +119,10 @@ def main(argv: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", category=WavgWarning)  # somebody is missing all the time
     workdir = arms.choose_workdir("chaos")
     (workdir / "pids").mkdir(parents=True, exist_ok=True)
-    with app.reported(workdir):
-        calm = _elastic(workdir, "undisturbed", None)
-        chaos = Chaos(workdir / "pids", F.seed)
-        wild = _elastic(workdir, "disturbed", chaos)
+    F.rounds = _ENDLESS
+    calm = _elastic(workdir, "undisturbed", None)
+    chaos = Chaos(workdir / "pids", F.seed)
+    wild = _elastic(workdir, "disturbed", chaos)
     figures = {
         "command": " ".join(["python -m experiments.chaos", *sys.argv[1:]]),
         "hardware": machine.hardware(),
@@ -139,6 +140,10 @@ def main(argv: Sequence[str]) -> None:
     app.console().print(text)
 
 
+_ENDLESS = 10**6
+"""More rounds than --seconds have room for."""
+
+
 def _elastic(workdir: pathlib.Path, name: str, chaos: Chaos | None) -> wavg.Result:
     """One elastic run of --seconds."""
     condition = read_condition()
@@ -147,7 +152,7 @@ def _elastic(workdir: pathlib.Path, name: str, chaos: Chaos | None) -> wavg.Resu
     (arm,) = arms.make_arms((F.arm,), condition)
     sharded = problem.make_data(dataset, F.seed, condition.noisy)
     workers = read_workers()._replace(hook=Pids(str(workdir / "pids")))
-    with contextlib.ExitStack() as stack:
+    with app.reported(workdir / name), contextlib.ExitStack() as stack:
 
         def on_round(row: Row) -> bool:
             if row["round"] == 1 and chaos is not None:
@@ -155,7 +160,7 @@ def _elastic(workdir: pathlib.Path, name: str, chaos: Chaos | None) -> wavg.Resu
             return row["elapsed"] >= F.seconds
 
         fit = functools.partial(elastic.fit, workers=workers, on_round=on_round)
-        return arms.run_arm(arm, task, sharded, condition, F.seed, True, workdir=workdir, name=name, fit=fit)
+        return arms.run_arm(arm, task, sharded, condition, F.seed, False, workdir=workdir / name, fit=fit)
 
 
 def _figures(rows: Sequence[Row], calm: Sequence[Row] = ()) -> Row:
@@ -188,7 +193,7 @@ def _steady(workdir: pathlib.Path) -> Row:
     own = [f"--{name}={F[name].value}" for name in ("dataset", "data_dir", "replicas", "local_steps", "arm")]
     command = [sys.executable, "-m", "experiments.launch", "--processes=2", "--", "-m", "experiments.train", *own]
     started = subprocess.Popen(
-        [*command, f"--rounds={10**6}", f"--workdir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*command, f"--rounds={_ENDLESS}", f"--workdir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     rows = folder / "rows.jsonl"
     while started.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") > 5):

@@ -14,6 +14,9 @@ from small import sharded
 import wavg_jax as wavg
 from wavg_jax import elastic
 from wavg_jax.elastic import Workers, fixed, polynomial, wait_for_all
+from wavg_jax.training.batches import make_work, put_shared
+from wavg_jax.training.programs import programs_of
+from wavg_jax.training.recipe import make_recipe, rounds_of
 
 DATA = sharded(4)
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -237,3 +240,34 @@ def test_rows_differ_from_those_of_fit_by_the_workers_alone():
     ours, theirs = train(Workers(1), rounds=1), alone(rounds=1)
     for row, other in zip(without_clocks(ours.rows), without_clocks(theirs.rows), strict=True):
         assert set(row) - set(other) == ({"elastic"} if row["kind"] == "run" else {"missing", "workers"})
+
+
+def by_hand(result, averager=WEIGHTED):
+    """The state to which the rounds of a run lead in this process, with the replicas dead that it missed."""
+    recipe = make_recipe(TASK, DATA, averager, INNER, layout=wavg.Layout(1, "map", True))
+    apart, shared = rounds_of(recipe).apart, put_shared(recipe, DATA)
+    state = programs_of(recipe, 4).init(jax.random.key(0))
+    locally, together = jax.jit(apart.locally), jax.jit(apart.together)
+    for number, row in enumerate(rounds(result)):
+        work = make_work(recipe, DATA, seed=0, first_step=4 * number, longest=4, batch_size=8)
+        given = work.items, shared.held_out
+        brought = locally(state.replicas, *given, state.round, state.drift, shared=shared.train)
+        here = np.array([str(k) not in row["missing"] for k in range(4)])
+        brought = brought._replace(alive=brought.alive & here)
+        state, _ = together(state, brought, *given, shared=shared.train, sizes=shared.sizes)
+    return state
+
+
+def test_rounds_that_miss_a_worker_are_rounds_with_its_replicas_dead(tmp_path):
+    plan = {(0, 2): "raise", (1, 4): "kill", (0, 5): "shape"}
+    with pytest.warns(wavg.WavgWarning):
+        result = train(Workers(2, deadline=wait_for_all, hook=Hook(plan, str(tmp_path))), rounds=6)
+    assert {2, 4, 5} <= set(missing(result))
+    expected = by_hand(result)
+    for part in ("params", "averager", "mutable"):
+        for x, y in zip(*(jax.tree.leaves(getattr(s, part)) for s in (result.state, expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    for x, y in zip(*(jax.tree.leaves(s.replicas.opt_state) for s in (result.state, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    ours, theirs = (jax.random.key_data(s.replicas.rng) for s in (result.state, expected))
+    np.testing.assert_array_equal(ours, theirs)

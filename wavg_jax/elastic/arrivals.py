@@ -41,7 +41,9 @@ def complaint(reply: Any, ticket: Ticket, form: Form) -> str | None:
         return f"sent no reply but a {type(reply).__name__}"
     if tuple(reply[0]) != tuple(ticket):
         return "answered another order"
-    leaves = reply[1]
+    leaves, seconds = reply[1:]
+    if not isinstance(seconds, float) or not 0 < seconds < float("inf"):
+        return "sent no number of seconds"
     if not isinstance(leaves, list) or len(leaves) != len(form):
         return f"sent another tree, not {len(form)} arrays"
     for x, (shape, dtype) in zip(leaves, form, strict=True):

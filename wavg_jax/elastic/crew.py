@@ -26,12 +26,13 @@ POLL = 0.2
 
 @dataclasses.dataclass
 class Order:
-    """An order under way; `start` are the parameters that its replicas started from, where a late result counts."""
+    """An order under way, for so many local steps; `start` are the parameters that its replicas started from, where a late result counts."""
 
     ticket: Ticket
     ref: Any
     form: Form
     sent: float
+    steps: int = 0
     start: list[np.ndarray] | None = None
     audits: bool = False
 
@@ -47,7 +48,7 @@ class Member:
       holding: the call that is to make it ready; None if it is.
       order: what it works on; None if nothing.
       why: the reason why it is not ready.
-      pace: seconds that a local step of its replicas takes; None before the first reply.
+      pace: seconds that a local step of all its replicas takes; None before the first reply.
       strikes: useless replies in a row.
       missed: rounds missed in a row.
       pid: of its process.
@@ -131,9 +132,8 @@ class Crew:
                     self._enlist(member, "its worker takes over shards")
                     changed.append(member)
         end = time.perf_counter() + self._workers.start_timeout
-        first = round if not self.seconds else 0
         while any(m.holding is not None for m in changed) and time.perf_counter() < end:
-            self.settle(POLL, first=bool(first))
+            self.settle(POLL, first=not self.seconds)
 
     def _start(self, number: int) -> Any:
         """Makes the actor of a worker. Those of this machine are not counted: Ray knows of one core alone."""
@@ -178,8 +178,9 @@ class Crew:
         """
         brought = self._ray.put(leaves)
         ref = member.actor.train.remote(ticket, brought, items, steps)
-        member.order, member.why = Order(ticket, ref, [], time.perf_counter()), "its worker is still at an older round"
-        return member.order
+        order = Order(ticket, ref, [], time.perf_counter(), steps)
+        member.order, member.why = order, "its worker is still at an older round"
+        return order
 
     def ask(self, member: Member, ticket: Ticket, leaves: list[np.ndarray], form: Form) -> None:
         """Asks a worker for the scores of another one's replica."""

@@ -264,9 +264,9 @@ class Elastic:
             return
         if order.audits:
             return
-        leaves, reply = arrival.reply.leaves, arrival.reply
-        taken = int(np.max(leaves[self._place("steps")]))
-        member.pace = reply.seconds / max(taken, 1) / len(replicas)
+        leaves, reply, place = arrival.reply.leaves, arrival.reply, self._place("steps")
+        leaves[place] = np.clip(leaves[place], 0, order.steps)  # nobody has taken more than it was told to
+        member.pace = reply.seconds / max(int(leaves[place].max()), 1)
         if staleness == 0:
             collected.put(replicas, leaves)
             self._lanes.note(member, "computed", order.sent, arrival.at, "", reply.seconds)
