@@ -30,7 +30,7 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.elastic import READS as ELASTIC
-from experiments.elastic import read_workers
+from experiments.elastic import check_arm, read_workers
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
@@ -116,10 +116,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs both, and writes the figures."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
+    check_arm()
     warnings.filterwarnings("ignore", category=WavgWarning)  # somebody is missing all the time
     workdir = arms.choose_workdir("chaos")
     (workdir / "pids").mkdir(parents=True, exist_ok=True)
-    F.rounds = _ENDLESS
+    F["rounds"].value = _ENDLESS
     calm = _elastic(workdir, "undisturbed", None)
     chaos = Chaos(workdir / "pids", F.seed)
     wild = _elastic(workdir, "disturbed", chaos)

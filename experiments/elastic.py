@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.setup import app, arms, problem, shared_flags
-from experiments.setup.conditions import read_condition
+from experiments.setup import app, shared_flags
+from experiments.train import train
 from wavg_jax import elastic
 from wavg_jax.base import SettingsError
-from wavg_jax.training import progress
 
 _DEFAULTS = elastic.Workers()
 _DEADLINES = {
@@ -25,8 +24,6 @@ _DEADLINES = {
     "quantile": elastic.quantile(),
     "all": elastic.wait_for_all,
 }
-flags.DEFINE_enum("arm", "weighted", ["plain", "weighted"], "Which arm to run; see experiments.compare.")
-flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and sample order.", lower_bound=0)
 flags.DEFINE_integer("workers", 4, "How many workers; each trains a part of the replicas.", lower_bound=1)
 flags.DEFINE_string("address", None, "HOST:PORT of a Ray cluster, or auto; by default workers of this machine.")
 flags.DEFINE_string(
@@ -43,9 +40,16 @@ flags.DEFINE_float(
 )
 F = flags.FLAGS
 
+ELASTIC_ARMS = ("plain", "accumulate", "weighted")
 READS = shared_flags.NAMES - {"seeds", "steps", "devices", "wire", "fragments", "feed", *shared_flags.LINK}
-for _name in READS:
+for _name in (*READS, "arm", "seed"):
     flags.declare_key_flag(_name)
+
+
+def check_arm() -> None:
+    """Raises SettingsError if the arm has one replica, which only one worker could train."""
+    if F.arm not in ELASTIC_ARMS:
+        raise SettingsError(f"--arm={F.arm}: elastic runs have {' or '.join(ELASTIC_ARMS)}, whose replicas are many")
 
 
 def read_workers() -> elastic.Workers:
@@ -78,16 +82,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    condition, workers = read_condition(), read_workers()
-    workdir = arms.choose_workdir("elastic")
-    with app.reported(workdir), progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
-        progress.doing("loading data")
-        dataset = problem.load(texts=True)
-        task = problem.make_task(dataset)
-        (arm,) = arms.make_arms((F.arm,), condition)
-        sharded = problem.make_data(dataset, F.seed, condition.noisy)
-        fit = functools.partial(elastic.fit, workers=workers)
-        arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir, fit=fit)
+    check_arm()
+    train("elastic", functools.partial(elastic.fit, workers=read_workers()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from experiments.elastic import READS as ELASTIC
+from experiments.elastic import check_arm
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs every way for every seed, and writes the figures."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
+    check_arm()
     warnings.filterwarnings("ignore", category=WavgWarning)  # somebody is missing all the time
     condition, seeds = read_condition(), shared_flags.read_seeds()
     workdir = arms.choose_workdir("stragglers")

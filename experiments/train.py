@@ -6,10 +6,11 @@
 Writes rows.jsonl, report.md, report.html, plots and checkpoints to --workdir.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
+import wavg_jax as wavg
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax.training import progress
@@ -27,15 +28,20 @@ def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
+    train("train", wavg.fit)
+
+
+def train(binary: str, fit: Callable[..., wavg.Result]) -> None:
+    """Runs the arm of the flags by `fit`, and writes its report to --workdir, or a folder named after the binary."""
     condition = read_condition()
-    workdir = arms.choose_workdir("train")
+    workdir = arms.choose_workdir(binary)
     with app.reported(workdir), progress.bar(F.rounds, arms.rounds_done(workdir)) as advance:
         progress.doing("loading data")
         dataset = problem.load(texts=True)
         task = problem.make_task(dataset)
         (arm,) = arms.make_arms((F.arm,), condition)
         sharded = problem.make_data(dataset, F.seed, condition.noisy)
-        arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir)
+        arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir, fit=fit)
 
 
 if __name__ == "__main__":

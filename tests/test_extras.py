@@ -17,7 +17,7 @@ import runpy, sys
 import flax.linen, flax.nnx, optax
 
 optional = ["IPython", "PIL", "absl", "filelock", "markdown_it", "matplotlib", "orbax", "rich", "scipy"]
-optional += ["orbax.checkpoint", "rich.console", "rich.progress", "rich.table", "tensorflow_datasets"]
+optional += ["ray", "orbax.checkpoint", "rich.console", "rich.progress", "rich.table", "tensorflow_datasets"]
 sys.modules.update(dict.fromkeys(optional))  # None: importing one fails
 """
 
@@ -64,3 +64,16 @@ def test_the_binaries_name_the_extra_in_one_line():
 def test_the_workers_of_the_peers_need_no_extra():
     code = "sys.argv[:] = ['-m']\nsys.orig_argv = ['python', '-m', 'experiments.benchmarks.peer_workers.x']\n"
     assert bare(code + "import experiments").returncode == 0
+
+
+def test_elastic_runs_name_their_extra_before_anything_is_trained():
+    code = """
+import wavg_jax as wavg
+from runs import INNER, TASK, WEIGHTED
+from small import sharded
+
+wavg.elastic.fit(TASK, sharded(4), WEIGHTED, inner=INNER, local_steps=2, rounds=2, batch_size=8)
+"""
+    done = bare(code)
+    line = done.stderr.splitlines()[-1]
+    assert line.endswith("elastic.fit needs ray, which is not installed: pip install 'wavg-jax[ray]'")

@@ -148,6 +148,32 @@ def test_without_a_quorum_the_round_goes_on_and_the_killed_worker_comes_back(tmp
     assert [row["round"] for row in rounds(result)] == list(range(1, 61))
 
 
+def test_a_worker_that_dies_between_two_orders_is_waited_for(tmp_path):
+    def kill(row):
+        if row["round"] == 2:
+            os.kill(int((tmp_path / "hold-0-0").read_text()), signal.SIGKILL)
+
+    result = train(Workers(2, min_replicas=4, hook=Hook({}, str(tmp_path))), on_round=kill)
+    alike(result, alone())
+    assert not missing(result)
+    assert (tmp_path / "hold-0-0-again").exists()
+
+
+@quietly
+def test_the_shards_of_a_worker_that_is_away_are_dealt_to_the_others_until_it_is_back(tmp_path):
+    def until_it_is_back(row):
+        if row["round"] == 4:
+            wait_for(tmp_path / "hold-1-0-again")
+
+    workers = Workers(2, away=1e-6, deadline=wait_for_all, hook=Hook({(1, 2): "kill"}, str(tmp_path)))
+    result = train(workers, rounds=40, on_round=until_it_is_back)
+    dealt = [{entry["worker"]: entry["replicas"] for entry in row["workers"]} for row in rounds(result)]
+    assert dealt[1] == {0: [0, 1], 1: [2, 3]}
+    assert dealt[2] == {0: [0, 1, 2, 3], 1: []}
+    assert dealt[-1] == {0: [0, 1], 1: [2, 3]}
+    assert set(missing(result)) == {2}
+
+
 @pytest.mark.parametrize("late", [None, polynomial(1.0)], ids=["dropped", "counted"])
 def test_a_stopped_worker_is_late_and_comes_back(late, tmp_path):
     hook = Hook({(0, 2): "stop"}, str(tmp_path))

@@ -12,7 +12,7 @@ from wavg_jax.base import SettingsError
 from wavg_jax.elastic.arrivals import SLACK, complaint, nbytes
 from wavg_jax.elastic.dealing import deal
 from wavg_jax.elastic.settings import Workers, size_in
-from wavg_jax.elastic.worker import Form, Kit, Reply, Ticket, actor
+from wavg_jax.elastic.worker import Form, Kit, Reply, Ticket, Unprepared, actor
 
 REMEMBERED = 100
 """Replies whose seconds decide the next deadline."""
@@ -26,7 +26,8 @@ POLL = 0.2
 
 @dataclasses.dataclass
 class Order:
-    """An order under way, for so many local steps; `start` are the parameters that its replicas started from, where a late result counts."""
+    """An order under way, for so many local steps; `start` are the parameters that its replicas started from, where a
+    late result counts."""
 
     ticket: Ticket
     ref: Any
@@ -50,7 +51,7 @@ class Member:
       why: the reason why it is not ready.
       pace: seconds that a local step of all its replicas takes; None before the first reply.
       strikes: useless replies in a row.
-      missed: rounds missed in a row.
+      missed, since: rounds missed in a row, and when the first of them ended; 0 and None if it came.
       pid: of its process.
     """
 
@@ -63,11 +64,23 @@ class Member:
     pace: float | None = None
     strikes: int = 0
     missed: int = 0
+    since: float | None = None
     pid: int | None = None
 
     @property
     def ready(self) -> bool:
         return self.holding is None and self.order is None and bool(self.replicas)
+
+    def mark(self, came: bool) -> None:
+        """Notes at the end of a round whether it came; one that was dealt nothing need only be there."""
+        if came or (not self.replicas and self.holding is None and self.order is None):
+            self.missed, self.since = 0, None
+        else:
+            self.missed, self.since = self.missed + 1, self.since or time.perf_counter()
+
+    def away(self) -> float:
+        """Seconds that it has been away."""
+        return 0.0 if self.since is None else time.perf_counter() - self.since
 
 
 @dataclasses.dataclass
@@ -121,7 +134,7 @@ class Crew:
         while len(self.members) < count:
             self.members.append(Member(self._next, self._start(self._next)))
             self._next += 1
-        here = [m for m in self.members if m.missed < self._workers.away] or self.members
+        here = [m for m in self.members if m.away() < self._workers.away] or self.members
         dealt = deal(replicas, {m.number: m.replicas for m in here})
         changed = []
         for member in self.members:
@@ -144,6 +157,9 @@ class Crew:
 
     def _enlist(self, member: Member, why: str) -> None:
         """Lets a worker take over its replicas; Ray repeats the call on the process that follows one that dies."""
+        if not member.replicas:  # those of one that was away have been dealt to others
+            member.why, member.holding = why, None
+            return
         shards = [self._shards[k] for k in member.replicas]
         shapes = self._shapes_of(len(member.replicas))
         hold = member.actor.hold.options(max_task_retries=-1)
@@ -228,7 +244,11 @@ class Crew:
             reply, why = None, "its worker died"
             self._enlist(member, why)
         except errors.RayError as error:
-            reply, why = None, f"its worker failed: {_cause(error)}"
+            if isinstance(getattr(error, "cause", None), Unprepared):  # it died between two orders
+                reply, why = None, "its worker died"
+                self._enlist(member, why)
+            else:
+                reply, why = None, f"its worker failed: {_cause(error)}"
         if reply is not None:
             member.strikes = 0
             if not order.audits:

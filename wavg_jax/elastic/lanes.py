@@ -33,14 +33,12 @@ class Lanes:
         self._noted[member.number] = entry | ({"why": why} if why else {})
 
     def row(self, members: Iterable[Member], missing: Mapping[int, str], audits: Iterable[Any]) -> Row:
-        """Entries of the round's row: `missing`, {replica: why}; `workers`; and `audits`, if there were any. Counts
-        the rounds that each worker missed in a row."""
+        """Entries of the round's row: `missing`, {replica: why}; `workers`; and `audits`, if there were any. Marks
+        who came."""
         workers = []
         for member in members:
             noted = self._noted.get(member.number)
-            idle = member.holding is None and member.order is None
-            came = noted is not None and noted["was"] in ("computed", "late, counted", "late, dropped")
-            member.missed = 0 if came or (idle and not member.replicas) else member.missed + 1
+            member.mark(noted is not None and noted["was"] in ("computed", "late, counted", "late, dropped"))
             away = {"worker": member.number, "replicas": list(member.replicas), "was": "away", "why": member.why}
             workers.append(away if noted is None else noted)
         found = list(audits)

@@ -28,7 +28,8 @@ class Workers(NamedTuple):
       norm_bound: a replica whose change is longer than that many times the median of the last rounds has no weight.
       patience: seconds that a round waits for `min_replicas`, or for workers without a deadline.
       start_timeout: seconds in which workers must start, and take over shards that are dealt again.
-      away: rounds missed in a row after which a worker's shards are dealt to the others, until it is back.
+      away: seconds after which the shards of a worker that is away are dealt to the others, until it is back. Whoever
+        takes over replicas compiles its program anew, for which a round waits.
       cpus, gpus: of each worker on a cluster, which places it by them. Workers of this machine share its cores.
       hook: for tests and traces, `(point, worker, round, reply) -> reply`, called in the worker's process at the
         points "hold" (round 0) and "train", where the reply is None, and "reply" and "score", whose reply is sent.
@@ -44,7 +45,7 @@ class Workers(NamedTuple):
     norm_bound: float = 100.0
     patience: float = 300.0
     start_timeout: float = 120.0
-    away: int = 3
+    away: float = 60.0
     cpus: float = 1.0
     gpus: float = 0.0
     hook: Hook | None = None
@@ -61,7 +62,7 @@ _WORKERS = {
     "norm_bound": number(above=1),
     "patience": number(above=0),
     "start_timeout": number(above=0),
-    "away": whole(1),
+    "away": number(above=0),
     "cpus": number(least=0),
     "gpus": number(least=0),
     "hook": either(NONE, FUNCTION),

@@ -195,11 +195,16 @@ def scores_of(kit: Kit, recipe: Recipe) -> Callable[..., dict[str, PyTree]]:
     return run
 
 
+class Unprepared(RuntimeError):
+    """An order came to a process that holds nothing: the one before it died in between."""
+
+
 class Worker:
     """The actor. A restart runs its constructor again; `hold` and the orders follow."""
 
     def __init__(self, number: int):
         self._number, self._held_out = number, None
+        self._kit: Kit | None = None
         self._network: PyTree = None
         self._scores: Callable = _unasked
 
@@ -247,6 +252,8 @@ class Worker:
           steps: how many of the H steps to take, where the kit says that this varies.
         """
         begun = time.perf_counter()
+        if self._kit is None:
+            raise Unprepared
         self._hook("train", ticket.round)
         given = from_host(leaves, self._shapes)
         local = np.stack([np.searchsorted(own, rows) for own, rows in zip(self._indices, items, strict=True)])
@@ -259,12 +266,14 @@ class Worker:
     def score(self, ticket: Ticket, leaves: list[np.ndarray]) -> Reply:
         """Scores another worker's replica: the leaves of its `(params, mutable)`."""
         begun = time.perf_counter()
+        if self._kit is None:
+            raise Unprepared
         network, round = from_host(leaves, self._network), jax.device_put(np.int32(ticket.round - 1))
         out = self._scores(network, self._held_out, round)
         return self._hook("score", ticket.round, Reply(ticket, to_host(out), time.perf_counter() - begun))
 
     def _hook(self, point: str, round: int, reply: Any = None) -> Any:
-        hook = self._kit.hook
+        hook = None if self._kit is None else self._kit.hook
         return reply if hook is None else hook(point, self._number, round, reply)
 
 
