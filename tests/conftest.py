@@ -1,10 +1,11 @@
 """Strict JAX for every test: 8 emulated CPU devices, no silent promotion of dtypes or ranks; and compilation, where
 nearly all the time of the tests goes, that is quick and done once.
 
-Programs are compiled with few optimizations, except in the files that `EXACT` names, and kept in pytest's cache for the
-other processes and the next run. `--optimize` compiles everything as a user would; `--cache-clear` starts afresh.
+Programs are compiled with few optimizations, but in tests marked `optimized`, and kept in pytest's cache for the other
+processes and the next run. `--optimize` compiles everything as a user would; `--cache-clear` starts afresh.
 """
 
+import os
 import pathlib
 import shutil
 
@@ -25,9 +26,6 @@ settings.load_profile("wavg")
 
 HERE = pathlib.Path(__file__).parent
 
-EXACT = [HERE / name for name in ("averaging", "weighting", "training/test_fit_options.py", "storage/test_resume.py")]
-"""Tests that compare different programs bit for bit, which says something only about programs that users run."""
-
 LONGEST = [HERE / name for name in ("weighting", "training", "rounds")]
 """Tests that start first, so that no process works alone at the end."""
 
@@ -36,7 +34,9 @@ MOST_BYTES = 2**28
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optimize", action="store_true", help="compile all tests as users' programs, not EXACT alone")
+    parser.addoption(
+        "--optimize", action="store_true", help="compile all tests as users' programs, not those marked optimized alone"
+    )
 
 
 def pytest_configure(config):
@@ -62,24 +62,30 @@ def keep_programs(folder):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not within(item.path, LONGEST))
+    """The longest files first; those of a file that need optimized programs last, as they empty JAX's caches."""
+    place = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (not within(item.path, LONGEST), place[item.path], is_optimized(item)))
 
 
 def within(path, places):
     return any(path.is_relative_to(place) for place in places)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optimization(request):
-    """Compiles the files of `EXACT` as a user's programs, also what other files compiled before with less care."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    if before and within(request.path, EXACT):
+def is_optimized(item):
+    """Whether a test says something of users' programs alone, such as that two give the same bits."""
+    return item.get_closest_marker("optimized") is not None
+
+
+@pytest.hookimpl(tryfirst=True)  # fixtures compile too
+def pytest_runtest_setup(item):
+    """Compiles such tests, the last ones of a file, as a user's programs, also what was compiled with less care."""
+    quick = not (item.config.getoption("--optimize") or is_optimized(item))
+    if jax.config.values["jax_disable_most_optimizations"] and not quick:
         jax.clear_caches()
         programs_of.cache_clear()
         initialiser.cache_clear()
-        jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # for the processes that it starts
 
 
 # XLA's emitters of fused loops take half the time that is left; jaxlib 0.12 has no other ones.

@@ -19,6 +19,8 @@ import wavg_jax as wavg
 from wavg_jax import data
 from wavg_jax.storage.rows import read_rows
 
+pytestmark = pytest.mark.optimized  # what a resumed run computes
+
 
 def other(change):
     """The blobs, but more of them, with other labels or with other inputs."""
