@@ -18,11 +18,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pytest  # noqa: E402 - jax must be configured before anything else
 from hypothesis import settings  # noqa: E402
+from quick import use_plain_loops  # noqa: E402
 
 from wavg_jax.training.programs import initialiser, programs_of  # noqa: E402
 
 settings.register_profile("wavg", deadline=None, max_examples=25)  # the first example compiles
 settings.load_profile("wavg")
+use_plain_loops()
 
 HERE = pathlib.Path(__file__).parent
 
@@ -40,7 +42,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimize"))
+    compile_quickly(not config.getoption("--optimize"))
     if hasattr(config, "cache"):  # there is none under `-p no:cacheprovider`
         kept = config.cache.mkdir("programs")
         if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in kept.iterdir()) > MOST_BYTES:
@@ -79,27 +81,18 @@ def is_optimized(item):
 @pytest.hookimpl(tryfirst=True)  # fixtures compile too
 def pytest_runtest_setup(item):
     """Compiles such tests, the last ones of a file, as a user's programs, also what was compiled with less care."""
-    quick = not (item.config.getoption("--optimize") or is_optimized(item))
-    if jax.config.values["jax_disable_most_optimizations"] and not quick:
+    with_care = item.config.getoption("--optimize") or is_optimized(item)
+    if jax.config.values["jax_disable_most_optimizations"] and with_care:
         jax.clear_caches()
         programs_of.cache_clear()
         initialiser.cache_clear()
-    jax.config.update("jax_disable_most_optimizations", quick)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # for the processes that it starts
+    compile_quickly(not with_care)
 
 
-# XLA's emitters of fused loops take half the time that is left; jaxlib 0.12 has no other ones.
-if jax.__version_info__ < (0, 11):
-    from jax._src import compiler
-
-    compile_options = compiler.get_compile_options
-
-    def with_plain_loops(*args, env_options_overrides=None, **kwargs):
-        if jax.config.values["jax_disable_most_optimizations"]:
-            env_options_overrides = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
-        return compile_options(*args, env_options_overrides=env_options_overrides, **kwargs)
-
-    compiler.get_compile_options = with_plain_loops
+def compile_quickly(asked):
+    """Sets how programs are compiled from now on, here and in the processes that are started."""
+    jax.config.update("jax_disable_most_optimizations", asked)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(asked))
 
 
 @pytest.fixture

@@ -69,11 +69,14 @@ CASES = {
 }
 
 
-def cases(fast, names=tuple(CASES)):
+IN_FOUR = ("learned", "int8", "one replica, split batches")
+
+
+def cases(fast, names):
     return [pytest.param(CASES[name], id=name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("options", cases(("learned",)))
+@pytest.mark.parametrize("options", cases(("learned",), ("learned", *(name for name in CASES if name not in IN_FOUR))))
 def test_two_processes_give_the_rows_of_one(options, tmp_path):
     (alone,) = rows(tmp_path, 1, options)
     both = rows(tmp_path, 2, options)
@@ -82,7 +85,7 @@ def test_two_processes_give_the_rows_of_one(options, tmp_path):
     assert_alike(both[0], alone, options.get("wire", "float32"))
 
 
-@pytest.mark.parametrize("options", cases((), ("learned", "int8", "one replica, split batches")))
+@pytest.mark.parametrize("options", cases((), IN_FOUR))
 def test_four_processes_and_four_devices_give_the_rows_of_one(options, tmp_path):
     (alone,) = rows(tmp_path, 1, options)
     four = rows(tmp_path, 4, options)
