@@ -1,10 +1,11 @@
 """Strict JAX for every test: 8 emulated CPU devices, no silent promotion of dtypes or ranks; and compilation, where
 nearly all the time of the tests goes, that is quick and done once.
 
-Programs are compiled with few optimizations, except in the files that `EXACT` names, and kept in pytest's cache for the
-other processes and the next run. `--optimize` compiles everything as a user would; `--cache-clear` starts afresh.
+Programs are compiled with few optimizations, but in tests marked `optimized`, and kept in pytest's cache for the other
+processes and the next run. `--optimize` compiles everything as a user would; `--cache-clear` starts afresh.
 """
 
+import os
 import pathlib
 import shutil
 
@@ -17,16 +18,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pytest  # noqa: E402 - jax must be configured before anything else
 from hypothesis import settings  # noqa: E402
+from quick import use_plain_loops  # noqa: E402
 
 from wavg_jax.training.programs import initialiser, programs_of  # noqa: E402
 
 settings.register_profile("wavg", deadline=None, max_examples=25)  # the first example compiles
 settings.load_profile("wavg")
+use_plain_loops()
 
 HERE = pathlib.Path(__file__).parent
-
-EXACT = [HERE / name for name in ("averaging", "weighting", "training/test_fit_options.py", "storage/test_resume.py")]
-"""Tests that compare different programs bit for bit, which says something only about programs that users run."""
 
 LONGEST = [HERE / name for name in ("weighting", "training", "rounds")]
 """Tests that start first, so that no process works alone at the end."""
@@ -36,11 +36,13 @@ MOST_BYTES = 2**28
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optimize", action="store_true", help="compile all tests as users' programs, not EXACT alone")
+    parser.addoption(
+        "--optimize", action="store_true", help="compile all tests as users' programs, not those marked optimized alone"
+    )
 
 
 def pytest_configure(config):
-    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimize"))
+    compile_quickly(not config.getoption("--optimize"))
     if hasattr(config, "cache"):  # there is none under `-p no:cacheprovider`
         kept = config.cache.mkdir("programs")
         if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in kept.iterdir()) > MOST_BYTES:
@@ -62,38 +64,35 @@ def keep_programs(folder):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not within(item.path, LONGEST))
+    """The longest files first; those of a file that need optimized programs last, as they empty JAX's caches."""
+    place = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (not within(item.path, LONGEST), place[item.path], is_optimized(item)))
 
 
 def within(path, places):
     return any(path.is_relative_to(place) for place in places)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optimization(request):
-    """Compiles the files of `EXACT` as a user's programs, also what other files compiled before with less care."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    if before and within(request.path, EXACT):
+def is_optimized(item):
+    """Whether a test says something of users' programs alone, such as that two give the same bits."""
+    return item.get_closest_marker("optimized") is not None
+
+
+@pytest.hookimpl(tryfirst=True)  # fixtures compile too
+def pytest_runtest_setup(item):
+    """Compiles such tests, the last ones of a file, as a user's programs, also what was compiled with less care."""
+    with_care = item.config.getoption("--optimize") or is_optimized(item)
+    if jax.config.values["jax_disable_most_optimizations"] and with_care:
         jax.clear_caches()
         programs_of.cache_clear()
         initialiser.cache_clear()
-        jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    compile_quickly(not with_care)
 
 
-# XLA's emitters of fused loops take half the time that is left; jaxlib 0.12 has no other ones.
-if jax.__version_info__ < (0, 11):
-    from jax._src import compiler
-
-    compile_options = compiler.get_compile_options
-
-    def with_plain_loops(*args, env_options_overrides=None, **kwargs):
-        if jax.config.values["jax_disable_most_optimizations"]:
-            env_options_overrides = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
-        return compile_options(*args, env_options_overrides=env_options_overrides, **kwargs)
-
-    compiler.get_compile_options = with_plain_loops
+def compile_quickly(asked):
+    """Sets how programs are compiled from now on, here and in the processes that are started."""
+    jax.config.update("jax_disable_most_optimizations", asked)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(asked))
 
 
 @pytest.fixture

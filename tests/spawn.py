@@ -18,6 +18,8 @@ import jax
 warnings.simplefilter("error")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+from tests.quick import use_plain_loops
+use_plain_loops()
 from wavg_jax.devices import processes
 ADDRESS, P, INDEX, ARGUMENTS = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 processes.initialize(ADDRESS, P, INDEX, heartbeat=HEARTBEAT)

@@ -104,6 +104,7 @@ def test_dilocos_nesterov_against_numpy_over_three_rounds():
         assert_close(params, {"w": expected})
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("outer", [None, wavg.outer.nesterov()], ids=["none", "nesterov"])
 @pytest.mark.parametrize("how", ["mask", "nan parameters", "infinite parameters"])
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(outer, how):
@@ -215,6 +216,7 @@ def test_weights_may_differ_per_layer_and_per_element():
     assert blend["b"]["c"].tolist() == [17.5]
 
 
+@pytest.mark.optimized
 def test_one_replica_is_taken_as_it_is():
     stacked = stacked_trees(1)
     avg = wavg.averager(wavg.softmax("loss", 0.2))

@@ -166,6 +166,7 @@ def test_equal_replicas_are_unchanged_and_nobody_alive_changes_nothing(name):
     jax.tree.map(np.testing.assert_array_equal, lost, params)
 
 
+@pytest.mark.optimized
 @every_reduction
 @pytest.mark.parametrize("weighting", [wavg.uniform(), robust.coordinate_median()], ids=["uniform", "median"])
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name, weighting):
@@ -174,10 +175,10 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name, weighting):
     alive = np.isin(np.arange(8), [0, 2, 4])
     for seed in range(4):  # rounding that depends on K shows in one of a few trees
         rng = np.random.default_rng(seed)
-        shapes = {"small": (5, 4), "wide": (200, 130), "scale": ()}
+        shapes = {"wide": (200, 130), "scale": ()}
         stacked = {n: rng.normal(size=(8, *shape)).astype(np.float32) for n, shape in shapes.items()}
         params = wavg.replica({n: x + 1 for n, x in stacked.items()}, 0)
-        stacked["small"][1, 2, 3] = NAN
+        stacked["wide"][1, 2, 3] = NAN
         new, _, _ = update(stacked, avg.init(params, 8), params, alive=alive)
         alone, _, _ = update(jax.tree.map(lambda x: x[alive], stacked), avg.init(params, 3), params, alive=alive[alive])
         jax.tree.map(np.testing.assert_array_equal, new, alone)

@@ -257,6 +257,7 @@ def test_masters_are_kept_only_where_they_are_needed():
     assert (master.shape, master.dtype) == ((3,), jnp.float32)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_round_without_movement_changes_nothing_with_masters_between_two_stored_numbers(dtype):
     params, state = toward(0.75, wavg.outer.lookahead(0.01), dtype, rounds=5)

@@ -22,6 +22,7 @@ def program(tensors, replicas=2):
     return jax.jit(sync).lower(wavg.replicate(params, replicas), params)
 
 
+@pytest.mark.optimized
 def test_a_tensor_adds_as_much_to_a_compiled_sync_however_many_there_are():
     few, some, many = (program(n).compile().as_text().count("\n") for n in (8, 16, 64))
     assert many - some < 1.25 * 6 * (some - few)  # 48 more tensors, 8 more
@@ -32,6 +33,7 @@ def test_a_sum_of_many_replicas_is_no_longer_than_that_of_some():
     assert max(lines[1:]) <= lines[0]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("replicas", [65, 80, 96])
 def test_a_sum_in_blocks_has_the_bits_of_one_written_out(replicas, monkeypatch):
     rng = np.random.default_rng(0)

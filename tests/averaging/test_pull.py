@@ -155,6 +155,7 @@ def restart_of(factor):
 TOWARD_OLD = pull.toward_old(0.5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_pull_of_one_replaces_bit_for_bit_and_is_the_default(dtype):
     stacked, old, new = tree(dtype), wavg.replica(ONE(dtype, seed=1), 0), wavg.replica(ONE(dtype, seed=2), 0)

@@ -177,6 +177,7 @@ def test_what_is_held_may_be_written_over_in_place(name):
     np.testing.assert_array_equal(jax.random.key_data(after["rng"]), expected)
 
 
+@pytest.mark.optimized
 def test_replicas_in_turn_need_no_second_copy_of_their_state():
     replicas, width = 16, 128
     task = wavg.models.from_linen(wavg.models.MLP(hidden=(width, width), classes=10), (width,))

@@ -50,9 +50,8 @@ except WorkdirError as error:
 """
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_values_reach_every_process_bit_for_bit_and_all_end_without_a_word(devices):
-    done = spawn(2, joined(VALUES), devices=devices)
+def test_values_reach_every_process_bit_for_bit_and_all_end_without_a_word():
+    done = spawn(2, joined(VALUES), devices=2)
     assert ended(done, 0, 0) == ["", ""]
     assert [process.stdout for process in done] == ["no room /there\n"] * 2
 
@@ -81,7 +80,7 @@ with processes.guarded():
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_with_one_line(victim):
     script = joined(LOOP.format(act=f"os.kill(os.getpid(), {signal.SIGKILL:d})"))
     codes = [processes.EXIT_CODE] * 2
@@ -192,7 +191,10 @@ with processes.guarded():
     assert all(process.stderr.endswith("Stopped: stopped\n") for process in done)
 
 
-@pytest.mark.parametrize(("broken", "says"), [("psum", "a sum over 2 dev"), ("all_gather", "a gather over 2 dev")])
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [("psum", "a sum over 2 dev"), pytest.param("all_gather", "a gather over 2 dev", marks=pytest.mark.slow)],
+)
 def test_collectives_that_return_wrong_values_are_found_at_the_start(broken, says):
     script = f"import jax\njax.lax.{broken} = lambda x, *_, **__: x * 0\n" + joined("")
     done = spawn(2, script)
@@ -293,7 +295,7 @@ def test_devices_that_are_already_made_are_refused():
 FOUND = "from wavg_jax.devices import processes; processes.initialize(); print(processes.index(), processes.count())"
 
 
-@pytest.mark.parametrize("cluster", ["slurm", "open mpi"])
+@pytest.mark.parametrize("cluster", ["slurm", pytest.param("open mpi", marks=pytest.mark.slow)])
 def test_a_cluster_needs_no_arguments(cluster):
     each = "import os, sys\n"
     if cluster == "slurm":

@@ -25,6 +25,7 @@ def test_one_wrong_number_is_found(broken, says, monkeypatch):
         try_collectives(tuple(jax.devices()[:4]), 300, 200)
 
 
+@pytest.mark.optimized
 def test_the_trial_takes_no_more_memory_on_many_devices():
     """Each of D devices gathers a D-th of all numbers."""
     for devices in (2, 8):

@@ -13,7 +13,8 @@ from absl.testing import flagsaver
 from binary import invoke
 from small import regression
 
-from experiments.benchmarks import harness, limits, load, networks, roofline, round_anatomy, startup
+from experiments.benchmarks import harness, limits, load, networks, own_networks, roofline, round_anatomy, startup
+from experiments.benchmarks.user_networks import KINDS
 from experiments.setup import app
 from wavg_jax import data, models
 from wavg_jax.base import Batch, WavgError
@@ -97,6 +98,11 @@ def test_a_stock_convolution_counts_like_a_product_of_patches():
     assert counted == 2 * 2 * (2 * 5 * 5 * 5 * 27)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_every_network_as_users_write_it_can_be_trained(name):
+    assert own_networks.build(name, 4).flops > 0  # counted in its gradient
+
+
 def test_what_bounds_a_network_is_read_off_the_shares():
     # 10 seconds for a batch of 8, 7 for half of it: 4 of them do not depend on the batch. Of 3 samples, half is 1.
     assert roofline.fixed_share(np.array([10.0]), np.array([7.0]), 8).median == pytest.approx(0.4)
@@ -136,7 +142,7 @@ CASES = {
 }
 SLOW = {
     "memory": ("--networks=resnet20,transformer", "--shrink=8", "--replica_counts=1"),
-    "own_networks": (*SMALL, "--shrink=4", "--repeats=1"),
+    "own_networks": (*SMALL, "--shrink=4", "--networks=cnn,linen_cnn,strided", "--repeats=1"),
     "roofline": (*SMALL, "--networks=cnn,transformer", "--shrink=8", "--product=16", "--repeats=1"),
     "round_anatomy": (*SMALL, "--networks=cnn", "--scored=learned:50", "--checkpoint_every=1", "--repeats=1"),
     "startup": ("--repeats=1", "--starts=import,train"),

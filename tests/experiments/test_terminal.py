@@ -31,7 +31,7 @@ def test_ctrl_c_while_a_run_is_compiled_is_one_line_exit_code_130_and_nothing_wr
 
 @pytest.mark.slow
 def test_the_first_ctrl_c_finishes_the_round_and_a_second_does_not(tmp_path):
-    long = ("--replicas=2", "--hidden=8", "--devices=1", "--rounds=1000", "--local_steps=50000")
+    long = ("--replicas=2", "--hidden=8", "--devices=1", "--weighting=plain", "--rounds=1000", "--local_steps=50000")
     code, shown = terminal.run("experiments.train", f"--workdir={tmp_path / 'a'}", *long, interrupt_at=[": round 1"])
     assert code == 143, shown
     assert "with a checkpoint" in shown

@@ -189,6 +189,7 @@ def test_a_single_replica_has_nothing_to_correct(devices):
         np.testing.assert_allclose(plain.params[name], corrected.params[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_a_run_resumes_bit_for_bit(tmp_path):
     options = {"drift": drift.scaffold(0.1), "checkpoint_every": 2}
     straight = run(sharded(), rounds=4, **options)

@@ -73,6 +73,7 @@ def test_a_lost_round_keeps_the_weights():
     np.testing.assert_allclose(third.weights, first.weights, rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_a_run_that_was_stopped_between_scorings_resumes_bit_for_bit(tmp_path):
     options = {"every": 3, "checkpoint_every": 2, "workdir": tmp_path}
     whole = run(SOURCE, BY_LOSS, rounds=5, every=3)

@@ -200,6 +200,7 @@ def test_replicas_may_be_pulled_and_masters_have_a_part_for_every_fragment():
     assert not np.array_equal(states[-1].replicas.params["b"][0], states[-1].replicas.params["b"][1])
 
 
+@pytest.mark.optimized
 def test_slow_replicas_and_short_rounds_take_the_first_of_the_steps():
     slow = wavg.faults.simulate(K, speed={1: 0.25})
     averager = wavg.averager(wavg.uniform())

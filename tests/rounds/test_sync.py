@@ -176,6 +176,7 @@ def test_states_with_counts_and_keys_train_under_every_policy(how, devices):
     assert (spread > 1e-3) == (how is policy.keep)
 
 
+@pytest.mark.optimized
 def test_a_run_whose_states_hold_keys_resumes_bit_for_bit(tmp_path):
     options = {"stats": policy.reestimate(2), "devices": 1}
     straight = run(**options, rounds=3)

@@ -19,6 +19,8 @@ import wavg_jax as wavg
 from wavg_jax import data
 from wavg_jax.storage.rows import read_rows
 
+pytestmark = pytest.mark.optimized  # what a resumed run computes
+
 
 def other(change):
     """The blobs, but more of them, with other labels or with other inputs."""
@@ -32,6 +34,8 @@ def other(change):
     return data.shard(dataset, lambda split, seed: data.iid(len(split.y), 4, seed), heldout=20, seed=0)
 
 
+TRAIN = [sys.executable, "-m", "experiments.train", "--hidden=8", "--replicas=2", "--devices=1", "--weighting=plain"]
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 CHILD = """
     import os, pathlib, signal, sys, time
     import jax
@@ -55,9 +59,8 @@ CHILD = """
 def test_six_rounds_equal_three_then_kill_9_then_three_more(tmp_path):
     straight = run(sharded(), AVERAGER, workdir=tmp_path / "straight", **OPTIONS)
     killed = tmp_path / "killed"
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), str(killed)], env=ENVIRONMENT, capture_output=True, check=False
-    )
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(killed)]
+    child = subprocess.run(command, env=ENVIRONMENT | OPTIMIZED, capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert [row["round"] for row in read_rows(killed)[1:]] == [1, 2, 3, 4]
     rows_file = killed / "rows.jsonl"
@@ -138,7 +141,7 @@ def test_starting_over_a_run_that_is_there_is_refused_and_loses_nothing(tmp_path
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_loses_nothing(tmp_path):
-    command = [sys.executable, "-m", "experiments.train", f"--workdir={tmp_path}", "--rounds=2", "--hidden=8"]
+    command = [*TRAIN, f"--workdir={tmp_path}", "--rounds=2"]
     options = {"env": ENVIRONMENT, "cwd": HERE.parent, "capture_output": True, "text": True, "check": False}
     assert subprocess.run(command, **options).returncode == 0
     before = (tmp_path / "rows.jsonl").read_bytes()
@@ -291,14 +294,7 @@ def test_a_stop_request_in_the_last_round_lets_the_run_end_and_is_passed_on(numb
 
 @pytest.mark.slow
 def test_sigterm_to_the_binary_leaves_a_checkpoint_and_exit_code_143(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.train",
-        f"--workdir={tmp_path}",
-        "--rounds=100000",
-        "--local_steps=50",
-    ]
+    command = [*TRAIN, f"--workdir={tmp_path}", "--rounds=100000", "--local_steps=50"]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=HERE.parent, stderr=subprocess.PIPE)
     rows = tmp_path / "rows.jsonl"
     deadline = time.monotonic() + 120

@@ -36,6 +36,7 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
 
+@pytest.mark.optimized
 def test_a_fixed_schedule_is_a_fixed_number():
     assert_same(run(local_steps=schedule.fixed(4)).params, run(local_steps=4).params)
 
@@ -64,6 +65,7 @@ def test_rounds_of_different_length_read_one_stream_of_samples():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_schedule_that_looks_at_losses_resumes_bit_for_bit(tmp_path):
     eager = schedule.Schedule(6, lambda past: 6 if not past.losses or past.losses[-1] > 0.6 else 2 + past.steps % 3)
     whole = run(local_steps=eager, rounds=5)
@@ -155,6 +157,7 @@ def test_the_average_of_the_global_parameters_is_evaluated_and_returned():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_smoothing_resumes_bit_for_bit(tmp_path):
     options = {"smoothing": smoothing.ema(0.5), "rounds": 4}
     whole = run(**options)

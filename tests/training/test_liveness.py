@@ -68,6 +68,7 @@ def test_a_lost_last_round_is_not_passed_over_in_silence():
         run(sharded(), task=lasts(4), rounds=3)
 
 
+@pytest.mark.optimized
 def test_one_lost_round_is_survived_alike_whether_or_not_rounds_overlap():
     def rate(count):  # in round 3 alone
         return jax.numpy.where((count >= 4) & (count < 6), np.nan, 1.0)

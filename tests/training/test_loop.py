@@ -37,6 +37,7 @@ def same(a, b, *but):
         np.testing.assert_equal(without(one, *but), without(two, *but))
 
 
+@pytest.mark.optimized
 def test_rows_that_are_written_one_round_late_are_the_same():
     tested = [f"test_{name}" for name in ("accuracy", "loss", "macro_f1", "ece")]
     every, last = run(), run(test_every=5)
@@ -90,6 +91,7 @@ def spied(monkeypatch):
     return order, launched
 
 
+@pytest.mark.optimized
 def test_a_checkpoint_is_written_while_the_next_rounds_run_and_before_their_rows(monkeypatch, tmp_path):
     order, launched = spied(monkeypatch)
     seal = checkpoints._seal
@@ -107,6 +109,7 @@ def test_a_checkpoint_is_written_while_the_next_rounds_run_and_before_their_rows
     jax.tree.map(np.testing.assert_array_equal, resumed.params, run(rounds=7).params)
 
 
+@pytest.mark.optimized
 def test_a_state_that_does_not_fit_twice_is_saved_before_the_next_round(monkeypatch, tmp_path):
     order, _ = spied(monkeypatch)
     monkeypatch.setattr("wavg_jax.training.run.room", lambda devices: 0)

@@ -104,6 +104,7 @@ def test_exchanges_run_in_one_thread_and_local_steps_in_another(monkeypatch):
     assert len(set.union(*threads.values())) == 1
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("wire", ["float32", "int8"])
 def test_a_run_resumes_bit_for_bit(devices, wire, tmp_path):

@@ -249,6 +249,7 @@ def test_permuting_the_replicas_changes_no_blend(order, seed):
 
 
 # Those that sum over elements, whose rounding the number of replicas must not reach.
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["geometric", "krum", "bulyan", "clipped"])
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     stacked, params = trees(5), wavg.replica(trees(1, seed=9), 0)
@@ -260,6 +261,7 @@ def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     jax.tree.map(lambda w, k: np.testing.assert_array_equal(w[index], k), weights, kept)
 
 
+@pytest.mark.optimized
 def test_two_survivors_of_eight_are_blended_in_a_loop_as_two_alone_are():
     # The compiler specialises a loop on which weights are 0: with few replicas it once rounded another of two products.
     index = np.array([1, 6])

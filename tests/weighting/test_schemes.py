@@ -41,6 +41,9 @@ from wavg_jax import tree
 from wavg_jax.base import Weighting
 from wavg_jax.weighting import penalty, pool, robust, scores, search, wrappers
 
+pytestmark = (
+    pytest.mark.optimized
+)  # all tests of a scheme share its program, and some compare it with that of fewer replicas
 MODULES = (scores, wrappers, search, pool, penalty, robust)
 
 

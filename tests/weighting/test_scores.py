@@ -117,6 +117,7 @@ def test_permuting_the_replicas_permutes_the_weights(scores, order):
         np.testing.assert_allclose(weights_of(scheme, np.array(scores, np.float32)[order]), straight[order], rtol=1e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_dead_replica_equals_a_run_of_the_survivors_exactly(name):
     with_dead = weights_of(SCHEMES[name], [0.3, NAN, 0.7, 0.4], jnp.array([True, False, True, True]))
@@ -185,6 +186,7 @@ def run_tree(scheme, signal, alive):
     return scheme.update(None, (), PARAMS, alive=alive, **{name: signal})[0]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", TREES)
 def test_a_dead_replica_equals_a_run_of_the_survivors_in_every_layer_and_element_exactly(name):
     scheme, per_element = TREES[name]

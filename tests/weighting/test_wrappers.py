@@ -171,6 +171,7 @@ def measured_at_random(scheme, rng, replicas):
     }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "inner"), [*((name, "element") for name in NESTED), ("all", "model"), ("all", "layer")]
 )
