@@ -30,7 +30,7 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.elastic import READS as ELASTIC
-from experiments.elastic import check_arm, read_workers
+from experiments.elastic import check_arm, command, read_workers
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     chaos = Chaos(workdir / "pids", F.seed)
     wild = _elastic(workdir, "disturbed", chaos)
     figures = {
-        "command": " ".join(["python -m experiments.chaos", *sys.argv[1:]]),
+        "command": command(),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         "undisturbed": _figures(calm.rows),

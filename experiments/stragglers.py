@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from experiments.elastic import READS as ELASTIC
-from experiments.elastic import check_arm
+from experiments.elastic import check_arm, command
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
@@ -90,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
                 run = f"{name.replace(' ', '-')}-seed{seed}"
                 result = arms.run_arm(arm, task, sharded, condition, seed, advance, workdir=workdir, name=run, fit=fit)
                 found[name].append(_figures(result.rows))
-    head: Row = {"command": " ".join(["python -m experiments.stragglers", *sys.argv[1:]])}
+    head: Row = {"command": command()}
     head |= {"hardware": machine.hardware(), "versions": machine.versions(), "seeds": list(seeds)}
     write_atomically(workdir / "stragglers.json", (json.dumps(head | {"ways": found}, indent=1) + "\n").encode())
     text = _markdown(head, found)
