@@ -30,6 +30,8 @@ class Lanes:
             "ended": round(ended - self._begun, 4),
             "computed": None if computed is None else round(computed, 4),
         }
+        before = self._noted.get(member.number)
+        entry |= {} if before is None else {"after": before["was"]}
         self._noted[member.number] = entry | ({"why": why} if why else {})
 
     def row(self, members: Iterable[Member], missing: Mapping[int, str], audits: Iterable[Any]) -> Row:

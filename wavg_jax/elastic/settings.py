@@ -32,7 +32,8 @@ class Workers(NamedTuple):
         takes over replicas compiles its program anew, for which a round waits.
       cpus, gpus: of each worker on a cluster, which places it by them. Workers of this machine share its cores.
       hook: for tests and traces, `(point, worker, round, reply) -> reply`, called in the worker's process at the
-        points "hold" (round 0) and "train", where the reply is None, and "reply" and "score", whose reply is sent.
+        points "hold" and "ready", before and after it takes over replicas (round 0), and "train", where the reply is
+        None, and "reply" and "score", whose reply is sent.
     """
 
     size: int | Callable[[int], int] = 4

@@ -240,6 +240,7 @@ class Worker:
             self._network = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole)
             scores = jax.jit(scores_of(kit, self._recipe))
             self._scores = scores.lower(self._network, self._held_out, number).compile()
+        self._hook("ready", 0)
         return os.getpid()
 
     def train(self, ticket: Ticket, leaves: list[np.ndarray], items: np.ndarray, steps: int) -> Reply:

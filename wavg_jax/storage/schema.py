@@ -47,7 +47,7 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
   missing               of an elastic run: {replica: why it took no part}
   workers               of an elastic run: [{worker, replicas, was, sent, ended, computed, why}], `was` being computed,
                         late, "late, counted", "late, dropped", failed or away; seconds since the round began; away has
-                        no times
+                        no times; `after` says what else it was in the round, before
   audits                of an elastic run with audits: [{replica, worker, auditor, wrong}]; wrong is a worker or null
   stopped_early         true on the last row of a run that a callback ended early; else missing
 
