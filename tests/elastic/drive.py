@@ -79,7 +79,11 @@ def full(workdir):
         include_dashboard=False,
         object_store_memory=80 * 2**20,
         log_to_driver=False,
-        _system_config={"automatic_object_spilling_enabled": False, "object_store_full_delay_ms": 10},
+        _system_config={
+            "automatic_object_spilling_enabled": False,
+            "object_store_full_delay_ms": 10,
+            "oom_grace_period_s": 1,
+        },
     )
     held, tries = [], []
 
@@ -88,8 +92,8 @@ def full(workdir):
         while row["round"] == 2 and size > 2**16:
             try:
                 held.append(ray.put(np.zeros(size, np.uint8)))
-            except ray.exceptions.ObjectStoreFullError:
-                size //= 2
+            except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError):
+                size //= 4
 
     def deadline(seconds):
         if held:

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -77,11 +78,26 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(tmp_path):
     assert all(address.endswith("0100007F") for address in addresses), addresses
 
 
-def test_a_cluster_with_an_address_asks_for_a_token(tmp_path):
+@pytest.fixture
+def short_path():
+    """A folder whose name leaves room for the sockets of Ray."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def test_a_cluster_with_an_address_asks_for_a_token(tmp_path, short_path):
     ray = str(pathlib.Path(sys.executable).with_name("ray"))
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64, "RAY_TMPDIR": str(tmp_path)}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
     environment = ENVIRONMENT | token
-    start = [ray, "start", "--head", "--port=0", "--num-cpus=4", "--include-dashboard=false", f"--temp-dir={tmp_path}"]
+    start = [
+        ray,
+        "start",
+        "--head",
+        "--port=0",
+        "--num-cpus=4",
+        "--include-dashboard=false",
+        f"--temp-dir={short_path}",
+    ]
     started = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
     assert started.returncode == 0, started.stderr
     try:
