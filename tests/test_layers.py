@@ -21,7 +21,7 @@ FLOORS = [
     {"averaging"},
     {"weighting"},
     {"rounds"},
-    {"training", "reporting"},
+    {"training", "reporting", "soups"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
