@@ -20,7 +20,7 @@ from wavg_jax.base import Averager, DataError, SettingsError, Task, Weighting
 from wavg_jax.data import ShardedData
 from wavg_jax.rounds.score import SCORING, Scoring
 from wavg_jax.soups.judge import Judge, loaded
-from wavg_jax.soups.survey import Survey, check_alike, stacked, survey
+from wavg_jax.soups.survey import Survey, check_alike, stacked, surveyed
 from wavg_jax.storage.tensors import Spec, Tensors, open_tensors, write_tensors
 from wavg_jax.weighting.scores import per_replica, uniform
 from wavg_jax.weighting.signals import OF_SAMPLES
@@ -136,7 +136,7 @@ def average_checkpoints(
         specs = checkpoints[0].specs
         if any(spec.dtype == np.float64 for spec in specs.values()):
             stack.enter_context(jax.enable_x64(True))
-        found = survey(checkpoints)
+        found = surveyed(checkpoints)
         judge = None if task is None or data is None else Judge(task, data, scoring, specs)
         folder = pathlib.Path(stack.enter_context(_beside(pathlib.Path(out).expanduser())))
         measured = _measured(checkpoints, found, rule, own, judge, folder, stack)

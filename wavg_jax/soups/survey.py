@@ -58,7 +58,7 @@ def stacked(checkpoints: Sequence[Tensors], name: str) -> np.ndarray:
     return np.stack([one.read(name) for one in checkpoints])
 
 
-def survey(checkpoints: Sequence[Tensors]) -> Survey:
+def surveyed(checkpoints: Sequence[Tensors]) -> Survey:
     """Reads all checkpoints once, one tensor of all at a time, and warns of what the average leaves out.
 
     Raises:
