@@ -40,7 +40,7 @@ F = flags.FLAGS
 
 _OUTER = ("outer", "outer_lr", "outer_momentum", "outer_tau")
 READS = {
-    *("dataset", "data_dir", "heldout", "context", "scale", "score_samples", "weighting", "reduce"),
+    *("dataset", "data_dir", "heldout", "context", "tokenizer", "scale", "score_samples", "weighting", "reduce"),
     *shared_flags.WEIGHTING,
     *shared_flags.NETWORK,
     *("layers", "width", "heads"),
