@@ -84,13 +84,12 @@ VOCABULARY = 32_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["loss", "learned", "pool", "gradient"])
+@pytest.mark.parametrize("rule", ["loss", "learned", "gradient"])
 def test_a_scored_round_of_a_large_vocabulary_needs_the_memory_of_its_local_steps(rule):
     """The compiler's plan: a round that scores 256 windows, beside one that scores none; batches are of 16 windows."""
     weighting = {
         "loss": wavg.softmax("loss"),
         "learned": wavg.learned(steps=1),
-        "pool": wavg.opinion_pool(),
         "gradient": wavg.inverse("grad_norm"),
     }
     scored, plain = (peak(one) for one in (weighting[rule], wavg.uniform()))
