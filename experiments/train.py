@@ -13,9 +13,12 @@ from absl import flags
 import wavg_jax as wavg
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
+from wavg_jax.devices import processes
+from wavg_jax.storage.tensors import save_safetensors
 from wavg_jax.training import progress
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
+flags.DEFINE_string("export", None, "Also write the final network to this .safetensors file; see experiments.soup.")
 flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and sample order.", lower_bound=0)
 F = flags.FLAGS
 
@@ -41,7 +44,10 @@ def train(binary: str, fit: Callable[..., wavg.Result]) -> None:
         task = problem.make_task(dataset)
         (arm,) = arms.make_arms((F.arm,), condition)
         sharded = problem.make_data(dataset, F.seed, condition.noisy)
-        arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir, fit=fit)
+        result = arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir, fit=fit)
+    if F.export is not None and processes.first():
+        save_safetensors(F.export, result.params, result.mutable)
+        app.console().print(f"wrote {F.export}", soft_wrap=True)
 
 
 if __name__ == "__main__":

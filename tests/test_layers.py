@@ -21,7 +21,7 @@ FLOORS = [
     {"averaging"},
     {"weighting"},
     {"rounds"},
-    {"training", "reporting"},
+    {"training", "reporting", "soups"},
     {"elastic"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

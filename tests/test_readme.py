@@ -87,6 +87,7 @@ def test_flags_that_are_named_exist(page):
     for binary in (
         "compare",
         "report",
+        "soup",
         "train",
         "tune",
         "plan",

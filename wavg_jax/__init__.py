@@ -31,6 +31,8 @@ from wavg_jax.rounds.local import Pace, local_steps
 from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
 from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import AtSync
+from wavg_jax.soups.average import Soup, average_checkpoints
+from wavg_jax.storage.tensors import save_safetensors
 from wavg_jax.training import schedule
 from wavg_jax.training.callbacks import with_state
 from wavg_jax.training.fit import Result, Store, fit
@@ -72,6 +74,7 @@ __all__ = [
     "Rounds",
     "Scoring",
     "SettingsError",
+    "Soup",
     "Stopped",
     "Store",
     "Task",
@@ -81,6 +84,7 @@ __all__ = [
     "WavgWarning",
     "Weighting",
     "WorkdirError",
+    "average_checkpoints",
     "averager",
     "best",
     "best_of",
@@ -116,6 +120,7 @@ __all__ = [
     "replica",
     "replicate",
     "robust",
+    "save_safetensors",
     "schedule",
     "shortlist",
     "signals",

@@ -99,6 +99,34 @@ def _zeros_out(x: jax.Array) -> jax.Array:
     return (rows @ zeros == 0).all(axis=1)
 
 
+def tree_name(path: tuple) -> str:
+    """The name of a leaf: the keys on the way to it, joined by dots.
+
+    >>> [tree_name(path) for path, _ in jax.tree.leaves_with_path({"dense": [{"bias": 1.0}]})]
+    ['dense.0.bias']
+    """
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named(*trees: PyTree) -> dict[str, jax.Array]:
+    """The leaves of trees by their names.
+
+    Raises:
+      SettingsError: two leaves have the same name.
+
+    >>> named({"dense": {"bias": 1.0}}, {"stats": {"mean": 2.0}})
+    {'dense.bias': 1.0, 'stats.mean': 2.0}
+    """
+    found: dict[str, jax.Array] = {}
+    for tree in trees:
+        for path, x in jax.tree.leaves_with_path(tree):
+            name = tree_name(path)
+            if name in found:
+                raise SettingsError(f"two tensors have the name {name!r}: rename one, or keep dots out of the keys")
+            found[name] = x
+    return found
+
+
 def ordered_sum(values: jax.Array) -> jax.Array:
     """Sums values [K, ...] over K, one replica after another.
 

@@ -168,7 +168,7 @@ def _groups(arm: Arm) -> dict[str, Any]:
         at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments, arm.drift)
     return {
         "scoring": wavg.Scoring(
-            samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled, **_chunk()
+            samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled, **chunk_of_texts()
         ),
         "at_sync": at_sync,
         "layout": wavg.Layout(
@@ -177,7 +177,7 @@ def _groups(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _chunk() -> dict[str, int]:
+def chunk_of_texts() -> dict[str, Any]:
     """Windows of a text scored at a time: as many positions as samples of other data."""
     return {"chunk": max(_POSITIONS // F.context, 1)} if F.model == "transformer" else {}
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.setup.choices import SCALES
 from experiments.setup.shared_flags import numbers
 from wavg_jax import data, models
 from wavg_jax.base import DataError, PyTree, SettingsError
+from wavg_jax.data.text import load_tokenizer
 from wavg_jax.devices import processes
 
 F = flags.FLAGS
@@ -39,7 +41,7 @@ def load(*, texts: bool = False) -> data.Dataset:
     """
     if not processes.first():  # process 0 may have to prepare the files first
         processes.barrier("data")
-    dataset = data.load(F.dataset, F.data_dir, context=F.context)
+    dataset = data.load(F.dataset, F.data_dir, context=F.context, tokenizer=F.tokenizer)
     if processes.first():
         processes.barrier("data")
     text = dataset.bytes_per_token is not None
@@ -47,7 +49,7 @@ def load(*, texts: bool = False) -> data.Dataset:
         raise DataError(f"{dataset.name} is a text, and this command trains classifiers: use train, compare or tune")
     if F.chance is None:
         F["chance"].value = 1 / classes_of(dataset)
-    for name in ("augment", "scale") if text else ("context",):
+    for name in ("augment", "scale") if text else ("context", "tokenizer"):
         if F[name].present:
             raise SettingsError(f"--{name} has no effect on {dataset.name}; leave it out")
     return dataset
@@ -133,13 +135,17 @@ def writer(sharded: data.ShardedData, seed: int) -> Callable[[PyTree, PyTree], M
     def write(params: PyTree, mutable: PyTree) -> Mapping[str, Any]:
         del mutable
         tokens = models.generate(module, params, prompt, WRITTEN, temperature=TEMPERATURE, rng=jax.random.key(seed))
-        text = np.asarray(tokens)[0].astype(np.uint8).tobytes()
-        given, written = (_printable(part) for part in (text[: prompt.shape[1]], text[prompt.shape[1] :]))
+        tokens = np.asarray(tokens)[0]
+        given, written = (_text(part) for part in (tokens[: prompt.shape[1]], tokens[prompt.shape[1] :]))
         return {"sample": {"prompt": given, "text": written, "temperature": TEMPERATURE}}
 
     return write
 
 
-def _printable(text: bytes) -> str:
-    decoded = text.decode("utf-8", errors="replace")
+def _text(tokens: np.ndarray) -> str:
+    """What tokens say, as far as it can be printed."""
+    if F.tokenizer is None:
+        decoded = tokens.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    else:
+        decoded = load_tokenizer(pathlib.Path(F.tokenizer)).decode(tokens.tolist(), skip_special_tokens=False)
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in decoded)

@@ -36,7 +36,8 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "Folder of prepared TFDS sets, or of the publishers' files.")
 flags.DEFINE_integer("heldout", 200, "Training samples held out for scoring; never trained on.", lower_bound=0)
-flags.DEFINE_integer("context", 128, "Texts: bytes in a window, which is a sample.", lower_bound=1)
+flags.DEFINE_integer("context", 128, "Texts: bytes or tokens in a window, which is a sample.", lower_bound=1)
+flags.DEFINE_string("tokenizer", None, "Texts: a tokenizer.json that cuts them into tokens; by default bytes.")
 flags.DEFINE_enum(
     "partition",
     "iid",

@@ -1,9 +1,11 @@
 """Text as data: each byte is predicted once, in one part; shards deal windows; noise keeps a shard's bytes."""
 
+import math
 import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,3 +120,43 @@ def test_unusable_texts_give_one_clear_line(tmp_path: pathlib.Path):
         assert "\n" not in str(raised.value)
     with pytest.raises(SettingsError, match="context is 0"):
         data.from_text(TEXT, context=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A small byte-level BPE, as GPT-2's."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([TEXT.decode()], trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def test_a_tokenizers_tokens_are_windows_too_and_the_bits_are_per_byte(tokenizer):
+    text = TEXT.decode() + "\N{GREEK SMALL LETTER ALPHA}" * 8 + TEXT.decode()  # two bytes each
+    read = tokenizers.Tokenizer.from_file(str(tokenizer))
+    ids = read.encode(text).ids
+    found = data.from_text(text, context=5, test=0.3, tokenizer=tokenizer)
+    assert found.classes == read.get_vocab_size()
+    assert found.train.x.dtype == np.uint16
+    targets = np.concatenate([found.train.y.reshape(-1), found.test.y.reshape(-1)])
+    np.testing.assert_array_equal(targets, ids[1 : len(targets) + 1])
+    tested = read.decode(found.test.y.reshape(-1).tolist())
+    assert math.isclose(found.bytes_per_token, len(tested.encode()) / found.test.y.size)
+    assert found.bytes_per_token > 1.5  # words, not bytes
+
+
+def test_what_a_tokenizer_cannot_read_is_refused(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"text is not UTF-8 \(byte 3\), as tokenizers need it"):
+        data.from_text(b"abc\xff" * 100, tokenizer=tokenizer)
+    with pytest.raises(DataError, match="too few for three windows of context=128"):
+        data.from_text(TEXT, tokenizer=tokenizer)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is no file of the tokenizers library"):
+        data.from_text(TEXT, tokenizer=tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        data.from_text(TEXT, tokenizer=tmp_path / "nowhere.json")

@@ -47,6 +47,7 @@ def test_every_binary_has_a_command_in_its_docstring():
 def _unread(name, arguments):
     """The flags given to a binary that are not its own, nor among those it declares to read."""
     own = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(BINARIES[name])} | {"flagfile", *app.OWN}
+    own |= {flag.short_name for flag in flags.FLAGS.get_key_flags_for_module(BINARIES[name])}
     with flagsaver.flagsaver():
         app.parse(["binary", *arguments])
         return sorted(flag for flag in flags.FLAGS if flags.FLAGS[flag].present and flag not in own)

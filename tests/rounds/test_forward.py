@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small import regression, sharded
 
+import wavg_jax as wavg
+from wavg_jax import models
 from wavg_jax.base import Batch, Task
 from wavg_jax.rounds import forward
 from wavg_jax.rounds.forward import Forward, labels, metrics, metrics_and_logits
@@ -68,3 +71,39 @@ def test_a_large_vocabulary_keeps_a_few_positions():
     shape = jax.eval_shape(lambda: metrics_and_logits(over, {}, {}, split)[1]).shape
     assert shape == (forward.FEWEST - 14, 32000)  # every second sample of 100
     assert set((labels(over, split, 32000) % 8).tolist()) == {0, 2, 4, 6}  # not the first position of each
+
+
+def test_a_pass_predicts_no_more_than_fits_whatever_the_vocabulary():
+    held, network = tokens(100, 64), ({}, {})
+    few, many = (forward.together(Forward(teller(classes)), *network, held) for classes in (256, 32_000))
+    assert (few, many) == (128, 1)
+    assert forward.together(Forward(teller(256), chunk=5), *network, held) == 5
+
+
+VOCABULARY = 32_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["loss", "learned", "gradient"])
+def test_a_scored_round_of_a_large_vocabulary_needs_the_memory_of_its_local_steps(rule):
+    """The compiler's plan: a round that scores 256 windows, beside one that scores none; batches are of 16 windows."""
+    weighting = {
+        "loss": wavg.softmax("loss"),
+        "learned": wavg.learned(steps=1),
+        "gradient": wavg.inverse("grad_norm"),
+    }
+    scored, plain = (peak(one) for one in (weighting[rule], wavg.uniform()))
+    assert scored < 1.1 * plain
+
+
+def peak(weighting):
+    """Bytes that a round of two replicas holds at most."""
+    network = models.Transformer(vocabulary=VOCABULARY, layers=1, heads=2, width=16, length=16, rotary=True)
+    task = models.from_linen(network, (16,), dtype=jnp.int32, make=models.language_model)
+    rounds = wavg.make_rounds(task, wavg.averager(weighting), optax.sgd(0.1), placement=wavg.place(2, 1, "map"))
+    state = jax.eval_shape(lambda rng: rounds.init(rng, replicas=2), jax.random.key(0))
+    samples = {shape: jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 2, 16, 16), (256, 16))}
+    given = [Batch(x, x) for x in samples.values()]
+    plan = jax.jit(rounds.step, donate_argnums=0).lower(state, *given).compile().memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return held + plan.temp_size_in_bytes

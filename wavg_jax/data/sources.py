@@ -12,7 +12,11 @@ from wavg_jax.extras import need
 
 
 def load(
-    name_or_path: str | PathLike[str], data_dir: str | PathLike[str] = "~/tensorflow_datasets", *, context: int = 128
+    name_or_path: str | PathLike[str],
+    data_dir: str | PathLike[str] = "~/tensorflow_datasets",
+    *,
+    context: int = 128,
+    tokenizer: str | PathLike[str] | None = None,
 ) -> Dataset:
     """Loads a data set by its name, or your own by its path.
 
@@ -22,7 +26,8 @@ def load(
         (the help topics of the Python that runs), "tiny_shakespeare" (`tiny_shakespeare.txt` in `data_dir`), and the
         path of a `.txt` file, read byte by byte (see `from_text`).
       data_dir: folder of TensorFlow Datasets; "~" is the home folder.
-      context: of a text, bytes that a window predicts.
+      context: of a text, bytes or tokens that a window predicts.
+      tokenizer: of a text, the `tokenizer.json` that cuts it into tokens; None reads bytes. See `from_text`.
 
     Returns:
       The data set.
@@ -40,7 +45,7 @@ def load(
         return from_npz(name)
     if is_text(name):
         found, text = read_text(name, data_dir)
-        return from_text(text, context=context, name=found)
+        return from_text(text, context=context, name=found, tokenizer=tokenizer)
     if name == "digits":
         return digits()
     if name in PUBLISHED:

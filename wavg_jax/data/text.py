@@ -1,11 +1,16 @@
-"""A text as a data set: windows of its bytes, in which every byte but the first is predicted once."""
+"""A text as a data set: windows of its bytes or tokens, in which every one but the first is predicted once."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import DataError
-from wavg_jax.data.arrays import Dataset, Split, from_arrays
+from wavg_jax.data.arrays import Dataset, Split, as_path, from_arrays
+from wavg_jax.extras import need
 
 BYTES = 256
 """The vocabulary of a text read byte by byte."""
@@ -38,24 +43,36 @@ def windows(tokens: ArrayLike, context: int) -> Split:
     return Split(x, y)
 
 
-def from_text(text: bytes | str, *, context: int = 128, name: str = "text", test: float = 0.05) -> Dataset:
-    """Builds a data set for a language model of a text, byte by byte.
+def from_text(
+    text: bytes | str,
+    *,
+    context: int = 128,
+    name: str = "text",
+    test: float = 0.05,
+    tokenizer: str | PathLike[str] | None = None,
+) -> Dataset:
+    """Builds a data set for a language model of a text, byte by byte or token by token.
 
     The test split is the end of the text. `wavg_jax.data.shard` holds out what comes right before that, so training,
     held-out and test samples are contiguous parts of the text, and no byte is a target in two of them.
 
     Args:
       text: bytes; a str is encoded in UTF-8.
-      context: T, bytes that a window predicts; see `windows`.
+      context: T, bytes or tokens that a window predicts; see `windows`.
       name: the data set's name in rows and reports.
       test: share of the windows that are for testing, rounded, but at least one.
+      tokenizer: the `tokenizer.json` of Hugging Face's `tokenizers`, which cuts a text in UTF-8 into tokens, without
+        adding any of its own; None reads bytes.
 
     Returns:
-      Windows [n, T] of bytes, in the order of the text; `classes` is 256, `bytes_per_token` 1.
+      Windows [n, T] in the order of the text. Of bytes, `classes` is 256 and `bytes_per_token` 1; of tokens, they are
+      the size of the vocabulary, and what a token of the test split stands for on average.
 
     Raises:
       SettingsError: `context` or `test` is out of range.
-      DataError: the text has fewer than three windows, one to train on, one to hold out and one to test on.
+      DataError: the text has fewer than three windows, one to train on, one to hold out and one to test on, or is not
+        UTF-8; or the tokenizer cannot be read.
+      MissingExtra: `tokenizer` is given, and tokenizers is not installed.
 
     >>> data = from_text("to be or not to be, that is the question", context=4)
     >>> data.train.x.shape, bytes(data.test.x[0]), bytes(data.test.y[0].astype("uint8"))
@@ -63,13 +80,51 @@ def from_text(text: bytes | str, *, context: int = 128, name: str = "text", test
     """
     check("test", test, number(0, below=1))
     context = as_whole("context", context, 1)
-    raw = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
-    if len(raw) < 3 * context + 1:
+    raw = text.encode() if isinstance(text, str) else text
+    if tokenizer is None:
+        tokens, classes, starts = np.frombuffer(raw, np.uint8), BYTES, None
+    else:
+        tokens, classes, starts = _tokens(raw, name, as_path("tokenizer", tokenizer))
+    if len(tokens) < 3 * context + 1:
         raise DataError(
-            f"{name} has {len(raw)} bytes, too few for three windows of context={context}: give a longer text, or "
-            "lower context="
+            f"{name} has {len(tokens)} {'bytes' if starts is None else 'tokens'}, too few for three windows of "
+            f"context={context}: give a longer text, or lower context="
         )
-    x, y = windows(raw, context)
+    x, y = windows(tokens, context)
     cut = len(x) - max(round(test * len(x)), 1)
-    dataset = from_arrays(x[:cut], y[:cut], x[cut:], y[cut:], name=name, classes=BYTES)
-    return dataset._replace(bytes_per_token=1.0)
+    dataset = from_arrays(x[:cut], y[:cut], x[cut:], y[cut:], name=name, classes=classes)
+    if starts is None:
+        return dataset._replace(bytes_per_token=1.0)
+    first, last = cut * context + 1, len(x) * context + 1  # the targets of the test split
+    return dataset._replace(bytes_per_token=float(starts[last] - starts[first]) / (last - first))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Reads a `tokenizer.json`; DataError if it is none."""
+    tokenizers = need("tokenizers", extra="tokenizers", why="tokenizer=")
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # tokenizers raises Exception itself
+        raise DataError(f"{path} is no file of the tokenizers library: {' '.join(str(error).split())[:200]}") from None
+
+
+def _tokens(raw: bytes, name: str, path: Path) -> tuple[np.ndarray, int, np.ndarray]:
+    """The tokens [N] of a text, the size of the vocabulary, and the byte at which each starts, and the last ends,
+    [N + 1]."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8 (byte {error.start}), as tokenizers need it: convert it, or leave out tokenizer="
+        ) from None
+    tokenizer = load_tokenizer(path)
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    # Offsets count characters.
+    sizes = np.array([len(c.encode()) for c in text], np.int64)
+    at = np.concatenate([[0], np.cumsum(sizes)])
+    starts = at[[*(start for start, _ in encoded.offsets), len(text)]]
+    classes = max(tokenizer.get_vocab_size(), 2)
+    small = np.uint16 if classes <= 2**16 else np.int32
+    return np.asarray(encoded.ids, small), classes, starts

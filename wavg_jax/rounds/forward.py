@@ -19,6 +19,11 @@ FEWEST = 64
 """Positions whose logits a round keeps, whatever the number of classes."""
 
 
+PREDICTIONS = 2**21
+"""Numbers that the network predicts in a pass, at most, beyond a single sample: of a vocabulary of 32,000, a window of
+64 tokens."""
+
+
 def as_stored(x: jax.Array) -> jax.Array:
     """Feeds the network its inputs as they are stored."""
     return x
@@ -35,7 +40,7 @@ class Forward(NamedTuple):
     Attributes:
       task: the network.
       prepare: stored inputs [B, ...] -> the network's inputs, such as uint8 -> normalised float32.
-      dtype, chunk: of `Scoring`.
+      dtype, chunk: of `Scoring`; `together` lowers the chunk where samples have many predictions.
       over_samples: `Placement.over_samples`, which spreads the samples over the devices.
     """
 
@@ -55,6 +60,22 @@ def cast(values: PyTree, dtype: Any) -> PyTree:
     if dtype is None:
         return values
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, values)
+
+
+def together(forward: Forward, params: PyTree, mutable: PyTree, samples: Batch) -> int:
+    """How many samples to run in one pass: `chunk` or, of sequences, as many as have PREDICTIONS; at least one."""
+    if samples.y.ndim < 2:
+        return forward.chunk
+    params, mutable = cast((params, mutable), forward.dtype)
+    one = jax.eval_shape(
+        lambda x: forward.task.predict(params, mutable, cast(forward.prepare(x), forward.dtype)),
+        jax.ShapeDtypeStruct((1, *samples.x.shape[1:]), samples.x.dtype),
+    )
+    return _fitting(forward, math.prod(getattr(one, "shape", ())))
+
+
+def _fitting(forward: Forward, predictions: int) -> int:
+    return max(min(forward.chunk, PREDICTIONS // max(predictions, 1)), 1)
 
 
 def _over_chunks(function: Callable[[Batch], tuple[PyTree, PyTree]], samples: Batch, chunk: int) -> tuple:
@@ -96,7 +117,8 @@ def metrics_of(forward: Forward, network: Network, given: PyTree, samples: Batch
         def one(batch: Batch) -> tuple[Sums, PyTree]:
             return _measured(forward, params, mutable, batch)[0], ()
 
-        return _over_chunks(fast(one, forward.task.cpu_forms), samples, forward.chunk)[0]
+        chunk = together(forward, params, mutable, samples)
+        return _over_chunks(fast(one, forward.task.cpu_forms), samples, chunk)[0]
 
     sums = forward.over_samples(over)(given, samples)
     return dict(forward.task.metrics(sums, jnp.float32(len(samples.y))))
@@ -138,7 +160,8 @@ def metrics_and_logits(
             )
         return sums, _thinned(predictions.astype(jnp.float32), y.ndim, len(samples.y), predictions.shape[-1])
 
-    sums, logits = _over_chunks(fast(one, forward.task.cpu_forms), samples, forward.chunk)
+    chunk = together(forward, params, mutable, samples)
+    sums, logits = _over_chunks(fast(one, forward.task.cpu_forms), samples, chunk)
     return dict(forward.task.metrics(sums, jnp.float32(len(samples.y)))), logits
 
 
@@ -148,7 +171,8 @@ def labels(forward: Forward, samples: Batch, classes: int) -> jax.Array:
     def one(batch: Batch) -> tuple[PyTree, jax.Array]:
         return (), _thinned(batch.y, batch.y.ndim, len(samples.y), classes)
 
-    return _over_chunks(one, samples, forward.chunk)[1]
+    own = math.prod(samples.y.shape[1:])
+    return _over_chunks(one, samples, forward.chunk if samples.y.ndim < 2 else _fitting(forward, classes * own))[1]
 
 
 def _thinned(values: jax.Array, positions: int, samples: int, classes: int) -> jax.Array:

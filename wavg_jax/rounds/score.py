@@ -25,7 +25,7 @@ from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import Batch, PyTree, Replicas, SettingsError
 from wavg_jax.models.rewrite import fast
 from wavg_jax.rounds import keys
-from wavg_jax.rounds.forward import Forward, cast, here, labels, metrics, metrics_and_logits, metrics_of
+from wavg_jax.rounds.forward import Forward, cast, here, labels, metrics, metrics_and_logits, metrics_of, together
 from wavg_jax.weighting.scores import per_replica
 from wavg_jax.weighting.signals import FREE, OF_SAMPLES
 
@@ -216,13 +216,28 @@ def _gradient_norms(forward: Forward, params: PyTree, mutable: PyTree, held_out:
     loss_rng, state_rng = jax.random.split(keys.roots(jax.random.key(0)).gradient)
     mutable = keys.own(mutable, state_rng)  # draws apart from those of the next local step
 
-    def loss(params: PyTree) -> jax.Array:
+    def loss(params: PyTree, batch: Batch) -> jax.Array:
         cast_params, cast_mutable = cast((params, mutable), forward.dtype)
         return forward.task.loss(cast_params, cast_mutable, batch, loss_rng)[0]
 
-    gradient = fast(jax.grad(loss), forward.task.cpu_forms)(params)
+    gradient = _in_parts(
+        fast(jax.grad(loss), forward.task.cpu_forms), params, batch, together(forward, params, mutable, held_out)
+    )
     norms = jax.tree.map(lambda g: optax.tree.norm(g.astype(jnp.float32)), gradient)
     return {"grad_norm": optax.tree.sum(norms), "layer_grad_norm": norms}
+
+
+def _in_parts(gradient: Callable[[PyTree, Batch], PyTree], params: PyTree, batch: Batch, most: int) -> PyTree:
+    """The mean gradient over parts of at most so many samples; the whole batch at once where it is no larger."""
+    if len(batch.y) <= most:
+        return gradient(params, batch)
+    parts = jax.tree.map(lambda a: a[: len(a) // most * most].reshape(-1, most, *a.shape[1:]), batch)
+
+    def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+        return optax.tree.add(total, gradient(params, part)), None
+
+    total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), parts)
+    return optax.tree.scale(1 / len(parts.y), total)
 
 
 def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out: Batch) -> dict[str, PyTree]:
@@ -248,13 +263,15 @@ def _diagonal_fisher(forward: Forward, params: PyTree, mutable: PyTree, held_out
 
     gradient = fast(jax.grad(log_likelihood), forward.task.cpu_forms)
 
-    def add(total: PyTree, few: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
-        gradients = jax.vmap(gradient, in_axes=(None, 0, 0))(params, *few)
+    def add(total: PyTree, some: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
+        gradients = jax.vmap(gradient, in_axes=(None, 0, 0))(params, *some)
         squares = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)).sum(0), gradients)
         return optax.tree.add(total, squares), None
 
+    few = next(n for n in (FISHER_TOGETHER, 2, 1) if n <= max(together(forward, params, mutable, held_out), 1))
+
     def cut(a: jax.Array) -> jax.Array:
-        return a.reshape(-1, FISHER_TOGETHER, *a.shape[1:])
+        return a.reshape(-1, few, *a.shape[1:])
 
     each = jax.random.split(keys.roots(jax.random.key(0)).fisher, FISHER_SAMPLES)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)

@@ -22,18 +22,19 @@ import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.devices import processes
 from wavg_jax.extras import need
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import FILE
-from wavg_jax.tree import is_key
+from wavg_jax.tree import is_key, tree_name
 
 SUMS = "SHA256SUMS"
 
@@ -175,9 +176,46 @@ class Checkpoints:
         return restored
 
 
-def _orbax() -> Any:
+def orbax_arrays(path: pathlib.Path) -> tuple[dict[str, Any], Callable[[str], np.ndarray]] | None:
+    """The arrays of anyone's Orbax checkpoint of a tree; of a run's, those of its global parameters and collections.
+
+    Args:
+      path: the folder of one checkpoint.
+
+    Returns:
+      {name: what has a shape and a dtype}, with the keys on the way to a leaf joined by dots, and a function that reads
+      one array by its name; None if the folder is no such checkpoint.
+    """
+    ocp = _orbax("Orbax checkpoints")
+    if not ocp.is_orbax_checkpoint(path):
+        return None
+    stored = ocp.metadata(path.absolute()).metadata
+    ours = isinstance(stored, dict) and {"params", "replicas", "averager"} <= stored.keys()
+    parts = [("params",), ("mutable",)] if ours else [()]
+    places = {
+        tree_name(keys[len(part) :]): keys
+        for keys, _ in jax.tree.leaves_with_path(stored)
+        for part in parts
+        if tuple(str(getattr(key, "key", key)) for key in keys[: len(part)]) == part
+    }
+    leaves = {keys: leaf for keys, leaf in jax.tree.leaves_with_path(stored) if hasattr(leaf, "shape")}
+
+    def read(name: str) -> np.ndarray:
+        wanted, leaf = places[name], leaves[places[name]]
+
+        def placeholder(keys: Any, _: Any) -> Any:
+            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if keys == wanted else ...
+
+        with _context():
+            loaded = ocp.load(path.absolute(), jax.tree.map_with_path(placeholder, stored))
+        return np.asarray(dict(jax.tree.leaves_with_path(loaded))[wanted])
+
+    return {name: leaves[keys] for name, keys in places.items() if keys in leaves}, read
+
+
+def _orbax(why: str = "workdir=") -> Any:
     """Imported late: it takes half a second, which a run without a folder need not wait for."""
-    return need("orbax.checkpoint", extra="run", why="workdir=").v1
+    return need("orbax.checkpoint", extra="run", why=why).v1
 
 
 def _context() -> Any:

@@ -12,8 +12,9 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
-from wavg_jax.base import DataError, ResumeError, SettingsError, WorkdirError
+from wavg_jax.base import DataError, ResumeError, SettingsError, WavgError, WorkdirError
 from wavg_jax.devices import processes
 from wavg_jax.storage.lock import check_free, hold_together
 from wavg_jax.storage.resumption import check_first, check_kept
@@ -49,8 +50,9 @@ def read_rows(path: pathlib.Path) -> list[Row]:
     return rows
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Replaces a file whole or not at all.
+@contextlib.contextmanager
+def replaced(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the place of `path` when the block ends, and vanishes if it fails.
 
     Raises:
       WorkdirError: the disk is full, or the folder is not writable.
@@ -60,18 +62,31 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not a tempfile, which is private: the mode is that of the old file, or follows the umask.
         with new.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
             new.chmod(stat.S_IMODE(path.stat().st_mode))
         new.replace(path)
+    except WavgError:
+        raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
         raise WorkdirError(
             f"{path} cannot be written: {error.strerror}; free the disk, or choose another workdir=", path, error
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Replaces a file whole or not at all.
+
+    Raises:
+      WorkdirError: the disk is full, or the folder is not writable.
+    """
+    with replaced(path) as file:
+        file.write(content)
 
 
 def _append_line(path: pathlib.Path, line: bytes) -> None:
