@@ -30,7 +30,7 @@ from wavg_jax.rounds.local import Pace, local_steps
 from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
 from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import AtSync
-from wavg_jax.training import schedule
+from wavg_jax.training import live, schedule
 from wavg_jax.training.callbacks import with_state
 from wavg_jax.training.fit import Result, Store, fit
 from wavg_jax.training.recipe import Layout
@@ -94,6 +94,7 @@ __all__ = [
     "initialize",
     "inverse",
     "learned",
+    "live",
     "local_steps",
     "make_rounds",
     "model_stock",
