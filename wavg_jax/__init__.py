@@ -1,7 +1,7 @@
 """wavg_jax: K replicas of a network, each trained on its own shard for H local steps, scored, and blended by a weighted
 average into the next global parameters."""
 
-from wavg_jax import data, models
+from wavg_jax import data, estimators, models
 from wavg_jax.averaging import outer, pull, smoothing, transforms
 from wavg_jax.averaging.averager import averager
 from wavg_jax.averaging.reduce import disjoint_mean, model_stock, norm_preserving, radial_directional, weighted_mean
@@ -86,6 +86,7 @@ __all__ = [
     "disjoint_mean",
     "drift",
     "effective_replicas",
+    "estimators",
     "faults",
     "fisher_merging",
     "fit",

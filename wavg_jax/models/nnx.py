@@ -28,9 +28,9 @@ def from_nnx(
 
     `nnx.Param` variables are the parameters; all others (such as BatchNorm's statistics) are `mutable`, except random
     streams, which start afresh from the key of each call, and the state of `nnx.metrics`, which each call finds as it
-    was made and leaves behind: totals and counts of different replicas have no average. Parameters and `mutable` are plain dicts, since
-    dispatching an `nnx.State` costs 2 to 4 times more. Each call rebuilds the module from them, so replicas and traces
-    share nothing.
+    was made and leaves behind: totals and counts of different replicas have no average. Parameters and `mutable` are
+    plain dicts, since dispatching an `nnx.State` costs 2 to 4 times more. Each call rebuilds the module from them, so
+    replicas and traces share nothing.
 
     Args:
       make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns what
