@@ -119,7 +119,7 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
       learning_rate, momentum: of SGD, the inner optimizer.
       averager: how replicas are blended; by default by `opinion_pool()`. See `wavg_jax.averager`.
       validation_fraction: of the samples, held out to score replicas and blends; one at least.
-      class_weight: None, "balanced", or {class: weight}, how much a sample counts in the training loss.
+      class_weight: None, "balanced", or {class: weight}, how much a sample counts in the training loss beside others.
       layout: where replicas live; by default all on the first device.
       random_state: of the split, the initial parameters and the order of samples.
 
@@ -167,7 +167,7 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
         )
         self.class_weight = class_weight
 
-    def fit(self, X: Any, y: Any) -> "WavgClassifier":  # noqa: N803 - scikit-learn's name
+    def fit(self, X: Any, y: Any) -> "WavgClassifier":
         """Trains on inputs [N, F] and labels [N] of any type.
 
         Raises:
@@ -180,18 +180,19 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
             raise ValueError(f"found one class, {self.classes_[0]!r}; give samples of 2 classes or more")
         weights = None
         if self.class_weight is not None:
-            weights = tuple(compute_class_weight(self.class_weight, classes=self.classes_, y=y).tolist())
+            given = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+            weights = tuple((given / given[labels].mean()).tolist())  # lest large ones act as a large learning rate
         task = _classifier(x.shape[1], len(self.classes_), tuple(self.hidden), weights)
         self._train(x, labels, len(self.classes_), task, _POOL)
         return self
 
-    def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities [N, C], in the order of `classes_`."""
         logits = self._logits(X)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: Any) -> np.ndarray:
         """The most probable label of each input [N]."""
         return self.classes_[self._logits(X).argmax(axis=1)]
 
@@ -218,7 +219,7 @@ class WavgRegressor(RegressorMixin, _Perceptron):
       True
     """
 
-    def fit(self, X: Any, y: Any) -> "WavgRegressor":  # noqa: N803
+    def fit(self, X: Any, y: Any) -> "WavgRegressor":
         """Trains on inputs [N, F] and numbers [N].
 
         Raises:
@@ -232,7 +233,7 @@ class WavgRegressor(RegressorMixin, _Perceptron):
         self._train(x, targets, None, _regressor(x.shape[1], tuple(self.hidden)), _SOFTMAX)
         return self
 
-    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+    def predict(self, X: Any) -> np.ndarray:
         """A number for each input [N]."""
         check_is_fitted(self)
         outputs = self._outputs(X, _regressor(self.n_features_in_, tuple(self.hidden)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from wavg_jax.arguments import FUNCTION, check, number, shown
 from wavg_jax.base import Batch, DataError, PyTree, SettingsError, Sums, Task, means
