@@ -194,7 +194,8 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable label of each input [N]."""
-        return self.classes_[self._logits(X).argmax(axis=1)]
+        logits = self._logits(X)
+        return self.classes_[logits.argmax(axis=1)]
 
     def _logits(self, x: Any) -> np.ndarray:
         check_is_fitted(self)
