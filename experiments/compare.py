@@ -18,6 +18,7 @@ from absl import flags
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import Condition, read_conditions, title
 from experiments.setup.shared_flags import ARMS, COMPARED
+from experiments.setup.views import read_views
 from wavg_jax.base import Stopped
 from wavg_jax.storage.rows import check_writable
 from wavg_jax.training import progress
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     seeds, conditions = shared_flags.read_seeds(), read_conditions()
-    names = shared_flags.names("arms", ARMS)
+    names, views = shared_flags.names("arms", ARMS), read_views()
     workdir = arms.choose_workdir("compare")
     check_writable(workdir)
     done = arms.rounds_done(workdir)
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
                     workdir=workdir,
                     name=name,
                     path=path_of(arm.name),
+                    views=views,
                 ).stopped
 
 

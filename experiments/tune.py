@@ -28,7 +28,8 @@ flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to 
 flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
 F = flags.FLAGS
 
-READS = shared_flags.NAMES - {"seeds", "steps", "workdir", "resume", "checkpoint_every", *shared_flags.LINK}
+_UNREAD = {"seeds", "steps", "workdir", "resume", "checkpoint_every", "log_to", *shared_flags.LINK}
+READS = shared_flags.NAMES - _UNREAD
 for _name in READS:
     flags.declare_key_flag(_name)
 

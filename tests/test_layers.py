@@ -22,7 +22,7 @@ FLOORS = [
     {"weighting"},
     {"rounds"},
     {"training", "reporting", "soups"},
-    {"elastic"},
+    {"elastic", "estimators"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

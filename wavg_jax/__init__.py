@@ -1,7 +1,7 @@
 """wavg_jax: K replicas of a network, each trained on its own shard for H local steps, scored, and blended by a weighted
 average into the next global parameters."""
 
-from wavg_jax import data, elastic, models
+from wavg_jax import data, elastic, estimators, models
 from wavg_jax.averaging import outer, pull, smoothing, transforms
 from wavg_jax.averaging.averager import averager
 from wavg_jax.averaging.reduce import disjoint_mean, model_stock, norm_preserving, radial_directional, weighted_mean
@@ -33,7 +33,7 @@ from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import AtSync
 from wavg_jax.soups.average import Soup, average_checkpoints
 from wavg_jax.storage.tensors import save_safetensors
-from wavg_jax.training import schedule
+from wavg_jax.training import live, schedule
 from wavg_jax.training.callbacks import with_state
 from wavg_jax.training.fit import Result, Store, fit
 from wavg_jax.training.recipe import Layout
@@ -93,6 +93,7 @@ __all__ = [
     "drift",
     "effective_replicas",
     "elastic",
+    "estimators",
     "faults",
     "fisher_merging",
     "fit",
@@ -101,6 +102,7 @@ __all__ = [
     "initialize",
     "inverse",
     "learned",
+    "live",
     "local_steps",
     "make_rounds",
     "model_stock",

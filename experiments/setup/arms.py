@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,7 @@ from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
 from wavg_jax.training import timing
 from wavg_jax.training.batches import check_room
+from wavg_jax.training.callbacks import Observer
 from wavg_jax.training.recipe import Recipe, make_recipe, rounds_of
 from wavg_jax.training.run import blended_bytes
 
@@ -284,6 +285,7 @@ def run_arm(
     name: str | None = None,
     path: Row | None = None,
     fit: Callable[..., wavg.Result] = wavg.fit,
+    views: Sequence[Observer] = (),
 ) -> wavg.Result:
     """Runs one arm under one condition for one seed.
 
@@ -314,6 +316,7 @@ def run_arm(
         workdir=workdir,
         resume=F.resume,
         store=wavg.Store(name or f"{arm.name}-seed{seed}", F.checkpoint_every, facts, settings, writer(sharded, seed)),
+        on_round=views,
         progress=progress,
     )
 

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+from experiments.setup import captions
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 
@@ -36,12 +38,20 @@ def is_worker() -> bool:
     return any(".peer_workers." in argument for argument in sys.orig_argv)
 
 
+def begin() -> None:
+    """Does all of it, once; in a worker of another system nothing."""
+    if not is_worker() and signal.getsignal(signal.SIGINT) is not leave:
+        check_installed()
+        take_over()
+
+
 def check_installed() -> None:
     """Ends the process with one line and exit code 2 if a package that every binary needs is missing."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
+        what = "'wavg-jax[experiments]'" if captions.INSTALLED else '-e ".[experiments]"'
         print(
-            f'error: the binaries need {", ".join(missing)}, not installed: python -m pip install -e ".[experiments]"',
+            f"error: the binaries need {', '.join(missing)}, not installed: python -m pip install {what}",
             file=sys.stderr,
         )
         raise SystemExit(2)

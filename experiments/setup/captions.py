@@ -1,4 +1,16 @@
-"""What rows do not tell a report: what the arms of the comparison do, and the command that rebuilds it."""
+"""What rows do not tell a report: what the arms of the comparison do, and the command that rebuilds it; and how the
+binaries are called where they run."""
+
+import experiments
+
+INSTALLED = experiments.__name__ != "experiments"
+"""Whether the binaries run as the console command `wavg`, without the repository."""
+
+
+def command(name: str) -> str:
+    """How to call a binary: `python -m experiments.compare`, or `wavg compare`."""
+    return f"wavg {name}" if INSTALLED else f"python -m experiments.{name}"
+
 
 ARMS = {
     "sequential": "one network, small batches one after another, on all shards together; no data parallelism",
@@ -10,6 +22,6 @@ ARMS = {
     "weighted": "K replicas, each trained on its own shard and blended after every round with weights that depend on "
     "how good each replica is",
 }
-REBUILD = "python -m experiments.report DIR..."
+REBUILD = f"{command('report')} DIR..."
 REFERENCE = "plain"
 """The weighting that a matrix compares the others with."""

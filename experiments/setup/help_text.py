@@ -8,6 +8,8 @@ from types import ModuleType
 
 from absl import flags
 
+from experiments.setup import captions
+
 _INDENT = 26
 """Columns left of a flag's description."""
 
@@ -25,7 +27,8 @@ def text(binary: ModuleType, topics: dict[str, list[str]], always: Collection[st
     key = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(binary)}
     key |= {name: flags.FLAGS[name] for name in always}
     groups = {"This command": [name for name in key if name not in shared]} | topics
-    blocks = [_documentation(binary.__doc__ or "", width)]
+    doc = (binary.__doc__ or "").replace("python -m experiments.", captions.command(""))
+    blocks = [_documentation(doc, width)]
     for title, names in groups.items():
         shown = [_flag(key[name], width) for name in names if name in key]
         if shown:

@@ -261,6 +261,11 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "target_accuracy", 0.95, "Test accuracy whose time to reach the report gives.", lower_bound=0, upper_bound=1
 )
+flags.DEFINE_list(
+    "log_to",
+    None,
+    "Live views of every round: tensorboard:FOLDER, mlflow:URI, wandb:PROJECT, or several.",
+)
 
 _ORDER = [flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__]]
 _ENDS = [*list(_STARTS.values())[1:], None]
@@ -274,7 +279,18 @@ WEIGHTING = ("temperature", "chance", "byzantine")
 """Flags that a weighting reads; see `experiments.setup.weightings`."""
 LINK = ("link_bandwidth", "link_latency", "link_overhead")
 """Flags of the network that is computed with; without any there is none."""
-_BOOKKEEPING = ("workdir", "resume", "checkpoint_every", "devices", "feed", "data_dir", "rounds", "seeds", "steps")
+_BOOKKEEPING = (
+    "workdir",
+    "resume",
+    "checkpoint_every",
+    "devices",
+    "feed",
+    "data_dir",
+    "rounds",
+    "seeds",
+    "steps",
+    "log_to",
+)
 """Flags that may differ when a run resumes."""
 RUN = NAMES.difference(_BOOKKEEPING)
 """Flags that must agree when a run resumes."""

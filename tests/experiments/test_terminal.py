@@ -1,6 +1,7 @@
 """The binaries in a terminal: the line that says what is being done, Ctrl-C at any moment, and the help."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -46,12 +47,16 @@ def test_a_run_says_what_it_is_doing_from_the_first_second_on(tmp_path):
     odd = tmp_path / "a[/y]"
     code, shown = terminal.run("experiments.train", f"--workdir={odd}", *QUICK)
     assert code == 0, shown
-    said = [shown.index(word) for word in ("starting", "loading data ...", "compiling ...", "test accuracy", "wrote")]
+    said = [shown.index(word) for word in ("starting", "loading data ...", "compiling ...", "accuracy", "wrote")]
     assert said == sorted(said)
     assert f"wrote {odd}/report.md" in " ".join(shown.split("\n")).replace("\r", "")
     bars = [line for line in shown.replace("\r", "\n").splitlines() if line.endswith("left")]
     assert bars
     assert max(map(len, bars)) <= 80
+    last = re.search(
+        r"weighted-seed0: accuracy [\d.]+ %, \d.\d effective, [\d.]+[kM]? samples/s +2/2 +\d+:\d\d left", shown
+    )
+    assert last, bars[-1]
 
 
 def at_80(monkeypatch):

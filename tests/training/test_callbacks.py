@@ -89,7 +89,7 @@ def test_progress_may_be_a_function_of_ones_own():
     said = []
     run(sharded(), PLAIN, rounds=2, progress=said.append)
     assert len(said) == 2
-    assert all(text.startswith("run: test accuracy") for text in said)
+    assert all(text.startswith("run: accuracy") for text in said)
 
 
 def test_progress_switched_off_says_nothing(capfd):

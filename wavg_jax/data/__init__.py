@@ -2,8 +2,10 @@
 
 from wavg_jax.data.arrays import Dataset, Split, from_arrays, from_npz, hold_out
 from wavg_jax.data.augment import crop_flip
+from wavg_jax.data.balance import class_weights
 from wavg_jax.data.embedded import digits
 from wavg_jax.data.feed import round_indices
+from wavg_jax.data.iterables import from_iterable
 from wavg_jax.data.prepare import make_prepare, overall, per_channel, per_feature
 from wavg_jax.data.sharded import ShardedData, pool, shard
 from wavg_jax.data.shards import contiguous, dirichlet, iid, interleaved, label_noise, sized
@@ -14,11 +16,13 @@ __all__ = [
     "Dataset",
     "ShardedData",
     "Split",
+    "class_weights",
     "contiguous",
     "crop_flip",
     "digits",
     "dirichlet",
     "from_arrays",
+    "from_iterable",
     "from_npz",
     "from_text",
     "hold_out",

@@ -141,7 +141,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     >>> [len(shard) for shard in shards], sorted(np.concatenate(shards)) == list(range(100))
     ([25, 25, 25, 25], True)
     """
-    labels = _class_labels("a dirichlet partition", labels)
+    labels = class_labels("a dirichlet partition", labels)
     _, replicas = _counts(len(labels), replicas)
     min_size = as_whole("min_size", min_size)
     check("alpha", alpha, number(above=0))
@@ -198,7 +198,7 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
     noisy = noisy_shards(noisy, len(shards))
     if not noisy:
         return labels
-    labels = np.array(_class_labels("label noise (noisy=)", labels), np.int32)
+    labels = np.array(class_labels("label noise (noisy=)", labels), np.int32)
     classes = as_whole("classes", classes, 1)
     for k in noisy:
         labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
@@ -231,7 +231,8 @@ def shuffled_tokens(train: Split, shards: Shards, noisy: Sequence[int], seed: in
     return Split(x, y)
 
 
-def _class_labels(what: str, labels: Any) -> np.ndarray:
+def class_labels(what: str, labels: Any) -> np.ndarray:
+    """Returns labels as an array; SettingsError, which says `what` needs them, unless they are integers [N]."""
     labels = as_array("the labels", labels)
     if labels.ndim != 1 or labels.dtype.kind not in "bui":
         raise SettingsError(

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from wavg_jax.models.cnn import CNN
     from wavg_jax.models.decoding import generate
     from wavg_jax.models.linen import from_linen
+    from wavg_jax.models.metrics import with_metrics
     from wavg_jax.models.mlp import MLP
     from wavg_jax.models.nnx import from_nnx
     from wavg_jax.models.resnet import ResNet
     from wavg_jax.models.rewrite import fast
     from wavg_jax.models.task import classifier, language_model, regressor
+    from wavg_jax.models.train_state import from_train_state, to_train_state
     from wavg_jax.models.transformer import Transformer
 else:
     __getattr__, __dir__ = lazy.attach(
@@ -29,9 +31,12 @@ else:
             "fast": "rewrite",
             "from_linen": "linen",
             "from_nnx": "nnx",
+            "from_train_state": "train_state",
             "generate": "decoding",
             "language_model": "task",
             "regressor": "task",
+            "to_train_state": "train_state",
+            "with_metrics": "metrics",
         },
     )
 
@@ -44,7 +49,10 @@ __all__ = [
     "fast",
     "from_linen",
     "from_nnx",
+    "from_train_state",
     "generate",
     "language_model",
     "regressor",
+    "to_train_state",
+    "with_metrics",
 ]

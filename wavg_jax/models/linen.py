@@ -66,15 +66,27 @@ def from_linen(
         mutable = dict(module.init(rng, jnp.zeros((1, *input_shape), dtype), train=False))
         return mutable.pop("params", {}), mutable
 
+    return make(init, applied(module, trains=True))
+
+
+def applied(module: nn.Module, *, trains: bool) -> Apply:
+    """A module as a function over plain dicts.
+
+    Args:
+      module: the module.
+      trains: whether its `__call__` takes `train`.
+    """
+
     def apply(
         params: PyTree, mutable: PyTree, x: jax.Array, *, train: bool, rng: jax.Array | None
     ) -> tuple[jax.Array, PyTree]:
-        variables = {"params": params, **mutable}
+        variables: PyTree = {"params": params, **mutable}
+        options: dict[str, Any] = {"train": train} if trains else {}
         if not train:
-            logits: Any = module.apply(variables, x, train=False)
+            logits: Any = module.apply(variables, x, **options)
             return logits, mutable
         # Linen uses a bare key for streams of any name, so none has to be listed here.
-        logits, updated = module.apply(variables, x, train=True, rngs=rng, mutable=list(mutable))
+        logits, updated = module.apply(variables, x, **options, rngs=rng, mutable=list(mutable))
         return logits, {**mutable, **updated}
 
-    return make(init, apply)
+    return apply

@@ -26,10 +26,11 @@ def from_nnx(
 ) -> Task:
     """Makes a task of an NNX module.
 
-    `nnx.Param` variables are the parameters; all others (such as BatchNorm's statistics) are `mutable`, except the
-    random streams, which start afresh from the key of each call. Parameters and `mutable` are plain dicts, since
-    dispatching an `nnx.State` costs 2 to 4 times more. Each call rebuilds the module from them, so replicas and traces
-    share nothing.
+    `nnx.Param` variables are the parameters; all others (such as BatchNorm's statistics) are `mutable`, except random
+    streams, which start afresh from the key of each call, and the state of `nnx.metrics`, which each call finds as it
+    was made and leaves behind: totals and counts of different replicas have no average. Parameters and `mutable` are
+    plain dicts, since dispatching an `nnx.State` costs 2 to 4 times more. Each call rebuilds the module from them, so
+    replicas and traces share nothing.
 
     Args:
       make_module: `nnx.Rngs -> nnx.Module`; the module's `__call__` takes `x [B, *input_shape]` and returns what
@@ -67,11 +68,14 @@ def from_nnx(
     check("make_module", make_module, makes)
     check("input_shape", input_shape, SHAPE)
     check("make", make, FUNCTION)
-    mutable_filter = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+    mutable_filter = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.metrics.MetricState))
     abstract = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     if not isinstance(abstract, nnx.Module):
         raise SettingsError(f"make_module= must return a flax.nnx.Module, but returned a {type(abstract).__name__}")
     streams = nnx.to_pure_dict(nnx.state(abstract, nnx.RngState))
+    metrics: PyTree = nnx.to_pure_dict(nnx.state(abstract, nnx.metrics.MetricState))
+    if metrics:  # of all that is made, the compiler keeps these alone
+        metrics = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make_module(nnx.Rngs(0)), nnx.metrics.MetricState)))()
     graphs = {}
     abstract.train()
     graphs[True] = nnx.graphdef(abstract)
@@ -87,7 +91,7 @@ def from_nnx(
     ) -> tuple[jax.Array, PyTree]:
         # Evaluation may never draw from the module's streams, but they still need some key.
         keys = _seed(streams, jax.random.key(0) if rng is None else rng)
-        module: Any = nnx.merge(graphs[train], params, mutable, keys)
+        module: Any = nnx.merge(graphs[train], params, mutable, keys, metrics)
         logits = module(x)
         if not train:
             return logits, mutable

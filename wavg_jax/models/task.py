@@ -6,9 +6,11 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
-from wavg_jax.arguments import FUNCTION, check, number
+from wavg_jax.arguments import FUNCTION, check, number, shown
 from wavg_jax.base import Batch, DataError, PyTree, SettingsError, Sums, Task, means
 from wavg_jax.models import quality
 
@@ -27,22 +29,26 @@ class Apply(Protocol):
     ) -> tuple[jax.Array, PyTree]: ...
 
 
-def classifier(init: Init, apply: Apply) -> Task:
+def classifier(init: Init, apply: Apply, *, class_weights: ArrayLike | None = None) -> Task:
     """Makes a task of a network written by hand over plain pytrees.
 
-    The loss is the mean cross-entropy `-1/B sum_b log softmax(logits_b)[y_b]`, computed in float32.
+    The loss is the mean cross-entropy `-1/B sum_b c[y_b] log softmax(logits_b)[y_b]`, computed in float32, with c = 1
+    unless `class_weights` are given.
 
     Args:
       init: `rng -> (params, mutable)`.
       apply: `(params, mutable, x [B, ...], *, train, rng) -> (logits [B, classes], mutable)`. The loss calls it with
         `train=True` and a key, `predict` with `train=False` and `rng=None`.
+      class_weights: c [classes], how much a sample of each class counts in the training loss, such as
+        `wavg_jax.data.class_weights` makes. Scores and test metrics stay plain.
 
     Returns:
       A `Task` with the metrics `loss`, `accuracy`, `macro_f1` and `ece`, and the counts `confusion` [classes, classes];
       see `wavg_jax.models.quality`.
 
     Raises:
-      SettingsError: while tracing, if the logits are not [B, classes].
+      SettingsError: `class_weights` are no finite numbers [classes] of 0 or more; or, while tracing, the logits are not
+        [B, classes].
       DataError: while tracing, if the labels are not integers [B].
 
     Example:
@@ -59,7 +65,29 @@ def classifier(init: Init, apply: Apply) -> Task:
       >>> print(f"{loss:.4f} {metrics['accuracy']:.1f}")  # log 3, and a tie goes to class 0
       1.0986 0.5
     """
-    return _task(init, apply, _CLASSIFIER)
+    if class_weights is None:
+        return _task(init, apply, _CLASSIFIER)
+    counts = _class_weights(class_weights)
+
+    def score(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        if logits.shape[-1] != len(counts):
+            raise SettingsError(
+                f"there are {len(counts)} class_weights= for logits of {logits.shape[-1]} classes; give one for each"
+            )
+        found = _cross_entropy(logits, labels)
+        return found | {"loss": found["loss"] * jnp.asarray(counts)[labels]}
+
+    return _task(init, apply, _CLASSIFIER._replace(score=score))
+
+
+def _class_weights(given: ArrayLike) -> np.ndarray:
+    weights = np.asarray(given)
+    fits = weights.ndim == 1 and weights.dtype.kind in "uif" and np.isfinite(weights).all() and (weights >= 0).all()
+    if not fits or not weights.any():
+        raise SettingsError(
+            f"class_weights is {shown(given)}; it must be a finite number of 0 or more for each class, not all 0"
+        )
+    return weights.astype(np.float32)
 
 
 def language_model(init: Init, apply: Apply, *, bytes_per_token: float | None = None) -> Task:

@@ -1,6 +1,7 @@
 """What `fit` calls after every round."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,21 @@ class WithState(NamedTuple):
     every: int
 
 
-Callback = Callable[[Row], Any] | WithState
+class Observer(NamedTuple):
+    """A callback with a beginning and an end, of which the first process has the only one; see `wavg_jax.live`.
+
+    Attributes:
+      start: `rows -> context manager of f(row)`; `rows` are the run's first row and those of the rounds done before.
+      waits: whether rounds wait for it. One that does not only looks: what it returns ends nothing.
+    """
+
+    start: Callable[[Sequence[Row]], contextlib.AbstractContextManager[Callable[[Row], Any]]]
+    waits: bool = False
+
+
+Callback = Callable[[Row], Any] | WithState | Observer
+Told = Callable[[Row], Any] | WithState
+"""A callback that has been started."""
 
 
 def with_state(call: Callable[[Row, TrainState], Any], *, every: int = 1) -> WithState:
@@ -45,18 +60,44 @@ def as_callbacks(given: Callback | Sequence[Callback] | None) -> tuple[Callback,
     """One callback or several, as a tuple.
 
     Raises:
-      SettingsError: one is neither a function nor made by `with_state`.
+      SettingsError: one is neither a function nor made by `with_state` or in `wavg_jax.live`.
     """
     if given is None:
         return ()
-    several = given if isinstance(given, Sequence) and not isinstance(given, WithState | str) else (given,)
+    several = given if isinstance(given, Sequence) and not isinstance(given, WithState | Observer | str) else (given,)
     for callback in several:
-        if not isinstance(callback, WithState):
+        if not isinstance(callback, WithState | Observer):
             check("on_round", callback, FUNCTION)
     return tuple(several)
 
 
-def ends(callbacks: Sequence[Callback], row: Row, state: TrainState) -> bool:
+@contextlib.contextmanager
+def started(
+    callbacks: Sequence[Callback], rows: Sequence[Row], show: Callable[[Row], Any], *, first: bool
+) -> Iterator[tuple[list[Told], Callable[[Row], Any]]]:
+    """Starts the observers of a run, and ends them with the block.
+
+    Args:
+      callbacks: of the run.
+      rows: its rows so far.
+      show: called with every row, while the next round trains.
+      first: whether this process has the observers.
+
+    Yields:
+      The callbacks that rounds wait for, and `show` with those that only look behind it.
+    """
+    waiting: list[Told] = []
+    looking = [show]
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            if not isinstance(callback, Observer):
+                waiting.append(callback)
+            elif first:
+                (waiting if callback.waits else looking).append(stack.enter_context(callback.start(rows)))
+        yield waiting, lambda row: [see(row) for see in looking]
+
+
+def ends(callbacks: Sequence[Told], row: Row, state: TrainState) -> bool:
     """Calls the callbacks of a round, and says whether one of them returned True, to end the run."""
     answers = []
     for callback in callbacks:

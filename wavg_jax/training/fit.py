@@ -45,7 +45,7 @@ from wavg_jax.storage.schema import ROUND_ENTRIES, Row, lost_at_the_end, plain
 from wavg_jax.training import automap, liveness, loop
 from wavg_jax.training import progress as bars
 from wavg_jax.training.batches import as_targets, check_room
-from wavg_jax.training.callbacks import Callback, as_callbacks
+from wavg_jax.training.callbacks import Callback, as_callbacks, started
 from wavg_jax.training.engine import Engine, in_process
 from wavg_jax.training.interrupt import stop_requests
 from wavg_jax.training.recipe import Layout, Recipe, make_recipe
@@ -173,7 +173,7 @@ def fit(
       store: the run's name, and what it writes.
       on_round: one callback or several, called after every round: `f(row)`, or one made by `wavg_jax.with_state`. If
         one returns True, the run is complete after that round: its last row has `stopped_early`, and `resume` returns
-        it as it is. With callbacks the next round waits for them.
+        it as it is. With callbacks the next round waits for them; loggers (`wavg_jax.live`) it does not wait for.
       progress: True shows a progress bar if rich is installed, False none; a function is called with one line of text
         after every round.
 
@@ -244,7 +244,8 @@ def carry_out(
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         with processes.meeting():
             state = journal.begin(run.describe() | extra, run.initial, resume)
-            state, message = loop.train(run, journal, state, callbacks, show, stopped)
+            with started(callbacks, journal.rows(), show, first=processes.first()) as (waiting, tell):
+                state, message = loop.train(run, journal, state, waiting, tell, stopped)
         asked = bool(processes.gather(stopped()).any())
     result = Result(*evaluated(state), state, journal.rows(), asked)
     if message is not None:
@@ -299,10 +300,10 @@ def _entries(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
 def _shown(progress: bool | Callable[[str], None], rounds: int) -> Iterator[Callable[[Row], Any]]:
     """Yields the function to call with every new row, to show it."""
     if callable(progress):
-        yield lambda row: progress(caption(row))
+        yield lambda row: progress(bars.caption(row))
     elif progress:
         with bars.bar(rounds) as advance:
-            yield lambda row: advance(caption(row))
+            yield lambda row: advance(bars.caption(row))
     else:
         yield lambda row: None
 
@@ -312,19 +313,6 @@ def _settled(recipe: Recipe, data: ShardedData, plan: Plan, recorded: Row | None
     decided = None if recorded is None else recorded["replica_map"]
     steps = plan.rounds * plan.schedule.longest
     return automap.settle(recipe, data, batch_size=plan.batch_size, steps=steps, decided=decided)
-
-
-def caption(row: Row) -> str:
-    """One line about a round, for a progress bar."""
-    measured = {name: row.get(f"test_{name}") for name in ("bits_per_byte", "accuracy", "loss")}
-    if measured["bits_per_byte"] is not None:
-        return f"{row['run']}: test bits per byte {measured['bits_per_byte']:.3f}"
-    if measured["accuracy"] is not None:
-        return f"{row['run']}: test accuracy {100 * measured['accuracy']:.1f} %"
-    if measured["loss"] is not None:
-        return f"{row['run']}: test loss {measured['loss']:.3f}"
-    loss = row["train_loss"]
-    return f"{row['run']}: " + ("no replica alive" if loss is None else f"training loss {loss:.3f}")
 
 
 _MANY = 256

@@ -23,7 +23,7 @@ from wavg_jax.storage.journal import Journal
 from wavg_jax.storage.schema import PATIENCE, Row, lost, lost_at_the_end, quality_row, round_row
 from wavg_jax.training import liveness, progress
 from wavg_jax.training.batches import open_feeder
-from wavg_jax.training.callbacks import Callback, ends
+from wavg_jax.training.callbacks import Told, ends
 from wavg_jax.training.run import Run
 from wavg_jax.training.schedule import Past
 
@@ -160,7 +160,7 @@ def train(
     run: Run,
     journal: Journal,
     state: TrainState,
-    callbacks: Sequence[Callback],
+    callbacks: Sequence[Told],
     show: Callable[[Row], Any],
     stopped: Callable[[], bool],
 ) -> tuple[TrainState, str | None]:

@@ -4,10 +4,11 @@
 """
 
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -42,6 +43,46 @@ def doing(text: str) -> None:
         _open[-1](f"{text} ...", 0)
 
 
+_JUDGED = {
+    "bits_per_byte": "{:.3f} bits per byte",
+    "accuracy": "accuracy {:.1%}",
+    "loss": "loss {:.3f}",
+}
+"""What a run is judged by on the test split, and how it is written; of several the first."""
+
+
+def caption(row: Mapping[str, Any]) -> str:
+    """One line about a round: the run, how good it is, over how many replicas the weights spread, and the speed so far.
+
+    >>> row = {"run": "a", "test_accuracy": 0.8812, "weights": [0.25] * 4, "effective_replicas": 4.0}
+    >>> caption(row | {"samples": 41234, "elapsed": 1.0})
+    'a: accuracy 88.1 %, 4.0 effective, 41k samples/s'
+    """
+    known = {name: row.get(f"test_{name}") for name in _JUDGED}
+    name = next((name for name, value in known.items() if value is not None), None)
+    loss = row.get("train_loss")
+    if name is not None:
+        said = _JUDGED[name].format(known[name]).replace("%", " %")
+    else:
+        said = "no replica alive" if loss is None else f"training loss {loss:.3f}"
+    if len(row["weights"]) > 1:
+        said += f", {row['effective_replicas'] or 0:.1f} effective"
+    return f"{row['run']}: {said}" + (
+        f", {_short(row['samples'] / row['elapsed'])} samples/s" if row["elapsed"] else ""
+    )
+
+
+def _short(number: float) -> str:
+    """Two digits or three.
+
+    >>> _short(873.2), _short(4123.4), _short(41234.5), _short(2.5e6)
+    ('873', '4.1k', '41k', '2.5M')
+    """
+    size = min(max(int(math.log10(max(number, 1)) // 3), 0), 3)
+    scaled = number / 1000**size
+    return f"{scaled:.{int(size > 0 and scaled < 9.95)}f}{' kMG'[size].strip()}"
+
+
 def _shown(total: int, done: int) -> contextlib.AbstractContextManager[Say]:
     try:
         from rich.console import Console
@@ -67,12 +108,13 @@ def _line(console: "Console", total: int, done: int) -> Iterator[Say]:
     from rich.table import Column
 
     elastic = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    wide = console.width >= _WIDE
     columns = (
         # On a narrow line the text is cut; no markup, since it may hold brackets.
         rich.TextColumn("{task.description}", markup=False, table_column=elastic),
-        rich.BarColumn(bar_width=10),
+        *([rich.BarColumn(bar_width=10)] if wide else []),
         rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
+        *([rich.TimeElapsedColumn()] if wide else []),
         rich.TimeRemainingColumn(compact=True),
         rich.TextColumn("left"),
     )
@@ -89,6 +131,8 @@ def _line(console: "Console", total: int, done: int) -> Iterator[Say]:
             raise
 
 
+_WIDE = 100
+"""Columns from which on there is room for a bar and the time passed beside the text."""
 _PAUSE = 0.2
 """Seconds between two updates of a notebook's line, each of which is a message to its server."""
 
