@@ -11,13 +11,14 @@ import tomllib
 import zipfile
 
 import pytest
+from setuptools import find_packages
 
 from experiments import wavg
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = (
-    *("wavg_jax", "experiments", "pyproject.toml", "setup.py", "MANIFEST.in"),
+    *("wavg_jax", "experiments", "pyproject.toml"),
     *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
 )
 QUICK = ("--rounds=2", "--replicas=2", "--local_steps=2", "--hidden=8", "--devices=1")
@@ -67,6 +68,14 @@ def installed(built, tmp_path_factory):
     return folder / "bin"
 
 
+def test_every_package_is_listed():
+    # The peers' workers run in environments of their own.
+    binaries = find_packages(ROOT / "experiments", exclude=["benchmarks.peer_workers"])
+    expected = {*find_packages(ROOT, include=["wavg_jax*"]), "wavg_commands", *(f"wavg_commands.{b}" for b in binaries)}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == expected
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_library_and_the_binaries_and_nothing_else_at_its_top(built):
     (wheel,) = built.glob("*.whl")
@@ -82,7 +91,7 @@ def test_the_wheel_holds_the_library_and_the_binaries_and_nothing_else_at_its_to
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         inside = {name.partition("/")[2] for name in opened.getnames()}
-    assert {"setup.py", "experiments/train.py", "experiments/presets/digits.flags", "CITATION.cff"} <= inside
+    assert {"experiments/train.py", "experiments/presets/digits.flags"} <= inside
     assert not [name for name in inside if name.startswith("experiments/results")]
     said(sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir()), cwd=built)
 

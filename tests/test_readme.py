@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = {
     name: ROOT / name
     for name in (
-        *("README.md", "BUILD_NOTES.md", "CONTRIBUTING.md", "docs/faq.md", "docs/features.md"),
+        *("README.md", "BUILD_NOTES.md", ".github/CONTRIBUTING.md", "docs/faq.md", "docs/features.md"),
         *("experiments/README.md", "experiments/results/README.md"),
     )
 }
