@@ -160,8 +160,9 @@ def _elastic(workdir: pathlib.Path, name: str, chaos: Chaos | None) -> wavg.Resu
                 stack.enter_context(chaos.at_work())
             return row["elapsed"] >= F.seconds
 
-        fit = functools.partial(elastic.fit, workers=workers, on_round=on_round)
-        return arms.run_arm(arm, task, sharded, condition, F.seed, False, workdir=workdir / name, fit=fit)
+        fit = functools.partial(elastic.fit, workers=workers)
+        given = arm, task, sharded, condition, F.seed, False
+        return arms.run_arm(*given, workdir=workdir / name, views=[on_round], fit=fit)
 
 
 def _figures(rows: Sequence[Row], calm: Sequence[Row] = ()) -> Row:

@@ -85,9 +85,10 @@ def main(argv: Sequence[str]) -> None:
         for seed in seeds:
             sharded = problem.make_data(dataset, seed, condition.noisy)
             for name, workers in ways().items():
-                fit = functools.partial(elastic.fit, workers=workers, on_round=_at_target)
+                fit = functools.partial(elastic.fit, workers=workers)
                 run = f"{name.replace(' ', '-')}-seed{seed}"
-                result = arms.run_arm(arm, task, sharded, condition, seed, advance, workdir=workdir, name=run, fit=fit)
+                given = arm, task, sharded, condition, seed, advance
+                result = arms.run_arm(*given, workdir=workdir, name=run, views=[_at_target], fit=fit)
                 found[name].append(_figures(result.rows))
     head: Row = {"command": command()}
     head |= {"hardware": machine.hardware(), "versions": machine.versions(), "seeds": list(seeds)}

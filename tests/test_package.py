@@ -134,7 +134,7 @@ def test_an_unknown_command_is_one_line_that_names_the_others(capsys, monkeypatc
         wavg.main()
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: there is no command 'compair'; choose from compare, launch, ")
+    assert line.startswith("error: there is no command 'compair'; choose from chaos, compare, elastic, ")
 
 
 def test_citation_and_project_name_the_same_version_and_licence():

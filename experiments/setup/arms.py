@@ -39,7 +39,6 @@ from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
 from wavg_jax.training import timing
 from wavg_jax.training.batches import check_room
-from wavg_jax.training.callbacks import Observer
 from wavg_jax.training.recipe import Recipe, make_recipe, rounds_of
 from wavg_jax.training.run import blended_bytes
 
@@ -285,12 +284,12 @@ def run_arm(
     name: str | None = None,
     path: Row | None = None,
     fit: Callable[..., wavg.Result] = wavg.fit,
-    views: Sequence[Observer] = (),
+    views: Sequence[Callback] = (),
 ) -> wavg.Result:
     """Runs one arm under one condition for one seed.
 
     Its rows and checkpoints go to `workdir`, by default as ARM-seedSEED. `progress` is as for `fit`, which
-    may be another than the library's.
+    may be another than the library's, and `views` are its callbacks.
     """
     facts = {
         "arm": arm.name,
