@@ -39,6 +39,7 @@ from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
 from wavg_jax.training import timing
 from wavg_jax.training.batches import check_room
+from wavg_jax.training.callbacks import Callback
 from wavg_jax.training.recipe import Recipe, make_recipe, rounds_of
 from wavg_jax.training.run import blended_bytes
 
