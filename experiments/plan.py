@@ -40,7 +40,7 @@ flags.DEFINE_float(
     lower_bound=1,
 )
 flags.DEFINE_float("flops", 1e14, "Operations a second that a worker achieves.", lower_bound=1)
-flags.DEFINE_list("workers", "100,1000,10000,100000", "Numbers of workers, K.")
+flags.DEFINE_list("worker_counts", "100,1000,10000,100000", "Numbers of workers, K.")
 flags.DEFINE_list("wire_formats", list(WIRES), f"Formats on the wire, of {', '.join(WIRES)}.")
 flags.DEFINE_enum(
     "collective",
@@ -65,7 +65,7 @@ NOT_BUILT = ", not built"
 """Marks the rows of an exchange that the library does not make: it reduces and sums in float32 alone."""
 
 PLANNED = (
-    *("parameters", "flop_per_sample", "flops", "batch_size", "workers", "steps", "wire_formats", "collective"),
+    *("parameters", "flop_per_sample", "flops", "batch_size", "worker_counts", "steps", "wire_formats", "collective"),
     *("link_bandwidth", "failure_rate", "restart_seconds", "checkpoint_seconds", "workdir"),
 )
 """Flags of a plan alone."""
@@ -105,7 +105,7 @@ def make_plan() -> dict[Case, Outcome]:
     cluster = Cluster(F.flops, shared_flags.read_link(), F.failure_rate, F.restart_seconds, F.checkpoint_seconds)
     wires = shared_flags.names("wire_formats", WIRES)
     found = {}
-    for workers, steps, wire in itertools.product(numbers("workers", int), (0, *numbers("steps", int)), wires):
+    for workers, steps, wire in itertools.product(numbers("worker_counts", int), (0, *numbers("steps", int)), wires):
         how = _collective(steps, wire)
         found[workers, steps, wire] = simulate(
             _load(),

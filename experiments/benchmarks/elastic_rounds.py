@@ -1,7 +1,7 @@
 """What it costs that replicas train in workers: rounds of an elastic run beside those of `fit`.
 
   python -m experiments.benchmarks.elastic_rounds
-  python -m experiments.benchmarks.elastic_rounds --round_steps=10,50,200 --repeats=3
+  python -m experiments.benchmarks.elastic_rounds --steps_a_round=10,50,200 --repeats=3
 
 An MLP of 0.7 million parameters (784 inputs, two layers of 512 units, SGD with momentum), K = 4, plain averaging, with
 as many workers as there are cores, a core each; `fit` spreads its replicas over as many devices. Runs of --timed_rounds

@@ -117,7 +117,7 @@ def test_failures_of_many_workers_stop_sync_and_leave_averaging_alone():
     assert lost_by_one(1.0, 0.0, 1e4) == 1.0
 
 
-COMMAND = ("--parameters=1e6", "--workers=2,1000", "--steps=10,50", "--link_bandwidth=1e8", "--link_latency=1e-3")
+COMMAND = ("--parameters=1e6", "--worker_counts=2,1000", "--steps=10,50", "--link_bandwidth=1e8", "--link_latency=1e-3")
 
 
 def test_the_plan_is_printed_and_written_with_what_it_takes_for_granted(tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_the_plan_is_printed_and_written_with_what_it_takes_for_granted(tmp_path
 
 def test_a_plan_without_a_link_says_so_and_goes_to_a_new_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert invoke(plan.main, "--workers=4", "--steps=10", "--wire_formats=float32") == 0
+    assert invoke(plan.main, "--worker_counts=4", "--steps=10", "--wire_formats=float32") == 0
     assert "no network" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("plan-")
@@ -151,7 +151,7 @@ def test_a_plan_without_a_link_says_so_and_goes_to_a_new_folder(tmp_path, monkey
 
 @pytest.mark.parametrize(("collective", "marked"), [("library", 2), ("ring", 4), ("gather", 2)])
 def test_what_the_library_does_not_exchange_so_is_marked(collective, marked, tmp_path, capsys):
-    arguments = ("--workers=4", "--steps=10", f"--collective={collective}", f"--workdir={tmp_path}")
+    arguments = ("--worker_counts=4", "--steps=10", f"--collective={collective}", f"--workdir={tmp_path}")
     assert invoke(plan.main, *arguments) == 0
     capsys.readouterr()
     lines = [line for line in (tmp_path / "plan.md").read_text().splitlines() if line.startswith(("| sync", "| H = "))]
@@ -160,7 +160,7 @@ def test_what_the_library_does_not_exchange_so_is_marked(collective, marked, tmp
 
 
 def test_by_default_narrow_formats_are_gathered():
-    arguments = ("--parameters=1e5", "--workers=4", "--steps=10", "--link_bandwidth=2.4e6", "--failure_rate=0")
+    arguments = ("--parameters=1e5", "--worker_counts=4", "--steps=10", "--link_bandwidth=2.4e6", "--failure_rate=0")
     with flagsaver.flagsaver():
         app.parse(["binary", *arguments])
         found = plan.make_plan()
@@ -174,7 +174,13 @@ def test_by_default_narrow_formats_are_gathered():
 )
 def test_gathering_is_for_averages_alone(collective, average, sync):
     # 100,000 parameters over 4 workers: 600 kB in a ring.
-    arguments = ("--parameters=1e5", "--workers=4", "--steps=10", "--wire_formats=float32", "--link_bandwidth=2.4e6")
+    arguments = (
+        "--parameters=1e5",
+        "--worker_counts=4",
+        "--steps=10",
+        "--wire_formats=float32",
+        "--link_bandwidth=2.4e6",
+    )
     with flagsaver.flagsaver():
         app.parse(["binary", *arguments, f"--collective={collective}", "--failure_rate=0"])
         found = plan.make_plan()
@@ -260,7 +266,7 @@ def test_a_point_that_is_none_is_refused_in_one_line(what, tmp_path, capsys):
 
 
 BAD = {
-    "--workers=0": "--workers=0: give positive whole numbers",
+    "--worker_counts=0": "--worker_counts=0: give positive whole numbers",
     "--steps=1.5": "--steps=1.5: give positive whole numbers",
     "--wire_formats=int4": "--wire_formats=int4: choose from float32, bfloat16, int8",
     "--link_bandwidth=0": "--link_bandwidth=0",
@@ -270,7 +276,7 @@ BAD = {
     "--replicas=3": "--replicas has no effect here",
     "--check=nowhere": "no measured points in nowhere",
     "--check=empty": "no measured points in empty: the file is empty",
-    "--check=empty --workers=3": "--workers has no effect with --check",
+    "--check=empty --worker_counts=3": "--worker_counts has no effect with --check",
     "100": "'100' is not a flag",
 }
 

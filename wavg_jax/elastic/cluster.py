@@ -85,7 +85,7 @@ def _join(ray: Any, address: str) -> None:
     except Exception as error:
         raise SettingsError(
             f"address={address!r}: cannot join the cluster: {_line(error)}; start it with RAY_AUTH_MODE=token "
-            "`ray start --head --node-ip-address=ADDRESS`, and give this machine its token (`ray get-auth-token` there)"
+            "`ray start`, and give this machine its token (`ray get-auth-token` there)"
         ) from error
 
 

@@ -75,7 +75,11 @@ def _launch(
     run: Run, journal: Journal, watch: Watch, number: int, steps: int, begun: float, state: TrainState, *rest: Any
 ) -> tuple[TrainState, _Launched]:
     """Launches a round, its evaluation and a copy of its state if they are due, one behind another."""
-    state, log, heard = run.step.program.call(state, *rest)
+    try:
+        state, log, heard = run.step.program.call(state, *rest)
+    except TooFew:  # raised before the state is touched
+        _keep(journal, run, state)
+        raise
     done = watch(log)
     measured = run.evaluate(state) if run.evaluates(number) else None
     settled = watch(measured)
@@ -198,11 +202,7 @@ def train(
             if number < plan.rounds and not plan.schedule.varies:
                 feeder.prepare(given, steps)
             rest = work, run.shared, run.ask(stopped())
-            try:
-                state, launched = _launch(run, journal, watch, number, steps, begun, state, *rest)
-            except TooFew:  # raised before the state is touched
-                _keep(journal, run, state)
-                raise
+            state, launched = _launch(run, journal, watch, number, steps, begun, state, *rest)
             if pending is not None:
                 books.close(pending, None)
             pending = launched
