@@ -56,6 +56,7 @@ def was(result, worker):
     return [entry["was"] for row in rounds(result) for entry in row["workers"] if entry["worker"] == worker]
 
 
+@pytest.mark.slow
 def test_without_faults_it_is_the_run_of_fit():
     options = {
         "averager": wavg.averager(wavg.opinion_pool(), outer=wavg.outer.nesterov(0.7, 0.9)),
@@ -70,6 +71,7 @@ def test_without_faults_it_is_the_run_of_fit():
     assert result.rows[0]["elastic"]["workers"] == 2
 
 
+@pytest.mark.slow
 def test_control_variates_and_simulated_faults_travel():
     options = {
         "at_sync": wavg.AtSync(drift=wavg.drift.scaffold(0.1)),
@@ -81,6 +83,7 @@ def test_control_variates_and_simulated_faults_travel():
     alike(train(Workers(2), **options), alone(**options))
 
 
+@pytest.mark.slow
 def test_workers_are_added_and_removed_while_the_run_goes_on():
     sizes = {1: 2, 2: 3, 3: 3, 4: 1}
     result = train(Workers(sizes.__getitem__))
@@ -120,6 +123,7 @@ def test_broken_replies_are_refused_and_the_run_goes_on(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.params))
 
 
+@pytest.mark.slow
 def test_a_quorum_waits_for_killed_workers_and_no_round_is_lost_or_counted_twice(tmp_path):
     hook = Hook({(0, 2): "kill", (1, 3): "kill on the way"}, str(tmp_path))
     result = train(Workers(2, min_replicas=4, hook=hook), workdir=tmp_path / "run")
@@ -128,6 +132,7 @@ def test_a_quorum_waits_for_killed_workers_and_no_round_is_lost_or_counted_twice
     assert (tmp_path / "train-0-2-again").exists()
 
 
+@pytest.mark.slow
 def test_without_a_quorum_the_round_goes_on_and_the_killed_worker_comes_back(tmp_path):
     hook = Hook({(1, 2): "kill"}, str(tmp_path / "met"))
     (tmp_path / "met").mkdir()
@@ -148,6 +153,7 @@ def test_without_a_quorum_the_round_goes_on_and_the_killed_worker_comes_back(tmp
     assert [row["round"] for row in rounds(result)] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_two_orders_is_waited_for(tmp_path):
     def kill(row):
         if row["round"] == 2:
@@ -159,6 +165,7 @@ def test_a_worker_that_dies_between_two_orders_is_waited_for(tmp_path):
     assert (tmp_path / "hold-0-0-again").exists()
 
 
+@pytest.mark.slow
 @quietly
 def test_the_shards_of_a_worker_that_is_away_are_dealt_to_the_others_until_it_is_back(tmp_path):
     def until_it_is_back(row):
@@ -185,12 +192,14 @@ def late_in_round_5(tmp_path, late, then):
     return result, lane
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_late_and_comes_back(tmp_path):
     result, _ = late_in_round_5(tmp_path, None, "let the other go on")
     entries = [entry for row in rounds(result)[4:] for entry in row["workers"] if entry["worker"] == 0]
     assert "late, dropped" in [entry.get("after", entry["was"]) for entry in entries]
 
 
+@pytest.mark.slow
 def test_a_late_result_counts_less_where_that_is_asked_for(tmp_path):
     def discount(staleness):
         (tmp_path / "counted").write_text(str(staleness))
@@ -203,6 +212,7 @@ def test_a_late_result_counts_less_where_that_is_asked_for(tmp_path):
     assert rounds(result)[4]["missing"] == {}
 
 
+@pytest.mark.slow
 @quietly
 def test_scores_are_checked_by_another_worker(tmp_path):
     hook = Hook({(0, 2): "lie", (1, 3): "lie about others"}, str(tmp_path))
@@ -217,6 +227,7 @@ def test_scores_are_checked_by_another_worker(tmp_path):
     assert not fourth["missing"]
 
 
+@pytest.mark.slow
 def test_a_slow_worker_takes_as_many_steps_as_fit(tmp_path):
     plan = {(1, round): "slow" for round in range(1, 5)}
     result = train(Workers(2, fill=True, hook=Hook(plan, str(tmp_path))), local_steps=40)
@@ -225,6 +236,7 @@ def test_a_slow_worker_takes_as_many_steps_as_fit(tmp_path):
     assert (steps[1:] < 160).all()
 
 
+@pytest.mark.slow
 def test_too_few_end_the_run_with_a_checkpoint(tmp_path):
     plan = {(worker, round): "raise" for worker in (0, 1) for round in (3, 4)}
 
@@ -241,6 +253,7 @@ def test_too_few_end_the_run_with_a_checkpoint(tmp_path):
     alike(resumed, alone())
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_an_error_at_once():
     def broken(point, worker, round, reply):
         raise RuntimeError("no disk here")
@@ -272,6 +285,7 @@ def test_an_unknown_argument_is_a_type_error():
         train(Workers(2), momentum=0.9)
 
 
+@pytest.mark.slow
 def test_rows_differ_from_those_of_fit_by_the_workers_alone():
     ours, theirs = train(Workers(1), rounds=1), alone(rounds=1)
     for row, other in zip(without_clocks(ours.rows), without_clocks(theirs.rows), strict=True):
@@ -294,6 +308,7 @@ def by_hand(result, averager=WEIGHTED):
     return state
 
 
+@pytest.mark.slow
 def test_rounds_that_miss_a_worker_are_rounds_with_its_replicas_dead(tmp_path):
     plan = {(0, 2): "raise", (1, 4): "kill", (0, 5): "shape"}
     with pytest.warns(wavg.WavgWarning):
