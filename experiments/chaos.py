@@ -4,7 +4,7 @@
 
 Runs one arm in workers of this machine for --seconds, undisturbed, then again while every --kill_every seconds, on
 average, a random worker gets SIGKILL, and every --stop_every another one SIGSTOP, for --stop_for seconds. Then the same
-arm in two processes of the steady runtime, `jax.distributed`, one of which is killed halfway.
+arm in two processes of the steady runtime, `jax.distributed`, one of which is killed after five rounds.
 
 Writes the rows of each elastic run with their report to a folder of --workdir, and chaos.json and chaos.md with the
 figures.
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -34,7 +34,7 @@ from experiments.elastic import check_arm, command, read_workers
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
-from wavg_jax.base import WavgWarning
+from wavg_jax.base import SettingsError, WavgWarning
 from wavg_jax.devices import machine
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import Row
@@ -58,15 +58,17 @@ class Pids:
 
     def __call__(self, point: str, worker: int, round: int, reply: Any) -> Any:
         if point == "hold":
-            pathlib.Path(self.folder, str(worker)).write_text(str(os.getpid()))
+            new = pathlib.Path(self.folder, f".{worker}")
+            new.write_text(str(os.getpid()))
+            new.replace(new.with_name(str(worker)))  # whole, whoever reads it meanwhile
         return reply
 
 
 class Chaos:
-    """A thread that kills and stops workers at random, from a seed."""
+    """Two threads, of which one kills workers at random and one stops them."""
 
     def __init__(self, folder: pathlib.Path, seed: int):
-        self._folder, self._random = folder, random.Random(seed)
+        self._folder, self._seed = folder, seed
         self._over = threading.Event()
         self.kills, self.stops = 0, 0
 
@@ -86,11 +88,12 @@ class Chaos:
             for thread in threads:
                 thread.join()
 
-    def _repeat(self, every: float, act: Any) -> None:
-        while not self._over.wait(self._random.expovariate(1 / every)):
-            pids = [int(path.read_text() or 0) for path in self._folder.iterdir()]
+    def _repeat(self, every: float, act: Callable[[int], None]) -> None:
+        draw = random.Random(f"{self._seed} {act.__name__}")
+        while not self._over.wait(draw.expovariate(1 / every)):
+            pids = [int(path.read_text()) for path in self._folder.glob("[0-9]*")]
             if pids:
-                act(self._random.choice(sorted(pids)))
+                act(draw.choice(sorted(pids)))
 
     def _kill(self, pid: int) -> None:
         self.kills += _signalled(pid, signal.SIGKILL)
@@ -104,10 +107,12 @@ class Chaos:
 
 
 def _signalled(pid: int, number: signal.Signals) -> bool:
-    """Sends a signal; False if the process is gone."""
+    """Sends a signal; False if the process is gone, or is no worker."""
     try:
+        if not pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            return False
         os.kill(pid, number)
-    except ProcessLookupError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return True
 
@@ -117,6 +122,8 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     check_arm()
+    if F.address is not None:
+        raise SettingsError("--address: chaos kills processes of this machine alone; leave it out")
     warnings.filterwarnings("ignore", category=WavgWarning)  # somebody is missing all the time
     workdir = arms.choose_workdir("chaos")
     (workdir / "pids").mkdir(parents=True, exist_ok=True)
@@ -130,15 +137,20 @@ def main(argv: Sequence[str]) -> None:
         "versions": machine.versions(),
         "undisturbed": _figures(calm.rows),
         "disturbed": _figures(wild.rows, calm.rows) | {"kills": chaos.kills, "stops": chaos.stops},
-        "steady": _steady(workdir) if F.steady else None,
+        "steady": None,
     }
+    _write(workdir, figures)  # ten minutes' work is there whatever follows
+    if F.steady:
+        _write(workdir, figures | {"steady": _steady(workdir)})
     for path in (workdir / "pids").iterdir():
         path.unlink()
     (workdir / "pids").rmdir()
+    app.console().print((workdir / "chaos.md").read_text())
+
+
+def _write(workdir: pathlib.Path, figures: Row) -> None:
     write_atomically(workdir / "chaos.json", (json.dumps(figures, indent=1) + "\n").encode())
-    text = _markdown(figures)
-    write_atomically(workdir / "chaos.md", text.encode())
-    app.console().print(text)
+    write_atomically(workdir / "chaos.md", _markdown(figures).encode())
 
 
 _ENDLESS = 10**6
@@ -200,10 +212,13 @@ def _steady(workdir: pathlib.Path) -> Row:
     rows = folder / "rows.jsonl"
     while started.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") > 5):
         time.sleep(0.1)
-    done = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(done[-1]), signal.SIGKILL)
+    children = pathlib.Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
     begun = time.perf_counter()
-    _, told = started.communicate(timeout=300)
+    try:
+        _, told = started.communicate(timeout=300)
+    finally:
+        started.kill()
     return {
         "exit_code": started.returncode,
         "seconds_until_it_ended": time.perf_counter() - begun,

@@ -25,6 +25,7 @@ BROKEN = {
     "dtype": lambda reply: with_leaves(reply, lambda leaves: [leaves[0].astype(np.float64), *leaves[1:]]),
     "tree": lambda reply: with_leaves(reply, lambda leaves: leaves[:-1]),
     "nothing": lambda reply: None,
+    "odd": lambda reply: (5, [], 0.1),
     "earlier": lambda reply: reply._replace(ticket=reply.ticket._replace(round=1)),
     "huge": lambda reply: with_leaves(reply, lambda leaves: [*leaves, np.zeros(10**6)]),
 }

@@ -32,7 +32,10 @@ def gone(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_a_killed_driver_leaves_nobody_behind_and_resumes(tmp_path):
@@ -71,7 +74,7 @@ def test_a_full_object_store_is_waited_for(tmp_path):
 
 
 def test_a_cluster_of_this_machine_listens_on_loopback_alone(tmp_path):
-    done = drive("listening", tmp_path)
+    done = drive("listening", tmp_path, RAY_ADDRESS="127.0.0.1:1")  # of another cluster, which is none of ours
     assert done.returncode == 0, done.stderr
     addresses = set(done.stdout.split())
     assert addresses

@@ -44,7 +44,11 @@ def alike(a, b):
 
 
 def rounds(result):
-    return [row for row in result.rows if row["kind"] == "round"]
+    """The rows of rounds; who is missing in one took no part in it."""
+    found = [row for row in result.rows if row["kind"] == "round"]
+    for row in found:
+        assert not any(row["alive"][int(k)] or row["weights"][int(k)] for k in row.get("missing", ()))
+    return found
 
 
 def missing(result):
@@ -98,7 +102,7 @@ def test_workers_are_added_and_removed_while_the_run_goes_on():
 def test_broken_replies_are_refused_and_the_run_goes_on(tmp_path):
     kinds = {
         2: ("raise", "its worker failed: RuntimeError: no luck"),
-        3: ("not finite", None),
+        3: ("not finite", "its numbers are not finite"),
         4: ("far", "its change is"),
         5: ("shape", "its worker sent an array of shape (1, 3) for (2, 3)"),
         6: ("dtype", "its worker sent an array of dtype float64 for float32"),
@@ -106,10 +110,11 @@ def test_broken_replies_are_refused_and_the_run_goes_on(tmp_path):
         8: ("nothing", "its worker sent no reply but a NoneType"),
         9: ("earlier", "its worker answered another order"),
         10: ("huge", "its worker sent 8,"),
+        11: ("odd", "its worker answered another order"),
     }
     # Workers take turns, since one that is useless three times in a row is started anew.
     plan = {(round % 2, round): kind for round, (kind, _) in kinds.items()}
-    result = train(Workers(2, deadline=wait_for_all, hook=Hook(plan, str(tmp_path))), rounds=11)
+    result = train(Workers(2, deadline=wait_for_all, hook=Hook(plan, str(tmp_path))), rounds=12)
     for row in rounds(result):
         number = row["round"]
         own = [0, 1] if number % 2 == 0 else [2, 3]
@@ -119,7 +124,7 @@ def test_broken_replies_are_refused_and_the_run_goes_on(tmp_path):
         assert set(row["missing"]) == ({str(k) for k in dead} if why else set()), kind
         for told in row["missing"].values():
             assert told.startswith(why), kind
-    assert rounds(result)[-1]["test_accuracy"] >= rounds(alone(rounds=11))[-1]["test_accuracy"] - 0.1
+    assert rounds(result)[-1]["test_accuracy"] >= rounds(alone(rounds=12))[-1]["test_accuracy"] - 0.1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.params))
 
 
@@ -181,11 +186,12 @@ def test_the_shards_of_a_worker_that_is_away_are_dealt_to_the_others_until_it_is
     assert set(missing(result)) == {2}
 
 
-def late_in_round_5(tmp_path, late, then):
+def late_in_round_5(tmp_path, late, then, **settings):
     """A run whose worker 0 is stopped in round 2 and goes on while worker 1 works on round 5."""
     hook = Hook({(0, 2): "stop", (1, 5): then}, str(tmp_path))
     with pytest.warns(wavg.WavgWarning, match="round 2 is without replicas 0, 1 of worker 0: its worker was late"):
-        result = train(Workers(2, deadline=fixed(3.0), late=late, hook=hook), rounds=9)
+        result = train(Workers(2, deadline=fixed(3.0), late=late, audit=4, hook=hook), rounds=9, **settings)
+    assert {finding["wrong"] for row in rounds(result) for finding in row.get("audits", ())} == {None}
     lane = was(result, 0)
     assert lane[:4] == ["computed", "late", "away", "away"]
     assert lane[-1] == "computed"
@@ -205,7 +211,9 @@ def test_a_late_result_counts_less_where_that_is_asked_for(tmp_path):
         (tmp_path / "counted").write_text(str(staleness))
         return 0.5
 
-    result, lane = late_in_round_5(tmp_path, discount, "let the other go on and count")
+    # Every round scores other samples, by which the late ones are scored too.
+    settings = {"averager": wavg.averager(wavg.opinion_pool()), "scoring": wavg.Scoring(samples=8)}
+    result, lane = late_in_round_5(tmp_path, discount, "let the other go on and count", **settings)
     assert (tmp_path / "counted").read_text() == "3"
     assert lane[4] == "late, counted"
     assert min(rounds(result)[4]["weights"][:2]) > 0
@@ -228,6 +236,14 @@ def test_scores_are_checked_by_another_worker(tmp_path):
 
 
 @pytest.mark.slow
+def test_rounds_that_are_not_scored_have_nothing_to_audit():
+    result = train(Workers(2, audit=4), scoring=wavg.Scoring(every=2))
+    assert [len(row.get("audits", ())) for row in rounds(result)] == [4, 0, 4, 0]
+    assert {finding["wrong"] for row in rounds(result) for finding in row.get("audits", ())} == {None}
+    assert not missing(result)
+
+
+@pytest.mark.slow
 def test_a_slow_worker_takes_as_many_steps_as_fit(tmp_path):
     plan = {(1, round): "slow" for round in range(1, 5)}
     result = train(Workers(2, fill=True, hook=Hook(plan, str(tmp_path))), local_steps=40)
@@ -247,8 +263,10 @@ def test_too_few_end_the_run_with_a_checkpoint(tmp_path):
             return reply
 
     workdir = tmp_path / "run"
-    with pytest.raises(wavg.TooFew, match=r"round 3 waited 2 s for 1 replicas and had 0: its worker"):
-        train(Workers(2, patience=2.0, hook=Always(plan, str(tmp_path))), workdir=workdir)
+    workers = Workers(2, patience=8.0, hook=Always(plan, str(tmp_path)))
+    for resume in (False, True):
+        with pytest.raises(wavg.TooFew, match=r"round 3 waited 8 s for 1 replicas and had 0: its worker"):
+            train(workers, workdir=workdir, resume=resume)
     resumed = train(Workers(2), workdir=workdir, resume=True)
     alike(resumed, alone())
 
@@ -265,6 +283,8 @@ def test_a_worker_that_cannot_start_is_an_error_at_once():
 REFUSED = {
     "size=9 workers for 4 replicas": {"workers": Workers(9)},
     "size is 0": {"workers": Workers(0)},
+    "audit= needs at least two workers": {"workers": Workers(1, audit=1)},
+    "audit= with faults": {"workers": Workers(2, audit=1), "faults": wavg.faults.simulate(4, sent={0: -1.0})},
     "min_replicas=5 is more": {"workers": Workers(2, min_replicas=5)},
     r"size\(1\) gave 7": {"workers": Workers(lambda round: 7)},
     "workers is": {"workers": 3},

@@ -39,7 +39,7 @@ def complaint(reply: Any, ticket: Ticket, form: Form) -> str | None:
     """
     if not isinstance(reply, tuple) or len(reply) != len(Reply._fields):
         return f"sent no reply but a {type(reply).__name__}"
-    if tuple(reply[0]) != tuple(ticket):
+    if repr(reply[0]) != repr(ticket):  # which compares whatever it may be
         return "answered another order"
     leaves, seconds = reply[1:]
     if not isinstance(seconds, float) or not 0 < seconds < float("inf"):
@@ -97,6 +97,8 @@ class NormBound:
             medians += here[(len(here) - 1) // 2 :][:1].tolist()
         bound = self._factor * max([*medians, float(np.finfo(np.float32).tiny)])
         beyond = arrived & ~(norms <= bound) if medians else np.zeros_like(arrived)
+        if arrived.any() and (arrived == beyond).all():
+            self._past = []  # all of them cannot be outliers again
         if (arrived & ~beyond).any():
             self._past = [*self._past, float(np.median(norms[arrived & ~beyond]))][-KEPT:]
         return beyond

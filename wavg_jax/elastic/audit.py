@@ -2,105 +2,99 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
-from wavg_jax.base import PyTree, TrainState
 from wavg_jax.elastic.arrivals import agree
-from wavg_jax.elastic.crew import Crew, Member
-from wavg_jax.elastic.worker import Form, Kit, Ticket, form_of, from_host, recipe_of, scores_of, to_host
+from wavg_jax.elastic.crew import Arrival, Crew, Member
+from wavg_jax.elastic.scorer import Scorer
+from wavg_jax.elastic.worker import Ticket
 from wavg_jax.storage.schema import Row
 
 
 class Auditor:
     """Picks replicas, has another worker measure their scores, and judges where the two differ."""
 
-    def __init__(self, crew: Crew, kit: Kit, replicas: int, seed: int):
+    def __init__(self, crew: Crew, scorer: Scorer, replicas: int, seed: int):
         """`replicas` is how many to pick in a round."""
-        self._crew, self._kit, self._count, self._seed = crew, kit, replicas, seed
+        self._crew, self._scorer, self._count, self._seed = crew, scorer, replicas, seed
         self._suspects: set[int] = set()
         self.found: list[Row] = []
         """What the last audit found: {replica, worker, auditor, wrong}; `wrong` is the worker that was, or None."""
+        self.others: list[Arrival] = []
+        """What came during the last audit without being of it."""
 
-    def audit(self, round: int, collected: Any, state: TrainState, shapes: PyTree) -> np.ndarray:
+    def audit(self, round: int, collected: Any) -> np.ndarray:
         """Which replicas to trust, bool [K].
 
         Args:
-          round: from 1.
-          collected: what has arrived; see `wavg_jax.elastic.engine.Collected`.
-          state: before the round, whose collections have the shapes of a replica's.
-          shapes: of the `Brought` that was collected.
+          round: from 1; one that is not scored has nothing to audit.
+          collected: what has arrived; see `wavg_jax.elastic.engine.Collected`. Late results are left out, which the
+            driver has scored itself.
         """
-        self.found, confirmed = [], np.ones(len(collected.arrived), bool)
-        if not self._count or not shapes.signals:
+        self.found, self.others = [], []
+        confirmed = np.ones(len(collected.arrived), bool)
+        if not self._count or not self._scorer.scored(round):
             return confirmed
-        whole = jax.tree.unflatten(jax.tree.structure(shapes), collected.leaves)
-        owner = {k: m for m in self._crew.members for k in m.replicas}
-        left, asked = self._chosen(round, collected.arrived, owner), dict[Ticket, list[np.ndarray]]()
-        form = form_of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes.signals))
-        self._ask(round, left, asked, owner, whole, form)
-        for arrival in self._crew.arrivals(round, self._crew.patience(), audits=True):
-            self._ask(round, left, asked, owner, whole, form)  # whoever answered is free
+        rng = np.random.default_rng([self._seed, round])
+        owner = {k: m for m in self._crew.members for k in m.replicas if collected.fresh[k]}
+        left, asked = self._chosen(rng, owner), dict[Ticket, list[np.ndarray]]()
+        self._ask(round, rng, left, asked, owner, collected.leaves)
+        signals = collected.leaves[-len(self._scorer.form) :]  # they come last
+        for arrival in self._crew.arrivals(round, self._crew.patience(1), audits=True):
+            self._ask(round, rng, left, asked, owner, collected.leaves)  # whoever answered is free
             ticket = arrival.order.ticket
-            if arrival.reply is None or not arrival.order.audits or ticket not in asked:
-                continue
-            (k,) = ticket.replicas
-            ours = [x[k] for x in to_host(whole.signals)]
-            if agree(ours, arrival.reply.leaves):
-                self.found.append(_finding(k, owner[k], arrival.member, None))
-                continue
-            wrong = self._judged(round, ours, asked[ticket], state, owner[k], arrival.member)
-            self._suspects.add(wrong.number)
-            self.found.append(_finding(k, owner[k], arrival.member, wrong.number))
-            if wrong is owner[k]:
-                confirmed[list(wrong.replicas)] = False
+            if not arrival.order.audits:
+                self.others.append(arrival)
+            elif arrival.reply is not None and ticket in asked:
+                (k,) = ticket.replicas
+                wrong = self._judged(round, [x[k] for x in signals], arrival, asked[ticket], owner[k])
+                self.found.append(_finding(k, owner[k], arrival.member, wrong))
+                if wrong is owner[k]:
+                    confirmed[list(wrong.replicas)] = False
         return confirmed
 
-    def _chosen(self, round: int, arrived: np.ndarray, owner: dict[int, Member]) -> list[int]:
+    def _chosen(self, rng: np.random.Generator, owner: dict[int, Member]) -> list[int]:
         """The replicas to audit: some at random, and one of every suspect."""
-        here = np.flatnonzero(arrived)
-        rng = np.random.default_rng([self._seed, round])
+        here = sorted(owner)
         chosen = rng.choice(here, min(self._count, len(here)), replace=False).tolist()
         for suspect in self._suspects:
-            own = [k for k in here.tolist() if owner[k].number == suspect]
+            own = [k for k in here if owner[k].number == suspect]
             chosen += own[:1] if not set(own) & set(chosen) else []
         return chosen
 
     def _ask(
         self,
         round: int,
+        rng: np.random.Generator,
         left: list[int],
         asked: dict[Ticket, list[np.ndarray]],
         owner: dict[int, Member],
-        whole: Any,
-        form: Form,
+        leaves: list[np.ndarray],
     ) -> None:
         """Asks workers that are free about the replicas that are left, nobody about its own; notes what was asked."""
         for k in list(left):
             free = [m for m in self._crew.members if m.ready and m is not owner[k]]
             if not free:
                 continue
-            left.remove(k)
-            ticket = Ticket(round, "audit", free[0].number, (k,))
-            asked[ticket] = [x[k] for x in jax.tree.leaves((whole.replicas.params, whole.replicas.mutable))]
-            self._crew.ask(free[0], ticket, asked[ticket], form)
+            auditor = free[rng.integers(len(free))]
+            ticket = Ticket(round, "audit", auditor.number, (k,))
+            network = self._scorer.network(leaves, k)
+            if self._crew.ask(auditor, ticket, network, self._scorer.form):
+                left.remove(k)
+                asked[ticket] = network
 
     def _judged(
-        self,
-        round: int,
-        ours: list[np.ndarray],
-        leaves: list[np.ndarray],
-        state: TrainState,
-        owner: Member,
-        auditor: Member,
-    ) -> Member:
-        """Who was wrong, by what the driver measures itself."""
-        score = jax.jit(scores_of(self._kit, recipe_of(self._kit, (0,))))
-        network = from_host(leaves, (state.params, state.mutable))
-        held_out = jax.device_put(self._kit.held_out)
-        measured = to_host(score(network, held_out, np.int32(round - 1)))
-        return auditor if agree(ours, measured) else owner
+        self, round: int, ours: list[np.ndarray], arrival: Arrival, network: list[np.ndarray], owner: Member
+    ) -> Member | None:
+        """Who was wrong, by what the driver measures itself; None if the two agree."""
+        assert arrival.reply is not None
+        if agree(ours, arrival.reply.leaves):
+            return None
+        wrong = arrival.member if agree(ours, self._scorer.measure(round, network)) else owner
+        self._suspects.add(wrong.number)
+        return wrong
 
 
-def _finding(replica: int, owner: Member, auditor: Member, wrong: int | None) -> Row:
-    return {"replica": replica, "worker": owner.number, "auditor": auditor.number, "wrong": wrong}
+def _finding(replica: int, owner: Member, auditor: Member, wrong: Member | None) -> Row:
+    at_fault = None if wrong is None else wrong.number
+    return {"replica": replica, "worker": owner.number, "auditor": auditor.number, "wrong": at_fault}

@@ -20,11 +20,11 @@ STARTS = 3
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Yields the module `ray`, connected to a cluster, and leaves it as it was found.
+    """Yields the module `ray`, connected to a cluster, and disconnects it again if it was not connected before.
 
-    Without an address a cluster of this machine is started, unless this process is connected to one. It listens on the
-    loopback interface alone, has no dashboard, and ends with this process, also by kill -9. With an address, token
-    authentication is required of the cluster; see `wavg_jax.elastic`.
+    Some variables of Ray stay in the environment. Without an address a cluster of this machine is started, unless this
+    process is connected to one. It listens on the loopback interface alone, has no dashboard, and ends with this
+    process, also by kill -9. With an address, token authentication is asked for; see `wavg_jax.elastic`.
 
     Args:
       address: "HOST:PORT" of a cluster's head, "auto" for that of this machine; or None.
@@ -36,7 +36,9 @@ def connected(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the accelerators of the driver
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is not None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if mode != "token":
+            raise SettingsError(f"RAY_AUTH_MODE={mode}: a cluster with an address must ask for a token; use token")
     elif "ray" not in sys.modules:  # Ray reads it when imported
         os.environ[_LOOPBACK] = "0"
     with warnings.catch_warnings():
@@ -63,7 +65,7 @@ _QUIET = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging":
 def _start(ray: Any) -> None:
     for attempt in range(STARTS):
         try:
-            ray.init(num_cpus=1, include_dashboard=False, **_QUIET)
+            ray.init(address="local", num_cpus=1, include_dashboard=False, **_QUIET)  # not that of RAY_ADDRESS
             break
         except Exception as error:
             ray.shutdown()

@@ -60,7 +60,7 @@ class Member:
     replicas: tuple[int, ...] = ()
     holding: Any = None
     order: Order | None = None
-    why: str = "its worker is starting"
+    why: str = ""
     pace: float | None = None
     strikes: int = 0
     missed: int = 0
@@ -113,11 +113,11 @@ class Crew:
         self.full = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
         """Errors of `send` where there is no room."""
         self.seconds: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
-        """What the last replies took."""
+        """What the last replies took, for a local step of all replicas of a worker."""
 
-    def patience(self) -> float:
-        """Seconds that the next round waits, if enough have come by then."""
-        wait = self._workers.deadline(list(self.seconds))
+    def patience(self, steps: int) -> float:
+        """Seconds that a round of so many local steps waits, if enough have come by then."""
+        wait = self._workers.deadline([steps * seconds for seconds in self.seconds])
         return self._workers.patience if wait is None else min(wait, self._workers.patience)
 
     def muster(self, round: int) -> None:
@@ -129,8 +129,10 @@ class Crew:
         """
         replicas = len(self._shards)
         count = size_in(self._workers, round, replicas)
-        while len(self.members) > count:
-            self._ray.kill(self.members.pop().actor)
+        while len(self.members) > count:  # whoever is away longest goes first, then the youngest
+            leaving = max(self.members, key=lambda m: (m.away(), m.number))
+            self.members.remove(leaving)
+            self._ray.kill(leaving.actor)
         while len(self.members) < count:
             self.members.append(Member(self._next, self._start(self._next)))
             self._next += 1
@@ -144,9 +146,12 @@ class Crew:
                 if own:
                     self._enlist(member, "its worker takes over shards")
                     changed.append(member)
+        first = not self.seconds
+        if changed:  # they have another amount of work from now on
+            self.seconds.clear()
         end = time.perf_counter() + self._workers.start_timeout
         while any(m.holding is not None for m in changed) and time.perf_counter() < end:
-            self.settle(POLL, first=not self.seconds)
+            self.settle(POLL, first=first)
 
     def _start(self, number: int) -> Any:
         """Makes the actor of a worker. Those of this machine are not counted: Ray knows of one core alone."""
@@ -198,10 +203,14 @@ class Crew:
         member.order, member.why = order, "its worker is still at an older round"
         return order
 
-    def ask(self, member: Member, ticket: Ticket, leaves: list[np.ndarray], form: Form) -> None:
-        """Asks a worker for the scores of another one's replica."""
-        ref = member.actor.score.remote(ticket, self._ray.put(leaves))
+    def ask(self, member: Member, ticket: Ticket, leaves: list[np.ndarray], form: Form) -> bool:
+        """Asks a worker for the scores of another one's replica; False if there is no room to send it."""
+        try:
+            ref = member.actor.score.remote(ticket, self._ray.put(leaves))
+        except self.full:
+            return False
         member.order = Order(ticket, ref, form, time.perf_counter(), audits=True)
+        return True
 
     def arrivals(self, round: int, seconds: float, *, audits: bool = False) -> Iterator[Arrival]:
         """Yields what comes, also of earlier rounds, until the orders of this round have all ended or the time is up.
@@ -249,21 +258,23 @@ class Crew:
                 self._enlist(member, why)
             else:
                 reply, why = None, f"its worker failed: {_cause(error)}"
-        if reply is not None:
-            member.strikes = 0
-            if not order.audits:
-                self.seconds.append(at - order.sent)
-        elif member.holding is None:
-            member.strikes += 1
-            if member.strikes >= STRIKES:
-                self._restart(member, "its worker starts anew after useless replies")
+        if reply is None:
+            self.judge(member, False)
+        elif not order.audits:
+            self.seconds.append((at - order.sent) / max(order.steps, 1))
         return Arrival(member, order, at, reply, why)
 
+    def judge(self, member: Member, useful: bool) -> None:
+        """Notes whether what a worker sent was of use; after some useless replies in a row it is started anew."""
+        member.strikes = 0 if useful else member.strikes + 1
+        if member.strikes >= STRIKES and member.holding is None:
+            self._restart(member, "its worker starts anew after useless replies")
+
     def _read(self, order: Order) -> tuple[Reply | None, str | None]:
-        """A reply, if it has the right size and form; one that is too large is not even read."""
+        """A reply, if it has the right size and form; one that is too large is not unpickled."""
         from ray.experimental import get_object_locations
 
-        size = get_object_locations([order.ref])[order.ref].get("object_size") or 0
+        size = get_object_locations([order.ref]).get(order.ref, {}).get("object_size") or 0
         most = 2 * nbytes(order.form) + SLACK
         if size > most:
             return None, f"its worker sent {size:,} bytes for {most:,} at most"

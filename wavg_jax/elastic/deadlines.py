@@ -13,8 +13,8 @@ def __dir__() -> list[str]:
 
 
 Deadline = Callable[[Sequence[float]], float | None]
-"""`seconds -> seconds`: from what workers took for their part of the past rounds, the latest last, how long the next
-round waits after its orders went out; None waits for all."""
+"""`seconds -> seconds`: from what workers took for their part of the past rounds, the latest last, each scaled to the
+local steps of the next, how long that one waits after its orders went out; None waits for all."""
 
 Discount = Callable[[int], float]
 """`staleness -> factor`: what the change of a replica still counts that started that many blends ago, from 1 on."""

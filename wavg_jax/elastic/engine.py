@@ -9,6 +9,7 @@ import statistics
 import time
 import uuid
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from wavg_jax.elastic.arrivals import NormBound, vet
 from wavg_jax.elastic.audit import Auditor
 from wavg_jax.elastic.crew import POLL, Arrival, Crew, Member
 from wavg_jax.elastic.lanes import Lanes
+from wavg_jax.elastic.scorer import Scorer
 from wavg_jax.elastic.settings import Workers
 from wavg_jax.elastic.worker import Form, Kit, Ticket, form_of, from_host, locally, recipe_of, to_host
 from wavg_jax.rounds.common import Brought, RoundLog
@@ -46,18 +48,24 @@ def rows(replicas: tuple[int, ...]) -> Any:
 
 @dataclasses.dataclass
 class Collected:
-    """What has come of a round: host arrays [K, ...] of a `Brought`, and for each replica that is missing, why."""
+    """What has come of a round: host arrays [K, ...] of a `Brought`, which replicas they hold and which of those are of
+    this round, bool [K] each, and for each replica that is missing, why."""
 
     leaves: list[np.ndarray]
     arrived: np.ndarray
+    fresh: np.ndarray
     missing: dict[int, str]
 
-    def put(self, replicas: tuple[int, ...], leaves: list[np.ndarray]) -> None:
+    def put(self, replicas: tuple[int, ...], leaves: list[np.ndarray], *, fresh: bool) -> None:
         for all_of_them, own in zip(self.leaves, leaves, strict=True):
             all_of_them[rows(replicas)] = own
-        self.arrived[list(replicas)] = True
+        self.arrived[list(replicas)], self.fresh[list(replicas)] = True, fresh
         for k in replicas:
             self.missing.pop(k, None)
+
+    def lack(self, replicas: Iterable[int], why: str) -> None:
+        """Says why replicas are missing, unless something of them has come."""
+        self.missing.update({k: why for k in replicas if not self.arrived[k]})
 
     def fill(self, before: list[np.ndarray]) -> None:
         """Puts the replicas that are missing where they were `before`, with nothing measured of them."""
@@ -88,7 +96,8 @@ class Elastic:
         from_host(self._stack, self._shapes, copy=False)  # compiles what handles random keys
         self._bound, self._lanes = NormBound(workers.norm_bound), Lanes()
         self._told: set[tuple[int, str]] = set()
-        self._auditor = Auditor(crew, kit, workers.audit, seed)
+        self._scorer = Scorer(kit, self._shapes)
+        self._auditor = Auditor(crew, self._scorer, workers.audit, seed)
         self._programs = self._compile(recipe, state, work, shared)
         self.seconds = sum(program.seconds for program in self._programs)
 
@@ -138,17 +147,25 @@ class Elastic:
         self._lanes.begin()
         self._crew.muster(number)
         collected = self._collect(number, state, work)
-        confirmed = self._auditor.audit(number, collected, state, self._shapes)
+        confirmed = self._auditor.audit(number, collected)
         blend, check = self._programs
         brought = from_host(collected.leaves, self._shapes, copy=False)
         finite, norms = jax.device_get(
             check.call(brought.replicas, brought.train_loss, state.replicas._replace(residual=()))
         )
+        finite = finite & collected.leaves[self._place("alive")]  # what the worker itself found
         beyond = self._bound.beyond(np.asarray(norms), collected.arrived & confirmed & finite)
-        for k in np.flatnonzero(collected.arrived & ~confirmed).tolist():
-            collected.missing[k] = "another worker measured other scores"
-        for k in np.flatnonzero(beyond).tolist():
-            collected.missing[k] = f"its change is {norms[k]:.3g} long, out of bounds"
+        refused = {
+            "another worker measured other scores": ~confirmed,
+            "its numbers are not finite": confirmed & ~finite,
+            "its change is out of bounds": beyond,
+        }
+        for why, which in refused.items():
+            collected.missing.update(dict.fromkeys(np.flatnonzero(collected.arrived & which).tolist(), why))
+        for member in self._crew.members:
+            own = [k for k in member.replicas if collected.fresh[k]]
+            if own:
+                self._crew.judge(member, any(k not in collected.missing for k in own))
         alive = jax.device_put(collected.arrived & confirmed & finite & ~beyond)
         state, log = jax.block_until_ready(blend.call(state, brought, alive, work.items, shared))
         self._warn(number, collected.missing)
@@ -183,14 +200,15 @@ class Elastic:
         asked: set[int] = set()
         begun = time.perf_counter()
         while True:
-            for arrival in self._crew.look(0):  # of earlier rounds
+            for arrival in [*self._auditor.others, *self._crew.look(0)]:  # of earlier rounds
                 self._take(number, arrival, given, own, collected)
+            self._auditor.others = []
             for member in self._crew.members:
                 if member.ready and not asked.intersection(member.replicas):
                     self._send(number, member, given, own, items, longest, collected)
                     asked.update(member.replicas)
             left = self._workers.patience - (time.perf_counter() - begun)
-            for arrival in self._crew.arrivals(number, min(self._crew.patience(), left)):
+            for arrival in self._crew.arrivals(number, min(self._crew.patience(longest), left)):
                 self._take(number, arrival, given, own, collected)
             if collected.arrived.sum() >= self._workers.min_replicas:
                 break
@@ -203,16 +221,15 @@ class Elastic:
         collected.fill(given[:own])
         for member in self._crew.members:
             if member.order is not None and member.order.ticket.round == number:
-                collected.missing.update(dict.fromkeys(member.replicas, "its worker was late"))
-                self._lanes.note(member, "late", member.order.sent, time.perf_counter(), "late")
+                collected.lack(member.replicas, "its worker was late")
+                self._lanes.note(member, "late", member.order, time.perf_counter(), "late")
         return collected
 
     def _nothing_yet(self) -> Collected:
         """A round of which nothing has come."""
         why = {k: member.why for member in self._crew.members for k in member.replicas}
-        return Collected(
-            self._stack, np.zeros(self._k, bool), {k: why.get(k, "no worker has it") for k in range(self._k)}
-        )
+        missing = {k: why.get(k, "no worker has it") for k in range(self._k)}
+        return Collected(self._stack, np.zeros(self._k, bool), np.zeros(self._k, bool), missing)
 
     def _send(
         self,
@@ -230,12 +247,10 @@ class Elastic:
         try:
             order = self._crew.send(member, ticket, leaves, items[chosen], self._share(member, longest))
         except self._crew.full as error:
-            collected.missing.update(
-                dict.fromkeys(member.replicas, f"no room to send its order: {type(error).__name__}")
-            )
+            collected.lack(member.replicas, f"no room to send its order: {type(error).__name__}")
             return
         order.form = self._form(len(member.replicas))
-        if self._workers.late is not None:  # the arrays that were sent are overwritten by the blend
+        if self._workers.late is not None:  # a copy, for a state that somebody looks at cannot be overwritten in place
             order.start = [x.copy() for x in leaves[: self._params]]
 
     @property
@@ -259,22 +274,36 @@ class Elastic:
         staleness, replicas = number - order.ticket.round, order.ticket.replicas
         if arrival.reply is None:
             if not staleness:
-                collected.missing.update(dict.fromkeys(replicas, str(arrival.why)))
-            self._lanes.note(member, "failed", order.sent, arrival.at, str(arrival.why))
+                collected.lack(replicas, str(arrival.why))
+            self._lanes.note(member, "failed", order, arrival.at, str(arrival.why))
             return
         if order.audits:
             return
         leaves, reply, place = arrival.reply.leaves, arrival.reply, self._place("steps")
         leaves[place] = np.clip(leaves[place], 0, order.steps)  # nobody has taken more than it was told to
-        member.pace = reply.seconds / max(int(leaves[place].max()), 1)
+        if replicas == member.replicas:
+            member.pace = reply.seconds / max(int(leaves[place].max()), 1)
+        was, why = "computed", ""
         if staleness == 0:
-            collected.put(replicas, leaves)
-            self._lanes.note(member, "computed", order.sent, arrival.at, "", reply.seconds)
+            collected.put(replicas, leaves, fresh=True)
         elif self._workers.late is not None and not collected.arrived[list(replicas)].any():
-            collected.put(replicas, self._discounted(order, leaves, given, self._workers.late(staleness)))
-            self._lanes.note(member, "late, counted", order.sent, arrival.at, f"{staleness} rounds late", reply.seconds)
+            was, why = "late, counted", f"{staleness} rounds late"
+            moved = self._discounted(order, leaves, given, self._workers.late(staleness))
+            collected.put(replicas, self._scored_anew(number, moved), fresh=False)
         else:
-            self._lanes.note(member, "late, dropped", order.sent, arrival.at, f"{staleness} rounds late", reply.seconds)
+            was, why = "late, dropped", f"{staleness} rounds late"
+        self._lanes.note(member, was, order, arrival.at, why, reply.seconds)
+
+    def _scored_anew(self, number: int, leaves: list[np.ndarray]) -> list[np.ndarray]:
+        """The same with the signals of today: a late result was scored on other samples, and as another network."""
+        count = len(self._scorer.form)
+        if not count:
+            return leaves
+        each = range(len(leaves[0]))
+        if not self._scorer.scored(number):
+            return [*leaves[:-count], *(np.full_like(x, np.nan) for x in leaves[-count:])]
+        measured = [self._scorer.measure(number, self._scorer.network(leaves, k)) for k in each]
+        return [*leaves[:-count], *(np.stack(found) for found in zip(*measured, strict=True))]
 
     def _discounted(
         self, order: Any, leaves: list[np.ndarray], given: list[np.ndarray], factor: float

@@ -4,8 +4,10 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from wavg_jax.elastic.crew import Member
+from wavg_jax.elastic.crew import Member, Order
 from wavg_jax.storage.schema import Row
+
+_CAME = {"computed", "late, counted", "late, dropped"}
 
 
 class Lanes:
@@ -19,12 +21,13 @@ class Lanes:
         self._begun, self._noted = time.perf_counter(), dict[int, Row]()
 
     def note(
-        self, member: Member, was: str, sent: float, ended: float, why: str, computed: float | None = None
+        self, member: Member, was: str, order: Order, ended: float, why: str, computed: float | None = None
     ) -> None:
-        """Notes the end of an order: when it was sent and when it ended, and the seconds that it computed."""
+        """Notes the end of an order: what became of it, when it ended, and the seconds that it computed."""
+        sent, replicas = order.sent, order.ticket.replicas
         entry: Row = {
             "worker": member.number,
-            "replicas": list(member.replicas),
+            "replicas": list(replicas),
             "was": was,
             "sent": round(max(sent - self._begun, 0.0), 4),
             "ended": round(ended - self._begun, 4),
@@ -40,7 +43,7 @@ class Lanes:
         workers = []
         for member in members:
             noted = self._noted.get(member.number)
-            member.mark(noted is not None and noted["was"] in ("computed", "late, counted", "late, dropped"))
+            member.mark(noted is not None and not _CAME.isdisjoint((noted["was"], noted.get("after"))))
             away = {"worker": member.number, "replicas": list(member.replicas), "was": "away", "why": member.why}
             workers.append(away if noted is None else noted)
         found = list(audits)

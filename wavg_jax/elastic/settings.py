@@ -19,15 +19,17 @@ class Workers(NamedTuple):
         `wavg_jax.elastic`.
       deadline: how long a round waits; see `wavg_jax.elastic.deadlines`. A fixed one must leave time for a whole
         round.
-      min_replicas: fewest replicas that a round blends; with fewer it waits past its deadline.
-      late: what a result is worth that comes after its round, such as `polynomial(0.5)`; None drops it.
+      min_replicas: fewest replicas that must come; with fewer the round waits past its deadline. Those that come broken
+        count here, and have no weight.
+      late: what a result is worth that comes while a later round waits, such as `polynomial(0.5)`; the driver scores it
+        anew. None drops it.
       audit: replicas in each round whose scores another worker measures too. Where the two differ the driver measures,
         and the replicas of a worker that was wrong have no weight in the round; that worker is checked in every round
         from then on.
       fill: slower workers take fewer local steps, as many as fit in the time that the median worker takes for H.
       norm_bound: a replica whose change is longer than that many times the median of the last rounds has no weight.
       patience: seconds that a round waits for `min_replicas`, or for workers without a deadline.
-      start_timeout: seconds in which workers must start, and take over shards that are dealt again.
+      start_timeout: seconds that a round waits for workers to start, or to take over shards; then it goes on without.
       away: seconds after which the shards of a worker that is away are dealt to the others, until it is back. Whoever
         takes over replicas compiles its program anew, for which a round waits.
       cpus, gpus: of each worker on a cluster, which places it by them. Workers of this machine share its cores.
@@ -77,6 +79,8 @@ def check_workers(workers: Workers, replicas: int) -> None:
     for name in ("min_replicas", "audit"):
         if getattr(workers, name) > replicas:
             raise SettingsError(f"{name}={getattr(workers, name)} is more than the {replicas} replicas there are")
+    if workers.audit and not callable(workers.size) and workers.size < 2:
+        raise SettingsError("audit= needs at least two workers: none can vouch for itself")
     if not callable(workers.size) and workers.size > replicas:
         raise SettingsError(
             f"size={workers.size} workers for {replicas} replicas: a worker trains at least one; use {replicas} or "

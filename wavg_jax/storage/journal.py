@@ -34,6 +34,8 @@ class Journal:
         self._records, self._name, self._folder, self._stack = records, name, folder, stack
         self._checkpoints: Checkpoints | None = None
         self._identity: Row = {}
+        self.resumed = 0
+        """Rounds of the checkpoint that `begin` found."""
 
     @property
     def workdir(self) -> pathlib.Path | None:
@@ -67,7 +69,7 @@ class Journal:
                 f"at least rounds={done}"
             )
         # Read everything before changing anything: if reading fails, nothing is lost.
-        state = self._checkpoints.restore(done, initial) if done else initial
+        state, self.resumed = self._checkpoints.restore(done, initial) if done else initial, done
         self._records.rows = processes.decided(lambda: self._settle(found, done, before, first))
         if processes.first():
             self._say(found, done, len(before) - 1)

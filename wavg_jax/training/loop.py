@@ -78,7 +78,7 @@ def _launch(
     try:
         state, log, heard = run.step.program.call(state, *rest)
     except TooFew:  # raised before the state is touched
-        _keep(journal, run, state)
+        _keep(journal, run, state, number)
         raise
     done = watch(log)
     measured = run.evaluate(state) if run.evaluates(number) else None
@@ -87,9 +87,9 @@ def _launch(
     return state, _Launched(number, steps, log, heard, measured, kept, begun, done, settled, run.step.entries())
 
 
-def _keep(journal: Journal, run: Run, state: TrainState) -> None:
-    """Saves what the last whole round left, unless that is done."""
-    if state.round and not run.saves(int(state.round)):
+def _keep(journal: Journal, run: Run, state: TrainState, number: int) -> None:
+    """Saves what the round before this one left, unless that is done, or it was read from a checkpoint."""
+    if number > 1 + journal.resumed and not run.saves(number - 1):
         journal.save(journal.snapshot(state, copy=run.copies))
     journal.wait()
 
