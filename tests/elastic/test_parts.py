@@ -8,7 +8,7 @@ import pytest
 import wavg_jax as wavg
 from wavg_jax.base import Replicas
 from wavg_jax.elastic import fixed, median_mad, polynomial, quantile, wait_for_all
-from wavg_jax.elastic.arrivals import KEPT, NormBound, agree, nbytes, vet
+from wavg_jax.elastic.arrivals import GIVES_IN, KEPT, NormBound, agree, nbytes, vet
 from wavg_jax.elastic.dealing import deal
 from wavg_jax.elastic.worker import form_of, from_host, to_host
 
@@ -74,6 +74,14 @@ def test_norms_of_one_replica_alone_are_measured_by_the_past():
     for _ in range(KEPT):
         assert not bound.beyond(np.array([15.0, 0.0]), one).any()
     assert not bound.beyond(np.array([140.0, 0.0]), one).any()
+
+
+def test_a_bound_that_refuses_everybody_gives_in():
+    bound, one = NormBound(10.0), np.array([True, False])
+    assert not bound.beyond(np.array([1.0, 0.0]), one).any()
+    for _ in range(GIVES_IN):
+        assert bound.beyond(np.array([1e6, 0.0]), one).any()
+    assert not bound.beyond(np.array([1e6, 0.0]), one).any()
 
 
 def test_all_replicas_may_speed_up_at_once():

@@ -80,6 +80,9 @@ def vet(after: Replicas, train_loss: jax.Array, before: Replicas) -> tuple[jax.A
 KEPT = 10
 """Rounds whose norms are remembered."""
 
+GIVES_IN = 3
+"""Rounds in a row that refuse everybody, after which the past is forgotten."""
+
 
 class NormBound:
     """Remembers how far replicas went, and tells who went too far."""
@@ -87,6 +90,7 @@ class NormBound:
     def __init__(self, factor: float):
         self._factor = factor
         self._past: list[float] = []
+        self._refused = 0
 
     def beyond(self, norms: np.ndarray, arrived: np.ndarray) -> np.ndarray:
         """Which of those who arrived, bool [K], went further than `factor` times the median of the last rounds, or, if
@@ -96,9 +100,11 @@ class NormBound:
         if len(here) >= 3 or not medians:
             medians += here[(len(here) - 1) // 2 :][:1].tolist()
         bound = self._factor * max([*medians, float(np.finfo(np.float32).tiny)])
-        beyond = arrived & ~(norms <= bound) if medians else np.zeros_like(arrived)
-        if arrived.any() and (arrived == beyond).all():
-            self._past = []  # all of them cannot be outliers again
+        beyond = arrived & ~(norms <= bound if medians else np.isfinite(norms))
+        all_refused = bool(arrived.any()) and bool((arrived == beyond).all())
+        self._refused = self._refused + 1 if all_refused else 0
+        if self._refused == GIVES_IN:  # else a run whose rate has grown could never go on
+            self._past = []
         if (arrived & ~beyond).any():
             self._past = [*self._past, float(np.median(norms[arrived & ~beyond]))][-KEPT:]
         return beyond
