@@ -1,5 +1,6 @@
 """What happens to the driver itself: it is killed, its store is full, its cluster has an address."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -10,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+from breaking import wait_for
+from drive import descendants
 from runs import ENVIRONMENT, INNER, TASK, WEIGHTED
 from small import sharded
 
@@ -88,34 +91,32 @@ def short_path():
         yield folder
 
 
-def test_a_cluster_with_an_address_asks_for_a_token(tmp_path, short_path):
+@pytest.fixture
+def address(short_path):
+    """The address of a cluster that asks for the token of `TOKEN`. Not `ray stop`, which ends all clusters here."""
     ray = str(pathlib.Path(sys.executable).with_name("ray"))
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
-    environment = ENVIRONMENT | token
-    start = [
-        ray,
-        "start",
-        "--head",
-        "--port=0",
-        "--num-cpus=4",
-        "--include-dashboard=false",
-        f"--temp-dir={short_path}",
-    ]
-    started = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
-    assert started.returncode == 0, started.stderr
+    start = [ray, "start", "--head", "--block", "--port=0", "--num-cpus=4", f"--temp-dir={short_path}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    started = subprocess.Popen(start, env=ENVIRONMENT | TOKEN, **quiet)
     try:
-        address = started.stdout.partition("address='")[2].partition("'")[0]
-        command = [sys.executable, "-m", "experiments.elastic", f"--address={address}", "--workers=2", "--rounds=2"]
-        run = {"capture_output": True, "text": True, "timeout": 300, "cwd": HERE.parents[1]}
-        refused = subprocess.run(
-            [*command, f"--workdir={tmp_path / 'a'}"],
-            env=environment | {"RAY_AUTH_TOKEN": "2" * 64},
-            **run,
-        )
-        assert refused.returncode == 2
-        assert refused.stderr.startswith("error: --address="), refused.stderr
-        taken = subprocess.run([*command, f"--workdir={tmp_path / 'b'}"], env=environment, **run)
-        assert taken.returncode == 0, taken.stderr
-        assert (tmp_path / "b" / "plots" / "workers.png").exists()
+        yield wait_for(pathlib.Path(short_path, "ray_current_cluster"))
     finally:
-        subprocess.run([ray, "stop", "--force"], env=environment, capture_output=True, timeout=120)
+        for pid in [*descendants(started.pid), started.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        started.wait()
+
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}
+
+
+def test_a_cluster_with_an_address_asks_for_a_token(address, tmp_path):
+    command = [sys.executable, "-m", "experiments.elastic", f"--address={address}", "--workers=2", "--rounds=2"]
+    run = {"capture_output": True, "text": True, "timeout": 300, "cwd": HERE.parents[1]}
+    wrong = ENVIRONMENT | TOKEN | {"RAY_AUTH_TOKEN": "2" * 64}
+    refused = subprocess.run([*command, f"--workdir={tmp_path / 'a'}"], env=wrong, **run)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: --address="), refused.stderr  # after lines of Ray's own
+    taken = subprocess.run([*command, f"--workdir={tmp_path / 'b'}"], env=ENVIRONMENT | TOKEN, **run)
+    assert taken.returncode == 0, taken.stderr
+    assert (tmp_path / "b" / "plots" / "workers.png").exists()

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import breaking
 import jax
 import numpy as np
 import optax
@@ -22,6 +23,16 @@ DATA = sharded(4)
 pytestmark = pytest.mark.usefixtures("cluster")
 quietly = pytest.mark.filterwarnings("ignore::wavg_jax.WavgWarning")
 SETTINGS = {"inner": INNER, "local_steps": 4, "rounds": 4, "batch_size": 8, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One cluster for all tests: starting it takes longer than most of them."""
+    from wavg_jax.elastic.cluster import connected
+
+    with connected(None) as ray:
+        ray.cloudpickle.register_pickle_by_value(breaking)  # workers do not know this folder
+        yield ray
 
 
 def train(workers, task=TASK, averager=WEIGHTED, data=DATA, **settings):
