@@ -121,7 +121,9 @@ def tensorboard(folder: str | os.PathLike[str]) -> Observer:
     def start(rows: Sequence[Row]) -> Iterator[Callable[[Row], None]]:
         run = rows[0]
         path = str(pathlib.Path(folder).expanduser() / run["run"])
-        with writers.SummaryWriter(path, purge_step=len(rows) if len(rows) > 1 else None, flush_secs=5) as writer:
+        # Files are named by the second, and the second of two within one would write over the first.
+        options = {"filename_suffix": f".{len(rows):08d}", "flush_secs": 5}
+        with writers.SummaryWriter(path, purge_step=len(rows) if len(rows) > 1 else None, **options) as writer:
             table = "\n".join(f"| {name} | {value} |" for name, value in facts(run).items())
             writer.add_text("run", f"| setting | value |\n|---|---|\n{table}", len(rows) - 1)
 
