@@ -1,6 +1,6 @@
 """What a run loses when its processes are killed and stopped at random: elastic, and steady for comparison.
 
-  python -m experiments.chaos --flagfile=experiments/presets/chaos.flags --data_dir=DIR
+  python -m experiments.chaos --flagfile=experiments/presets/fashion_chaos.flags --data_dir=DIR
 
 Runs one arm in workers of this machine for --seconds, undisturbed, then again while every --kill_every seconds, on
 average, a random worker gets SIGKILL, and every --stop_every another one SIGSTOP, for --stop_for seconds. Then the same

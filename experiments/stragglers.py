@@ -1,6 +1,6 @@
 """Time to an accuracy where one worker is slower than the others, by what a round does about it.
 
-  python -m experiments.stragglers --flagfile=experiments/presets/stragglers.flags --data_dir=DIR
+  python -m experiments.stragglers --flagfile=experiments/presets/fashion_stragglers.flags --data_dir=DIR
 
 Trains one arm in workers of this machine, the last of which sleeps after every order until it has taken --slowdown
 times as long as it computed, in five ways: waiting for all; dropping what is late (at --factor times the median);

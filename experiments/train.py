@@ -35,11 +35,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs one arm and writes its report."""
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
-    train("train", wavg.fit)
+    train("train")
 
 
-def train(binary: str, fit: Callable[..., wavg.Result]) -> None:
-    """Runs the arm of the flags by `fit`, and writes its report to --workdir, or a folder named after the binary."""
+def train(binary: str, fit: Callable[..., wavg.Result] | None = None) -> None:
+    """Runs the arm of the flags, by default with the library's `fit`, and reports it in a folder named after the binary."""
     condition, views = read_condition(), read_views()
     workdir = arms.choose_workdir(binary)
     if F.profile is not None:

@@ -284,13 +284,13 @@ def run_arm(
     workdir: pathlib.Path | None = None,
     name: str | None = None,
     path: Row | None = None,
-    fit: Callable[..., wavg.Result] = wavg.fit,
+    fit: Callable[..., wavg.Result] | None = None,
     views: Sequence[Callback] = (),
 ) -> wavg.Result:
     """Runs one arm under one condition for one seed.
 
-    Its rows and checkpoints go to `workdir`, by default as ARM-seedSEED. `progress` is as for `fit`, which
-    may be another than the library's, and `views` are its callbacks.
+    Its rows and checkpoints go to `workdir`, by default as ARM-seedSEED. `progress` is as for `fit`, by default
+    the library's, and `views` are its callbacks.
     """
     facts = {
         "arm": arm.name,
@@ -303,7 +303,7 @@ def run_arm(
         facts["bytes_per_round"] = 2 * F.replicas * tree.nbytes(gradients) * arm.local_steps
     # A decay ends with the last round, so that their number is no longer free.
     settings = settings_of(RUN | {"rounds"} if F.decay != "none" else RUN, condition)
-    return fit(
+    return (fit or wavg.fit)(
         task,
         data.pool(sharded) if arm.pooled else sharded,
         arm.averager,
