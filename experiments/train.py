@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(binary: str, fit: Callable[..., wavg.Result] | None = None) -> None:
-    """Runs the arm of the flags, by default with the library's `fit`, and reports it in a folder named after the binary."""
+    """Runs the arm of the flags, by default with `wavg.fit`, and reports it in a folder named after the binary."""
     condition, views = read_condition(), read_views()
     workdir = arms.choose_workdir(binary)
     if F.profile is not None:
