@@ -90,6 +90,7 @@ def test_pictures_are_recorded_files():
 def test_flags_that_are_named_exist(page):
     for binary in (
         "compare",
+        "elastic",
         "report",
         "soup",
         "train",

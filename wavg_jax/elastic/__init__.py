@@ -6,8 +6,9 @@ time, weighted by how good it is. Rows say who was missing and why.
 
 Security is Ray's, which trusts everybody who can reach a cluster: whoever does can run any code on all of its machines,
 the driver's among them, for what processes exchange is unpickled. So a cluster that we start listens on the loopback
-interface alone, and one that we join must ask for a token; still, put it on a network of its own. The checks of what
-workers send, in `wavg_jax.elastic.arrivals`, protect a run from workers that are broken, or wrong, not from intruders.
+interface alone, and one with an address is joined with a token, which it asks for only if it was started with
+`RAY_AUTH_MODE=token`; still, put it on a network of its own. The checks of what workers send, in
+`wavg_jax.elastic.arrivals`, protect a run from workers that are broken, or wrong, not from intruders.
 """
 
 from wavg_jax.elastic.deadlines import Deadline, fixed, median_mad, polynomial, quantile, wait_for_all

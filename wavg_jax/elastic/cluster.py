@@ -97,7 +97,7 @@ def _hushed() -> Iterator[None]:
     of the run say it."""
     own = sys.modules.get("ray._private.worker")
     prints = getattr(own, "print_to_stdstream", None)
-    if prints is None:  # another version of Ray, which may print
+    if own is None or prints is None:  # another version of Ray, which may print
         yield
         return
 
@@ -105,11 +105,11 @@ def _hushed() -> Iterator[None]:
         if data.get("pid") != "raylet":
             prints(data, *arguments, **named)
 
-    own.print_to_stdstream = hushed  # type: ignore[union-attr]
+    vars(own)["print_to_stdstream"] = hushed
     try:
         yield
     finally:
-        own.print_to_stdstream = prints  # type: ignore[union-attr]
+        vars(own)["print_to_stdstream"] = prints
 
 
 def _line(error: BaseException) -> str:

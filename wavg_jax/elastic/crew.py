@@ -52,7 +52,6 @@ class Member:
       pace: seconds that a local step of all its replicas takes; None before the first reply.
       strikes: useless replies in a row.
       missed, since: rounds missed in a row, and when the first of them ended; 0 and None if it came.
-      pid: of its process.
     """
 
     number: int
@@ -65,7 +64,6 @@ class Member:
     strikes: int = 0
     missed: int = 0
     since: float | None = None
-    pid: int | None = None
 
     @property
     def ready(self) -> bool:
@@ -179,7 +177,8 @@ class Crew:
         for ref in done:
             member = holding[ref]
             try:
-                member.pid, member.holding = self._ray.get(ref), None
+                self._ray.get(ref)
+                member.holding = None
             except self._ray.exceptions.RayError as error:
                 if first:
                     raise SettingsError(f"worker {member.number} cannot start: {_cause(error)}") from error

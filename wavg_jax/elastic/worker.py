@@ -208,8 +208,8 @@ class Worker:
         self._network: PyTree = None
         self._scores: Callable = _unasked
 
-    def hold(self, kit: Kit, replicas: tuple[int, ...], shapes: PyTree, *shards: Shard) -> int:
-        """Takes over replicas with their shards, compiles their program, and returns the process's id.
+    def hold(self, kit: Kit, replicas: tuple[int, ...], shapes: PyTree, *shards: Shard) -> None:
+        """Takes over replicas with their shards, and compiles their program.
 
         Args:
           kit: the same in every call.
@@ -241,7 +241,6 @@ class Worker:
             scores = jax.jit(scores_of(kit, self._recipe))
             self._scores = scores.lower(self._network, self._held_out, number).compile()
         self._hook("ready", 0)
-        return os.getpid()
 
     def train(self, ticket: Ticket, leaves: list[np.ndarray], items: np.ndarray, steps: int) -> Reply:
         """Trains and scores the replicas for one round.
