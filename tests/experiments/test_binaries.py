@@ -205,7 +205,7 @@ def test_a_stop_in_the_last_round_of_one_run_begins_no_other(tmp_path, monkeypat
 def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp_path, monkeypatch, compilations):
     compiled = {}
 
-    def watched(*positional, store, fit=wavg.fit, **options):
+    def watched(*positional, store, on_round, fit=wavg.fit, **options):
         name = store.name
 
         def stop(row):
@@ -213,7 +213,7 @@ def test_compare_leaves_rows_plots_and_a_report_of_two_scenarios_and_resumes(tmp
                 os.kill(os.getpid(), signal.SIGTERM)
 
         before = len(compilations)
-        result = fit(*positional, on_round=stop, store=store, **options)
+        result = fit(*positional, on_round=[*on_round, stop], store=store, **options)
         compiled[name] = len(compilations) - before
         return result
 
