@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments.setup import app, arms, problem, shared_flags
 from experiments.setup.conditions import Condition, read_conditions, title
-from experiments.setup.shared_flags import ARMS, COMPARED
+from experiments.setup.shared_flags import ARMS, COMPARED, DILOCO
 from experiments.setup.views import read_views
 from wavg_jax.base import Stopped
 from wavg_jax.storage.rows import check_writable
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _plan(names: Sequence[str], conditions: Sequence[Condition], seeds: int) -> str:
     """The plan of the runs, in a sentence."""
-    shown = ", ".join(f"{name} ({F.weighting})" if name == "weighted" else name for name in names)
+    shown = ", ".join(f"{name} ({F.weighting})" if DILOCO.get(name, name) == "weighted" else name for name in names)
     with_what = ", then with ".join(title(condition.noisy) for condition in conditions)
     replicas, over = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((F.replicas, "replica"), (seeds, "seed")))
     return f"{F.dataset}, {replicas}: {shown}, {over}, with {with_what} (set by --noisy)"

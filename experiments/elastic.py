@@ -42,7 +42,7 @@ flags.DEFINE_float(
 )
 F = flags.FLAGS
 
-ELASTIC_ARMS = ("plain", "accumulate", "weighted")
+ELASTIC_ARMS = ("plain", "accumulate", "weighted", *shared_flags.DILOCO)
 READS = shared_flags.NAMES - {"seeds", "steps", "devices", "wire", "fragments", "feed", *shared_flags.LINK}
 for _name in (*READS, "arm", "seed"):
     flags.declare_key_flag(_name)

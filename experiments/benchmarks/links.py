@@ -47,7 +47,8 @@ flags.DEFINE_list(
     "wires", list(WIRES), f"Formats on the wire of plain, accumulate and weighted, of {', '.join(WIRES)}."
 )
 flags.DEFINE_list("nodes", ["2", "4"], "Numbers of nodes.")
-flags.DEFINE_list("link_arms", list(shared_flags.ARMS), f"Which arms, of {', '.join(shared_flags.ARMS)}.")
+LINKED = tuple(arm for arm in shared_flags.ARMS if arm not in shared_flags.DILOCO)  # an outer step sends nothing
+flags.DEFINE_list("link_arms", list(LINKED), f"Which arms, of {', '.join(LINKED)}.")
 flags.DEFINE_list("targets", ["0.8", "0.82", "0.85"], "Test accuracies; a run ends once it has reached the highest.")
 flags.DEFINE_float("link_seconds", 60.0, "Seconds of a run on the measured clock.", lower_bound=0.1)
 flags.DEFINE_float("link_patience", 600.0, "Seconds without a new row after which a run fails.", lower_bound=1)
@@ -96,7 +97,7 @@ def _cells() -> list[Cell]:
     Raises:
       SettingsError: a flag has a bad value.
     """
-    arms, wires = names("link_arms", shared_flags.ARMS), names("wires", WIRES)
+    arms, wires = names("link_arms", LINKED), names("wires", WIRES)
     links, steps = _links(), numbers("link_steps", int)
     cells = []
     for seed in shared_flags.read_seeds():

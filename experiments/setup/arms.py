@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,13 @@ from experiments.setup.choices import (
     REDUCES,
     SCHEDULES,
     SMOOTHINGS,
+    make_diloco,
     make_outer,
 )
 from experiments.setup.conditions import Condition, read_condition, settings_of
 from experiments.setup.optimizers import Course, make_inner, read_course
 from experiments.setup.problem import writer
-from experiments.setup.shared_flags import COMPARED, RUN
+from experiments.setup.shared_flags import COMPARED, DILOCO, RUN
 from experiments.setup.simulation import exchange
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data, tree
@@ -94,11 +95,12 @@ def make_arms(names: tuple[str, ...] = COMPARED, condition: Condition | None = N
         "reduce": REDUCES[F.reduce],
     }
     plain = wavg.averager(wavg.uniform(), **options)
-    weighted = wavg.averager(**(options | WEIGHTINGS[F.weighting](F)))
+    weighted = options | WEIGHTINGS[F.weighting](F)
     alone = wavg.averager(wavg.uniform())
-    if F.schedule != "fixed" and not {"plain", "weighted"}.issuperset(names):
+    if F.schedule != "fixed" and not {*DILOCO, *DILOCO.values()}.issuperset(names):
         raise SettingsError(
-            f"--schedule={F.schedule} is for plain and weighted; the other arms would see more samples (--arms)"
+            f"--schedule={F.schedule} is for plain, weighted and {', '.join(DILOCO)}; the other arms would see more "
+            "samples (--arms)"
         )
     # Blending the steps of a rate of 1 gives the mean gradient, which the outer optimizer takes a step with.
     summed = optax.MultiSteps(optax.sgd(1.0), steps).gradient_transformation()
@@ -108,13 +110,33 @@ def make_arms(names: tuple[str, ...] = COMPARED, condition: Condition | None = N
         "sync": (alone, True, steps, replicas * batch),
         "accumulate": (large, False, steps, batch),
         "plain": (plain, False, steps, batch),
-        "weighted": (weighted, False, steps, batch),
+        "weighted": (wavg.averager(**weighted), False, steps, batch),
+        **{name: (averager, False, steps, batch) for name, averager in _diloco(names, options, weighted).items()},
     }
     made = [
         Arm(name, arms[name][0], make_inner(F.inner, rates[name], _course(name)), *arms[name][1:]) for name in names
     ]
     made = [arm._replace(drift=_drift_of(arm.name, rates)) for arm in made]
     return [arm._replace(inner=summed) if arm.name == "accumulate" else arm for arm in made]
+
+
+def _diloco(names: Collection[str], plain: dict[str, Any], weighted: dict[str, Any]) -> dict[str, wavg.Averager]:
+    """The averagers of the arms with DiLoCo's outer step among those named.
+
+    Raises:
+      SettingsError: the weighting of --weighting has an outer step of its own.
+    """
+    wanted = [name for name in DILOCO if name in names]
+    if not wanted:
+        return {}
+    step = {"outer": make_diloco(F)}
+    if "weighted_diloco" in wanted and weighted["outer"] is not plain["outer"]:
+        raise SettingsError(
+            f"--weighting={F.weighting} has an outer step of its own: leave out the arm weighted_diloco, or choose "
+            "another --weighting"
+        )
+    made = {"diloco": {**plain, "weighting": wavg.uniform()}, "weighted_diloco": weighted}
+    return {name: wavg.averager(**(made[name] | step)) for name in wanted}
 
 
 def at_rates(arm: Arm, condition: Condition) -> Arm:
@@ -134,7 +156,7 @@ def _course(arm: str) -> Course:
 
 def _drift_of(arm: str, rates: Mapping[str, float]) -> Correction | None:
     """The correction of --drift, for the arms whose replicas drift."""
-    return make_drift(F.drift, rates[arm]) if arm in ("plain", "weighted") else None
+    return make_drift(F.drift, rates[arm]) if arm in (*DILOCO, *DILOCO.values()) else None
 
 
 def make_drift(name: str, rate: float) -> Correction | None:
@@ -296,7 +318,7 @@ def run_arm(
         "arm": arm.name,
         "target_accuracy": None if F.model == "transformer" else F.target_accuracy,
         "critical_path": path,
-        "weighting": F.weighting if arm.name == "weighted" else "uniform",
+        "weighting": F.weighting if DILOCO.get(arm.name, arm.name) == "weighted" else "uniform",
     }
     if arm.name == "sync":
         gradients, _ = jax.eval_shape(task.init, jax.random.key(0))

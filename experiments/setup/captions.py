@@ -21,6 +21,8 @@ ARMS = {
     "plain": "K replicas, each trained on its own shard and blended with equal weights after every round",
     "weighted": "K replicas, each trained on its own shard and blended after every round with weights that depend on "
     "how good each replica is",
+    "diloco": "as plain, but Nesterov's momentum takes an outer step with the change of the average (DiLoCo)",
+    "weighted_diloco": "as weighted, with DiLoCo's outer step",
 }
 REBUILD = f"{command('report')} DIR..."
 REFERENCE = "plain"

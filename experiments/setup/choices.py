@@ -64,6 +64,20 @@ SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {
 }
 
 
+def make_diloco(f: Flags) -> optax.GradientTransformation:
+    """The outer optimizer of the arms diloco and weighted_diloco, one round late with --delayed.
+
+    Raises:
+      SettingsError: --outer names another, which would be of plain and weighted alone.
+    """
+    if f.outer != "none":
+        raise SettingsError(
+            f"--outer={f.outer} is for plain and weighted; the arms diloco and weighted_diloco have nesterov: leave it "
+            "out, or these arms"
+        )
+    return outer.delayed(outer.nesterov()) if f.delayed else outer.nesterov()
+
+
 def make_outer(f: Flags) -> optax.GradientTransformation | None:
     """The outer optimizer of --outer, one round late with --delayed.
 

@@ -15,9 +15,12 @@ from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
 from wavg_jax.devices.network import WIRES, Link
 
-ARMS = ("sequential", "sync", "plain", "accumulate", "weighted")
 COMPARED = ("sequential", "sync", "plain", "weighted")
-"""The arms that a comparison runs by default; `accumulate` matters where links are slow."""
+"""The arms that a comparison runs by default."""
+DILOCO = {"diloco": "plain", "weighted_diloco": "weighted"}
+"""Arms with DiLoCo's outer step, and the arms that they are without it."""
+ARMS = (*COMPARED, "accumulate", *DILOCO)
+"""All arms; `accumulate` matters where links are slow."""
 
 _STARTS: dict[str, int] = {}
 
@@ -102,6 +105,8 @@ RATES = {
     "accumulate": (0.8, 0.8),
     "plain": (0.4, 0.4),
     "weighted": (0.4, 0.4),
+    "diloco": (0.4, 0.4),
+    "weighted_diloco": (0.4, 0.4),
 }
 """Arm -> default learning rate with clean and with noisy shards; experiments/results/tuning/digits.txt."""
 for _arm, (_clean, _noisy) in RATES.items():
@@ -158,7 +163,12 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_bool("diagnose", False, "Record every score, and what each replica is worth to the blend.")
-flags.DEFINE_enum("outer", "none", list(OUTERS), "Outer optimizer of plain and weighted; nesterov is DiLoCo's.")
+flags.DEFINE_enum(
+    "outer",
+    "none",
+    list(OUTERS),
+    "Outer optimizer of plain and weighted; the arms diloco and weighted_diloco have nesterov.",
+)
 flags.DEFINE_float("outer_lr", None, "Learning rate of --outer (lookahead's alpha); by default its own.", lower_bound=0)
 flags.DEFINE_float("outer_momentum", None, "Momentum of --outer; by default its own.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float(

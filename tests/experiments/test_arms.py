@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import flagsaver
 
 import wavg_jax as wavg
@@ -33,3 +34,25 @@ def test_accumulate_takes_the_step_of_one_large_batch_a_round():
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, initial(TASK)[0])
     assert min(jax.tree.leaves(moved)) > 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), result.params, params)
+
+
+@pytest.mark.parametrize("delayed", [(), ("--delayed",)], ids=["", "delayed"])
+@pytest.mark.parametrize(("name", "without"), arms.DILOCO.items())
+def test_diloco_is_an_arm_with_its_outer_step(name, without, delayed):
+    """The same averager as the arm that it is without the step takes with --outer=nesterov."""
+
+    def blended(arm, *given):
+        with flagsaver.flagsaver():
+            app.parse(["compare", "--replicas=2", "--weighting=softmax_loss", "--lr_diloco=0.3", *delayed, *given])
+            (made,) = arms.make_arms((arm,))
+            assert arms.at_rates(made, arms.read_condition()).averager is made.averager
+        params, stacked = jnp.ones(3), jnp.array([[0.0, 1, 2], [4, 5, 6]])
+        state, moved = made.averager.init(params, 2), []
+        for _ in range(3):
+            params, state, weights = made.averager.update(stacked, state, params, loss=jnp.array([1.0, 2]))
+            moved.append((params, weights))
+        return moved
+
+    found, expected = blended(name), blended(without, "--outer=nesterov")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not np.allclose(found[-1][0], blended(without)[-1][0])

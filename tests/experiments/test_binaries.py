@@ -111,6 +111,8 @@ BAD = [
     (compare, ["--outer=lookahead", "--outer_momentum=0.5"], "--outer=lookahead"),
     (compare, ["--outer=nesterov", "--outer_tau=0.1"], "--outer=nesterov"),
     (compare, ["--outer=fedadam", "--outer_tau=0"], "tau"),
+    (compare, ["--outer=lookahead", "--arms=plain,diloco"], "leave it out, or these arms"),
+    (compare, ["--arms=weighted_diloco", "--weighting=iso_c"], "leave out the arm weighted_diloco"),
     (compare, ["--smoothing=ema", "--ema_decay=1"], "--ema_decay"),
     (compare, ["--drift=scaffold", "--inner=adam"], "--drift=scaffold reads gradients off the steps of SGD"),
     (train, [*QUICK, "--drift=fedprox", "--fragments=2"], "AtSync: --drift corrects steps"),

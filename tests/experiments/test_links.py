@@ -58,7 +58,7 @@ def test_cells_differ_in_what_matters_to_their_arm():
     # sequential once; sync at each rate; the others at each rate, H and wire; all for two seeds and two sizes.
     assert len(found) == len(set(found)) == 2 * 2 * (1 + 2 + 3 * 2 * 2 * 2)
     assert [cell.seed for cell in found] == sorted((cell.seed for cell in found), reverse=True)
-    of = {arm: {cell for cell in found if cell.arm == arm} for arm in links.shared_flags.ARMS}
+    of = {arm: {cell for cell in found if cell.arm == arm} for arm in links.LINKED}
     assert {(cell.link, cell.processes, cell.local_steps) for cell in of["sequential"]} == {(ALONE, 1, 5)}
     assert {(cell.link, cell.wire, cell.local_steps) for cell in of["sync"]} == {
         ("50mbit", "float32", 5),
