@@ -35,6 +35,9 @@ _LONGEST = 2.0
 _FAINTEST = 1e-3
 """The least prior weight of a replica, before normalising, so that one that recovers regains weight in a few rounds."""
 
+_TOGETHER = 2**20
+"""Logits of all replicas that the fit looks at together; those of large vocabularies come in blocks of samples."""
+
 _HUGE = float(jnp.finfo(jnp.float32).max) / 2
 """The loss of a blend whose loss is not finite."""
 
@@ -49,9 +52,10 @@ class _Problem(NamedTuple):
     """What the weights are fitted to.
 
     Attributes:
-      logits: [K, S, C], centred over the classes and within _WIDEST; 0 for replicas that do not count.
+      logits: [K, S, C], of replicas some of which may be broken.
       labels: integers [S].
       share: [S], of each sample in the mean; 0 where the label is no class.
+      sound: bool [K], which replicas count.
       prior: weights [K], 0 for replicas that do not count.
       strength: weight of the prior, in nats per nat of a sample.
     """
@@ -59,28 +63,88 @@ class _Problem(NamedTuple):
     logits: jax.Array
     labels: jax.Array
     share: jax.Array
+    sound: jax.Array
     prior: jax.Array
     strength: float
 
 
 def _problem(logits: jax.Array, labels: jax.Array, sound: jax.Array, prior: jax.Array, samples: float) -> _Problem:
     """Makes the problem of logits [K, S, C] of the `sound` replicas, with a prior worth that many samples."""
-    logits = jnp.clip(logits, -_FINITE, _FINITE)
-    centred = logits - logits.mean(-1, keepdims=True)
-    logits = jnp.where(sound[:, None, None], jnp.clip(centred, -_WIDEST, _WIDEST), 0)
     valid = ((labels >= 0) & (labels < logits.shape[-1])).astype(jnp.float32)
-    return _Problem(logits, labels, valid / jnp.maximum(valid.sum(), 1), prior, samples / logits.shape[1])
+    share = valid / jnp.maximum(valid.sum(), 1)
+    return _Problem(logits, labels, share, sound, prior, samples / logits.shape[1])
+
+
+class _Block(NamedTuple):
+    """Some samples of a problem: logits [K, s, C], centred over the classes, within _WIDEST, and 0 for replicas that do
+    not count; labels and share [s]."""
+
+    logits: jax.Array
+    labels: jax.Array
+    share: jax.Array
+
+
+def _over_blocks(problem: _Problem, function: Callable[[_Block], Callable[[jax.Array], PyTree]]) -> Callable:
+    """Returns `w -> sum of function(block)(w)` over blocks of samples that have _TOGETHER logits, in the memory of one.
+
+    Of a single block, `function` prepares once what does not change with w.
+    """
+    replicas, samples, classes = problem.logits.shape
+    size = min(max(_TOGETHER // (replicas * classes), 1), samples)
+
+    def block(number: jax.Array | int) -> _Block:
+        # The last one starts earlier, to be as large, and does not count again what others did.
+        first = jnp.minimum(number * size, samples - size)
+        logits, labels, share = (
+            jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+            for x, axis in ((problem.logits, 1), (problem.labels, 0), (problem.share, 0))
+        )
+        logits = jnp.clip(logits, -_FINITE, _FINITE)
+        centred = logits - logits.mean(-1, keepdims=True)
+        logits = jnp.where(problem.sound[:, None, None], jnp.clip(centred, -_WIDEST, _WIDEST), 0)
+        return _Block(logits, labels, jnp.where(first + jnp.arange(size) >= number * size, share, 0))
+
+    if size == samples:
+        return function(block(0))
+
+    def over_all(w: jax.Array) -> PyTree:
+        def add(number: jax.Array, total: PyTree) -> PyTree:
+            return optax.tree.add(total, function(block(number))(w))
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: function(block(0))(w)))
+        return jax.lax.fori_loop(0, -(-samples // size), add, zeros)
+
+    return over_all
+
+
+def _derivatives(problem: _Problem) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns `w -> the first [K] and second [K, K] derivatives` of the cross-entropy by the weights."""
+
+    def of_block(block: _Block) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        replicas, _, classes = block.logits.shape
+        # As differences from the pool of the prior: smaller numbers, and so smaller rounding errors.
+        centre = jnp.tensordot(problem.prior, block.logits, 1, precision="highest")
+        apart = jnp.where((problem.prior > 0)[:, None, None], block.logits - centre[None], 0)
+        flat, targets = apart.reshape(replicas, -1), jax.nn.one_hot(block.labels, classes, dtype=jnp.float32)
+        share = block.share[:, None]
+
+        def at(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+            p = jax.nn.softmax(centre + jnp.tensordot(w, apart, 1))
+            mean = (apart * p[None]).sum(-1)
+            slope = flat @ ((p - targets) * share).reshape(-1)
+            product = functools.partial(jnp.matmul, precision="highest")  # the second is a difference of two
+            return slope, product(flat * (p * share).reshape(1, -1), flat.T) - product(mean * share.T, mean.T)
+
+        return at
+
+    return _over_blocks(problem, of_block)
 
 
 def _fit(problem: _Problem) -> jax.Array:
     """The weights [K] that minimise cross-entropy(sum_k w_k logits_k) + strength * KL(w || prior)."""
-    logits, labels, share, prior, strength = problem
-    replicas, _, classes = logits.shape
-    counts = prior > 0
-    # As differences from the pool of the prior: smaller numbers, and so smaller rounding errors.
-    centre = jnp.tensordot(prior, logits, 1, precision="highest")
-    apart = jnp.where(counts[:, None, None], logits - centre[None], 0)
-    flat, targets = apart.reshape(replicas, -1), jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    prior, strength = problem.prior, problem.strength
+    replicas, counts = len(prior), prior > 0
+    derivatives = _derivatives(problem)
 
     def weights(lean: jax.Array) -> jax.Array:
         return jax.nn.softmax(jnp.where(counts, jnp.log(jnp.where(counts, prior, 1)) + lean, -jnp.inf))
@@ -88,11 +152,8 @@ def _fit(problem: _Problem) -> jax.Array:
     def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         number, lean, _ = carry
         w = weights(lean)
-        p = jax.nn.softmax(centre + jnp.tensordot(w, apart, 1))
-        mean = (apart * p[None]).sum(-1)
-        slope = flat @ ((p - targets) * share[:, None]).reshape(-1) + strength * lean
-        product = functools.partial(jnp.matmul, precision="highest")  # the Hessian is a difference of two
-        hessian = product(flat * (p * share[:, None]).reshape(1, -1), flat.T) - product(mean * share[None], mean.T)
+        gradient, hessian = derivatives(w)
+        slope = gradient + strength * lean
         jacobian = hessian @ (jnp.diag(w) - jnp.outer(w, w)) + strength * jnp.eye(replicas, dtype=jnp.float32)
         move = jnp.linalg.solve(jacobian, slope)
         move = jnp.clip(jnp.where(counts, move - w @ move, 0), -_LONGEST, _LONGEST)
@@ -111,14 +172,20 @@ def _fit(problem: _Problem) -> jax.Array:
 def _gain(problem: _Problem, weights: jax.Array, equal: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What weights gain beside equal ones, by the pools of both, and its standard error over the samples."""
 
-    def losses(weights: jax.Array) -> jax.Array:
-        pooled, labels = jnp.tensordot(weights, problem.logits, 1), jnp.where(problem.share > 0, problem.labels, 0)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(pooled, labels)
+    def of_block(block: _Block) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        def losses(weights: jax.Array) -> jax.Array:
+            pooled, labels = jnp.tensordot(weights, block.logits, 1), jnp.where(block.share > 0, block.labels, 0)
+            return optax.losses.softmax_cross_entropy_with_integer_labels(pooled, labels)
 
-    gains = losses(equal) - losses(weights)
-    mean = problem.share @ gains
+        def moments(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            gains = losses(equal) - losses(weights)
+            return block.share @ gains, block.share @ jnp.square(gains)
+
+        return moments
+
+    mean, square = _over_blocks(problem, of_block)(weights)
     count = jnp.maximum((problem.share > 0).sum(), 1).astype(jnp.float32)
-    return mean, jnp.sqrt(problem.share @ jnp.square(gains - mean) / count)
+    return mean, jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0) / count)
 
 
 def _losses(held_out: Held, tried: jax.Array) -> jax.Array:
