@@ -84,23 +84,25 @@ VOCABULARY = 32_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["loss", "learned", "gradient"])
+@pytest.mark.parametrize("rule", ["loss", "learned", "gradient", "pool", "diagnosis"])
 def test_a_scored_round_of_a_large_vocabulary_needs_the_memory_of_its_local_steps(rule):
     """The compiler's plan: a round that scores 256 windows, beside one that scores none; batches are of 16 windows."""
     weighting = {
         "loss": wavg.softmax("loss"),
         "learned": wavg.learned(steps=1),
         "gradient": wavg.inverse("grad_norm"),
+        "pool": wavg.opinion_pool(),
+        "diagnosis": wavg.uniform(),
     }
-    scored, plain = (peak(one) for one in (weighting[rule], wavg.uniform()))
-    assert scored < 1.1 * plain
+    assert peak(weighting[rule], diagnose=rule == "diagnosis") < 1.1 * peak(wavg.uniform())
 
 
-def peak(weighting):
+def peak(weighting, diagnose=False):
     """Bytes that a round of two replicas holds at most."""
     network = models.Transformer(vocabulary=VOCABULARY, layers=1, heads=2, width=16, length=16, rotary=True)
     task = models.from_linen(network, (16,), dtype=jnp.int32, make=models.language_model)
-    rounds = wavg.make_rounds(task, wavg.averager(weighting), optax.sgd(0.1), placement=wavg.place(2, 1, "map"))
+    options = {"placement": wavg.place(2, 1, "map"), "scoring": wavg.Scoring(diagnose=diagnose)}
+    rounds = wavg.make_rounds(task, wavg.averager(weighting), optax.sgd(0.1), **options)
     state = jax.eval_shape(lambda rng: rounds.init(rng, replicas=2), jax.random.key(0))
     samples = {shape: jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 2, 16, 16), (256, 16))}
     given = [Batch(x, x) for x in samples.values()]

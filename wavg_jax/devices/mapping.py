@@ -22,7 +22,19 @@ def _together(function: Callable) -> Mapped:
 
 def _in_turn(function: Callable) -> Mapped:
     def mapped(stacked: PyTree, shared: PyTree) -> PyTree:
-        return jax.lax.map(lambda one: function(one, shared), stacked)
+        def one(k: jax.Array | int) -> PyTree:
+            return function(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), stacked), shared)
+
+        def write(k: jax.Array, outs: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, k, 0), outs, one(k))
+
+        replicas = tree.count_replicas(stacked)
+        # Zeros of what is given, else XLA sets their buffers aside before what comes before the loop has run.
+        zero = next((x.ravel()[0] * 0 for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.floating)), 0)
+        zeros = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(zero, x.dtype), (replicas, *x.shape)), jax.eval_shape(one, 0)
+        )
+        return jax.lax.fori_loop(0, replicas, write, zeros)
 
     return mapped
 
