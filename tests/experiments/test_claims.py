@@ -73,6 +73,39 @@ def test_the_table_of_the_first_command_is_what_was_recorded(noisy):
         assert [row["seed"] for row in last.values() if row["arm"] == "plain"] == [0, 1, 2, 3, 4]
 
 
+LANGUAGE = ("sequential", "sync", "plain", "weighted", "diloco", "weighted_diloco")
+
+
+def bits_per_byte(noisy):
+    """Arm of the language model -> bits per byte of the test split after the last round, by seed."""
+    recorded = rows("language")
+    of = {row["run"]: row["settings"]["noisy"] for row in recorded if row["kind"] == "run"}
+    last = {row["run"]: row for row in recorded if row["kind"] == "round" and of[row["run"]] == noisy}
+    found = {
+        arm: {row["seed"]: row["test_bits_per_byte"] for row in last.values() if row["arm"] == arm} for arm in LANGUAGE
+    }
+    assert all(sorted(own) == [0, 1, 2] for own in found.values())
+    return {arm: np.array([own[seed] for seed in (0, 1, 2)]) for arm, own in found.items()}
+
+
+@pytest.mark.parametrize(("noisy", "label"), [(0, "clean"), (2, "2 of 8 with shuffled bytes")])
+def test_the_table_of_a_language_model_is_what_was_recorded(noisy, label):
+    found = bits_per_byte(noisy)
+    cells = " | ".join(f"{found[arm].mean():.2f} ± {found[arm].std(ddof=1):.2f}" for arm in LANGUAGE)
+    assert f"| {label} | {cells} |" in RESULTS
+
+
+def test_what_is_said_of_language_models_was_recorded():
+    clean, bad = bits_per_byte(0), bits_per_byte(2)
+    mean, low, high = interval(clean["plain"] - clean["sync"])
+    assert f"plain averaging ends {mean:.2f} bits per byte ({low:.2f} to {high:.2f}) above sync" in RESULTS
+    mean, low, high = interval(bad["plain"] - bad["weighted"])
+    share = (bad["plain"] - bad["weighted"]).mean() / (bad["plain"] - clean["plain"]).mean()
+    assert f"weights take {mean:.2f} ({low:.2f} to {high:.2f}) off plain averaging's, {100 * share:.0f} % of" in RESULTS
+    mean, low, high = interval(clean["weighted"] - clean["plain"])
+    assert f"they cost {mean:.2f} ({low:+.2f} to {high:+.2f}) on clean shards" in RESULTS
+
+
 def test_the_table_of_what_scoring_costs_is_what_was_recorded():
     shares = {
         (row["weighting"], row["score_samples"], row["local_steps"]): 100 * row["share"]
