@@ -16,6 +16,7 @@ beside it.
 import importlib
 import pathlib
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +26,12 @@ from absl import flags
 import wavg_jax as wavg
 from experiments.setup import app, problem, shared_flags
 from experiments.setup.arms import chunk_of_texts
-from experiments.setup.choices import REDUCES, SCALES
+from experiments.setup.choices import REDUCES, SCALES, make_outer
 from experiments.setup.shared_flags import numbers
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
 from wavg_jax.base import SettingsError
+from wavg_jax.weighting.signals import FREE
 
 flags.DEFINE_string("output", "soup.safetensors", "The file to write.", short_name="o")
 flags.DEFINE_string("base", None, "The checkpoint that the others were fine-tuned from, for rules that read changes.")
@@ -58,8 +60,10 @@ def main(argv: Sequence[str]) -> None:
     out = pathlib.Path(F.output)
     if out.suffix != ".safetensors":
         raise SettingsError(f"--output={out}: give a .safetensors file")
+    dataset = problem.load(texts=True) if F["dataset"].present else None  # before the weighting, which may read chance
     options, signals = _rule(len(argv))
-    judged = _judged(options["weighting"].needs, signals)
+    _check_needs(options["weighting"].needs, signals)
+    judged = {} if dataset is None else _judged(dataset)
     soup = wavg.average_checkpoints(
         argv,
         out,
@@ -75,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 def _rule(count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of `averager`, and the shares that are given, if any."""
     F["replicas"].value = count  # some weightings read it
-    options: dict[str, Any] = {"reduce": REDUCES[F.reduce]}
+    options: dict[str, Any] = {"reduce": REDUCES[F.reduce], "outer": make_outer(F)}
     if F.shares is None:
         name = F.weighting if F["weighting"].present else "plain"
         return options | WEIGHTINGS[name](F), {}
@@ -87,16 +91,25 @@ def _rule(count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return options | {"weighting": wavg.proportional("share", higher_is_better=True)}, {"share": shares}
 
 
-def _judged(needs: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """The network and the data, where the weighting needs them or --dataset names them."""
-    if not F["dataset"].present:
-        if wanted := [name for name in needs if name not in given]:
+def _check_needs(needs: Sequence[str], given: dict[str, Any]) -> None:
+    """Raises SettingsError if the weighting reads what neither files nor held-out samples tell, or there are none."""
+    wanted = [name for name in needs if name not in given]
+    for name in wanted:
+        if name in FREE:
             raise SettingsError(
-                f"--weighting={F.weighting} reads {wanted[0]!r}, which files do not tell: give --dataset, and the "
-                "network by --model and its flags, or by --task"
+                f"--weighting={F.weighting} reads {name!r}, which only training tells: choose another, or give --shares"
             )
-        return {}
-    dataset = problem.load(texts=True)
+    if wanted and not F["dataset"].present:
+        raise SettingsError(
+            f"--weighting={F.weighting} reads {wanted[0]!r}, which files do not tell: give --dataset, and the "
+            "network by --model and its flags, or by --task"
+        )
+    if wanted and not F.heldout:
+        raise SettingsError(f"--heldout=0: --weighting={F.weighting} would score held-out samples; hold some out")
+
+
+def _judged(dataset: data.Dataset) -> dict[str, Any]:
+    """The network and the data that checkpoints are judged on."""
     sharded = data.shard(
         dataset,
         lambda split, seed: data.iid(len(split.y), 1, seed),
@@ -110,6 +123,7 @@ def _judged(needs: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
 def _imported(where: str) -> wavg.Task:
     """The task of a user's function."""
     module, _, name = where.partition(":")
+    sys.path.insert(0, "")  # a module in this folder, as `python -m` finds it; the console command does not
     try:
         task = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, ValueError, TypeError) as error:

@@ -101,3 +101,15 @@ BATCH = [(X, Y)]
 def test_what_cannot_be_read_is_one_line(given, options, says):
     with pytest.raises(wavg.WavgError, match=says):
         from_iterable(given, BATCH, **({"batched": True} | options))
+
+
+def test_a_loader_may_fill_the_same_arrays_again():
+    x, y = np.empty((2, 3), np.float32), np.empty(2, np.int64)
+
+    def batches():
+        for number in range(3):
+            x[:], y[:] = number, number
+            yield x, y
+
+    found = from_iterable(batches(), batches(), batched=True)
+    assert found.train.x[:, 0].tolist() == found.train.y.tolist() == [0, 0, 1, 1, 2, 2]

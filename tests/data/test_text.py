@@ -160,3 +160,17 @@ def test_what_a_tokenizer_cannot_read_is_refused(tokenizer, tmp_path):
         data.from_text(TEXT, tokenizer=tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match="cannot be read: No such file"):
         data.from_text(TEXT, tokenizer=tmp_path / "nowhere.json")
+
+
+def test_the_truncation_and_padding_of_a_tokenizers_file_do_not_cut_the_text(tokenizer, tmp_path):
+    text = TEXT * 20
+    whole = data.from_text(text, context=5, test=0.3, tokenizer=tokenizer)
+    made = tokenizers.Tokenizer.from_file(str(tokenizer))
+    for name in ("truncation", "padding"):
+        getattr(made, f"enable_{name}")(**({"max_length": 20} if name == "truncation" else {"length": 4000}))
+        made.save(str(tmp_path / name))
+        found = data.from_text(text, context=5, test=0.3, tokenizer=tmp_path / name)
+        np.testing.assert_array_equal(found.train.x, whole.train.x)
+        np.testing.assert_array_equal(found.test.y, whole.test.y)
+        assert found.bytes_per_token == whole.bytes_per_token
+        getattr(made, f"no_{name}")()

@@ -188,3 +188,16 @@ def test_replicas_in_turn_need_no_second_copy_of_their_state():
     program = jax.jit(rounds.step, donate_argnums=0).lower(state, batches).compile()
     one_copy = wavg.tree.nbytes(jax.eval_shape(lambda: jax.tree.map(jnp.zeros_like, state.replicas.params)))
     assert program.memory_analysis().temp_size_in_bytes < 1.6 * one_copy  # parameters and momentum are two
+
+
+def test_replicas_in_turn_may_give_keys_and_take_empty_arrays():
+    def split(one, shared):
+        empty, key = one
+        return jax.random.split(key, 2), empty
+
+    keys, empty = jax.random.split(jax.random.key(0), 3), jnp.zeros((3, 0))
+    found, nothing = mapping.mapped("map", split)((empty, keys), None)
+    assert found.shape == (3, 2)
+    assert nothing.shape == (3, 0)
+    expected = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(expected))

@@ -72,3 +72,25 @@ def test_without_scikit_learn_one_line_names_the_extra(monkeypatch):
     monkeypatch.delattr(wavg.estimators, "WavgClassifier", raising=False)
     with pytest.raises(wavg.MissingExtra, match=r"wavg_jax.estimators needs sklearn, .*'wavg-jax\[sklearn\]'"):
         _ = wavg.estimators.WavgClassifier
+
+
+def test_a_constant_column_says_nothing_whatever_its_value():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0, 1, (100, 2)), np.arange(100) % 2
+    x[:, 0] += 3 * y
+    x = np.column_stack([x, np.full(100, 0.1)])  # its standard deviation is a rounding error
+    model = WavgClassifier(random_state=0, hidden=8, rounds=8).fit(x, y)
+    moved = x + np.array([0, 0, 0.01])
+    np.testing.assert_allclose(model.predict_proba(moved), model.predict_proba(x), atol=0.05)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -1, 20, float("nan")])
+def test_a_share_held_out_is_above_0_and_below_1(fraction):
+    with pytest.raises(ValueError, match=r"validation_fraction=.*give a share above 0 and below 1"):
+        WavgClassifier(validation_fraction=fraction).fit(np.zeros((4, 1)), [0, 1, 0, 1])
+
+
+def test_rows_tell_of_no_test_split():
+    x, y = load_diabetes(return_X_y=True)
+    model = WavgRegressor(random_state=0, hidden=(4,), rounds=2).fit(x, y)
+    assert not [name for row in model.rows_ for name in row if name.startswith("test_")]

@@ -1,6 +1,7 @@
 """Checkpoints from the command line: a run's network to a file, several of them to one, and what bad input says."""
 
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -82,7 +83,8 @@ def network():
     return models.classifier(init, apply)
 """
     (tmp_path / "mine.py").write_text(module)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     theirs = []
     for path in files:
         stored = safetensors.numpy.load_file(path)
@@ -120,3 +122,23 @@ def test_bad_input_is_one_line_and_writes_nothing(files, arguments, says, tmp_pa
     assert line.startswith("error: ")
     assert says in line
     assert [*tmp_path.iterdir()] == []
+
+
+VAIN = [
+    (("--outer=nesterov",), "give --base"),
+    (("--outer_lr=0.5",), "--outer=none"),
+    (("--weighting=steps",), "which only training tells"),
+    (("--weighting=accuracy", "--heldout=0", *NETWORK), "--heldout=0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), VAIN, ids=[" ".join(given) for given, _ in VAIN])
+def test_what_a_soup_cannot_use_is_one_clear_line(arguments, says, files, tmp_path, capfd):
+    assert invoke(soup.main, *files[:2], f"--output={tmp_path / 'out.safetensors'}", *arguments) == 2
+    assert says in capfd.readouterr().err.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_that_knows_chance_runs(files, tmp_path):
+    arguments = ("--weighting=accuracy_above_chance", *NETWORK)
+    assert invoke(soup.main, *files[:2], f"--output={tmp_path / 'out.safetensors'}", *arguments) == 0

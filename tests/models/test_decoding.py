@@ -109,3 +109,10 @@ def test_bad_input_gives_one_clear_line(attributes, options, match):
     with pytest.raises(SettingsError, match=match) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_a_prompt_of_tokens_beyond_the_vocabulary_is_refused(token):
+    module, params = network()
+    with pytest.raises(SettingsError, match=r"tokens outside \[0, 11\)"):
+        generate(module, params, [[1, token]], 3)

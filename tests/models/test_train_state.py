@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 from flax.training import train_state
 from runs import train
 from small import sharded
@@ -106,3 +107,18 @@ def test_a_loop_of_ones_own_over_stacked_states():
         stacked = stacked.replace(params=wavg.replicate(params, K))
     assert stacked.step.tolist() == [12, 12]
     assert loss(params, x[0], y[0]) < loss(state.params, x[0], y[0])
+
+
+@pytest.mark.usefixtures("standard_promotion")  # for Adam
+def test_a_state_of_frozen_dicts_comes_back_frozen():
+    """As older code of flax made them."""
+    thawed = made(Net(), State, tx=optax.adam(0.01))
+    state = State.create(
+        apply_fn=thawed.apply_fn,
+        params=freeze(thawed.params),
+        tx=thawed.tx,
+        batch_stats=freeze(thawed.batch_stats),
+    )
+    after = to_train_state(state, fitted(state))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert float(jnp.abs(after.opt_state[0].mu["Dense_0"]["kernel"]).max()) > 0

@@ -203,3 +203,34 @@ def test_streaming_needs_the_memory_of_one_tensor_of_all(files, tmp_path, monkey
     assert streamed - before < 8e6
     assert numpys < 32e6  # the result's 8 MB are read again by the test
     assert max(held) - before > 7 * 4e6
+
+
+def test_weights_of_float64_sum_to_1_there(files, tmp_path):
+    """A third in float32, three times, is 1.00000003."""
+    paths = files(*({"w": np.array([1 + k * 1e-12])} for k in range(3)))
+    for options in ({}, {"stream": False}):
+        _, found = averaged(tmp_path, paths, **options)
+        np.testing.assert_allclose(found["w"], [1 + 1e-12], rtol=1e-15)
+
+
+def test_what_is_given_in_vain_is_refused(files, tmp_path):
+    paths = files(FIRST, SECOND)
+    with pytest.raises(SettingsError, match="'share', which the weighting does not read; it reads none"):
+        averaged(tmp_path, paths, signals={"share": [3, 1]})
+    rule = wavg.proportional("share", higher_is_better=True)
+    with pytest.raises(SettingsError, match="signals are no numbers"):
+        averaged(tmp_path, paths, rule, signals={"share": ["a", "b"]})
+    with pytest.raises(SettingsError, match="is one of the checkpoints"):
+        average_checkpoints(paths, paths[0])
+
+
+def test_where_nothing_can_be_written_is_one_clear_error(files):
+    with pytest.raises(wavg.WorkdirError, match=r"/proc/soup.safetensors cannot be written"):
+        average_checkpoints(files(FIRST, SECOND), "/proc/soup.safetensors")
+
+
+def test_scores_need_held_out_samples(networks, tmp_path):
+    paths, task, shards = networks
+    empty = shards._replace(heldout=wavg.data.Split(shards.heldout.x[:0], shards.heldout.y[:0]))
+    with pytest.raises(SettingsError, match="no samples are held out"):
+        averaged(tmp_path, paths, wavg.softmax("loss"), task=task, data=empty)

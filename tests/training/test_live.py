@@ -175,3 +175,21 @@ def test_a_round_that_is_none_of_the_run_has_no_trace(tmp_path):
         run(sharded(**TWO), rounds=3, on_round=live.profile(4, tmp_path))
     with pytest.raises(wavg.SettingsError, match=r"profile: round is 0"):
         live.profile(0, tmp_path)
+
+
+def test_a_view_that_fails_is_left_out_with_a_warning_and_the_run_goes_on(tmp_path):
+    seen = []
+
+    @contextlib.contextmanager
+    def start(rows):
+        def see(row):
+            seen.append(row["round"])
+            if row["round"] == 2:
+                raise ConnectionError("no server")
+
+        yield see
+
+    with pytest.warns(wavg.WavgWarning, match=r"failed in round 2.*ConnectionError: no server"):
+        result = run(sharded(**TWO), rounds=4, workdir=tmp_path, on_round=Observer(start))
+    assert len(rounds_of(result)) == 4
+    assert seen == [1, 2]

@@ -169,7 +169,7 @@ def test_a_broken_replica_loses_its_weight_however_large_its_logits():
 
 @pytest.mark.parametrize("ignored", [-100, -1, 2, 7])
 def test_labels_of_no_class_do_not_count(ignored):
-    [(weights, fitted)], _ = two_classes([2.0, -2.0], THREE_OF_FOUR + [ignored] * 16, prior=2 * PRIOR)
+    [(weights, fitted)], _ = two_classes([2.0, -2.0], THREE_OF_FOUR + [ignored] * 16, prior=PRIOR)
     np.testing.assert_allclose(fitted, [0.75, 0.25], rtol=1e-5)
     np.testing.assert_array_equal(weights, fitted)
 

@@ -93,8 +93,8 @@ def _read(part: str, given: Iterable[Any], batched: bool, keys: Any, most: int |
 
 def _entry(part: str, item: Any, key: Any) -> np.ndarray:
     try:
-        return np.asarray(item[key])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        return np.array(item[key])  # a copy: the loader may fill the same memory again
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         has = f"the entries {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         said = " ".join(str(error).split())
         raise DataError(

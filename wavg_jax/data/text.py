@@ -100,10 +100,13 @@ def from_text(
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Reads a `tokenizer.json`; DataError if it is none."""
+    """Reads a `tokenizer.json`, but for the truncation and padding that many files ask for; DataError if it is none."""
     tokenizers = need("tokenizers", extra="tokenizers", why="tokenizer=")
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
     except OSError as error:
         raise DataError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # tokenizers raises Exception itself
@@ -125,6 +128,7 @@ def _tokens(raw: bytes, name: str, path: Path) -> tuple[np.ndarray, int, np.ndar
     sizes = np.array([len(c.encode()) for c in text], np.int64)
     at = np.concatenate([[0], np.cumsum(sizes)])
     starts = at[[*(start for start, _ in encoded.offsets), len(text)]]
-    classes = max(tokenizer.get_vocab_size(), 2)
+    # Numbers may have gaps, so that the largest is beyond the size.
+    classes = max(2, *(1 + number for number in tokenizer.get_vocab().values()))
     small = np.uint16 if classes <= 2**16 else np.int32
     return np.asarray(encoded.ids, small), classes, starts

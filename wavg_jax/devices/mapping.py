@@ -30,11 +30,14 @@ def _in_turn(function: Callable) -> Mapped:
 
         replicas = tree.count_replicas(stacked)
         # Zeros of what is given, else XLA sets their buffers aside before what comes before the loop has run.
-        zero = next((x.ravel()[0] * 0 for x in jax.tree.leaves(stacked) if jnp.issubdtype(x.dtype, jnp.floating)), 0)
-        zeros = jax.tree.map(
-            lambda x: jnp.broadcast_to(jnp.asarray(zero, x.dtype), (replicas, *x.shape)), jax.eval_shape(one, 0)
-        )
-        return jax.lax.fori_loop(0, replicas, write, zeros)
+        zero = next((x.ravel()[0] * 0 for x in jax.tree.leaves(stacked) if tree.is_float(x) and x.size), 0)
+
+        def zeros(x: Any) -> jax.Array:
+            if tree.is_key(x):
+                return jax.lax.full((replicas, *x.shape), 0, x.dtype)
+            return jnp.broadcast_to(jnp.asarray(zero, x.dtype), (replicas, *x.shape))
+
+        return jax.lax.fori_loop(0, replicas, write, jax.tree.map(zeros, jax.eval_shape(one, 0)))
 
     return mapped
 

@@ -36,7 +36,7 @@ class _Perceptron(BaseEstimator):
     def __init__(
         self,
         *,
-        hidden: Sequence[int] = (64,),
+        hidden: Sequence[int] | int = (64,),
         replicas: int = 4,
         local_steps: int = 10,
         rounds: int = 20,
@@ -62,10 +62,12 @@ class _Perceptron(BaseEstimator):
 
     def _train(self, x: np.ndarray, y: np.ndarray, classes: int | None, task: Task, default: Averager) -> None:
         """Trains on checked inputs [N, F] in float64 and targets, and keeps what predicting needs."""
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction!r}: give a share above 0 and below 1")
         if len(x) < 2:
             raise ValueError("found 1 sample; give 2 or more, of which one is held out to score the replicas")
-        self.mean_, spread = x.mean(axis=0), x.std(axis=0)
-        self.scale_ = np.where(spread > 0, spread, 1.0)
+        self.mean_ = x.mean(axis=0)
+        self.scale_ = _scale(self.mean_, x.std(axis=0))
         seed = int(check_random_state(self.random_state).randint(2**31))
         held = min(max(round(self.validation_fraction * len(x)), 1), len(x) - 1)
         replicas = min(self.replicas, len(x) - held)
@@ -87,7 +89,13 @@ class _Perceptron(BaseEstimator):
             layout=_LAYOUT if self.layout is None else self.layout,
             progress=False,
         )
-        self.params_, self.rows_ = jax.device_get(result.params), result.rows
+        self.params_ = jax.device_get(result.params)
+        # `fit` wants a test split, and here there is none.
+        self.rows_ = [{name: x for name, x in row.items() if not name.startswith("test_")} for row in result.rows]
+
+    def _widths(self) -> tuple[int, ...]:
+        """The widths of the hidden layers; a single one may be given as a number."""
+        return tuple(np.atleast_1d(self.hidden).tolist())
 
     def _standardised(self, x: np.ndarray) -> np.ndarray:
         return ((x - self.mean_) / self.scale_).astype(np.float32)
@@ -108,17 +116,18 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
 
     An estimator of scikit-learn: it goes into pipelines, `cross_val_score` and grid searches. Inputs are standardised;
     images, texts and networks of your own are for `wavg_jax.fit`. Estimators that differ in their samples alone share
-    compiled programs.
+    compiled programs, unless they have class weights or a clone of your `averager`.
 
     Args:
-      hidden: widths of the hidden layers.
+      hidden: widths of the hidden layers, or the width of one.
       replicas: K; fewer for fewer samples.
       local_steps: H, steps between two blends.
       rounds: how many blends.
       batch_size: samples per replica and step; fewer for fewer samples.
       learning_rate, momentum: of SGD, the inner optimizer.
-      averager: how replicas are blended; by default by `opinion_pool()`. See `wavg_jax.averager`.
-      validation_fraction: of the samples, held out to score replicas and blends; one at least.
+      averager: how replicas are blended; by default by `opinion_pool()`. See `wavg_jax.averager`. With one of your own,
+        only cloudpickle (which joblib uses) pickles the estimator.
+      validation_fraction: of the samples, above 0 and below 1, held out to score replicas and blends; one at least.
       class_weight: None, "balanced", or {class: weight}, how much a sample counts in the training loss beside others.
       layout: where replicas live; by default all on the first device.
       random_state: of the split, the initial parameters and the order of samples.
@@ -126,7 +135,7 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
     Attributes:
       classes_: the labels [C].
       params_: the network's parameters.
-      rows_: a row for the run and one per round; see `wavg_jax.storage.schema`.
+      rows_: a row for the run and one per round, without a test split; see `wavg_jax.storage.schema`.
 
     Example:
       >>> from sklearn.datasets import load_iris
@@ -139,7 +148,7 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
     def __init__(
         self,
         *,
-        hidden: Sequence[int] = (64,),
+        hidden: Sequence[int] | int = (64,),
         replicas: int = 4,
         local_steps: int = 10,
         rounds: int = 20,
@@ -182,7 +191,7 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
         if self.class_weight is not None:
             given = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
             weights = tuple((given / given[labels].mean()).tolist())  # lest large ones act as a large learning rate
-        task = _classifier(x.shape[1], len(self.classes_), tuple(self.hidden), weights)
+        task = _classifier(x.shape[1], len(self.classes_), self._widths(), weights)
         self._train(x, labels, len(self.classes_), task, _POOL)
         return self
 
@@ -199,7 +208,7 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
 
     def _logits(self, x: Any) -> np.ndarray:
         check_is_fitted(self)
-        return self._outputs(x, _classifier(self.n_features_in_, len(self.classes_), tuple(self.hidden), None))
+        return self._outputs(x, _classifier(self.n_features_in_, len(self.classes_), self._widths(), None))
 
 
 class WavgRegressor(RegressorMixin, _Perceptron):
@@ -228,16 +237,16 @@ class WavgRegressor(RegressorMixin, _Perceptron):
         """
         x, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         y = y.astype(np.float64)
-        self.target_mean_, spread = float(y.mean()), float(y.std())
-        self.target_scale_ = spread if spread > 0 else 1.0
+        self.target_mean_ = float(y.mean())
+        self.target_scale_ = float(_scale(y.mean(), y.std()))
         targets = ((y - self.target_mean_) / self.target_scale_).astype(np.float32)[:, None]
-        self._train(x, targets, None, _regressor(x.shape[1], tuple(self.hidden)), _SOFTMAX)
+        self._train(x, targets, None, _regressor(x.shape[1], self._widths()), _SOFTMAX)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
         """A number for each input [N]."""
         check_is_fitted(self)
-        outputs = self._outputs(X, _regressor(self.n_features_in_, tuple(self.hidden)))
+        outputs = self._outputs(X, _regressor(self.n_features_in_, self._widths()))
         return outputs[:, 0] * self.target_scale_ + self.target_mean_
 
 
@@ -246,22 +255,27 @@ _POOL, _SOFTMAX = make_averager(opinion_pool()), make_averager(softmax("loss", 0
 _LAYOUT = Layout(devices=1, replica_map="map")
 
 
-@functools.cache
+def _scale(mean: Any, spread: Any) -> Any:
+    """What to divide by: the standard deviation, or 1 where it is the rounding error of a constant."""
+    return np.where(spread > 10 * np.finfo(np.float64).eps * np.abs(mean), spread, 1.0)
+
+
+@functools.lru_cache(maxsize=64)
 def _inner(learning_rate: float, momentum: float) -> optax.GradientTransformation:
     return optax.sgd(learning_rate, momentum=momentum)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _classifier(features: int, classes: int, hidden: tuple[int, ...], weights: tuple[float, ...] | None) -> Task:
     make = functools.partial(models.classifier, class_weights=weights)
     return models.from_linen(models.MLP(hidden, classes), (features,), make=make)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _regressor(features: int, hidden: tuple[int, ...]) -> Task:
     return models.from_linen(models.MLP(hidden, 1), (features,), make=models.regressor)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _predict_of(task: Task) -> Callable[[Any, np.ndarray], jax.Array]:
     return jax.jit(lambda params, x: task.predict(params, {}, x))

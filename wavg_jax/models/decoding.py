@@ -57,6 +57,10 @@ def generate(
         )
     if prompt.ndim != 2 or not prompt.size or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise SettingsError(f"the prompt is {prompt.dtype} of shape {prompt.shape}: give integer tokens [B, P]")
+    vocabulary = getattr(module, "vocabulary", None)
+    concrete = not isinstance(prompt, jax.core.Tracer)
+    if vocabulary is not None and concrete and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+        raise SettingsError(f"the prompt has tokens outside [0, {vocabulary}), the vocabulary of the module")
     if rng is None:
         if temperature:
             raise SettingsError(f"temperature={temperature:g} draws at random: set rng= to a key")

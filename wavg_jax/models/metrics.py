@@ -16,9 +16,10 @@ Metric = Callable[[jax.Array, jax.Array], jax.Array]
 def with_metrics(task: Task, **metrics: Metric) -> Task:
     """Adds metrics to a task, each the mean over samples of a function.
 
-    They are recorded as `test_{name}`, and are signals for weightings, such as `softmax("top3")`. What is no mean over
-    samples, such as the area under a curve, needs all predictions at once: compute it in a callback made by
-    `wavg_jax.with_state`, or by `Task._replace(measure=, metrics=)` from sums of any shape.
+    They are recorded as `test_{name}`, and are signals for weightings, such as `softmax("top3",
+    higher_is_better=True)`. What is no mean over samples, such as the area under a curve, needs all predictions at
+    once: compute it in a callback made by `wavg_jax.with_state`, or by `Task._replace(measure=, metrics=)` from sums of
+    any shape.
 
     Args:
       task: the task; its own metrics stay.

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict, freeze, unfreeze
 from flax.training.train_state import TrainState
 
 from wavg_jax import tree
@@ -55,8 +56,8 @@ def from_train_state(state: TrainState, *, make: Callable[[Init, Apply], Task] =
             "(state.params, {}), apply)"
         )
     trains = "train" in inspect.signature(type(module).__call__).parameters
-    mutable = {name: getattr(state, name) for name in _collections(state)}
-    network = jax.tree.map(jnp.asarray, (state.params, mutable))
+    mutable = {name: unfreeze(getattr(state, name)) for name in _collections(state)}
+    network = jax.tree.map(jnp.asarray, (unfreeze(state.params), mutable))
     return make(lambda rng: network, applied(module, trains=trains))
 
 
@@ -83,16 +84,22 @@ def to_train_state(state: TrainState, result: Any) -> TrainState:
       SettingsError: `state` is none, or the parameters of `result` are not like its own.
     """
     check("state", state, _STATE)
-    if _structure(result.params) != _structure(state.params):
+    if _structure(result.params) != _structure(unfreeze(state.params)):
         raise SettingsError("the result has other parameters than state; give the state that the task was made of")
     replicas = result.state.replicas.opt_state
-    if _structure(replicas) == _structure(state.opt_state):
-        opt_state = jax.tree.map(_mean, replicas)
+    params = _as_in(state.params, result.params)
+    if _structure(replicas) == _structure(jax.eval_shape(state.tx.init, unfreeze(state.params))):
+        opt_state = jax.tree.unflatten(_structure(state.opt_state), jax.tree.leaves(jax.tree.map(_mean, replicas)))
     else:
-        opt_state = state.tx.init(result.params)
+        opt_state = state.tx.init(params)
     steps = sum(row["local_steps"] for row in result.rows[1:])
-    mutable = {name: result.mutable[name] for name in _collections(state)}
-    return state.replace(step=state.step + steps, params=result.params, opt_state=opt_state, **mutable)
+    mutable = {name: _as_in(getattr(state, name), result.mutable[name]) for name in _collections(state)}
+    return state.replace(step=state.step + steps, params=params, opt_state=opt_state, **mutable)
+
+
+def _as_in(given: PyTree, found: PyTree) -> PyTree:
+    """Frozen like what was given."""
+    return freeze(found) if isinstance(given, FrozenDict) else found
 
 
 def _structure(given: PyTree) -> Any:

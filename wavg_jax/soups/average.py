@@ -16,7 +16,7 @@ from wavg_jax.arguments import check_fields
 from wavg_jax.averaging.averager import averager
 from wavg_jax.averaging.reduce import Reduction, weighted_mean
 from wavg_jax.averaging.transforms import Transform
-from wavg_jax.base import Averager, DataError, SettingsError, Task, Weighting
+from wavg_jax.base import Averager, DataError, SettingsError, Task, Weighting, WorkdirError
 from wavg_jax.data import ShardedData
 from wavg_jax.rounds.score import SCORING, Scoring
 from wavg_jax.soups.judge import Judge, loaded
@@ -127,8 +127,8 @@ def average_checkpoints(
     moves = deltas or transform is not None or outer is not None
     if moves and base is None:
         raise SettingsError("this rule reads how far checkpoints moved: give base=, what they were fine-tuned from")
-    rule = averager(weighting, outer=outer, reduce=reduce, transform=transform, deltas=deltas)
-    own = {name: jnp.asarray(value, jnp.float32) for name, value in (signals or {}).items()}
+    _check_files(paths, out, base)
+    own = _given(weighting, signals or {}, len(paths))
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(open_tensors(path)) for path in paths]
         start = checkpoints[0] if base is None else stack.enter_context(open_tensors(base))
@@ -136,8 +136,12 @@ def average_checkpoints(
         specs = checkpoints[0].specs
         if any(spec.dtype == np.float64 for spec in specs.values()):
             stack.enter_context(jax.enable_x64(True))
+            reduce = _by_wide_weights(reduce)
+        rule = averager(weighting, outer=outer, reduce=reduce, transform=transform, deltas=deltas)
         found = surveyed(checkpoints)
         judge = None if task is None or data is None else Judge(task, data, scoring, specs)
+        if judge is not None and data is not None and not len(data.heldout.y) and set(rule.needs) - own.keys():
+            raise SettingsError("no samples are held out, and the weighting scores some: hold some out (heldout=)")
         folder = pathlib.Path(stack.enter_context(_beside(pathlib.Path(out).expanduser())))
         measured = _measured(checkpoints, found, rule, own, judge, folder, stack)
         job = _Job(checkpoints, start, found, rule, own | measured, judge)
@@ -148,11 +152,63 @@ def average_checkpoints(
         return Soup(weights, scores, quality, len(found.averaged), len(found.kept))
 
 
+def _check_files(paths: Sequence[str | PathLike[str]], out: str | PathLike[str], base: Any) -> None:
+    """Raises SettingsError if the result would be written over what is read."""
+    target = pathlib.Path(out).expanduser().resolve()
+    for path in (*paths, *([] if base is None else [base])):
+        if pathlib.Path(path).expanduser().resolve() == target:
+            raise SettingsError(f"out={str(out)!r} is one of the checkpoints: give another file to write")
+
+
+def _given(weighting: Weighting, signals: Mapping[str, Any], count: int) -> dict[str, jax.Array]:
+    """The signals that the caller gives, one number for each checkpoint.
+
+    Raises:
+      SettingsError: the weighting does not read one, or it is no such numbers.
+    """
+    for name in signals:
+        if name not in weighting.needs:
+            raise SettingsError(
+                f"signals has {name!r}, which the weighting does not read; it reads "
+                f"{', '.join(map(repr, weighting.needs)) or 'none'}"
+            )
+    try:
+        own = {name: jnp.asarray(value, jnp.float32) for name, value in signals.items()}
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"signals are no numbers ({error}): give one number for each checkpoint") from None
+    for name, x in own.items():
+        if x.shape != (count,):
+            raise SettingsError(f"signals[{name!r}] has shape {x.shape}: give one number for each checkpoint")
+    return own
+
+
+def _by_wide_weights(reduce: Reduction) -> Reduction:
+    """Weights in float64, which sum to 1 there: a third in float32 is too large in the eighth digit."""
+
+    def wide(weights: jax.Array) -> jax.Array:
+        weights = weights.astype(jnp.float64)
+        total = weights.sum(axis=0)
+        return weights / jnp.where(total > 0, total, 1)
+
+    def reduced(stacked: Any, weights: Any, **options: Any) -> Any:
+        return reduce(stacked, jax.tree.map(wide, weights), **options)
+
+    return reduced
+
+
 @contextlib.contextmanager
 def _beside(out: pathlib.Path) -> Iterator[str]:
-    """A folder for what does not fit memory; on the disk that the result goes to, if it exists."""
-    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None, prefix=".soup-") as folder:
-        yield folder
+    """A folder for what does not fit memory; on the disk that the result goes to, if it exists.
+
+    Raises:
+      WorkdirError: nothing can be written there.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None, prefix=".soup-")
+    except OSError as error:
+        raise WorkdirError(f"{out} cannot be written: {error.strerror or error}; choose another out=") from error
+    with folder as path:
+        yield path
 
 
 def _measured(
@@ -170,9 +226,6 @@ def _measured(
       {signal: [K], logits [K, S, C], or, of one with numbers for every tensor, a function of the tensor's name that
       reads files in `folder`}.
     """
-    for name, x in own.items():
-        if x.shape != (len(checkpoints),):
-            raise SettingsError(f"signals[{name!r}] has shape {x.shape}: give one number for each checkpoint")
     needs = [name for name in rule.needs if name not in own]
     if not needs:
         return {}

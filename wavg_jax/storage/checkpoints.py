@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavg_jax.base import MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
+from wavg_jax.base import DataError, MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.devices import processes
 from wavg_jax.extras import need
 from wavg_jax.storage.rows import write_atomically
@@ -192,12 +192,16 @@ def orbax_arrays(path: pathlib.Path) -> tuple[dict[str, Any], Callable[[str], np
     stored = ocp.metadata(path.absolute()).metadata
     ours = isinstance(stored, dict) and {"params", "replicas", "averager"} <= stored.keys()
     parts = [("params",), ("mutable",)] if ours else [()]
-    places = {
-        tree_name(keys[len(part) :]): keys
+    found = [
+        (tree_name(keys[len(part) :]), keys)
         for keys, _ in jax.tree.leaves_with_path(stored)
         for part in parts
         if tuple(str(getattr(key, "key", key)) for key in keys[: len(part)]) == part
-    }
+    ]
+    places = dict(found)
+    if len(places) < len(found):
+        twice = next(name for name, _ in found if sum(name == other for other, _ in found) > 1)
+        raise DataError(f"{path} has two arrays of the name {twice!r}: rename one, a parameter or a collection's entry")
     leaves = {keys: leaf for keys, leaf in jax.tree.leaves_with_path(stored) if hasattr(leaf, "shape")}
 
     def read(name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What `fit` calls after every round."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from wavg_jax.arguments import FUNCTION, as_whole, check
-from wavg_jax.base import TrainState
+from wavg_jax.base import TrainState, WavgWarning
 from wavg_jax.storage.schema import Row
 
 
@@ -29,7 +30,8 @@ class Observer(NamedTuple):
 
     Attributes:
       start: `rows -> context manager of f(row)`; `rows` are the run's first row and those of the rounds done before.
-      waits: whether rounds wait for it. One that does not only looks: what it returns ends nothing.
+      waits: whether rounds wait for it. One that does not only looks: what it returns ends nothing, and if it fails, a
+        warning says so and the run goes on without it.
     """
 
     start: Callable[[Sequence[Row]], contextlib.AbstractContextManager[Callable[[Row], Any]]]
@@ -93,8 +95,31 @@ def started(
             if not isinstance(callback, Observer):
                 waiting.append(callback)
             elif first:
-                (waiting if callback.waits else looking).append(stack.enter_context(callback.start(rows)))
+                see = stack.enter_context(callback.start(rows))
+                waiting.append(see) if callback.waits else looking.append(_guarded(see))
         yield waiting, lambda row: [see(row) for see in looking]
+
+
+def _guarded(see: Callable[[Row], Any]) -> Callable[[Row], None]:
+    """One that looks no more once it has failed, with a warning: a logger's server must not end a run."""
+    works = True
+
+    def look(row: Row) -> None:
+        nonlocal works
+        if works:
+            try:
+                see(row)
+            except Exception as error:
+                works = False
+                said = " ".join(str(error).split())[:300]
+                warnings.warn(
+                    f"a live view failed in round {row['round']}, and sees no more of this run: "
+                    f"{type(error).__name__}: {said}",
+                    WavgWarning,
+                    stacklevel=2,
+                )
+
+    return look
 
 
 def ends(callbacks: Sequence[Told], row: Row, state: TrainState) -> bool:

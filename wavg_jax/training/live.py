@@ -1,7 +1,8 @@
 """Views of a run while it goes on: TensorBoard, MLflow, Weights & Biases, and a trace of one round.
 
-Each is given to `fit(on_round=...)`. Loggers only look, so rounds do not wait for them: they are told of a round while
-the next one trains. Of several processes the first alone logs.
+Each is given to `fit(on_round=...)`. Loggers only look: they are told of a round while the next one trains, so one that
+takes less than a round costs nothing, and one that fails is left out with a warning. Of several processes the first
+alone logs.
 """
 
 import contextlib
@@ -123,7 +124,8 @@ def tensorboard(folder: str | os.PathLike[str]) -> Observer:
         path = str(pathlib.Path(folder).expanduser() / run["run"])
         # Files are named by the second, and the second of two within one would write over the first.
         options = {"filename_suffix": f".{len(rows):08d}", "flush_secs": 5}
-        with writers.SummaryWriter(path, purge_step=len(rows) if len(rows) > 1 else None, **options) as writer:
+        # What is there of later rounds is another run's, or will be logged again.
+        with writers.SummaryWriter(path, purge_step=len(rows) - (len(rows) == 1), **options) as writer:
             table = "\n".join(f"| {name} | {value} |" for name, value in facts(run).items())
             writer.add_text("run", f"| setting | value |\n|---|---|\n{table}", len(rows) - 1)
 
@@ -189,7 +191,10 @@ def mlflow(tracking_uri: str, *, experiment: str = "wavg_jax") -> Observer:
 
     @contextlib.contextmanager
     def start(rows: Sequence[Row]) -> Iterator[Callable[[Row], None]]:
-        which, there = find(rows[0])
+        try:
+            which, there = find(rows[0])
+        except library.exceptions.MlflowException as error:
+            raise SettingsError(f"MLflow does not take a run of experiment={experiment!r}: {error}") from None
         done = len(rows) - 1
 
         def log(row: Row, numbers: dict[str, float]) -> None:
@@ -275,7 +280,7 @@ def profile(round: int, folder: str | os.PathLike[str]) -> Observer:
         def see(row: Row) -> None:
             nonlocal running
             if row["round"] == round - 1:
-                jax.profiler.start_trace(os.fspath(folder), create_perfetto_trace=True)
+                jax.profiler.start_trace(pathlib.Path(folder).expanduser(), create_perfetto_trace=True)
                 running = True
             elif running:
                 jax.profiler.stop_trace()

@@ -143,9 +143,9 @@ class _Books:
         )
         own = {} if state is None or launched.number < self._run.plan.rounds else self._run.final(state)
         self._journal.append(own | row | launched.entries | self._quality(launched, state))
-        self._show(self._journal.rows()[-1])
         if launched.kept is not None:
             self._journal.save(launched.kept)
+        self._show(self._journal.rows()[-1])
 
     def _quality(self, launched: _Launched, state: TrainState | None) -> Row:
         measured = launched.measured

@@ -65,14 +65,14 @@ class _Problem(NamedTuple):
     share: jax.Array
     sound: jax.Array
     prior: jax.Array
-    strength: float
+    strength: jax.Array
 
 
 def _problem(logits: jax.Array, labels: jax.Array, sound: jax.Array, prior: jax.Array, samples: float) -> _Problem:
     """Makes the problem of logits [K, S, C] of the `sound` replicas, with a prior worth that many samples."""
     valid = ((labels >= 0) & (labels < logits.shape[-1])).astype(jnp.float32)
-    share = valid / jnp.maximum(valid.sum(), 1)
-    return _Problem(logits, labels, share, sound, prior, samples / logits.shape[1])
+    count = jnp.maximum(valid.sum(), 1)
+    return _Problem(logits, labels, valid / count, sound, prior, samples / count)
 
 
 class _Block(NamedTuple):
