@@ -180,6 +180,7 @@ def test_few_replicas_leave_scenarios_that_differ(replicas):
 
 MADE_BY = {
     "digits": compare,
+    "language": compare,
     "fashion": compare,
     "smoke": train,
     "reductions": reductions,
