@@ -58,7 +58,7 @@ class Statistic(NamedTuple):
 
     @property
     def too_few(self) -> bool:
-        """Whether there are too few seeds to show anything, since two may agree by chance, above all on coarse values."""
+        """Whether there are too few seeds to show anything; two may agree by chance, above all on coarse values."""
         return self.n <= 2
 
 
