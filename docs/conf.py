@@ -107,7 +107,8 @@ def move_links(text, folder):
 
 
 def move_included(app, path, parent, text):
-    text[0] = move_links(text[0], path.parent)
+    without_badges = re.sub(r"^\[!\[.*\n", "", text[0], flags=re.MULTILINE)  # of pictures from elsewhere
+    text[0] = move_links(without_badges, path.parent)
 
 
 def move_linked(app, page, text):

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom on a CPU, with a short budget."""
 
+import copy
 import pathlib
 import subprocess
 from types import SimpleNamespace
@@ -53,8 +54,8 @@ def shortened(source, lines):
 
 def executed(name, folder):
     """The notebook, run with a short budget; what it would install is tested as it is."""
-    notebook = nbformat.from_dict(NOTEBOOKS[name])
-    notebook.cells = [cell.copy() for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
+    notebook = copy.deepcopy(NOTEBOOKS[name])
+    notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     parameters = tagged(notebook, "parameters")
     parameters.source = shortened(parameters.source, SHORT[name])
     notebook.cells.append(nbformat.v4.new_code_cell(CHECKS.get(name, "")))
