@@ -10,7 +10,7 @@ def digits() -> Dataset:
     """Loads the 1,797 handwritten digits of scikit-learn, in a fixed 80:20 split of every class.
 
     Returns:
-      Images [N, 8, 8], uint8, with the published values 0 to 16 (not 0 to 255; standardisation makes up for it): 1,437
+      Images [N, 8, 8], uint8, with the published values 0 to 16 (not 0 to 255; standardisation makes up for it); 1,437
       for training and 360 for testing, every class in the same proportion in both.
 
     Reference: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", 1998, CC BY 4.0,

@@ -52,7 +52,7 @@ def fit(
       them did; and `audits`.
 
     Raises:
-      What `wavg_jax.fit` raises; and
+      WavgError: what `wavg_jax.fit` raises.
       MissingExtra: Ray is not installed; it comes with the extra `ray`.
       SettingsError: workers cannot be started, or the cluster not be joined.
       TooFew: fewer than `Workers.min_replicas` came for longer than `Workers.patience`.

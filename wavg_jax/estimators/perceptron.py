@@ -214,12 +214,10 @@ class WavgClassifier(ClassifierMixin, _Perceptron):
 class WavgRegressor(RegressorMixin, _Perceptron):
     """A multilayer perceptron for numbers, trained as K replicas on K parts of the samples and blended by weights.
 
-    Inputs and targets are standardised. See `WavgClassifier`.
+    Inputs and targets are standardised. See `WavgClassifier`, which has the same other arguments.
 
     Args:
       averager: how replicas are blended; by default `softmax("loss", 0.1)`, of losses in variances of the targets.
-      hidden, replicas, local_steps, rounds, batch_size, learning_rate, momentum, validation_fraction, layout,
-        random_state: as for `WavgClassifier`.
 
     Example:
       >>> from sklearn.datasets import load_diabetes

@@ -40,7 +40,7 @@ class Statistic(NamedTuple):
 
     @property
     def half_width(self) -> float:
-        """Half the width of the mean's 95 % interval by Student's t: with 3 seeds, 2.5 times their sd.
+        """Half the width of the mean's 95 % interval by Student's t, which is 2.5 times the sd with 3 seeds.
 
         >>> round(Statistic.of([1.0, 2.0, 3.0]).half_width, 3)
         2.484
@@ -58,7 +58,7 @@ class Statistic(NamedTuple):
 
     @property
     def too_few(self) -> bool:
-        """Whether there are too few seeds to show anything: two may agree by chance, above all on coarse values."""
+        """Whether there are too few seeds to show anything; two may agree by chance, above all on coarse values."""
         return self.n <= 2
 
 

@@ -37,12 +37,12 @@ HIGHER_IS_BETTER = {
 """Every signal that `fit` can measure, and whether higher is better."""
 
 FREE = ("train_loss", "samples", "steps")
-"""Signals that need no extra pass: the mean loss over the round's local steps (nats), the number of samples in the
-replica's shard, and the number of local steps it took."""
+"""Signals that need no extra pass. They are the mean loss over the round's local steps (nats), the number of samples in
+the replica's shard, and the number of local steps it took."""
 
 OF_SAMPLES = ("logits", "labels", "evaluate")
-"""Signals that are no scores: the replicas' logits on held-out samples [K, S, C], float32; the samples' labels [S],
-integers; and the metrics of a blend, a function `(params, weights [K]) -> {metric: scalar}`."""
+"""Signals that are no scores. They are the replicas' logits on held-out samples [K, S, C], float32; the samples' labels
+[S], integers; and the metrics of a blend, a function `(params, weights [K]) -> {metric: scalar}`."""
 
 
 _PER_TENSOR: dict[str, Callable[[jax.Array], tuple[int, ...]]] = {
