@@ -122,8 +122,10 @@ def make_axes(theme: Theme, title: str, subtitle: str, height: float, width: flo
     return figure, ax
 
 
-def legend(theme: Theme, ax: Axes, columns: int = 4) -> None:
-    """Names the lines, above the axes, where the names cover nothing."""
+def legend(theme: Theme, ax: Axes) -> None:
+    """Names the lines, above the axes, where the names cover nothing; fewer in a row where a name is long."""
+    _, names = ax.get_legend_handles_labels()
+    columns = 3 if max(map(len, names), default=0) > len("sequential") else 4
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),

@@ -255,7 +255,7 @@ def _weights(one: Summary, arm: ArmSummary, shares: Shares) -> list[str]:
         for i, rounds in enumerate(shares.dead)
         if rounds
     ]
-    if arm.name == one.reference or shares.lost == shares.rounds:
+    if arm.name == one.reference or not arm.weighted or shares.lost == shares.rounds:
         return lines
     effective = f"effective number {shares.effective_mean:.2f} of {k} replicas"
     if shares.uniform:

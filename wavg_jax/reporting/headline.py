@@ -99,7 +99,7 @@ def _difference(one: Summary, measure: Measure) -> str:
     line = f"{one.focus.name} {MINUS} {one.reference}: {signed(measure.scale * d.mean, decimals)}{unit}"
     if d.too_few:
         return f"{line} (too few seeds to tell)"
-    return f"{line}, 95 % interval {interval(d, measure.scale, decimals)}"
+    return f"{line} (95 %: {interval(d, measure.scale, decimals)})"
 
 
 def _arm(axes: Axes, theme: Theme, arm: ArmSummary, measure: Measure, y: float, place: int) -> None:

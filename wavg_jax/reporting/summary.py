@@ -48,6 +48,11 @@ class ArmSummary(NamedTuple):
         return tuple(run.seed for run in self.runs)
 
     @property
+    def weighted(self) -> bool:
+        """Whether its replicas may have weights that differ."""
+        return self.shares is not None and self.runs[0].header.get("weighting") != "uniform"
+
+    @property
     def same_hardware(self) -> bool:
         """Whether this arm and the reference ran on the same hardware, so that computed times can be compared."""
         return _agree(self.pairs, "hardware")
@@ -114,8 +119,12 @@ class Summary(NamedTuple):
 
     @property
     def focus(self) -> ArmSummary:
-        """The arm that is drawn in detail: the last with the most replicas, but the reference only for want of one."""
-        return max(reversed(self.arms), key=lambda arm: (arm.runs[0].replicas, arm.name != self.reference))
+        """The arm that is drawn in detail: the first with weights that differ, of those with the most replicas; without
+        one the last, but the reference only for want of another."""
+        most = max(arm.runs[0].replicas for arm in self.arms)
+        several = [arm for arm in self.arms if arm.runs[0].replicas == most and arm.name != self.reference]
+        weighted = [arm for arm in several if arm.weighted]
+        return weighted[0] if weighted else several[-1] if several else self.arms[0]
 
     @property
     def comparable(self) -> bool:
