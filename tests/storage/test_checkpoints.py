@@ -24,7 +24,7 @@ from runs import AVERAGER, OPTIONS, run, same
 from small import sharded
 
 import wavg_jax as wavg
-from wavg_jax.storage import checkpoints
+from wavg_jax.storage import checkpoints, noise
 from wavg_jax.storage.checkpoints import SUMS, Found, open_checkpoints, snapshot
 from wavg_jax.storage.rows import Records, read_rows
 
@@ -209,7 +209,7 @@ def test_a_save_that_never_began_leaves_nothing_that_looks_whole(when, failure, 
 
 
 def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_let_go", pytest.fail)  # there are no writes to wait for
+    monkeypatch.setattr(noise, "let_go", pytest.fail)  # there are no writes to wait for
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(wavg.WorkdirError, match="no checkpoint can be written") as raised,
