@@ -22,8 +22,8 @@ from wavg_jax.storage.schema import FILE, Row
 
 _CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
 """Entries of rows that tell the time."""
-_PATIENCE = 180.0
-"""Seconds after which a process that has not ended hangs."""
+_PATIENCE = 900.0
+"""Seconds after which a process that has not ended hangs; on a busy machine others take long to start."""
 _POLL = 0.002
 _SOON = 3
 """A kill waits for at most so many entries into its phase, so that a run survives many kills."""
