@@ -17,6 +17,7 @@ import contextlib
 import json
 import pathlib
 import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -84,12 +85,15 @@ def main(argv: Sequence[str]) -> None:
             draw = random.Random(f"{F.kill_seed} {form.name} {number}")
             kills = lives.plan(form, min(_KILLS_OF_A_LIFE, record.left()), draw)
             folder = workdir / "scratch" / f"{form.name}-{number}"
+            shutil.copytree(workdir / "scratch" / form.name / "cache", folder / "cache")
             for step in lives.live(form, expected[form.name], folder, kills, draw):
                 if isinstance(step, Outcome):
                     record.add(form, step)
                 else:
                     advance(f"{form.name}: killed {step}, {record.count_lost()} lost")
             record.write(workdir)
+    for name in expected:
+        shutil.rmtree(workdir / "scratch" / name)
     with contextlib.suppress(OSError):  # what was lost stays there
         (workdir / "scratch").rmdir()
     app.console().print((workdir / "torture.md").read_text())

@@ -174,12 +174,12 @@ class Life:
             if not path.read_bytes().endswith(b"IEND\xaeB`\x82"):
                 raise Lost(f"{path.name} is not whole")
 
-    def die(self, kill: Kill, seconds: float) -> str | None:
+    def die(self, kill: Kill, seconds: dict[str, float]) -> str | None:
         """Starts the run, or resumes it, and kills it.
 
         Args:
           kill: when.
-          seconds: that the phase takes.
+          seconds: that each phase takes; put right by what is seen.
 
         Returns:
           The phase in which the kill fell; None if the run came to its end before.
@@ -193,12 +193,13 @@ class Life:
                 if time.monotonic() > end:
                     raise Lost(f"hung before it was killed: {self._said()}")
                 time.sleep(_POLL)
-            time.sleep(kill.share * seconds)
+            time.sleep(kill.share * seconds.get(kill.phase, 0.0))
             for index in kill.victims:
                 running[index].kill()
             for index in kill.victims:
                 running[index].join()
             phase = marks[0].now()
+            seconds.update(marks[0].seconds())
             for process in running:
                 process.join(_PATIENCE)
             codes = [process.exitcode for process in running]
@@ -222,21 +223,16 @@ class Life:
 
 
 def reference(form: Form, folder: pathlib.Path) -> End:
-    """Runs a form undisturbed, twice, the second time with the programs that the first one compiled.
+    """Runs a form undisturbed, and leaves its compiled programs in the folder.
 
     Raises:
-      WavgError: the two differ, or one fails.
+      WavgError: it fails.
     """
-    first, second = Life(form, folder / "first"), Life(form, folder / "second")
+    life = Life(form, folder)
     try:
-        ends = [first.finish()]
-        first.cache.rename(second.cache)
-        ends.append(second.finish())
-        compare(*ends)
+        return life.finish()
     except Lost as lost:
         raise WavgError(f"the run {form.name!r} fails undisturbed: {lost}") from lost
-    shutil.rmtree(folder)
-    return ends[1]
 
 
 def compare(expected: End, found: End) -> None:
@@ -290,7 +286,7 @@ def live(form: Form, expected: End, folder: pathlib.Path, kills: Sequence[Kill],
     life, phases = Life(form, folder), list[str]()
     try:
         for kill in kills:
-            phase = life.die(kill, expected.seconds.get(kill.phase, 0.0))
+            phase = life.die(kill, expected.seconds)
             if phase is None:
                 break
             phases.append(phase)
