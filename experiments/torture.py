@@ -51,7 +51,7 @@ FORMS = {
     )
 }
 """Name -> what is run."""
-_KILLS_OF_A_LIFE = 12
+_KILLS_OF_A_LIFE = 6
 
 flags.DEFINE_integer("kills", 200, "Kills in all, over all forms.", lower_bound=1)
 flags.DEFINE_float("minutes", None, "Begin no further run after so many minutes; by default none ends early.", 0)
