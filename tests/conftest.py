@@ -39,6 +39,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimize", action="store_true", help="compile all tests as users' programs, not those marked optimized alone"
     )
+    parser.addoption("--damage", type=int, default=50, help="how many damaged files of each kind to read")
 
 
 def pytest_configure(config):
@@ -93,6 +94,12 @@ def compile_quickly(asked):
     """Sets how programs are compiled from now on, here and in the processes that are started."""
     jax.config.update("jax_disable_most_optimizations", asked)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(asked))
+
+
+@pytest.fixture
+def times(request):
+    """How many damaged files of a kind to read."""
+    return request.config.getoption("--damage")
 
 
 @pytest.fixture
