@@ -8,6 +8,7 @@ processes and the next run. `--optimize` compiles everything as a user would; `-
 import os
 import pathlib
 import shutil
+import subprocess
 
 import jax
 
@@ -100,6 +101,20 @@ def compile_quickly(asked):
 def times(request):
     """How many damaged files of a kind to read."""
     return request.config.getoption("--damage")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import random
 
 from wavg_jax.base import WavgError
@@ -40,6 +41,36 @@ def damaged(raw, draw):
                 other = draw.randrange(size)
                 raw[at], raw[other] = raw[other], raw[at]
     return bytes(raw)
+
+
+_ODD = (None, True, 0, -1, 2.5, 1e308, 10**30, "", "x", "<b>", "\u202e", [], {}, [[]], [None], [0.5] * 9, {"a": 1})
+
+
+def odd(rows, draw):
+    """Rows with one to three changes that leave them JSON: other values at any depth, entries or rows lost or twice."""
+    rows = json.loads(json.dumps(rows))
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        row = draw.choice(rows)
+        match draw.choice(["value", "value", "inside", "drop", "row", "twice", "order"]):
+            case "value":
+                row[draw.choice(list(row))] = draw.choice(_ODD)
+            case "inside":
+                if nested := [value for value in row.values() if isinstance(value, list | dict) and value]:
+                    value = draw.choice(nested)
+                    value[draw.choice(list(value) if isinstance(value, dict) else range(len(value)))] = draw.choice(
+                        _ODD
+                    )
+            case "drop":
+                del row[draw.choice(list(row))]
+            case "row":
+                rows.remove(row)
+            case "twice":
+                rows.append(dict(row))
+            case "order":
+                draw.shuffle(rows)
+        if not (rows and all(rows)):
+            return rows
+    return rows
 
 
 @contextlib.contextmanager

@@ -339,20 +339,6 @@ def test_others_may_log_while_a_run_has_its_folder_open(workdir, caplog):
     assert "a word of the user's own" in caplog.text
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("kilobytes", [12, 24, 32, 48, 80, 96])
 def test_a_full_disk_leaves_nothing_half_written_and_the_run_resumes_when_freed(kilobytes, disk, straight, recwarn):
     ballast = disk / "ballast"

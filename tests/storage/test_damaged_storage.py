@@ -2,16 +2,17 @@
 restored. `--damage=2000` tries so many of each kind."""
 
 import json
+import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from damage import read_damaged
-from reports import make_run
+from damage import odd, read_damaged
+from reports import make_run, text_of
 
 from wavg_jax import reporting
-from wavg_jax.base import Replicas, TrainState
+from wavg_jax.base import DataError, Replicas, TrainState
 from wavg_jax.storage.checkpoints import open_checkpoints, snapshot
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.tensors import open_tensors, save_safetensors
@@ -39,6 +40,20 @@ def test_a_damaged_file_is_read_or_refused_with_one_line(kind, times, tmp_path):
     read = kind(tmp_path)
     read()
     assert read_damaged(tmp_path, read, times, kind.__name__).total() == times
+
+
+def test_odd_rows_are_reported_or_refused_with_one_line(times, tmp_path):
+    recorded = [row for arm in ("plain", "weighted") for seed in (0, 1) for row in make_run(arm, seed, (), rounds=2)]
+    draw, refused = random.Random(0), 0
+    for _ in range(times):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd(recorded, draw)))
+        try:
+            said = text_of(read_rows(tmp_path))
+        except DataError as error:
+            said, refused = str(error), refused + 1
+            assert "\n" not in said
+        assert said
+    assert 0 < refused < times
 
 
 def same(a, b):
