@@ -30,8 +30,8 @@ from absl import flags
 
 import wavg_jax as wavg
 from experiments.elastic import READS as ELASTIC
-from experiments.elastic import check_arm, command, read_workers
-from experiments.setup import app, arms, problem, shared_flags
+from experiments.elastic import check_arm, read_workers
+from experiments.setup import app, arms, captions, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
 from wavg_jax.base import SettingsError, WavgWarning
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     chaos = Chaos(workdir / "pids", F.seed)
     wild = _elastic(workdir, "disturbed", chaos)
     figures = {
-        "command": command(),
+        "command": captions.command_line(),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         "undisturbed": _figures(calm.rows),

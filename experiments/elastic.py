@@ -9,8 +9,6 @@ worker, and checkpoints to --workdir.
 """
 
 import functools
-import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -52,12 +50,6 @@ def check_arm() -> None:
     """Raises SettingsError if the arm has one replica, which only one worker could train."""
     if F.arm not in ELASTIC_ARMS:
         raise SettingsError(f"--arm={F.arm}: elastic runs have {' or '.join(ELASTIC_ARMS)}, whose replicas are many")
-
-
-def command() -> str:
-    """The command line, without the folders of one machine."""
-    own = [argument for argument in sys.argv[1:] if not argument.startswith(("--data_dir=", "--workdir="))]
-    return " ".join([f"python -m experiments.{pathlib.Path(sys.argv[0]).stem}", *own])
 
 
 def read_workers() -> elastic.Workers:

@@ -23,8 +23,8 @@ from typing import Any
 from absl import flags
 
 from experiments.elastic import READS as ELASTIC
-from experiments.elastic import check_arm, command
-from experiments.setup import app, arms, problem, shared_flags
+from experiments.elastic import check_arm
+from experiments.setup import app, arms, captions, problem, shared_flags
 from experiments.setup.conditions import read_condition
 from wavg_jax import elastic
 from wavg_jax.base import WavgWarning
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
                 given = arm, task, sharded, condition, seed, advance
                 result = arms.run_arm(*given, workdir=workdir, name=run, views=[_at_target], fit=fit)
                 found[name].append(_figures(result.rows))
-    head: Row = {"command": command()}
+    head: Row = {"command": captions.command_line()}
     head |= {"hardware": machine.hardware(), "versions": machine.versions(), "seeds": list(seeds)}
     write_atomically(workdir / "stragglers.json", (json.dumps(head | {"ways": found}, indent=1) + "\n").encode())
     text = _markdown(head, found)

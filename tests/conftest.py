@@ -8,6 +8,7 @@ processes and the next run. `--optimize` compiles everything as a user would; `-
 import os
 import pathlib
 import shutil
+import subprocess
 
 import jax
 
@@ -39,6 +40,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimize", action="store_true", help="compile all tests as users' programs, not those marked optimized alone"
     )
+    parser.addoption("--damage", type=int, default=50, help="how many damaged files of each kind to read")
 
 
 def pytest_configure(config):
@@ -93,6 +95,26 @@ def compile_quickly(asked):
     """Sets how programs are compiled from now on, here and in the processes that are started."""
     jax.config.update("jax_disable_most_optimizations", asked)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(asked))
+
+
+@pytest.fixture
+def times(request):
+    """How many damaged files of a kind to read."""
+    return request.config.getoption("--damage")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -78,14 +78,16 @@ def parse(argv: Sequence[str]) -> list[str]:
             # absl's bounds let NaN pass: no comparison with it holds.
             if isinstance(value, float) and not math.isfinite(value):
                 raise flags.IllegalFlagValueError(f"--{name}={value}: give a finite number")
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:
         print(f"error: {_refusal(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     return rest
 
 
-def _refusal(error: flags.Error) -> str:
+def _refusal(error: flags.Error | UnicodeDecodeError) -> str:
     """absl's message in one line; for numbers and booleans in our words, where absl only quotes Python."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"--flagfile: it is no text in UTF-8 ({error}); give a file of flags, one to a line"
     text = " ".join(str(error).split())
     found = re.match(r"flag --(\w+)=(.*?): ", text)
     parser = flags.FLAGS[found[1]].parser if found and found[1] in flags.FLAGS else None

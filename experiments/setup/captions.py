@@ -1,6 +1,9 @@
 """What rows do not tell a report: what the arms of the comparison do, and the command that rebuilds it; and how the
 binaries are called where they run."""
 
+import pathlib
+import sys
+
 import experiments
 
 INSTALLED = experiments.__name__ != "experiments"
@@ -10,6 +13,12 @@ INSTALLED = experiments.__name__ != "experiments"
 def command(name: str) -> str:
     """How to call a binary: `python -m experiments.compare`, or `wavg compare`."""
     return f"wavg {name}" if INSTALLED else f"python -m experiments.{name}"
+
+
+def command_line() -> str:
+    """The command that runs, without the folders of one machine."""
+    own = [argument for argument in sys.argv[1:] if not argument.startswith(("--data_dir=", "--workdir="))]
+    return " ".join([f"python -m experiments.{pathlib.Path(sys.argv[0]).stem}", *own])
 
 
 ARMS = {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorboardX.record_writer import masked_crc32c
 from test_published import (
     IDX,
     assert_nothing_prepared,
@@ -26,6 +27,7 @@ from test_published import (
 
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.data import load, tfds_sets
+from wavg_jax.data.tfrecords import read_tfrecords
 
 
 @pytest.fixture
@@ -104,11 +106,16 @@ def official(root, file_format):
     return folder
 
 
+def framed_as_tensorflow_does(record):
+    length = struct.pack("<Q", len(record))
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, record))
+
+
 def store_as(folder, file_format):
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = {n: tfds.builder_from_directory(folder).as_data_source(n, deserialize_method=raw) for n in IDX}
     for split, records in source.items():
-        framed = b"".join(struct.pack("<QI", len(r), 0) + r + bytes(4) for r in list(records))
+        framed = b"".join(framed_as_tensorflow_does(record) for record in records)
         (folder / f"mnist-{split}.{file_format}-00000-of-00001").write_bytes(framed)
         (folder / f"mnist-{split}.array_record-00000-of-00001").unlink()
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -148,6 +155,22 @@ def test_a_damaged_prepared_set_is_named(tmp_path, file_format, damage):
     with pytest.raises(DataError, match=r"3.0.1 cannot be read .*delete that folder to prepare it again") as caught:
         load("mnist", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tfrecord_is_read_only_if_every_sum_in_it_fits(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [rng.bytes(n) for n in (9, 0, 700, 1, 64)]
+    whole, path = b"".join(map(framed_as_tensorflow_does, records)), tmp_path / "a.tfrecord"
+    path.write_bytes(whole)
+    assert read_tfrecords(path) == records
+    path.write_bytes(b"")
+    assert read_tfrecords(path) == []
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"ends within a record|has changed since it was written"):
+            read_tfrecords(path)
 
 
 def test_a_folder_that_cannot_be_written(mnist_dir, monkeypatch):
@@ -222,6 +245,7 @@ def test_killed_while_preparing(mnist_dir):
 STUCK = """
 import sys, time
 from wavg_jax.data import load, tfds_sets
+from wavg_jax.data.tfrecords import read_tfrecords
 
 def generate(self, x, y):
     yield 0, {"image": x[0], "label": int(y[0])}

@@ -8,8 +8,10 @@ import shlex
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from damage import read_damaged
 
 from experiments.setup import app
+from wavg_jax.base import SettingsError
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "app.run(main)" in path.read_text()]
@@ -63,3 +65,23 @@ def test_a_flag_of_another_binary_is_found():
     assert _unread("reductions", ["--steps=2", "--tune_rates=1", "--pull=1"]) == ["pull", "tune_rates"]
     with pytest.raises(SystemExit):
         _unread("compare", ["--rundes=3"])
+
+
+def test_a_damaged_flag_file_is_read_or_refused_with_one_line(times, tmp_path, capfd):
+    file = tmp_path / "a.flags"
+    file.write_text("# a run\n--dataset=digits\n--rounds=20\n--hidden=128,64\n--lr_plain=0.1\n--resume\n")
+
+    def read():
+        ended = None
+        with flagsaver.flagsaver():
+            try:
+                app.parse(["binary", f"--flagfile={file}"])
+            except SystemExit as caught:
+                ended = caught.code
+        said = capfd.readouterr().err
+        if ended == 2:
+            assert said.startswith("error: ")
+            raise SettingsError(said.rstrip("\n"))
+        assert ended in (None, 0)  # 0 where the damage asks for help
+
+    assert read_damaged(tmp_path, read, times, 0)["refused"] > times / 5

@@ -24,7 +24,7 @@ from runs import AVERAGER, OPTIONS, run, same
 from small import sharded
 
 import wavg_jax as wavg
-from wavg_jax.storage import checkpoints
+from wavg_jax.storage import checkpoints, noise
 from wavg_jax.storage.checkpoints import SUMS, Found, open_checkpoints, snapshot
 from wavg_jax.storage.rows import Records, read_rows
 
@@ -209,7 +209,7 @@ def test_a_save_that_never_began_leaves_nothing_that_looks_whole(when, failure, 
 
 
 def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_let_go", pytest.fail)  # there are no writes to wait for
+    monkeypatch.setattr(noise, "let_go", pytest.fail)  # there are no writes to wait for
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(wavg.WorkdirError, match="no checkpoint can be written") as raised,
@@ -337,20 +337,6 @@ def test_others_may_log_while_a_run_has_its_folder_open(workdir, caplog):
 
     resumed(workdir, rounds=7, on_round=on_round)
     assert "a word of the user's own" in caplog.text
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("kilobytes", [12, 24, 32, 48, 80, 96])

@@ -128,6 +128,26 @@ with processes.guarded(), open_journal(workdir, "run") as journal:
     assert succeed(2, RESUME, tmp_path, devices=2) == ["6\n"] * 2
 
 
+def test_a_save_leaves_the_devices_to_the_round_under_way(tmp_path):
+    script = """
+from jax.experimental import multihost_utils
+def refused(*_, **__):
+    raise AssertionError("a save exchanges over the devices")
+with processes.guarded(), open_journal(workdir, "run") as journal:
+    journal.begin(first(4), state(0), resume=False)
+    names = ("broadcast_one_to_all", "process_allgather", "sync_global_devices")
+    before = [getattr(multihost_utils, name) for name in names]
+    for name in names:
+        setattr(multihost_utils, name, refused)
+    advance(journal, (1, 2, 3))
+    journal.wait()
+    for name, function in zip(names, before):
+        setattr(multihost_utils, name, function)
+"""
+    succeed(2, script, tmp_path, devices=2)
+    assert names(tmp_path / "checkpoints" / "run") == ["2", "3"]
+
+
 REFUSED = """
 from wavg_jax.base import WavgError
 def refused(given, resume, start=None):

@@ -10,7 +10,6 @@ Importing this module takes most of a second, for TFDS; `wavg_jax.data.load` imp
 import contextlib
 import io
 import re
-import struct
 import tempfile
 from collections.abc import Iterator
 from os import PathLike
@@ -25,6 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.data.arrays import Dataset, Split, from_arrays
 from wavg_jax.data.published import PUBLISHED, read_published
+from wavg_jax.data.tfrecords import read_tfrecords
 
 # Below every official version, so that an official set is preferred and ours never passes for one.
 VERSION = "0.1.0"
@@ -145,7 +145,7 @@ def _read_split(folder: Path, split: str) -> Split:
         source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         records = source.__getitems__(range(len(source)))
     elif "tfrecord" in formats:
-        records = [record for path in info.splits[split].filepaths for record in _tfrecords(Path(path))]
+        records = [record for path in info.splits[split].filepaths for record in read_tfrecords(Path(path))]
     else:
         raise DataError(
             f"{folder} is stored as {', '.join(formats)}, which needs TensorFlow to read: convert it with "
@@ -154,17 +154,6 @@ def _read_split(folder: Path, split: str) -> Split:
     if len(records) != info.splits[split].num_examples:
         raise ValueError(f"{split} has {len(records)} of {info.splits[split].num_examples} samples")
     return _decode(records, info.features)
-
-
-def _tfrecords(path: Path) -> Iterator[bytes]:
-    """Splits a file into records: a length (8 bytes), its checksum (4), the record, its checksum (4)."""
-    raw, at = path.read_bytes(), 0
-    while at < len(raw):
-        (length,) = struct.unpack_from("<Q", raw, at)
-        if at + length + 16 > len(raw):
-            raise ValueError(f"{path.name} ends within a record")
-        yield raw[at + 12 : at + 12 + length]
-        at += length + 16
 
 
 def _decode(records: list[bytes], features: Any) -> Split:

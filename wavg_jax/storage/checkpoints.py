@@ -10,18 +10,12 @@ the sums and tidies up. The folder is one that all processes share.
 
 import concurrent.futures
 import contextlib
-import gc
 import hashlib
-import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
 import textwrap
-import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +26,7 @@ import numpy as np
 from wavg_jax.base import DataError, MissingExtra, PyTree, ResumeError, TrainState, WorkdirError
 from wavg_jax.devices import processes
 from wavg_jax.extras import need
+from wavg_jax.storage.noise import failing, quiet
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.storage.schema import FILE
 from wavg_jax.tree import is_key, tree_name
@@ -132,7 +127,7 @@ class Checkpoints:
         with _writing(self._folder):
             step = int(kept.round)
             path, leaves = self._folder.absolute() / str(step), _leaves(kept)
-            with _failing(), _context():
+            with failing(), _context(), _without_collectives():
                 _orbax().save(path, kept, custom_metadata={"leaves": leaves})  # returns when all processes are done
             if not processes.first():
                 return
@@ -235,6 +230,23 @@ def _context() -> Any:
     )
 
 
+@contextlib.contextmanager
+def _without_collectives() -> Iterator[None]:
+    """Keeps Orbax from comparing its folder over the devices, where nothing asks it not to (0.12.8).
+
+    Its numbers would meet those of the round under way: gloo ends the process, or takes one's for the other's. All
+    processes have the same folder: `storage.lock` has looked.
+    """
+    from orbax.checkpoint.experimental.v1._src.saving import execution
+
+    before = execution._check_directory_consistency
+    execution._check_directory_consistency = lambda directory: None
+    try:
+        yield
+    finally:
+        execution._check_directory_consistency = before
+
+
 def _leaves(tree: PyTree) -> dict[str, str]:
     """Path -> dtype and shape, for every leaf."""
     leaves, _ = jax.tree.flatten_with_path(tree)
@@ -277,31 +289,6 @@ def _damage(step: pathlib.Path) -> str | None:
 def _first_line(error: BaseException) -> str:
     """The first line of an error, without the whole tree that some Orbax errors quote."""
     return textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300, placeholder=" ...")
-
-
-def _let_go(error: BaseException) -> None:
-    """Makes the leftovers of a failed save complain now, while `_quiet` listens: futures in the error's frames that
-    nobody will await, and the save's other writes, which have nowhere to report to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        time.sleep(_STRAY_WRITES)
-        gc.collect()
-
-
-_STRAY_WRITES = 0.2
-"""Seconds to wait for the other writes of a failed save, which offer no handle to wait on."""
-
-
-@contextlib.contextmanager
-def _failing() -> Iterator[None]:
-    """Wraps a write by Orbax: on failure, lets go of the writes still under way."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        _let_go(error)
-        raise
 
 
 def _steps(folder: pathlib.Path) -> dict[int, pathlib.Path]:
@@ -352,31 +339,6 @@ def _as_os_error(error: OSError | ValueError) -> OSError | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the chatter of Orbax, and of the reads and writes it leaves behind, off the terminal.
-
-    Orbax logs every save, and the traceback of every error it raises anyway. When one write of a save fails, each write
-    still under way complains that its event loop is closed.
-    """
-
-    def not_of_orbax(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(not_of_orbax)
-    before, sys.unraisablehook = sys.unraisablehook, hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        logger.removeFilter(not_of_orbax)
-
-
-@contextlib.contextmanager
 def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoints]:
     """Opens the folder of one run's checkpoints, and makes it if need be; leaving the block waits for the last save.
 
@@ -390,7 +352,7 @@ def open_checkpoints(folder: pathlib.Path, keep: int = 2) -> Iterator[Checkpoint
     Raises:
       WorkdirError: the folder cannot be made, or a save failed.
     """
-    with _quiet(), contextlib.ExitStack() as stack:
+    with quiet(), contextlib.ExitStack() as stack:
         processes.decided(lambda: _prepare(folder))
         if processes.first():
             stack.callback(_remove_unfinished, folder)

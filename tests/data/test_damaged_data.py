@@ -1,0 +1,80 @@
+"""Whatever is done to a file of data, it is read, or refused with one line; what carries sums is never read otherwise
+than it was written. `--damage=2000` tries so many of each kind."""
+
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+from damage import read_damaged
+from test_published import cifar_files, mnist_files, tar, write
+from test_tfds import official
+
+from wavg_jax.data import from_npz, load
+from wavg_jax.data.published import PUBLISHED, read_published
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("a damaged file is downloaded anew"))
+
+
+def idx(folder):
+    write(folder / "mnist", mnist_files(), packed=False)
+    return lambda: read_published("mnist", PUBLISHED["mnist"], folder)
+
+
+def idx_packed(folder):
+    write(folder / "mnist", mnist_files())
+    return lambda: read_published("mnist", PUBLISHED["mnist"], folder)
+
+
+def cifar(folder):
+    write(folder / "cifar10/cifar-10-batches-bin", cifar_files(), packed=False)
+    return lambda: read_published("cifar10", PUBLISHED["cifar10"], folder)
+
+
+def cifar_packed(folder):
+    tar(folder / "cifar10", cifar_files())
+    return lambda: read_published("cifar10", PUBLISHED["cifar10"], folder)
+
+
+def text(folder):
+    (folder / "mine.txt").write_text("the quick brown fox " * 100)
+    return lambda: load(folder / "mine.txt", context=16)
+
+
+@pytest.mark.parametrize("kind", [idx, idx_packed, cifar, cifar_packed, text])
+def test_a_damaged_file_is_read_or_refused_with_one_line(kind, times, tmp_path):
+    read = kind(tmp_path)
+    read()
+    assert read_damaged(tmp_path, read, times, kind.__name__).total() == times
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_npz_is_never_read_otherwise_than_it_was_written(save, times, tmp_path):
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(20, 5)).astype(np.float32), np.arange(20) % 3
+    save(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x[:6], y_test=y[:6])
+    whole = from_npz(tmp_path / "mine.npz")
+    read_damaged(tmp_path, lambda: from_npz(tmp_path / "mine.npz"), times, 0, lambda read: same(read[1:3], whole[1:3]))
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
+def test_a_damaged_prepared_set_is_never_read_otherwise_than_it_was_written(kind, times, tmp_path):
+    official(tmp_path, kind)
+    whole, folder = load("mnist", tmp_path), next((tmp_path / "mnist").iterdir())
+    described = {path: path.read_bytes() for path in folder.glob("*.json")}  # without sums
+
+    def read():
+        for path, content in described.items():
+            path.write_bytes(content)
+        return load("mnist", tmp_path)
+
+    read_damaged(folder, read, max(times // 5, 1), 0, lambda read: same(read[1:3], whole[1:3]))

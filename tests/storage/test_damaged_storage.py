@@ -1,0 +1,107 @@
+"""Whatever is done to what a run left on disk, it is read, or refused with one line, and no damaged checkpoint is ever
+restored. `--damage=2000` tries so many of each kind."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from damage import odd, read_damaged
+from reports import make_run, text_of
+
+from wavg_jax import reporting
+from wavg_jax.base import DataError, Replicas, TrainState
+from wavg_jax.storage.checkpoints import open_checkpoints, snapshot
+from wavg_jax.storage.rows import read_rows
+from wavg_jax.storage.tensors import open_tensors, save_safetensors
+
+
+def safetensors(folder):
+    params = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(3)}
+    save_safetensors(folder / "a.safetensors", params, metadata={"format": "pt"})
+
+    def read():
+        with open_tensors(folder / "a.safetensors") as opened:
+            return [opened.read(name) for name in opened.specs]
+
+    return read
+
+
+def rows(folder):
+    recorded = [row for arm in ("plain", "weighted") for seed in (0, 1) for row in make_run(arm, seed, (), rounds=2)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recorded))
+    return lambda: reporting.summarise(read_rows(folder))
+
+
+@pytest.mark.parametrize("kind", [safetensors, rows])
+def test_a_damaged_file_is_read_or_refused_with_one_line(kind, times, tmp_path):
+    read = kind(tmp_path)
+    read()
+    assert read_damaged(tmp_path, read, times, kind.__name__).total() == times
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # 1e308 overflows
+def test_odd_rows_are_reported_or_refused_with_one_line(times, tmp_path):
+    recorded = [row for arm in ("plain", "weighted") for seed in (0, 1) for row in make_run(arm, seed, (), rounds=2)]
+    draw, refused = random.Random(0), 0
+    for _ in range(times):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd(recorded, draw)))
+        try:
+            said = text_of(read_rows(tmp_path))
+        except DataError as error:
+            said, refused = str(error), refused + 1
+            assert "\n" not in said
+        assert said
+    assert 0 < refused < times
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        np.testing.assert_array_equal(x, y)
+
+
+def state(step):
+    draw = np.random.default_rng(step)
+
+    def leaf(*shape):
+        return jnp.asarray(draw.normal(size=shape).astype(np.float32))
+
+    replicas = Replicas({"w": leaf(4, 5, 3)}, {"trace": leaf(4, 5, 3)}, {}, jax.random.split(jax.random.key(step), 4))
+    return TrainState({"w": leaf(5, 3)}, {"seen": leaf()}, replicas, {}, jnp.int32(step))
+
+
+def plain(held):
+    return jax.tree.map(
+        np.asarray, held._replace(replicas=held.replicas._replace(rng=jax.random.key_data(held.replicas.rng)))
+    )
+
+
+def test_no_damaged_checkpoint_is_ever_restored(times, tmp_path):
+    """Also where both are damaged, or one of them and the sums of the other."""
+    saved = {step: plain(state(step)) for step in (1, 2)}
+    with open_checkpoints(tmp_path) as opened:
+        for step in saved:
+            opened.save(snapshot(state(step)))
+        opened.wait()
+        assert opened.find().whole == 2
+        for step in saved:
+            same(plain(opened.restore(step, state(0))), saved[step])
+        found = {1: 0, 2: 0, None: 0}
+
+        def read():
+            whole = opened.find().whole
+            found[whole] += 1
+            return whole
+
+        def check(whole):
+            changed = {path.relative_to(tmp_path).parts[0] for path, raw in before.items() if path.read_bytes() != raw}
+            assert str(whole) not in changed
+
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        read_damaged(tmp_path, read, 10 * times, 0, check)
+        assert found[2] > 0
+        assert found[1] > times
+        assert sum(found.values()) == 10 * times
