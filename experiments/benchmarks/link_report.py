@@ -230,7 +230,7 @@ def _draw(link: str, nodes: int, some: Sequence[Group]) -> Plot:
         axes.set_ylabel("test accuracy (%)")
         axes.grid(axis="y", color=theme.faint, linewidth=0.8)
         axes.set_ylim(bottom=_bottom(best))
-        canvas.legend(theme, axes, columns=2)
+        canvas.legend(theme, axes)
         return figure
 
     caption = "Line: median over the seeds, while all of them run. The frame cuts off the start."

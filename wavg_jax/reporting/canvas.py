@@ -125,7 +125,8 @@ def make_axes(theme: Theme, title: str, subtitle: str, height: float, width: flo
 def legend(theme: Theme, ax: Axes) -> None:
     """Names the lines, above the axes, where the names cover nothing; fewer in a row where a name is long."""
     _, names = ax.get_legend_handles_labels()
-    columns = 3 if max(map(len, names), default=0) > len("sequential") else 4
+    longest = max(map(len, names), default=0)
+    columns = 4 if longest <= len("sequential") else 3 if longest <= len("weighted_diloco") else 2
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),

@@ -142,6 +142,14 @@ _AT_ONCE = {"metrics": 1000, "params": 100}
 """What MLflow takes in one request."""
 
 
+def _send(client: Any, which: str, entries: dict[str, list[Any]]) -> None:
+    """Logs parameters or metrics to an MLflow run, in as many requests as it takes."""
+    for kind, most in _AT_ONCE.items():
+        given = entries.get(kind, [])
+        for first in range(0, len(given), most):
+            client.log_batch(which, **{kind: given[first : first + most]})
+
+
 def mlflow(tracking_uri: str, *, experiment: str = "wavg_jax") -> Observer:
     """Logs rounds to MLflow: a run each, which a resumed run continues.
 
@@ -169,12 +177,6 @@ def mlflow(tracking_uri: str, *, experiment: str = "wavg_jax") -> Observer:
     except library.exceptions.MlflowException as error:
         raise SettingsError(f"MLflow does not take tracking_uri={tracking_uri!r}: {error}") from None
 
-    def send(which: str, entries: dict[str, list[Any]]) -> None:
-        for kind, most in _AT_ONCE.items():
-            given = entries.get(kind, [])
-            for first in range(0, len(given), most):
-                client.log_batch(which, **{kind: given[first : first + most]})
-
     def find(run: Row) -> tuple[str, int]:
         """The run's number at MLflow, and how many of its rounds are there already."""
         known = client.get_experiment_by_name(experiment)
@@ -186,7 +188,7 @@ def mlflow(tracking_uri: str, *, experiment: str = "wavg_jax") -> Observer:
             return found[0].info.run_id, int(found[0].data.metrics.get("round", 0))
         made = client.create_run(where, run_name=run["run"], tags=dict([tag])).info.run_id
         client.log_batch(made, tags=[RunTag("wavg_jax.version", run["versions"]["wavg-jax"])])
-        send(made, {"params": [Param(name, str(value)[:500]) for name, value in facts(run).items()]})
+        _send(client, made, {"params": [Param(name, str(value)[:500]) for name, value in facts(run).items()]})
         return made, 0
 
     @contextlib.contextmanager
@@ -202,7 +204,7 @@ def mlflow(tracking_uri: str, *, experiment: str = "wavg_jax") -> Observer:
             done = row["round"]
             if done > there:
                 now, given = int(1000 * time.time()), numbers | {"round": float(done)}
-                send(which, {"metrics": [Metric(name, value, now, done) for name, value in given.items()]})
+                _send(client, which, {"metrics": [Metric(name, value, now, done) for name, value in given.items()]})
 
         status = "FAILED"
         try:
