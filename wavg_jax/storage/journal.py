@@ -46,6 +46,10 @@ class Journal:
         """The run's rows so far."""
         return self._records.of(self._name)
 
+    def last(self) -> Row:
+        """The newest of them."""
+        return self._records.last(self._name)
+
     def begin(self, first: Row, initial: TrainState, resume: bool) -> TrainState:
         """Records a run's first row and returns the state to start or resume from.
 

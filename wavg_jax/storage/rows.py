@@ -191,6 +191,10 @@ class Records:
         """The rows of one run."""
         return [row for row in self.rows if row["run"] == run]
 
+    def last(self, run: str) -> Row:
+        """The newest row of a run that has some; searched from the end, so that rounds do not slow down as rows come."""
+        return next(row for row in reversed(self.rows) if row["run"] == run)
+
     def beyond(self, run: str, done: int) -> list[Row]:
         """The rows that a run wrote after `done` rounds, which `rewind` would drop; all of its rows if `done` is 0.
 

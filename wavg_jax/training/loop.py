@@ -145,7 +145,7 @@ class _Books:
         self._journal.append(own | row | launched.entries | self._quality(launched, state))
         if launched.kept is not None:
             self._journal.save(launched.kept)
-        self._show(self._journal.rows()[-1])
+        self._show(self._journal.last())
 
     def _quality(self, launched: _Launched, state: TrainState | None) -> Row:
         measured = launched.measured
@@ -212,7 +212,7 @@ def train(
                 pending = None
             if crowded:
                 journal.wait()
-            early = called and bool(processes.gather(ends(callbacks, journal.rows()[-1], state)).any())
+            early = called and bool(processes.gather(ends(callbacks, journal.last(), state)).any())
             # Asked once: a request that comes later must find the next round's checkpoint.
             stop = pending is None and number < plan.rounds and stops()
             over = books.lost >= PATIENCE
