@@ -192,7 +192,7 @@ class Records:
         return [row for row in self.rows if row["run"] == run]
 
     def last(self, run: str) -> Row:
-        """The newest row of a run that has some; searched from the end, so that rounds do not slow down as rows come."""
+        """The newest row of a run that has some; searched from the end, lest rounds slow down as rows come."""
         return next(row for row in reversed(self.rows) if row["run"] == run)
 
     def beyond(self, run: str, done: int) -> list[Row]:
