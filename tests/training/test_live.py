@@ -193,3 +193,14 @@ def test_a_view_that_fails_is_left_out_with_a_warning_and_the_run_goes_on(tmp_pa
         result = run(sharded(**TWO), rounds=4, workdir=tmp_path, on_round=Observer(start))
     assert len(rounds_of(result)) == 4
     assert seen == [1, 2]
+
+
+def test_a_view_that_fails_in_the_end_costs_no_result():
+    @contextlib.contextmanager
+    def start(rows):
+        yield lambda row: None
+        raise ConnectionError("no server")
+
+    with pytest.warns(wavg.WavgWarning, match=r"failed when the run was over: ConnectionError: no server"):
+        result = run(sharded(**TWO), rounds=2, on_round=Observer(start))
+    assert len(rounds_of(result)) == 2

@@ -95,8 +95,12 @@ def started(
             if not isinstance(callback, Observer):
                 waiting.append(callback)
             elif first:
-                see = stack.enter_context(callback.start(rows))
-                waiting.append(see) if callback.waits else looking.append(_guarded(see))
+                if callback.waits:
+                    waiting.append(stack.enter_context(callback.start(rows)))
+                else:
+                    watched = callback.start(rows)
+                    looking.append(_guarded(watched.__enter__()))
+                    stack.push(_ended(watched))
         yield waiting, lambda row: [see(row) for see in looking]
 
 
@@ -111,15 +115,27 @@ def _guarded(see: Callable[[Row], Any]) -> Callable[[Row], None]:
                 see(row)
             except Exception as error:
                 works = False
-                said = " ".join(str(error).split())[:300]
-                warnings.warn(
-                    f"a live view failed in round {row['round']}, and sees no more of this run: "
-                    f"{type(error).__name__}: {said}",
-                    WavgWarning,
-                    stacklevel=2,
-                )
+                _warn(f"in round {row['round']}, and sees no more of this run", error)
 
     return look
+
+
+def _ended(watched: contextlib.AbstractContextManager[Any]) -> Callable[..., bool | None]:
+    """The end of one that only looks, which does not cost the result of a run either."""
+
+    def leave(*failure: Any) -> bool | None:
+        try:
+            return watched.__exit__(*failure)
+        except Exception as error:
+            _warn("when the run was over", error)
+            return None
+
+    return leave
+
+
+def _warn(when: str, error: Exception) -> None:
+    said = " ".join(str(error).split())[:300]
+    warnings.warn(f"a live view failed {when}: {type(error).__name__}: {said}", WavgWarning, stacklevel=3)
 
 
 def ends(callbacks: Sequence[Told], row: Row, state: TrainState) -> bool:
