@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import wavg_jax as wavg
-from wavg_jax.devices import placement
+from wavg_jax.devices import machine, placement
 from wavg_jax.storage.checkpoints import open_checkpoints, snapshot
 
 ROUNDS = 4
@@ -260,6 +260,8 @@ def test_masters_are_kept_only_where_they_are_needed():
 @pytest.mark.optimized
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_round_without_movement_changes_nothing_with_masters_between_two_stored_numbers(dtype):
+    if dtype == jnp.float16 and machine.isa().startswith("SSE4_2"):
+        pytest.skip("XLA's CPU compiler has no conversion of float16 for SSE4.2 (__extendhfsf2)")
     params, state = toward(0.75, wavg.outer.lookahead(0.01), dtype, rounds=5)
     avg = wavg.averager(wavg.uniform(), outer=wavg.outer.lookahead(0.01))
     same = jax.jit(avg.update)(wavg.replicate(params, 2), state, params)[:2]
