@@ -99,6 +99,7 @@ def test_what_is_said_of_language_models_was_recorded():
     clean, bad = bits_per_byte(0), bits_per_byte(2)
     mean, low, high = interval(clean["plain"] - clean["sync"])
     assert f"plain averaging ends {mean:.2f} bits per byte ({low:.2f} to {high:.2f}) above sync" in RESULTS
+    assert f"ends {mean:.2f} bits per byte above synchronous training" in README
     mean, low, high = interval(bad["plain"] - bad["weighted"])
     share = (bad["plain"] - bad["weighted"]).mean() / (bad["plain"] - clean["plain"]).mean()
     assert f"weights take {mean:.2f} ({low:.2f} to {high:.2f}) off plain averaging's, {100 * share:.0f} % of" in RESULTS

@@ -133,6 +133,7 @@ def test_a_weighting_that_reads_replicas_reads_what_they_sent():
     weighting = wavg.Weighting(lambda params, replicas: (), update)
     states, _ = played(wavg.averager(weighting), rounds=2)
     jax.effects_barrier()
+    assert len(seen) == 2
     for before, after, (stacked, params) in zip(states, states[1:], seen, strict=False):
         close(params, before.params)  # from which they started
         close(stacked, after.stream.views)

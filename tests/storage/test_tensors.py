@@ -65,7 +65,10 @@ def test_a_pytorch_state_dict_goes_round(tmp_path):
     save_file(module.state_dict(), tmp_path / "a.safetensors", {"format": "pt"})
     with open_tensors(tmp_path / "a.safetensors") as opened:
         written(tmp_path / "b.safetensors", {name: opened.read(name) for name in opened.specs}, opened.metadata)
-    module.load_state_dict(load_file(tmp_path / "b.safetensors"))
+    back, given = load_file(tmp_path / "b.safetensors"), module.state_dict()
+    assert back.keys() == given.keys()
+    assert all(back[name].dtype == x.dtype and torch.equal(back[name], x) for name, x in given.items())
+    module.load_state_dict(back)
 
 
 def test_a_folder_of_parts_is_one_checkpoint(tmp_path):
