@@ -30,64 +30,15 @@ from experiments.setup import app, arms, problem, record_matrix, shared_flags
 from experiments.setup.choices import DRIFTS, SCALES
 from experiments.setup.optimizers import make_inner
 from experiments.setup.record_matrix import Cell
+from experiments.setup.scenario import SCENARIOS, Scenario, deal
 from experiments.setup.shared_flags import numbers
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
 from wavg_jax.base import Diverged, SettingsError, WavgWarning
-from wavg_jax.data.shards import Shards
-from wavg_jax.rounds.faults import Faults, simulate
 from wavg_jax.storage.rows import check_writable, open_records, read_rows
 from wavg_jax.storage.schema import Row
 from wavg_jax.training import progress
 from wavg_jax.training.recipe import make_recipe
-
-Partition = Callable[[data.Split, int], Shards]
-
-
-class Scenario(NamedTuple):
-    """What is wrong with the replicas or their data.
-
-    Attributes:
-      title: its name in reports.
-      partition: `(training split, seed) -> shards`.
-      noisy: indices of shards with random labels.
-      faults: simulated faults of the replicas.
-    """
-
-    title: str
-    partition: Partition
-    noisy: tuple[int, ...] = ()
-    faults: Faults | None = None
-
-
-def _iid(k: int) -> Partition:
-    return lambda split, seed: data.iid(len(split.y), k, seed)
-
-
-def _dirichlet(k: int, alpha: float) -> Partition:
-    return lambda split, seed: data.dirichlet(split.y, k, alpha, seed)
-
-
-def _sized(k: int) -> Partition:
-    return lambda split, seed: data.sized(len(split.y), tuple(np.geomspace(1, 16, k)), seed)
-
-
-SCENARIOS: dict[str, Callable[[int], Scenario]] = {
-    "iid": lambda k: Scenario("IID", _iid(k)),
-    "sized": lambda k: Scenario("sizes 1:16", _sized(k)),
-    "dirichlet03": lambda k: Scenario("Dirichlet 0.3", _dirichlet(k, 0.3)),
-    "dirichlet01": lambda k: Scenario("Dirichlet 0.1", _dirichlet(k, 0.1)),
-    "noisy2": lambda k: Scenario(f"2 of {k} noisy", _iid(k), noisy=(0, 1)),
-    "noisy4": lambda k: Scenario(f"4 of {k} noisy", _iid(k), noisy=(0, 1, 2, 3)),
-    "fast1": lambda k: Scenario(
-        f"1 of {k} at 10\N{MULTIPLICATION SIGN} rate", _iid(k), faults=simulate(k, rate={0: 10})
-    ),
-    "flipped1": lambda k: Scenario(f"1 of {k} flipped", _iid(k), faults=simulate(k, sent={0: -1})),
-    "slow4": lambda k: Scenario(
-        f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=simulate(k, speed=dict.fromkeys(range(k // 2), 0.25))
-    ),
-}
-"""Name -> `K -> scenario`, with K the number of replicas."""
 
 flags.DEFINE_list("scenarios", list(SCENARIOS), f"Which scenarios, of {', '.join(SCENARIOS)}.")
 CORRECTED = {f"{w}+{d}": (w, d) for w in ("plain", "learned") for d in DRIFTS if d != "none"}
@@ -129,17 +80,9 @@ class Study(NamedTuple):
 
     def shard(self, scenario: str, seed: int) -> data.ShardedData:
         """The data of a scenario and seed, equal for every weighting."""
-        one = self.scenarios[scenario]
         augment = data.crop_flip if F.augment else None
-        return data.shard(
-            self.dataset,
-            one.partition,
-            heldout=F.heldout,
-            seed=seed,
-            noisy=one.noisy,
-            augment=augment,
-            scale=SCALES[F.scale],
-        )
+        one, scale = self.scenarios[scenario], SCALES[F.scale]
+        return deal(one, self.dataset, heldout=F.heldout, seed=seed, augment=augment, scale=scale)
 
 
 def main(argv: Sequence[str]) -> None:

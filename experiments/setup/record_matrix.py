@@ -38,6 +38,7 @@ def header(
     settings: Mapping[str, Any],
     *,
     recommend: bool = True,
+    roles: Mapping[str, Any] | None = None,
 ) -> Row:
     """The first row of a recording.
 
@@ -47,11 +48,13 @@ def header(
       scenarios: name -> title.
       settings: flag name -> value, of the flags that all cells share.
       recommend: whether the report should say which weighting can be recommended.
+      roles: which weightings the share of the oracle's gap is told of; see `wavg_jax.storage.schema`.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     return matrix_row(
         scenarios=scenarios,
         recommend=recommend,
+        roles=roles,
         reference=REFERENCE,
         settings=settings,
         started=machine.now(),

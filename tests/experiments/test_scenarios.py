@@ -182,7 +182,7 @@ def test_the_scenarios_are_what_they_are_called():
     sizes = [len(part) for part in made["sized"].partition(dataset.train, 0)]
     assert sizes[-1] / sizes[0] == pytest.approx(16, rel=0.1)
     assert sizes == sorted(sizes)
-    assert (made["noisy2"].noisy, made["noisy4"].noisy) == ((0, 1), (0, 1, 2, 3))
+    assert (made["noisy2"].bad, made["noisy4"].bad) == ((0, 1), (0, 1, 2, 3))
     assert made["fast1"].faults.rate == (10.0, *[1.0] * 7)
     assert made["flipped1"].faults.sent == (-1.0, *[1.0] * 7)
     assert made["slow4"].faults.speed == (*[0.25] * 4, *[1.0] * 4)

@@ -58,6 +58,8 @@ A matrix has two kinds of its own.
   scenarios             {name: title} of the scenarios asked for
   reference             the weighting that the others are compared with; if missing, the first one recorded
   recommend             whether the report recommends a weighting; if missing, true
+  roles                 where every weighting was tuned: {"oracle": a weighting, "ours": a weighting, "published": several
+                        among which the best is looked for}; else missing, and all weightings of a scenario share a rate
   settings              the settings that all cells share; must agree when the recording resumes
   started               start of the recording: UTC, ISO 8601; may be missing
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
@@ -65,12 +67,18 @@ A matrix has two kinds of its own.
 `kind="cell"`, one per scenario, weighting and seed:
   run                   "<scenario>/<weighting>/<seed>"
   scenario, weighting, seed
-  rate                  learning rate of the inner optimizer; the same for every weighting of a scenario
+  rate                  learning rate of the inner optimizer; the same for every weighting of a scenario without roles
+  decay, tuned_accuracy     with roles: weight decay, and accuracy on the tuning split, mean over the tuning seeds
+  heldout_accuracy      [R], with roles: on the held-out samples after every round; missing from rows of controls
   test_accuracy, test_loss, test_macro_f1, test_ece     of the final global parameters
   weights               [K], mean over the rounds
   effective_replicas    mean over the rounds of 1 / sum(weights^2)
   alive_rounds          [K], rounds in which each replica was alive
   seconds               median over the rounds: feeding, training, scoring, blend
+
+`kind="tuning"`, one per setting tried where every weighting was tuned:
+  run                   "<scenario>/<weighting>"
+  rate, decay, seed, accuracy
 """
 
 import collections
@@ -235,6 +243,7 @@ def matrix_row(
     *,
     scenarios: Mapping[str, str],
     recommend: bool,
+    roles: Mapping[str, Any] | None,
     reference: str,
     settings: Mapping[str, Any],
     started: str,
@@ -252,6 +261,7 @@ def matrix_row(
         "run": "matrix",
         "scenarios": dict(scenarios),
         "recommend": recommend,
+        **({} if roles is None else {"roles": dict(roles)}),
         "reference": reference,
         "settings": dict(settings),
         "started": started,

@@ -1,0 +1,211 @@
+"""Tunes and trains the arms of the evidence, cell by cell, and records them."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+import wavg_jax as wavg
+from experiments.setup.choices import SCALES
+from experiments.setup.climb import START, Setting, climb
+from experiments.setup.evidence_arms import Arm
+from experiments.setup.problem import classes_of
+from experiments.setup.readings import FINETUNING_RATES, Reader, split_off
+from experiments.setup.scenario import Scenario, deal
+from experiments.setup.trial import Trained, train
+from wavg_jax import data
+from wavg_jax.base import Stopped, Task
+from wavg_jax.data.arrays import Split
+from wavg_jax.storage.rows import Records
+from wavg_jax.storage.schema import Row, cell_row
+from wavg_jax.training import interrupt, progress
+
+F = flags.FLAGS
+_SOUND = "iid"
+"""The scenario whose samples all have that spoil none."""
+
+
+class Tuned(NamedTuple):
+    """What tuning settled for an arm in a scenario.
+
+    Attributes:
+      setting: rate and weight decay.
+      accuracy: on the tuning split, mean over the tuning seeds.
+      finetuning: rate of fine-tuning on the held-out samples; 0 where that is not read.
+    """
+
+    setting: Setting
+    accuracy: float
+    finetuning: float
+
+
+class Campaign:
+    """The data set, the network and the scenarios, and what is known of them so far."""
+
+    def __init__(
+        self, dataset: data.Dataset, task: Task, scenarios: Mapping[str, Scenario], tuning_seeds: Sequence[int]
+    ):
+        self._dataset, self._task, self._scenarios, self._tuning_seeds = dataset, task, scenarios, tuning_seeds
+        self._tuned: dict[tuple[str, str], Tuned] = {}
+        self._last: dict[str, Setting] = {}
+        self._deal = functools.lru_cache(maxsize=4)(self._dealt)
+        self._reader = Reader(task, data.make_prepare(dataset, SCALES[F.scale]))
+
+    def fill(
+        self, records: Records, scenarios: Mapping[str, Scenario], arms: Sequence[Arm], seeds: Sequence[int]
+    ) -> None:
+        """Records a row for every scenario, arm, seed and reading that is not recorded yet.
+
+        Raises:
+          Stopped: SIGTERM or Ctrl-C came; the current training was finished and recorded.
+        """
+        done = {row["run"] for row in records.rows if row["kind"] == "cell"}
+        todo = [
+            (name, arm, seed)
+            for name in scenarios
+            for arm in arms
+            for seed in seeds
+            if f"{name}/{arm.name}/{seed}" not in done
+        ]
+        kept: dict[tuple[str, str, int], list[Row]] = {}
+        total = len(scenarios) * len(arms) * len(seeds)
+        with progress.bar(total, total - len(todo)) as advance, interrupt.stop_requests() as stopped:
+            for scenario, arm, seed in todo:
+                if stopped():
+                    raise Stopped(
+                        f"stopped before {scenario}/{arm.name}; continue with the same --workdir and --resume"
+                    )
+                where, who = self._same(scenario, arm)
+                if (where, who.name, seed) not in kept:
+                    tuned = self._settle(where, who, records)
+                    kept[where, who.name, seed] = self._rows(where, who, seed, tuned)
+                # The training itself last: a cell is done when it is there.
+                for row in reversed(kept[where, who.name, seed][: None if self._controlled(arm) else 1]):
+                    row = _renamed(row, scenario, arm.name, who.name)
+                    if row["run"] not in done:
+                        records.append(row)
+                advance(f"{scenario}/{arm.name}/{seed}")
+
+    def _same(self, scenario: str, arm: Arm) -> tuple[str, Arm]:
+        """The scenario and arm that a cell repeats: on samples that nothing spoils, partitions and faults of replicas
+        do not matter to one network, nor to an oracle, which is then the arm itself."""
+        if self._scenarios[scenario].bad or not (arm.pooled or arm.good):
+            return scenario, arm
+        name = "plain" if arm.name == "oracle" else arm.name.removeprefix("oracle_")
+        return _SOUND, arm._replace(name=name, good=False)
+
+    def _dealt(self, scenario: str, seed: int) -> tuple[data.ShardedData, Split]:
+        """The data of a scenario, and the samples to tune on."""
+        one = self._scenarios[scenario]
+        heldout = one.heldout or F.heldout
+        augment = data.crop_flip if F.augment else None
+        sharded = deal(
+            one, self._dataset, heldout=heldout + F.tuning_samples, seed=seed, augment=augment, scale=SCALES[F.scale]
+        )
+        sharded, tuning = split_off(sharded, heldout)
+        if one.misjudged:
+            rng = np.random.default_rng([seed, 5])
+            sharded = sharded._replace(heldout=one.misjudged(sharded.heldout, classes_of(self._dataset), rng))
+        return sharded, tuning
+
+    def _train(self, scenario: str, arm: Arm, seed: int, setting: Setting) -> Trained:
+        one, (sharded, _) = self._scenarios[scenario], self._deal(scenario, seed)
+        replica_map = "map" if F.replica_map == "auto" else F.replica_map
+        samples = F.score_samples and min(F.score_samples, len(sharded.heldout.y))
+        return train(
+            self._task,
+            arm.samples(sharded, one, seed),
+            arm.averager,
+            arm.budget(),
+            setting,
+            seed=seed,
+            scoring=wavg.Scoring(samples=samples, every=F.score_every),
+            layout=wavg.Layout(1 if arm.pooled else F.devices, replica_map),
+            faults=None if arm.pooled or arm.good else one.faults,
+        )
+
+    def _settle(self, scenario: str, arm: Arm, records: Records) -> Tuned:
+        """Climbs to the best setting of an arm in a scenario; settings tried before are read from the records."""
+        if (scenario, arm.name) in self._tuned:
+            return self._tuned[scenario, arm.name]
+        tried = {
+            (row["run"], row["rate"], row["decay"], row["seed"]): row["accuracy"]
+            for row in records.rows
+            if row["kind"] == "tuning"
+        }
+        trained: dict[tuple[Setting, int], Trained] = {}
+
+        def of(seed: int, setting: Setting) -> float:
+            key = (f"{scenario}/{arm.name}", setting.rate, setting.decay, seed)
+            if key not in tried:
+                trained[setting, seed] = self._train(scenario, arm, seed, setting)
+                tried[key] = round(self._on_tuning(scenario, seed, trained[setting, seed], F.tuned_by, 0.0), 6)
+                names = ("run", "rate", "decay", "seed", "accuracy")
+                records.append({"kind": "tuning", **dict(zip(names, (*key, tried[key]), strict=True))})
+            return tried[key]
+
+        best = climb(
+            lambda s: float(np.mean([of(seed, s) for seed in self._tuning_seeds])), self._last.get(arm.name, START)
+        )
+        self._last[arm.name] = best
+        accuracy = float(np.mean([of(seed, best) for seed in self._tuning_seeds]))
+        finetuning = (
+            self._finetuning(scenario, arm, best, trained)
+            if self._controlled(arm) and "finetuned" in F.readings
+            else 0.0
+        )
+        self._tuned[scenario, arm.name] = Tuned(best, accuracy, finetuning)
+        return self._tuned[scenario, arm.name]
+
+    def _finetuning(
+        self, scenario: str, arm: Arm, best: Setting, trained: Mapping[tuple[Setting, int], Trained]
+    ) -> float:
+        """The rate of fine-tuning that the tuning split likes best."""
+        runs = {
+            seed: trained.get((best, seed)) or self._train(scenario, arm, seed, best) for seed in self._tuning_seeds
+        }
+        means = [
+            np.mean([self._on_tuning(scenario, seed, run, "finetuned", rate) for seed, run in runs.items()])
+            for rate in FINETUNING_RATES
+        ]
+        return FINETUNING_RATES[int(np.argmax(means))]
+
+    def _on_tuning(self, scenario: str, seed: int, trained: Trained, reading: str, finetuning: float) -> float:
+        """Accuracy of a reading on the tuning split."""
+        sharded, tuning = self._deal(scenario, seed)
+        found = self._reader.read(trained, sharded.heldout, tuning.x, [reading], seed=seed, finetuning=finetuning)
+        return self._reader.quality(found[reading], tuning.y)["test_accuracy"]
+
+    def _controlled(self, arm: Arm) -> bool:
+        return arm.name in F.controlled
+
+    def _rows(self, scenario: str, arm: Arm, seed: int, tuned: Tuned) -> list[Row]:
+        """Trains a cell, and judges it and its readings on the test split, once."""
+        sharded, _ = self._deal(scenario, seed)
+        trained = self._train(scenario, arm, seed, tuned.setting)
+        wanted = ["", *(F.readings if self._controlled(arm) else ())]
+        test = sharded.test
+        found = self._reader.read(trained, sharded.heldout, test.x, wanted, seed=seed, finetuning=tuned.finetuning)
+        rows = []
+        for reading, logits in found.items():
+            name = f"{arm.name}+{reading}" if reading else arm.name
+            last = trained.rows[-1] | self._reader.quality(logits, test.y)
+            row = cell_row(
+                run=f"{scenario}/{name}/{seed}",
+                scenario=scenario,
+                weighting=name,
+                seed=seed,
+                rate=tuned.setting.rate,
+                rows=[*trained.rows[:-1], last],
+            )
+            rows.append(row | {"decay": tuned.setting.decay, "tuned_accuracy": round(tuned.accuracy, 6)})
+        rows[0]["heldout_accuracy"] = trained.right.round(5)
+        return rows
+
+
+def _renamed(row: Row, scenario: str, arm: str, was: str) -> Row:
+    """The row of a training under the name of a cell that repeats it."""
+    name = arm + row["weighting"].removeprefix(was)
+    return row | {"run": f"{scenario}/{name}/{row['seed']}", "scenario": scenario, "weighting": name}

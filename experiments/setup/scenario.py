@@ -1,0 +1,230 @@
+"""What can be wrong with replicas, their shards, or the held-out samples that judge them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wavg_jax import data
+from wavg_jax.base import SettingsError
+from wavg_jax.data.arrays import Split
+from wavg_jax.data.shards import Shards
+from wavg_jax.rounds.faults import Faults, simulate
+
+Partition = Callable[[Split, int], Shards]
+Spoil = Callable[[data.ShardedData, tuple[int, ...], int], data.ShardedData]
+"""`(data, bad shards, seed) -> data`, with other samples there."""
+
+
+class Scenario(NamedTuple):
+    """What is wrong with the replicas or their data.
+
+    Attributes:
+      title: its name in reports.
+      partition: `(training split, seed) -> shards`.
+      bad: indices of the shards to spoil.
+      spoil: how.
+      faults: simulated faults of the replicas.
+      heldout: number of held-out samples; None for that of --heldout.
+      misjudged: what is wrong with the held-out samples, `(held-out samples, classes, random generator) -> samples`.
+    """
+
+    title: str
+    partition: Partition
+    bad: tuple[int, ...] = ()
+    spoil: Spoil | None = None
+    faults: Faults | None = None
+    heldout: int | None = None
+    misjudged: Callable[[Split, int, np.random.Generator], Split] | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether samples and partition are what the best shards would be: good samples, dealt at random."""
+        return not self.bad and self.faults is None
+
+
+def _iid(k: int) -> Partition:
+    return lambda split, seed: data.iid(len(split.y), k, seed)
+
+
+def _dirichlet(k: int, alpha: float) -> Partition:
+    return lambda split, seed: data.dirichlet(split.y, k, alpha, seed)
+
+
+def _sized(k: int) -> Partition:
+    return lambda split, seed: data.sized(len(split.y), tuple(np.geomspace(1, 16, k)), seed)
+
+
+def _generator(seed: int, *what: int) -> np.random.Generator:
+    return np.random.default_rng([seed, *what])
+
+
+def labels(share: float) -> Spoil:
+    """Random labels on a share of the bad shards' samples; a tenth of them, with ten classes, are right by chance."""
+
+    def spoil(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+        before = sharded.train.y
+        after = data.label_noise(before, sharded.shards, bad, _classes(sharded), seed)
+        hit = _generator(seed, 1).random(len(before)) < share
+        return sharded._replace(train=Split(sharded.train.x, np.where(hit, after, before)), noisy=bad)
+
+    return spoil
+
+
+def shifted(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+    """Every label of the bad shards is the next class's: they agree with one another, as attackers would."""
+    del seed
+    y = sharded.train.y.copy()
+    for k in bad:
+        y[sharded.shards[k]] = (y[sharded.shards[k]] + 1) % _classes(sharded)
+    return sharded._replace(train=Split(sharded.train.x, y), noisy=bad)
+
+
+def features(deviation: float) -> Spoil:
+    """Normal noise on the inputs of the bad shards, of this standard deviation, as a share of the inputs' range."""
+
+    def spoil(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+        x = sharded.train.x.copy()
+        low, high = float(x.min()), float(x.max())
+        for k in bad:
+            shard = sharded.shards[k]
+            noise = _generator(seed, 2, k).normal(0, deviation * (high - low), x[shard].shape)
+            x[shard] = np.clip(x[shard] + noise, low, high).astype(x.dtype)
+        return sharded._replace(train=Split(x, sharded.train.y))
+
+    return spoil
+
+
+def _resampled(sharded: data.ShardedData, sources: dict[int, np.ndarray]) -> data.ShardedData:
+    """The samples of some shards replaced by others of the training split, repeated as needed."""
+    taken = np.arange(len(sharded.train.y))
+    for k, source in sources.items():
+        taken[sharded.shards[k]] = np.resize(source, len(sharded.shards[k]))
+    return sharded._replace(train=Split(sharded.train.x[taken], sharded.train.y[taken]))
+
+
+def duplicated(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+    """The bad shards all hold the same samples, a tenth of the first one's, over and over."""
+    del seed
+    first = sharded.shards[bad[0]]
+    return _resampled(sharded, dict.fromkeys(bad, first[: max(len(first) // 10, 1)]))
+
+
+def stale(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+    """The bad shards are older than the last three classes, and have no sample of them."""
+    del seed
+    known = _classes(sharded) - 3
+    shards = {k: sharded.shards[k] for k in bad}
+    return _resampled(sharded, {k: shard[sharded.train.y[shard] < known] for k, shard in shards.items()})
+
+
+def foreign(other: Callable[[], data.Dataset]) -> Spoil:
+    """The bad shards hold samples of another data set, with its labels."""
+
+    def spoil(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+        theirs = other().train
+        if theirs.x.shape[1:] != sharded.train.x.shape[1:]:
+            raise SettingsError(
+                f"samples of the other data set have shape {theirs.x.shape[1:]}, these {sharded.train.x.shape[1:]}: "
+                "leave the scenario out (--scenarios)"
+            )
+        x, y = sharded.train.x.copy(), sharded.train.y.copy()
+        for k in bad:
+            shard = sharded.shards[k]
+            drawn = _generator(seed, 3, k).choice(len(theirs.y), len(shard), replace=len(theirs.y) < len(shard))
+            x[shard], y[shard] = theirs.x[drawn], theirs.y[drawn]
+        return sharded._replace(train=Split(x, y))
+
+    return spoil
+
+
+def mislabelled(share: float) -> Callable[[Split, int, np.random.Generator], Split]:
+    """Random labels on a share of the held-out samples."""
+
+    def misjudge(held: Split, classes: int, rng: np.random.Generator) -> Split:
+        hit = rng.random(len(held.y)) < share
+        return Split(held.x, np.where(hit, rng.integers(classes, size=len(held.y)), held.y).astype(held.y.dtype))
+
+    return misjudge
+
+
+def skewed(held: Split, classes: int, rng: np.random.Generator) -> Split:
+    """Held-out samples of the first half of the classes alone, repeated as needed."""
+    del rng
+    return Split(*(part[np.resize(np.flatnonzero(held.y < classes // 2), len(held.y))] for part in held))
+
+
+def _classes(sharded: data.ShardedData) -> int:
+    if sharded.classes is None:
+        raise SettingsError(f"{sharded.name} has no classes, whose labels could be wrong")
+    return sharded.classes
+
+
+Make = Callable[[int], Scenario]
+"""`K, the number of replicas -> scenario`."""
+
+
+def _spoilt(bad: int, spoil: Spoil, what: str) -> Make:
+    return lambda k: Scenario(f"{bad} of {k} {what}", _iid(k), tuple(range(bad)), spoil)
+
+
+FAULTS: dict[str, Make] = {
+    "fast1": lambda k: Scenario(
+        f"1 of {k} at 10\N{MULTIPLICATION SIGN} rate", _iid(k), faults=simulate(k, rate={0: 10})
+    ),
+    "flipped1": lambda k: Scenario(f"1 of {k} flipped", _iid(k), faults=simulate(k, sent={0: -1})),
+    "slow4": lambda k: Scenario(
+        f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=simulate(k, speed=dict.fromkeys(range(k // 2), 0.25))
+    ),
+}
+SCENARIOS: dict[str, Make] = {
+    "iid": lambda k: Scenario("IID", _iid(k)),
+    "sized": lambda k: Scenario("sizes 1:16", _sized(k)),
+    "dirichlet03": lambda k: Scenario("Dirichlet 0.3", _dirichlet(k, 0.3)),
+    "dirichlet01": lambda k: Scenario("Dirichlet 0.1", _dirichlet(k, 0.1)),
+    "noisy2": _spoilt(2, labels(1.0), "noisy"),
+    "noisy4": _spoilt(4, labels(1.0), "noisy"),
+    **FAULTS,
+}
+"""Name -> scenario of the matrix of weightings."""
+
+
+def _judged(title: str, *, heldout: int | None = None, misjudged: Callable | None = None) -> Make:
+    """Half of the shards noisy, and something about the held-out samples."""
+    return lambda k: _spoilt(k // 2, labels(1.0), "")(k)._replace(title=title, heldout=heldout, misjudged=misjudged)
+
+
+@functools.cache
+def _mnist(folder: str) -> data.Dataset:
+    return data.load("mnist", folder)
+
+
+def every(data_dir: str) -> dict[str, Make]:
+    """All scenarios by name: those of the matrix, other faults of data, and series of them.
+
+    noisyN: N shards with random labels; labelsP: P % of the labels of half of the shards; heldoutN: N held-out samples,
+    with half of the shards noisy; wrongP: P % of the held-out labels are random, too.
+    """
+    noisy: dict[str, Make] = {f"noisy{n}": _spoilt(n, labels(1.0), "noisy") for n in range(1, 8)}
+    share = {f"labels{p}": _half(labels(p / 100), f"with {p} % random labels") for p in range(10, 100, 10)}
+    sizes = {f"heldout{n}": _judged(f"{n:,} held out", heldout=n) for n in (32, 64, 128, 256, 1000, 5000)}
+    wrong = {f"wrong{p}": _judged(f"{p} % wrong", misjudged=mislabelled(p / 100)) for p in (10, 20, 50)}
+    spoilt = {
+        "shifted": _half(shifted, "shifted labels"),
+        "features": _half(features(0.5), "noisy inputs"),
+        "duplicated": _half(duplicated, "duplicates"),
+        "stale": _half(stale, "without 3 classes"),
+        "foreign": _half(foreign(lambda: _mnist(data_dir)), "MNIST"),
+    }
+    return SCENARIOS | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
+
+
+def _half(spoil: Spoil, what: str) -> Make:
+    return lambda k: _spoilt(k // 2, spoil, what)(k)
+
+
+def deal(one: Scenario, dataset: data.Dataset, *, heldout: int, seed: int, **options: Any) -> data.ShardedData:
+    """The data of a scenario and seed, equal for whatever trains on them; `options` are those of `data.shard`."""
+    sharded = data.shard(dataset, one.partition, heldout=heldout, seed=seed, **options)
+    return one.spoil(sharded, one.bad, seed) if one.spoil else sharded
