@@ -80,9 +80,8 @@ class Study(NamedTuple):
 
     def shard(self, scenario: str, seed: int) -> data.ShardedData:
         """The data of a scenario and seed, equal for every weighting."""
-        augment = data.crop_flip if F.augment else None
         one, scale = self.scenarios[scenario], SCALES[F.scale]
-        return deal(one, self.dataset, heldout=F.heldout, seed=seed, augment=augment, scale=scale)
+        return deal(one, self.dataset, heldout=F.heldout, seed=seed, augment=problem.augmentation(), scale=scale)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import wavg_jax as wavg
 from experiments.setup.choices import SCALES
 from experiments.setup.climb import START, Setting, climb
 from experiments.setup.evidence_arms import Arm
-from experiments.setup.problem import classes_of
+from experiments.setup.problem import augmentation, classes_of
 from experiments.setup.readings import FINETUNING_RATES, Reader, split_off
 from experiments.setup.scenario import Scenario, deal
 from experiments.setup.trial import Trained, train
@@ -100,7 +100,7 @@ class Campaign:
         """The data of a scenario, and the samples to tune on."""
         one = self._scenarios[scenario]
         heldout = one.heldout or F.heldout
-        augment = data.crop_flip if F.augment else None
+        augment = augmentation()
         sharded = deal(
             one, self._dataset, heldout=heldout + F.tuning_samples, seed=seed, augment=augment, scale=SCALES[F.scale]
         )

@@ -15,8 +15,38 @@ import optax.contrib
 from experiments.setup.choices import MOMENTUM
 from wavg_jax.base import SettingsError
 
+
+def airbench(
+    learning_rate: Any, momentum: float = 0.85, weight_decay: float = 0.00153, bias_scale: float = 64.0
+) -> optax.GradientTransformation:
+    """Nesterov's SGD as airbench94 sets it: L2 decay, and BatchNorm's biases at a rate `bias_scale` times as high.
+
+    The decay of those biases is not scaled with it. What is no bias of a module named BatchNorm takes plain steps.
+
+    Args:
+      learning_rate: a number, or a schedule.
+      momentum: of Nesterov's kind.
+      weight_decay: added to the gradients, this times the parameters.
+      bias_scale: multiplies the gradients of BatchNorm's biases.
+
+    Reference: Jordan, 2024, section 3.4 (arXiv:2404.00498); numbers of its ablations, for means over a batch.
+    """
+
+    def norm_biases(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "BatchNorm" in (text := jax.tree_util.keystr(path)) and "bias" in text, params
+        )
+
+    return optax.chain(
+        optax.masked(optax.scale(bias_scale), norm_biases),
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=True),
+    )
+
+
 SHORT: Mapping[str, Callable[..., optax.GradientTransformation]] = {
-    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM)
+    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
+    "airbench": airbench,
 }
 """Names of our own, beside optax's."""
 EXAMPLES = "sgd, adamw(weight_decay=0.1), contrib.muon or rprop"
@@ -28,13 +58,13 @@ class Course(NamedTuple):
     Attributes:
       clip: largest global norm of a gradient; None for no limit.
       warmup: steps in which the rate rises from 0 to its peak.
-      decay: whether the rate then falls to 0 by half a cosine.
+      decay: how the rate then falls to 0: not (none), by half a cosine, or in a line (linear).
       steps: all steps that the optimizer will take.
     """
 
     clip: float | None = None
     warmup: int = 0
-    decay: bool = False
+    decay: str = "none"
     steps: int = 1
 
 
@@ -104,12 +134,15 @@ def _of_optax(name: str) -> Callable[..., optax.GradientTransformation]:
 
 def _rate(rate: float, course: Course) -> Any:
     """The rate of each step."""
-    if course.decay:
-        decay = optax.cosine_decay_schedule(rate, max(course.steps - course.warmup, 1))
-    elif not course.warmup:
+    left = max(course.steps - course.warmup, 1)
+    falls = {
+        "none": lambda: optax.constant_schedule(rate),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, left),
+        "linear": lambda: optax.linear_schedule(rate, 0.0, left),
+    }
+    if not course.warmup and course.decay == "none":
         return rate
-    else:
-        decay = optax.constant_schedule(rate)
+    decay = falls[course.decay]()
     if not course.warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, rate, course.warmup), decay], [course.warmup])
@@ -122,10 +155,10 @@ def read_course(flags: Any, steps: int, stretch: float = 1.0) -> Course:
       SettingsError: the optimizer's state, and so its place on the course, would be forgotten at every blend; or the
         rate would still rise at the end.
     """
-    decay, warmup = flags.decay == "cosine", math.ceil(flags.warmup * stretch)
-    if (decay or warmup) and flags.opt_state_at_sync == "reset":
+    decays, warmup = flags.decay != "none", math.ceil(flags.warmup * stretch)
+    if (decays or warmup) and flags.opt_state_at_sync == "reset":
         raise SettingsError("--opt_state_at_sync=reset starts --warmup and --decay again at every blend; use keep")
     if warmup >= steps and warmup:
         raise SettingsError(f"--warmup={flags.warmup} is no less than all local steps, --rounds times --local_steps")
     # Equal courses are one object's, so what has no effect is left out.
-    return Course(flags.clip, warmup, decay, steps if decay else 1)
+    return Course(flags.clip, warmup, flags.decay, steps if decays else 1)

@@ -24,10 +24,13 @@ F = flags.FLAGS
 
 PROMPT, WRITTEN, TEMPERATURE = 32, 256, 0.8
 """Of the sample that a language model writes: bytes it goes on from, bytes it adds, and how freely."""
+WHITENED = 5000
+"""Training images that the first layer of --model=airbench is computed from, as published."""
 _NETWORK = {
     "mlp": ("hidden", "dropout"),
     "cnn": ("batch_norm", "dropout"),
     "resnet": (),
+    "airbench": ("widths",),
     "transformer": ("layers", "width", "heads", "dropout"),
 }
 """--model -> the flags that it reads."""
@@ -49,7 +52,8 @@ def load(*, texts: bool = False) -> data.Dataset:
         raise DataError(f"{dataset.name} is a text, and this command trains classifiers: use train, compare or tune")
     if F.chance is None:
         F["chance"].value = 1 / classes_of(dataset)
-    for name in ("augment", "scale") if text else ("context", "tokenizer"):
+    of_images = ("augment", "scale", "crop_padding", "crop_fill", "mirror", "label_smoothing")
+    for name in of_images if text else ("context", "tokenizer"):
         if F[name].present:
             raise SettingsError(f"--{name} has no effect on {dataset.name}; leave it out")
     return dataset
@@ -74,25 +78,39 @@ def make_task(dataset: data.Dataset, *, of_inputs: bool = False) -> wavg.Task:
     if text != (F.model == "transformer"):
         needs, other = ("a text", "mlp") if not text else ("other data", "transformer")
         raise SettingsError(f"--model={F.model} needs {needs}, not {dataset.name}; use --model={other}")
-    if F.model in ("cnn", "resnet") and len(shape) != 3:
+    if F.model in ("cnn", "resnet", "airbench") and len(shape) != 3:
         raise SettingsError(
             f"--model={F.model} needs images, the samples of {dataset.name} have shape {shape}; use --model=mlp"
         )
     for name in sorted({name for names in _NETWORK.values() for name in names}.difference(_NETWORK[F.model])):
         if F[name].present:
             raise SettingsError(f"--{name} has no effect with --model={F.model}; leave it out")
-    module = _network(classes_of(dataset), dtype)
+    if F.mirror and len(shape) != 3:
+        raise SettingsError(f"--mirror needs images, the samples of {dataset.name} have shape {shape}; leave it out")
+    module = _network(classes_of(dataset), dtype, _whitening(dataset) if F.model == "airbench" else None)
     if not text:
-        return models.from_linen(module, shape)
+        classifier = functools.partial(models.classifier, label_smoothing=F.label_smoothing)
+        task = models.from_linen(module, shape, make=classifier)
+        return models.mirrored(task) if F.mirror else task
     make = functools.partial(models.language_model, bytes_per_token=dataset.bytes_per_token)
     return models.from_linen(module, shape, dtype=jnp.int32, make=make)
 
 
-def _network(classes: int, dtype: Any) -> nn.Module:
+def _whitening(dataset: data.Dataset) -> np.ndarray:
+    """The kernel of --model=airbench's first layer, of inputs alone, and the same for every seed and arm.
+
+    They are the first training images, those held out included; labels and test images have no part in it.
+    """
+    prepare = data.make_prepare(dataset, SCALES[F.scale])
+    return models.whitening(np.asarray(jax.jit(prepare)(dataset.train.x[:WHITENED])))
+
+
+def _network(classes: int, dtype: Any, whitening: Any = None) -> nn.Module:
     networks: dict[str, Callable[[], nn.Module]] = {
         "mlp": lambda: models.MLP(numbers("hidden", int), classes, F.dropout, dtype),
         "cnn": lambda: models.CNN(classes, F.batch_norm, F.dropout, dtype),
         "resnet": lambda: models.ResNet(classes, dtype=dtype),
+        "airbench": lambda: models.Airbench(whitening, numbers("widths", int), classes, dtype),
         "transformer": lambda: models.Transformer(
             classes, F.layers, F.heads, F.width, F.context, F.dropout, dtype, rotary=True
         ),
@@ -115,9 +133,29 @@ def make_data(dataset: data.Dataset, seed: int, noisy: int = 0) -> data.ShardedD
         heldout=F.heldout,
         seed=seed,
         noisy=tuple(range(noisy)),
-        augment=data.crop_flip if F.augment else None,
+        augment=augmentation(),
         scale=SCALES[F.scale],
     )
+
+
+def augmentation() -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """What --augment does to training images, if anything.
+
+    Raises:
+      SettingsError: the command line gives a flag of it without --augment.
+    """
+    if F.augment:
+        return _crop_flip(F.crop_padding, F.crop_fill)
+    for name in ("crop_padding", "crop_fill"):
+        if F[name].present:
+            raise SettingsError(f"--{name} has no effect without --augment; leave it out, or add that")
+    return None
+
+
+@functools.cache
+def _crop_flip(padding: int, fill: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """One object per setting of the flags, so that runs share their programs."""
+    return functools.partial(data.crop_flip, padding=padding, fill=fill)
 
 
 def _proportions() -> tuple[float, ...]:

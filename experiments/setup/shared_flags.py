@@ -63,14 +63,20 @@ flags.DEFINE_enum(
     "Which inputs share a mean and a deviation; a vector's features are its channels.",
 )
 flags.DEFINE_bool("augment", False, "Randomly crop and flip the images, with a random key per replica.")
+flags.DEFINE_integer("crop_padding", 4, "--augment: pixels by which crops move, at most.", lower_bound=0)
+flags.DEFINE_enum(
+    "crop_fill", "zeros", ["zeros", "reflect"], "--augment: what lies beyond the edge: zeros, or the image mirrored."
+)
 
 _topic("Network")
 flags.DEFINE_enum(
     "model",
     "mlp",
-    ["mlp", "cnn", "resnet", "transformer"],
-    "The network; resnet is ResNet-20, transformer is for texts.",
+    ["mlp", "cnn", "resnet", "airbench", "transformer"],
+    "The network; resnet is ResNet-20, airbench whitens the patches of images first, transformer is for texts.",
 )
+flags.DEFINE_list("widths", "64,256,256", "model=airbench: channels of each stage, which halves the image.")
+flags.DEFINE_bool("mirror", False, "Score and test images by the mean logits of the image and its mirror image.")
 flags.DEFINE_integer("layers", 3, "model=transformer: number of layers.", lower_bound=1)
 flags.DEFINE_integer("width", 128, "model=transformer: features per byte.", lower_bound=1)
 flags.DEFINE_integer("heads", 4, "model=transformer: attention heads; divide half the width.", lower_bound=1)
@@ -92,12 +98,22 @@ flags.DEFINE_string(
     "inner",
     "sgd",
     "The inner optimizer, any of optax with its arguments: adam, rprop, 'adamw(weight_decay=0.1)', contrib.muon; "
-    "momentum is SGD with 0.9.",
+    "momentum is SGD with 0.9, airbench Nesterov's with fast BatchNorm biases.",
+)
+flags.DEFINE_float(
+    "label_smoothing",
+    0.0,
+    "Share of every label spread over all classes, in the training loss alone.",
+    lower_bound=0,
+    upper_bound=0.99,
 )
 flags.DEFINE_float("clip", None, "Largest global norm of a gradient; by default no limit.", lower_bound=0)
 flags.DEFINE_integer("warmup", 0, "Local steps in which the learning rate rises from 0.", lower_bound=0)
 flags.DEFINE_enum(
-    "decay", "none", ["none", "cosine"], "How the learning rate falls from then on, to 0 after the last local step."
+    "decay",
+    "none",
+    ["none", "cosine", "linear"],
+    "How the learning rate falls from then on, to 0 after the last local step.",
 )
 RATES = {
     "sequential": (0.4, 0.025),
@@ -282,9 +298,9 @@ _ENDS = [*list(_STARTS.values())[1:], None]
 TOPICS = {title: _ORDER[start:end] for (title, start), end in zip(_STARTS.items(), _ENDS, strict=True)}
 """Topic -> names of its flags."""
 NAMES = frozenset(_ORDER)
-DATA = ("dataset", "heldout", "augment", "scale")
+DATA = ("dataset", "heldout", "augment", "crop_padding", "crop_fill", "scale")
 SHARDS = ("partition", "alpha", "proportions", "block", "noisy")
-NETWORK = ("model", "hidden", "batch_norm", "dropout", "compute_dtype")
+NETWORK = ("model", "hidden", "widths", "batch_norm", "dropout", "compute_dtype", "mirror", "label_smoothing")
 WEIGHTING = ("temperature", "chance", "byzantine")
 """Flags that a weighting reads; see `experiments.setup.weightings`."""
 LINK = ("link_bandwidth", "link_latency", "link_overhead")

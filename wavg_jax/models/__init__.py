@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from wavg_jax import lazy
 
 if TYPE_CHECKING:
+    from wavg_jax.models.airbench import Airbench, whitening
     from wavg_jax.models.cnn import CNN
     from wavg_jax.models.decoding import generate
     from wavg_jax.models.linen import from_linen
     from wavg_jax.models.metrics import with_metrics
+    from wavg_jax.models.mirror import mirrored
     from wavg_jax.models.mlp import MLP
     from wavg_jax.models.nnx import from_nnx
     from wavg_jax.models.resnet import ResNet
@@ -23,6 +25,7 @@ else:
     __getattr__, __dir__ = lazy.attach(
         __name__,
         {
+            "Airbench": "airbench",
             "CNN": "cnn",
             "MLP": "mlp",
             "ResNet": "resnet",
@@ -34,8 +37,10 @@ else:
             "from_train_state": "train_state",
             "generate": "decoding",
             "language_model": "task",
+            "mirrored": "mirror",
             "regressor": "task",
             "to_train_state": "train_state",
+            "whitening": "airbench",
             "with_metrics": "metrics",
         },
     )
@@ -43,6 +48,7 @@ else:
 __all__ = [
     "CNN",
     "MLP",
+    "Airbench",
     "ResNet",
     "Transformer",
     "classifier",
@@ -52,7 +58,9 @@ __all__ = [
     "from_train_state",
     "generate",
     "language_model",
+    "mirrored",
     "regressor",
     "to_train_state",
+    "whitening",
     "with_metrics",
 ]

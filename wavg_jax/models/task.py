@@ -29,11 +29,13 @@ class Apply(Protocol):
     ) -> tuple[jax.Array, PyTree]: ...
 
 
-def classifier(init: Init, apply: Apply, *, class_weights: ArrayLike | None = None) -> Task:
+def classifier(
+    init: Init, apply: Apply, *, class_weights: ArrayLike | None = None, label_smoothing: float = 0.0
+) -> Task:
     """Makes a task of a network written by hand over plain pytrees.
 
     The loss is the mean cross-entropy `-1/B sum_b c[y_b] log softmax(logits_b)[y_b]`, computed in float32, with c = 1
-    unless `class_weights` are given.
+    unless `class_weights` are given; with `label_smoothing` s, of the targets `(1 - s) onehot(y_b) + s / classes`.
 
     Args:
       init: `rng -> (params, mutable)`.
@@ -41,14 +43,16 @@ def classifier(init: Init, apply: Apply, *, class_weights: ArrayLike | None = No
         `train=True` and a key, `predict` with `train=False` and `rng=None`.
       class_weights: c [classes], how much a sample of each class counts in the training loss, such as
         `wavg_jax.data.class_weights` makes. Scores and test metrics stay plain.
+      label_smoothing: s, from 0 to less than 1, the share of each target spread over all classes in the training loss;
+        scores and test metrics stay plain. Szegedy et al., 2016 (arXiv:1512.00567), section 7.
 
     Returns:
       A `Task` with the metrics `loss`, `accuracy`, `macro_f1` and `ece`, and the counts `confusion` [classes, classes];
       see `wavg_jax.models.quality`.
 
     Raises:
-      SettingsError: `class_weights` are no finite numbers [classes] of 0 or more; or, while tracing, the logits are not
-        [B, classes].
+      SettingsError: `class_weights` are no finite numbers [classes] of 0 or more, or `label_smoothing` is out of range;
+        or, while tracing, the logits are not [B, classes].
       DataError: while tracing, if the labels are not integers [B].
 
     Example:
@@ -65,16 +69,20 @@ def classifier(init: Init, apply: Apply, *, class_weights: ArrayLike | None = No
       >>> print(f"{loss:.4f} {metrics['accuracy']:.1f}")  # log 3, and a tie goes to class 0
       1.0986 0.5
     """
-    if class_weights is None:
-        return _task(init, apply, _CLASSIFIER)
-    counts = _class_weights(class_weights)
+    check("label_smoothing", label_smoothing, number(0, below=1))
+    counts = None if class_weights is None else _class_weights(class_weights)
 
     def score(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        found = _cross_entropy(logits, labels)
+        if label_smoothing:
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+            found["loss"] = optax.softmax_cross_entropy(logits, targets)
+        if counts is None:
+            return found
         if logits.shape[-1] != len(counts):
             raise SettingsError(
                 f"there are {len(counts)} class_weights= for logits of {logits.shape[-1]} classes; give one for each"
             )
-        found = _cross_entropy(logits, labels)
         return found | {"loss": found["loss"] * jnp.asarray(counts)[labels]}
 
     return _task(init, apply, _CLASSIFIER._replace(score=score))
