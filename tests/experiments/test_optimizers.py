@@ -87,13 +87,38 @@ def test_a_gradient_is_clipped_to_its_global_norm():
 
 
 def test_the_rate_rises_in_a_line_and_falls_by_half_a_cosine():
-    course = Course(warmup=2, decay=True, steps=6)
+    course = Course(warmup=2, decay="cosine", steps=6)
     # 0 and half the peak, then (1 + cos(pi t / 4)) / 2 of it for t = 0, 1, 2, 3.
     shares = [0.0, 0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))]
     np.testing.assert_allclose(moves(make_inner("sgd", 0.1, course), 6), -np.array(shares), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(moves(make_inner("sgd", 0.1, Course(warmup=2)), 4), [0, -0.5, -1, -1], rtol=1e-6)
     with pytest.raises(SettingsError, match="cannot be an inner optimizer with these flags"):
         make_inner("rprop", 0.1, course)
+
+
+def test_the_rate_falls_in_a_line_to_zero_after_the_last_step():
+    course = Course(warmup=2, decay="linear", steps=6)
+    np.testing.assert_allclose(
+        moves(make_inner("sgd", 0.1, course), 7), [0, -0.5, -1, -0.75, -0.5, -0.25, 0], rtol=1e-6, atol=1e-9
+    )
+    np.testing.assert_allclose(moves(make_inner("sgd", 0.1, Course(decay="linear", steps=2)), 2), [-1, -0.5], rtol=1e-6)
+
+
+def test_airbench_is_nesterov_with_l2_decay_and_fast_batchnorm_biases():
+    """By hand, as PyTorch's SGD with groups: rate and decay of a BatchNorm bias are 64 times and a 64th."""
+    weights = {"BatchNorm_0": {"bias": jnp.ones(2)}, "Dense_0": {"bias": jnp.ones(2), "kernel": jnp.full((2, 2), 2.0)}}
+    inner = make_inner("airbench(weight_decay=0.01)", 0.1)
+    state, given = inner.init(weights), jax.tree.map(jnp.ones_like, weights)
+    buffers = {}
+    for _ in range(3):
+        updates, state = inner.update(given, state, weights)
+        for layer, name, scale in (("BatchNorm_0", "bias", 64), ("Dense_0", "bias", 1), ("Dense_0", "kernel", 1)):
+            weight = np.asarray(weights[layer][name])
+            gradient = 1 + 0.01 / scale * weight
+            buffers[layer, name] = 0.85 * buffers.get((layer, name), 0) + gradient
+            expected = -0.1 * scale * (gradient + 0.85 * buffers[layer, name])
+            np.testing.assert_allclose(updates[layer][name], expected, rtol=1e-5)
+        weights = optax.apply_updates(weights, updates)
 
 
 @pytest.fixture
@@ -110,10 +135,10 @@ def test_all_arms_go_through_the_schedule_over_the_same_samples(parsed):
     parsed("--replicas=4", "--local_steps=5", "--rounds=6", "--warmup=10", "--decay=cosine", "--clip=2")
     courses = {name: arms._course(name) for name in ("sequential", "sync", "plain", "accumulate")}
     assert courses == {
-        "sequential": Course(2.0, 40, True, 120),
-        "sync": Course(2.0, 10, True, 30),
-        "plain": Course(2.0, 10, True, 30),
-        "accumulate": Course(2.0, 2, True, 6),
+        "sequential": Course(2.0, 40, "cosine", 120),
+        "sync": Course(2.0, 10, "cosine", 30),
+        "plain": Course(2.0, 10, "cosine", 30),
+        "accumulate": Course(2.0, 2, "cosine", 6),
     }
 
 

@@ -82,6 +82,26 @@ def test_class_weights_are_scikit_learns_and_weigh_the_training_loss_alone():
     assert sums[0] == sums[1]
 
 
+@pytest.mark.parametrize("counts", [None, [1.0, 0.5, 2.0]])
+def test_smoothed_labels_change_the_training_loss_alone(counts):
+    plain, smooth = weighted(class_weights=counts), weighted(class_weights=counts, label_smoothing=0.3)
+    batch = BATCH._replace(x=np.random.default_rng(0).normal(size=BATCH.x.shape).astype(np.float32))
+    params, _ = plain.init(jax.random.key(0))
+    logits = plain.predict(params, {}, batch.x)
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    of_labels, of_all = log_p[np.arange(len(batch.y)), batch.y], log_p.mean(1)
+    share = np.ones(len(batch.y)) if counts is None else np.array(counts)[batch.y]
+    (loss, (_, metrics)), (plainly, (_, others)) = (
+        t.loss(params, {}, batch, jax.random.key(0)) for t in (smooth, plain)
+    )
+    np.testing.assert_allclose(loss, -np.mean(share * (0.7 * of_labels + 0.3 * of_all)), rtol=1e-5)
+    assert abs(loss - plainly) > 0.01
+    assert metrics == others
+    assert smooth.measure(logits, batch)["loss"] == plain.measure(logits, batch)["loss"]
+    with pytest.raises(wavg.SettingsError, match=r"label_smoothing is 1; it must be .*less than 1"):
+        weighted(label_smoothing=1)
+
+
 def test_a_class_that_counts_for_nothing_teaches_nothing():
     task = weighted(class_weights=[1.0, 1.0, 0.0])
     params, _ = task.init(jax.random.key(0))

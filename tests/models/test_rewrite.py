@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from wavg_jax.base import Batch
-from wavg_jax.models import CNN, ResNet, classifier, fast, from_linen, from_nnx, rewrite
+from wavg_jax.models import CNN, Airbench, ResNet, classifier, fast, from_linen, from_nnx, rewrite, whitening
 
 SHAPE = (8, 8, 1)
 STOCK = "reduce_window", "select_and_scatter"
@@ -247,6 +247,7 @@ class Separable(nn.Module):
 TASKS = {
     "cnn": lambda: from_linen(CNN(3, batch_norm=True, dropout=0.5), SHAPE),
     "resnet": lambda: from_linen(ResNet(3, blocks=1, width=4), SHAPE),
+    "airbench": lambda: from_linen(Airbench(whitening(rng.normal(size=(9, *SHAPE))), (4, 8), 3), SHAPE),
     "nnx": lambda: from_nnx(Small, SHAPE),
     "by hand, channels first": _by_hand,
     "depthwise": lambda: from_linen(Separable(), SHAPE),
