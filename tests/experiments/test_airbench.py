@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from binary import invoke
 
 import wavg_jax as wavg
-from experiments import train
+from experiments import compare, train
 from experiments.setup import app, arms, problem
 from wavg_jax import data, models
 from wavg_jax.base import Batch
@@ -62,7 +61,7 @@ def test_the_preset_for_a_gpu_builds():
     with flagsaver.flagsaver():
         app.parse(["compare", f"--flagfile={ROOT / 'experiments/presets/cifar10_94.flags'}"])
         task = problem.make_task(data.from_arrays(x, y, x[:10], y[:10], classes=10))
-        made, augment, course = arms.make_arms(tuple(flags.FLAGS.arms)), problem.augmentation(), arms._course("sync")
+        made, augment, course = arms.make_arms(tuple(compare.F.arms)), problem.augmentation(), arms._course("sync")
     assert (course.steps, course.decay, round(course.warmup / course.steps, 2)) == (648, "linear", 0.2)
     assert {arm.name: (arm.local_steps * arm.batch_size) for arm in made} == {
         **dict.fromkeys(("sequential", "sync"), 12 * 1024),
