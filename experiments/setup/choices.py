@@ -54,6 +54,12 @@ DRIFTS: dict[str, Callable[[Flags, float], drift.Correction | None]] = {
     "scaffold": lambda f, rate: drift.scaffold(rate * _steps_worth(f)),
 }
 """Name -> function of the flags and the inner optimizer's learning rate."""
+FALLS: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "none": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+}
+"""Name -> function of the peak of a learning rate and the steps in which it falls to 0."""
 MOMENTUM = 0.9
 """Of --inner=momentum."""
 SCHEDULES: dict[str, Callable[[Flags], schedule.Schedule]] = {

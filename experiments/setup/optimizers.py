@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from experiments.setup.choices import MOMENTUM
+from experiments.setup.choices import FALLS, MOMENTUM
 from wavg_jax.base import SettingsError
 
 
@@ -58,7 +58,7 @@ class Course(NamedTuple):
     Attributes:
       clip: largest global norm of a gradient; None for no limit.
       warmup: steps in which the rate rises from 0 to its peak.
-      decay: how the rate then falls to 0: not (none), by half a cosine, or in a line (linear).
+      decay: how the rate then falls to 0, of `FALLS`.
       steps: all steps that the optimizer will take.
     """
 
@@ -134,15 +134,9 @@ def _of_optax(name: str) -> Callable[..., optax.GradientTransformation]:
 
 def _rate(rate: float, course: Course) -> Any:
     """The rate of each step."""
-    left = max(course.steps - course.warmup, 1)
-    falls = {
-        "none": lambda: optax.constant_schedule(rate),
-        "cosine": lambda: optax.cosine_decay_schedule(rate, left),
-        "linear": lambda: optax.linear_schedule(rate, 0.0, left),
-    }
     if not course.warmup and course.decay == "none":
         return rate
-    decay = falls[course.decay]()
+    decay = FALLS[course.decay](rate, max(course.steps - course.warmup, 1))
     if not course.warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, rate, course.warmup), decay], [course.warmup])

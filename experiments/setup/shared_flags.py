@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.setup.choices import DRIFTS, FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
+from experiments.setup.choices import DRIFTS, FALLS, FEEDS, OUTERS, PULLS, REDUCES, SCALES, SCHEDULES, SMOOTHINGS
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax.base import SettingsError
 from wavg_jax.devices.mapping import MAPS
@@ -112,7 +112,7 @@ flags.DEFINE_integer("warmup", 0, "Local steps in which the learning rate rises 
 flags.DEFINE_enum(
     "decay",
     "none",
-    ["none", "cosine", "linear"],
+    list(FALLS),
     "How the learning rate falls from then on, to 0 after the last local step.",
 )
 RATES = {
