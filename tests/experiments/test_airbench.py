@@ -54,8 +54,8 @@ def test_one_replica_blended_is_one_network_alone_and_learns(file, tmp_path):
     assert read_rows(tmp_path / "plain")[-1]["test_accuracy"] > 0.9
 
 
-def test_the_preset_for_a_gpu_builds():
-    """Traced for full sizes, on images of noise: nothing is compiled."""
+def test_the_preset_for_a_gpu_builds(monkeypatch):
+    """Traced for full sizes, and lowered for a GPU, on images of noise: nothing is compiled."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (2000, 32, 32, 3), np.uint8), rng.integers(0, 10, 2000)
     with flagsaver.flagsaver():
@@ -67,6 +67,7 @@ def test_the_preset_for_a_gpu_builds():
         **dict.fromkeys(("sequential", "sync"), 12 * 1024),
         **dict.fromkeys(("plain", "weighted"), 12 * 256),
     }
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # so that convolutions stay as they are
     for arm in made:
         replicas = 1 if arm.pooled else 4
         rounds = wavg.make_rounds(task, arm.averager, arm.inner)
@@ -76,9 +77,15 @@ def test_the_preset_for_a_gpu_builds():
             Batch(jax.ShapeDtypeStruct((*n, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct(n, jnp.uint8))
             for n in (steps, (256,))
         )
-        after, log = jax.eval_shape(rounds.step, state, batches, held)
+        traced = jax.jit(rounds.step).trace(state, batches, held)
+        after, log = traced.out_info
         assert jax.tree.structure(after.params) == jax.tree.structure(state.params)
         assert log.weights.shape == (replicas,)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        products = [line for line in program.splitlines() if "stablehlo.convolution" in line]
+        # Six 3x3 kernels with two gradients each but for the images', and the first layer's: at least 18 products.
+        assert len(products) >= 18
+        assert all("bf16" in line and "f32" not in line for line in products)
     moved = jax.eval_shape(augment, jax.random.key(0), jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32))
     assert moved.shape == (256, 32, 32, 3)
 
