@@ -68,7 +68,7 @@ def test_the_preset_for_a_gpu_builds(monkeypatch):
         **dict.fromkeys(("plain", "weighted"), 12 * 256),
     }
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # so that convolutions stay as they are
-    for arm in made:
+    for arm in made[1], made[3]:  # sync; weighted, which does more than plain
         replicas = 1 if arm.pooled else 4
         rounds = wavg.make_rounds(task, arm.averager, arm.inner)
         state = jax.eval_shape(lambda rounds=rounds, k=replicas: rounds.init(jax.random.key(0), replicas=k))
@@ -83,8 +83,8 @@ def test_the_preset_for_a_gpu_builds(monkeypatch):
         assert log.weights.shape == (replicas,)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
         products = [line for line in program.splitlines() if "stablehlo.convolution" in line]
-        # Six 3x3 kernels with two gradients each but for the images', and the first layer's: at least 18 products.
-        assert len(products) >= 18
+        # Six 3x3 layers with two gradients each, and the first layer, which needs none.
+        assert len(products) >= 19
         assert all("bf16" in line and "f32" not in line for line in products)
     moved = jax.eval_shape(augment, jax.random.key(0), jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32))
     assert moved.shape == (256, 32, 32, 3)
