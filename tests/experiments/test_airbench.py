@@ -19,7 +19,7 @@ from wavg_jax.storage.rows import read_rows
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SMALL = (
-    *("--model=airbench", "--widths=4,8", "--inner=airbench", "--augment", "--crop_padding=1", "--crop_fill=reflect"),
+    *("--model=airbench", "--widths=8", "--inner=airbench", "--augment", "--crop_padding=1", "--crop_fill=reflect"),
     *("--mirror", "--label_smoothing=0.1", "--devices=1", "--replica_map=map", "--heldout=20"),
 )
 
