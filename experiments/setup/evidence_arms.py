@@ -51,7 +51,7 @@ class Arm(NamedTuple):
         """K·H·B samples a round, and a schedule that all arms go through over equally many of them."""
         stretch = F.replicas if self.pooled == "sequential" else 1
         batch = F.batch_size * (F.replicas if self.pooled == "sync" else 1)
-        return Budget(F.rounds, F.local_steps * stretch, batch, F.warmup * stretch, F.decay)
+        return Budget(F.rounds, F.local_steps * stretch, batch, F.warmup * stretch, F.decay == "cosine")
 
     def samples(self, sharded: data.ShardedData, scenario: Scenario, seed: int) -> data.ShardedData:
         """What it trains on in a scenario."""

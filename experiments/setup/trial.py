@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import wavg_jax as wavg
-from experiments.setup.choices import FALLS, MOMENTUM
+from experiments.setup.choices import MOMENTUM
 from experiments.setup.climb import Setting
 from wavg_jax import data, tree
 from wavg_jax.base import Averager, PyTree, Task
@@ -29,14 +29,14 @@ class Budget(NamedTuple):
 
     Attributes:
       rounds, local_steps, batch_size: of the arm itself.
-      warmup: local steps in which the rate rises; `decay` says how it falls in the others.
+      warmup: local steps in which the rate rises; the others fall by half a cosine, or stay if not `decays`.
     """
 
     rounds: int
     local_steps: int
     batch_size: int
     warmup: int
-    decay: str
+    decays: bool
 
 
 class Trained(NamedTuple):
@@ -61,7 +61,9 @@ class Trained(NamedTuple):
 def make_inner(budget: Budget) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay, whose `rate` and `decay` are in its state."""
     steps = budget.rounds * budget.local_steps
-    shape = FALLS[budget.decay](1.0, max(steps - budget.warmup, 1))
+    shape = optax.cosine_decay_schedule(1.0, max(steps - budget.warmup, 1))
+    if not budget.decays:
+        shape = optax.constant_schedule(1.0)
     course = optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(budget.warmup, 1)), shape], [budget.warmup])
 
     def sgd(rate: Any, decay: Any) -> optax.GradientTransformation:
