@@ -1,6 +1,7 @@
 """Tunes and trains the arms of the evidence, cell by cell, and records them."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from experiments.setup.trial import Trained, train
 from wavg_jax import data
 from wavg_jax.base import Stopped, Task
 from wavg_jax.data.arrays import Split
+from wavg_jax.reporting.statistic import as_float
 from wavg_jax.storage.rows import Records
 from wavg_jax.storage.schema import Row, cell_row
 from wavg_jax.training import interrupt, progress
@@ -131,7 +133,7 @@ class Campaign:
         if (scenario, arm.name) in self._tuned:
             return self._tuned[scenario, arm.name]
         tried = {
-            (row["run"], row["rate"], row["decay"], row["seed"]): row["accuracy"]
+            (row["run"], row["rate"], row["decay"], row["seed"]): as_float(row["accuracy"])
             for row in records.rows
             if row["kind"] == "tuning"
         }
@@ -141,7 +143,9 @@ class Campaign:
             key = (f"{scenario}/{arm.name}", setting.rate, setting.decay, seed)
             if key not in tried:
                 trained[setting, seed] = self._train(scenario, arm, seed, setting)
-                tried[key] = round(self._on_tuning(scenario, seed, trained[setting, seed], F.tuned_by, 0.0), 6)
+                run = trained[setting, seed]
+                found = math.nan if run.diverged else self._on_tuning(scenario, seed, run, F.tuned_by, 0.0)
+                tried[key] = round(found, 6)
                 names = ("run", "rate", "decay", "seed", "accuracy")
                 records.append({"kind": "tuning", **dict(zip(names, (*key, tried[key]), strict=True))})
             return tried[key]

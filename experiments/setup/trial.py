@@ -18,7 +18,7 @@ from wavg_jax import data, tree
 from wavg_jax.base import Averager, PyTree, Task
 from wavg_jax.rounds import policy
 from wavg_jax.rounds.faults import Faults
-from wavg_jax.storage.schema import Row, round_row
+from wavg_jax.storage.schema import Row, lost, round_row
 from wavg_jax.training.recipe import Layout, make_recipe
 from wavg_jax.training.run import Plan, Run
 from wavg_jax.training.schedule import fixed
@@ -55,6 +55,11 @@ class Trained(NamedTuple):
     held: np.ndarray
     right: np.ndarray
     rows: list[Row]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last round left no replica finite, so that older parameters are judged."""
+        return lost(self.rows[-1]["weights"])
 
 
 @functools.cache

@@ -58,8 +58,8 @@ A matrix has two kinds of its own.
   scenarios             {name: title} of the scenarios asked for
   reference             the weighting that the others are compared with; if missing, the first one recorded
   recommend             whether the report recommends a weighting; if missing, true
-  roles                 where every weighting was tuned: {"oracle": a weighting, "ours": a weighting, "published": several
-                        among which the best is looked for}; else missing, and all weightings of a scenario share a rate
+  roles                 where every weighting was tuned: {"oracle": a weighting, "ours": a weighting, "published":
+                        [several to find the best of]}; else missing, and all weightings of a scenario share a rate
   settings              the settings that all cells share; must agree when the recording resumes
   started               start of the recording: UTC, ISO 8601; may be missing
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
