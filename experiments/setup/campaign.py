@@ -51,7 +51,6 @@ class Campaign:
     ):
         self._dataset, self._task, self._scenarios, self._tuning_seeds = dataset, task, scenarios, tuning_seeds
         self._tuned: dict[tuple[str, str], Tuned] = {}
-        self._last: dict[str, Setting] = {}
         self._deal = functools.lru_cache(maxsize=4)(self._dealt)
         self._reader = Reader(task, data.make_prepare(dataset, SCALES[F.scale]))
 
@@ -150,10 +149,7 @@ class Campaign:
                 records.append({"kind": "tuning", **dict(zip(names, (*key, tried[key]), strict=True))})
             return tried[key]
 
-        best = climb(
-            lambda s: float(np.mean([of(seed, s) for seed in self._tuning_seeds])), self._last.get(arm.name, START)
-        )
-        self._last[arm.name] = best
+        best = climb(lambda s: float(np.mean([of(seed, s) for seed in self._tuning_seeds])), _start(records, arm.name))
         accuracy = float(np.mean([of(seed, best) for seed in self._tuning_seeds]))
         finetuning = (
             self._finetuning(scenario, arm, best, trained)
@@ -207,6 +203,13 @@ class Campaign:
             rows.append(row | {"decay": tuned.setting.decay, "tuned_accuracy": round(tuned.accuracy, 6)})
         rows[0]["heldout_accuracy"] = trained.right.round(5)
         return rows
+
+
+def _start(records: Records, arm: str) -> Setting:
+    """Where to start climbing: at what was best for the arm in the scenario before."""
+    cells = (row for row in reversed(records.rows) if row["kind"] == "cell" and row["weighting"] == arm)
+    row = next(cells, None)
+    return START if row is None else Setting(row["rate"], row["decay"])
 
 
 def _renamed(row: Row, scenario: str, arm: str, was: str) -> Row:

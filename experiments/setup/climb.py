@@ -20,11 +20,11 @@ _SWEEPS = 2
 def climb(value: Callable[[Setting], float], start: Setting = START) -> Setting:
     """The setting from which no neighbour is better, first along the rate, then along the decay, twice over.
 
-    Neighbours are rates half and twice as high, and the decays of `DECAYS`. Of equal ones the lower rate is better, which
-    leads away from rates at which nothing is learnt. A rate is climbed from at most 12 steps.
+    Neighbours are rates half and twice as high, and the decays of `DECAYS`. Of equal ones the lower rate is better,
+    which leads away from rates at which nothing is learnt. A rate is climbed from at most 12 steps.
 
     Args:
-      value: what to maximise; asked once for every setting tried. NaN, for a run that diverged, is worse than any number.
+      value: what to maximise, asked once for every setting tried; NaN, for a run that diverged, is worst.
       start: where to begin, such as the best setting of a similar scenario.
 
     Returns:
