@@ -20,7 +20,7 @@ from experiments.setup import app, arms, evidence_arms, problem, record_matrix, 
 from experiments.setup.campaign import Campaign
 from experiments.setup.evidence_arms import EVIDENCE, PUBLISHED
 from experiments.setup.readings import READINGS
-from experiments.setup.scenario import every
+from experiments.setup.scenario import SOUND, every, series_of
 from experiments.setup.shared_flags import numbers
 from wavg_jax.base import SettingsError
 from wavg_jax.storage.rows import check_writable, open_records, read_rows
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = evidence_arms.make(shared_flags.names("arms", EVIDENCE))
     arms.check_heldout({arm.name: arm.averager for arm in chosen})
     task = problem.make_task(dataset)
-    campaign = Campaign(dataset, task, {name: made[name](F.replicas) for name in {*names, "iid"}}, tuning)
+    campaign = Campaign(dataset, task, {name: made[name](F.replicas) for name in {*names, SOUND}}, tuning)
     workdir = arms.choose_workdir("evidence")
     check_writable(workdir)
     header = record_matrix.header(
@@ -76,8 +76,9 @@ def main(argv: Sequence[str]) -> None:
         roles={
             "oracle": "oracle",
             "ours": "opinion_pool",
-            "published": [a.name for a in chosen if a.name in PUBLISHED],
+            "published": [arm.name for arm in chosen if arm.name in PUBLISHED],
         },
+        series=series_of(scenarios),
     )
     with open_records(workdir) as records:
         record_matrix.begin(records, header)

@@ -14,7 +14,7 @@ from experiments.setup.climb import START, Setting, climb
 from experiments.setup.evidence_arms import Arm
 from experiments.setup.problem import classes_of
 from experiments.setup.readings import FINETUNING_RATES, Reader, split_off
-from experiments.setup.scenario import Scenario, deal
+from experiments.setup.scenario import SOUND, Scenario, deal
 from experiments.setup.trial import Trained, train
 from wavg_jax import data
 from wavg_jax.base import Stopped, Task
@@ -25,8 +25,6 @@ from wavg_jax.storage.schema import Row, cell_row
 from wavg_jax.training import interrupt, progress
 
 F = flags.FLAGS
-_SOUND = "iid"
-"""The scenario whose samples all have that spoil none."""
 
 
 class Tuned(NamedTuple):
@@ -95,7 +93,7 @@ class Campaign:
         if self._scenarios[scenario].bad or not (arm.pooled or arm.good):
             return scenario, arm
         name = "plain" if arm.name == "oracle" else arm.name.removeprefix("oracle_")
-        return _SOUND, arm._replace(name=name, good=False)
+        return SOUND, arm._replace(name=name, good=False)
 
     def _dealt(self, scenario: str, seed: int) -> tuple[data.ShardedData, Split]:
         """The data of a scenario, and the samples to tune on."""

@@ -14,6 +14,7 @@ from wavg_jax.reporting.heatmap import NONE, draw_matrix
 from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix, Verdict
 from wavg_jax.reporting.page import html_fragment
 from wavg_jax.reporting.recovery_report import draw_recovery, left_tables, recovery_tables
+from wavg_jax.reporting.series import draw_series, series_of
 from wavg_jax.reporting.statistic import Floats, Statistic
 from wavg_jax.reporting.tables import TextTable, escape, markdown_table
 from wavg_jax.reporting.terminal import terminal_block
@@ -35,9 +36,12 @@ class MatrixReport(NamedTuple):
     caller: Caller = Caller()
 
     def figures(self) -> tuple[Plot, ...]:
-        """Draws the heat map, and what is recovered where an oracle is recorded; a notebook shows them."""
+        """Draws the heat map, what is recovered where an oracle is recorded, and lines where scenarios are values of a
+        quantity; a notebook shows them."""
         shares = (draw_recovery(self.matrix),) if any(one.shares for one in self.matrix.recovered.values()) else ()
-        return (*shares, draw_matrix(self.matrix))
+        series = series_of(self.matrix.headers)
+        lines = () if series is None else (draw_series(self.matrix, series),)
+        return (*shares, *lines, draw_matrix(self.matrix))
 
     def write(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
         """Writes `report.md`, `report.html` and `plots/matrix.png`, each file whole or not at all.
