@@ -143,6 +143,8 @@ class Campaign:
                 run = trained[setting, seed]
                 found = math.nan if run.diverged else self._on_tuning(scenario, seed, run, F.tuned_by, 0.0)
                 tried[key] = round(found, 6)
+                # Of a run that may be fine-tuned, no more than that needs: paths over thousands of rounds are large.
+                trained[setting, seed] = run._replace(path=run.path[-1:])
                 names = ("run", "rate", "decay", "seed", "accuracy")
                 records.append({"kind": "tuning", **dict(zip(names, (*key, tried[key]), strict=True))})
             return tried[key]

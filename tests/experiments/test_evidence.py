@@ -6,11 +6,15 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from binary import invoke
 
 import wavg_jax as wavg
 from experiments import evidence, report, stale
+from experiments.setup import app
 from experiments.setup.climb import DECAYS, Setting, climb
+from experiments.setup.evidence_arms import make
+from experiments.setup.methods import METHODS
 from experiments.setup.readings import AVERAGES, Reader, mixture, split_off, temperature
 from experiments.setup.scenario import SCENARIOS, deal, every
 from experiments.setup.trial import Budget, train
@@ -92,7 +96,15 @@ def trained():
     sharded = digits("noisy2")
     averager = wavg.averager(wavg.opinion_pool())
     with jax.numpy_dtype_promotion("standard"):
-        done = train(TASK, sharded, averager, Budget(4, 10, 16, 5, True), Setting(0.1, 1e-3), seed=3, **SOON)
+        done = train(
+            TASK,
+            sharded,
+            averager,
+            Budget(40, 16, wavg.schedule.fixed(10), 5, True),
+            Setting(0.1, 1e-3),
+            seed=3,
+            **SOON,
+        )
     return sharded, done
 
 
@@ -231,6 +243,31 @@ def test_a_recording_goes_on_where_it_was_cut(recorded, tmp_path):
         found = [tuple(row[name] for name in names) for row in rows if row["kind"] == kind]
         assert len(found) == len(set(found))
     assert invoke(report.main, str(tmp_path), f"--out={tmp_path / 'again'}") == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_as_many_steps_as_the_others(name):
+    with flagsaver.flagsaver():
+        app.parse(["binary", *SMALL, "--rounds=30", "--local_steps=10"])
+        arm, *_ = make((name,))
+        when, given, taken = arm.budget().schedule, 0, []
+        while given < 300:
+            taken.append(when.steps(wavg.schedule.Past(len(taken), given, ())))
+            given += taken[-1]
+    assert given == 300
+    assert min(taken) > 0
+    assert max(taken) <= when.longest
+    if name in ("post_local", "qsr"):  # more and more seldom
+        assert taken[:-1] == sorted(taken[:-1])
+        assert taken[0] < taken[-2]
+
+
+@pytest.mark.slow
+def test_methods_of_others_are_arms(tmp_path):
+    few = (*SMALL, "--tuning_samples=100", "--scenarios=iid", "--seeds=0", "--tuning_seeds=9", "--readings=temperature")
+    assert invoke(evidence.main, *few, "--arms=plain,grawa32,qsr", f"--workdir={tmp_path}") == 0
+    names = {row["weighting"] for row in read_rows(tmp_path) if row["kind"] == "cell"}
+    assert names == {"plain", "plain+temperature", "grawa32", "qsr"}
 
 
 BAD = [
