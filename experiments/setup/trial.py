@@ -135,7 +135,10 @@ def train(
     state = run.initial
     opt_state = optax.tree.set(state.replicas.opt_state, **values)
     state = state._replace(replicas=state.replicas._replace(opt_state=opt_state))
-    path, rows, held, right = [], [], [], []
+    path: list[tuple[PyTree, PyTree]] = []
+    rows: list[Row] = []
+    held: list[float] = []
+    right: list[float] = []
     elapsed, samples, given = 0.0, 0, 0
     while given < budget.steps:
         begun = time.perf_counter()
