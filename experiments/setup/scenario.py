@@ -124,7 +124,7 @@ def foreign(other: Callable[[], data.Dataset]) -> Spoil:
         if theirs.x.shape[1:] != sharded.train.x.shape[1:]:
             raise SettingsError(
                 f"samples of the other data set have shape {theirs.x.shape[1:]}, these {sharded.train.x.shape[1:]}: "
-                "leave the scenario out (--scenarios)"
+                "leave the scenario out (--evidence_scenarios)"
             )
         x, y = sharded.train.x.copy(), sharded.train.y.copy()
         for k in bad:

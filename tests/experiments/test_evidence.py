@@ -191,11 +191,11 @@ FEW = (
     *SMALL,
     "--tuning_samples=200",
     "--score_samples=64",
-    "--scenarios=noisy2,sized",
+    "--evidence_scenarios=noisy2,sized",
     "--seeds=0,1",
     "--tuning_seeds=9",
 )
-ARMS = "--arms=sequential,plain,opinion_pool,oracle,accuracy,sequential+heldout"
+ARMS = "--evidence_arms=sequential,plain,opinion_pool,oracle,accuracy,sequential+heldout"
 
 
 @pytest.fixture(scope="module")
@@ -264,15 +264,22 @@ def test_a_method_takes_as_many_steps_as_the_others(name):
 
 @pytest.mark.slow
 def test_methods_of_others_are_arms(tmp_path):
-    few = (*SMALL, "--tuning_samples=100", "--scenarios=iid", "--seeds=0", "--tuning_seeds=9", "--readings=temperature")
-    assert invoke(evidence.main, *few, "--arms=plain,grawa32,qsr", f"--workdir={tmp_path}") == 0
+    few = (
+        *SMALL,
+        "--tuning_samples=100",
+        "--evidence_scenarios=iid",
+        "--seeds=0",
+        "--tuning_seeds=9",
+        "--readings=temperature",
+    )
+    assert invoke(evidence.main, *few, "--evidence_arms=plain,grawa32,qsr", f"--workdir={tmp_path}") == 0
     names = {row["weighting"] for row in read_rows(tmp_path) if row["kind"] == "cell"}
     assert names == {"plain", "plain+temperature", "grawa32", "qsr"}
 
 
 BAD = [
-    (["--arms=plain,none"], "--arms=plain,none"),
-    (["--scenarios=noisy99"], "--scenarios=noisy99"),
+    (["--evidence_arms=plain,none"], "--evidence_arms=plain,none"),
+    (["--evidence_scenarios=noisy99"], "--evidence_scenarios=noisy99"),
     (["--seeds=1000"], "keep them apart from --seeds"),
     (["--heldout=0"], "--heldout=0"),
     (["--noisy=1"], "--noisy has no effect"),
