@@ -26,7 +26,7 @@ from wavg_jax.training import progress
 flags.DEFINE_list("arms", list(COMPARED), f"Which arms to run, of {', '.join(ARMS)}.")
 F = flags.FLAGS
 
-READS = shared_flags.NAMES - {"steps"}
+READS = shared_flags.NAMES - {"steps", "tuning_seeds"}
 for _name in READS:
     flags.declare_key_flag(_name)
 

@@ -41,7 +41,10 @@ flags.DEFINE_float(
 F = flags.FLAGS
 
 ELASTIC_ARMS = ("plain", "accumulate", "weighted", *shared_flags.DILOCO)
-READS = shared_flags.NAMES - {"seeds", "steps", "devices", "wire", "fragments", "feed", *shared_flags.LINK}
+READS = shared_flags.NAMES - {
+    *("seeds", "steps", "tuning_seeds", "devices", "wire", "fragments", "feed"),
+    *shared_flags.LINK,
+}
 for _name in (*READS, "arm", "seed"):
     flags.declare_key_flag(_name)
 

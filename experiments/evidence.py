@@ -1,6 +1,6 @@
 """Evidence: arms and their controls in every scenario, each tuned with equal effort, over several seeds.
 
-  python -m experiments.evidence --flagfile=experiments/presets/evidence.flags --data_dir=DIR --workdir=runs/a
+  python -m experiments.evidence --flagfile=experiments/presets/fashion_evidence.flags --data_dir=DIR --workdir=runs/a
   python -m experiments.evidence --flagfile=... --data_dir=DIR --workdir=runs/a --resume
 
 Climbs to the learning rate and weight decay of every arm in every scenario on seeds and samples of their own, trains
@@ -8,8 +8,8 @@ the arm at these for every seed, reads the test split once, and writes a row for
 controls: calibrated, averaged over rounds, fine-tuned on the held-out samples, the ensemble of its replicas. The report
 has the share of the oracle's gap that each recovers. experiments/results/README.md has the protocol.
 
-Several processes may split the work by --scenarios, --arms or --seeds, each with its own --workdir; then
-`python -m experiments.report runs/a runs/b --out=runs/both` reports on them together.
+Several processes may split the work by --evidence_scenarios, --evidence_arms or --seeds, each with its own --workdir;
+then `python -m experiments.report runs/a runs/b --out=runs/both` reports on them together.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,19 @@ from experiments.setup import app, arms, evidence_arms, problem, record_matrix, 
 from experiments.setup.campaign import Campaign
 from experiments.setup.evidence_arms import EVIDENCE, PUBLISHED
 from experiments.setup.readings import READINGS
-from experiments.setup.scenario import every
+from experiments.setup.scenario import SOUND, every, series_of
 from experiments.setup.shared_flags import numbers
 from wavg_jax.base import SettingsError
 from wavg_jax.storage.rows import check_writable, open_records, read_rows
 
-flags.DEFINE_list("scenarios", ["iid", "noisy2", "noisy4"], "Which scenarios; see experiments/setup/scenario.py.")
-flags.DEFINE_list("arms", ["sequential", "sync", "plain", "opinion_pool", "oracle"], "Which arms; weightings are arms.")
+flags.DEFINE_list(
+    "evidence_scenarios", ["iid", "noisy2", "noisy4"], "Which scenarios; see experiments/setup/scenario.py."
+)
+flags.DEFINE_list(
+    "evidence_arms", ["sequential", "sync", "plain", "opinion_pool", "oracle"], "Which arms; weightings are arms."
+)
 flags.DEFINE_list("controlled", ["sequential", "sync", "plain", "opinion_pool"], "Arms that controls are read of.")
 flags.DEFINE_list("readings", list(READINGS), f"Which controls, of {', '.join(READINGS)}.")
-flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
 flags.DEFINE_integer("tuning_samples", 5000, "Training samples set apart to tune on.", lower_bound=1)
 flags.DEFINE_string("tuned_by", "", "The reading whose accuracy tunes an arm; by default the training's own.")
 F = flags.FLAGS
@@ -57,14 +60,16 @@ def main(argv: Sequence[str]) -> None:
         )
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rounds and temperatures are chosen on held-out samples, so hold some out")
+    if F.decay == "linear":
+        raise SettingsError("--decay=linear: rates fall by half a cosine here, or stay; choose cosine or none")
     made = every(F.data_dir)
-    names = shared_flags.names("scenarios", made)
+    names = shared_flags.names("evidence_scenarios", made)
     scenarios = {name: made[name](F.replicas) for name in names}
     dataset = problem.load()
-    chosen = evidence_arms.make(shared_flags.names("arms", EVIDENCE))
+    chosen = evidence_arms.make(shared_flags.names("evidence_arms", EVIDENCE))
     arms.check_heldout({arm.name: arm.averager for arm in chosen})
     task = problem.make_task(dataset)
-    campaign = Campaign(dataset, task, {name: made[name](F.replicas) for name in {*names, "iid"}}, tuning)
+    campaign = Campaign(dataset, task, {name: made[name](F.replicas) for name in {*names, SOUND}}, tuning)
     workdir = arms.choose_workdir("evidence")
     check_writable(workdir)
     header = record_matrix.header(
@@ -76,8 +81,9 @@ def main(argv: Sequence[str]) -> None:
         roles={
             "oracle": "oracle",
             "ours": "opinion_pool",
-            "published": [a.name for a in chosen if a.name in PUBLISHED],
+            "published": [arm.name for arm in chosen if arm.name in PUBLISHED],
         },
+        series=series_of(scenarios),
     )
     with open_records(workdir) as records:
         record_matrix.begin(records, header)

@@ -26,7 +26,7 @@ flags.DEFINE_integer(
 )
 F = flags.FLAGS
 
-READS = shared_flags.NAMES - {"seeds", "steps", *shared_flags.LINK}
+READS = shared_flags.NAMES - {"seeds", "steps", "tuning_seeds", *shared_flags.LINK}
 for _name in READS:
     flags.declare_key_flag(_name)
 

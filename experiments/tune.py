@@ -25,7 +25,6 @@ from wavg_jax.training import progress
 
 flags.DEFINE_list("tune", list(COMPARED), f"Which arms to tune, of {', '.join(ARMS)}.")
 flags.DEFINE_list("rates", "0.01,0.02,0.05,0.1,0.2,0.5", "The learning rates to try.")
-flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
 F = flags.FLAGS
 
 _UNREAD = {"seeds", "steps", "workdir", "resume", "checkpoint_every", "log_to", *shared_flags.LINK}

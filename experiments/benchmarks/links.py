@@ -56,7 +56,7 @@ F = flags.FLAGS
 
 OWN = ("link_rates", "link_steps", "wires", "nodes", "link_arms", "targets", "link_seconds", "link_patience", "seeds")
 _SET = {"seeds", "steps", "local_steps", "checkpoint_every", "workdir", "resume", "target_accuracy", "wire", "data_dir"}
-_SET |= {"log_to", *shared_flags.LINK}
+_SET |= {"log_to", "tuning_seeds", *shared_flags.LINK}
 OPTIONS = sorted(shared_flags.NAMES - _SET)
 """Flags that go to experiments.train as they are."""
 READS = (*OWN, *OPTIONS, "data_dir")

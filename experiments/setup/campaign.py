@@ -1,6 +1,7 @@
 """Tunes and trains the arms of the evidence, cell by cell, and records them."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,18 +14,17 @@ from experiments.setup.climb import START, Setting, climb
 from experiments.setup.evidence_arms import Arm
 from experiments.setup.problem import augmentation, classes_of
 from experiments.setup.readings import FINETUNING_RATES, Reader, split_off
-from experiments.setup.scenario import Scenario, deal
+from experiments.setup.scenario import SOUND, Scenario, deal
 from experiments.setup.trial import Trained, train
 from wavg_jax import data
 from wavg_jax.base import Stopped, Task
 from wavg_jax.data.arrays import Split
+from wavg_jax.reporting.statistic import as_float
 from wavg_jax.storage.rows import Records
 from wavg_jax.storage.schema import Row, cell_row
 from wavg_jax.training import interrupt, progress
 
 F = flags.FLAGS
-_SOUND = "iid"
-"""The scenario whose samples all have that spoil none."""
 
 
 class Tuned(NamedTuple):
@@ -49,7 +49,6 @@ class Campaign:
     ):
         self._dataset, self._task, self._scenarios, self._tuning_seeds = dataset, task, scenarios, tuning_seeds
         self._tuned: dict[tuple[str, str], Tuned] = {}
-        self._last: dict[str, Setting] = {}
         self._deal = functools.lru_cache(maxsize=4)(self._dealt)
         self._reader = Reader(task, data.make_prepare(dataset, SCALES[F.scale]))
 
@@ -94,7 +93,7 @@ class Campaign:
         if self._scenarios[scenario].bad or not (arm.pooled or arm.good):
             return scenario, arm
         name = "plain" if arm.name == "oracle" else arm.name.removeprefix("oracle_")
-        return _SOUND, arm._replace(name=name, good=False)
+        return SOUND, arm._replace(name=name, good=False)
 
     def _dealt(self, scenario: str, seed: int) -> tuple[data.ShardedData, Split]:
         """The data of a scenario, and the samples to tune on."""
@@ -131,7 +130,7 @@ class Campaign:
         if (scenario, arm.name) in self._tuned:
             return self._tuned[scenario, arm.name]
         tried = {
-            (row["run"], row["rate"], row["decay"], row["seed"]): row["accuracy"]
+            (row["run"], row["rate"], row["decay"], row["seed"]): as_float(row["accuracy"])
             for row in records.rows
             if row["kind"] == "tuning"
         }
@@ -141,15 +140,16 @@ class Campaign:
             key = (f"{scenario}/{arm.name}", setting.rate, setting.decay, seed)
             if key not in tried:
                 trained[setting, seed] = self._train(scenario, arm, seed, setting)
-                tried[key] = round(self._on_tuning(scenario, seed, trained[setting, seed], F.tuned_by, 0.0), 6)
+                run = trained[setting, seed]
+                found = math.nan if run.diverged else self._on_tuning(scenario, seed, run, F.tuned_by, 0.0)
+                tried[key] = round(found, 6)
+                # Of a run that may be fine-tuned, no more than that needs: paths over thousands of rounds are large.
+                trained[setting, seed] = run._replace(path=run.path[-1:])
                 names = ("run", "rate", "decay", "seed", "accuracy")
                 records.append({"kind": "tuning", **dict(zip(names, (*key, tried[key]), strict=True))})
             return tried[key]
 
-        best = climb(
-            lambda s: float(np.mean([of(seed, s) for seed in self._tuning_seeds])), self._last.get(arm.name, START)
-        )
-        self._last[arm.name] = best
+        best = climb(lambda s: float(np.mean([of(seed, s) for seed in self._tuning_seeds])), _start(records, arm.name))
         accuracy = float(np.mean([of(seed, best) for seed in self._tuning_seeds]))
         finetuning = (
             self._finetuning(scenario, arm, best, trained)
@@ -203,6 +203,13 @@ class Campaign:
             rows.append(row | {"decay": tuned.setting.decay, "tuned_accuracy": round(tuned.accuracy, 6)})
         rows[0]["heldout_accuracy"] = trained.right.round(5)
         return rows
+
+
+def _start(records: Records, arm: str) -> Setting:
+    """Where to start climbing: at what was best for the arm in the scenario before."""
+    cells = (row for row in reversed(records.rows) if row["kind"] == "cell" and row["weighting"] == arm)
+    row = next(cells, None)
+    return START if row is None else Setting(row["rate"], row["decay"])
 
 
 def _renamed(row: Row, scenario: str, arm: str, was: str) -> Row:

@@ -1,5 +1,6 @@
 """Tuning by climbing: the same rule, and so the same effort, for every arm."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,11 @@ _SWEEPS = 2
 def climb(value: Callable[[Setting], float], start: Setting = START) -> Setting:
     """The setting from which no neighbour is better, first along the rate, then along the decay, twice over.
 
-    Neighbours are rates half and twice as high, and the decays of `DECAYS`. Ties stay where they are. A rate is climbed
-    from at most 12 steps.
+    Neighbours are rates half and twice as high, and the decays of `DECAYS`. Of equal ones the lower rate is better,
+    which leads away from rates at which nothing is learnt. A rate is climbed from at most 12 steps.
 
     Args:
-      value: what to maximise; asked once for every setting tried. NaN is worse than any number.
+      value: what to maximise, asked once for every setting tried; NaN, for a run that diverged, is worst.
       start: where to begin, such as the best setting of a similar scenario.
 
     Returns:
@@ -34,11 +35,11 @@ def climb(value: Callable[[Setting], float], start: Setting = START) -> Setting:
     """
     known: dict[Setting, float] = {}
 
-    def of(setting: Setting) -> float:
+    def of(setting: Setting) -> tuple[float, float]:
         if setting not in known:
             found = value(setting)
-            known[setting] = found if found == found else float("-inf")
-        return known[setting]
+            known[setting] = -math.inf if math.isnan(found) else found
+        return known[setting], -setting.rate
 
     best = start
     for _ in range(_SWEEPS):
@@ -50,7 +51,7 @@ def climb(value: Callable[[Setting], float], start: Setting = START) -> Setting:
     return best
 
 
-def _along(line: Sequence[Setting], best: Setting, of: Callable[[Setting], float]) -> Setting:
+def _along(line: Sequence[Setting], best: Setting, of: Callable[[Setting], tuple[float, float]]) -> Setting:
     place = line.index(best)
     for step in (1, -1):
         while 0 <= place + step < len(line) and of(line[place + step]) > of(line[place]):

@@ -6,19 +6,21 @@ import numpy as np
 from absl import flags
 
 import wavg_jax as wavg
+from experiments.setup.methods import METHODS
 from experiments.setup.scenario import Scenario
-from experiments.setup.trial import Budget
+from experiments.setup.trial import Budget, shape_of
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
 from wavg_jax.base import Averager
 from wavg_jax.data.arrays import Split
+from wavg_jax.training import schedule
 
 F = flags.FLAGS
 
 POOLED = ("sequential", "sync")
 CONTROLS = ("oracle", *(f"oracle_{name}" for name in POOLED), *(f"{name}+heldout" for name in POOLED))
-EVIDENCE = (*POOLED, *CONTROLS, *WEIGHTINGS)
-"""Names of arms: one network on all shards, controls, and every weighting of K replicas.
+EVIDENCE = (*POOLED, *CONTROLS, *WEIGHTINGS, *METHODS)
+"""Names of arms: one network on all shards, controls, every weighting of replicas, methods with an H of their own.
 
 oracle is plain averaging without what is wrong, oracle_sequential and oracle_sync likewise; +heldout also trains on the
 held-out samples.
@@ -26,8 +28,9 @@ held-out samples.
 PUBLISHED = (
     *("accuracy", "softmax_loss", "grawa", "edit", "greedy_soup"),
     *("geometric_median", "trimmed_mean", "multi_krum", "coordinate_median", "krum", "fisher", "best_replica"),
+    *METHODS,
 )
-"""Weightings that others published, among which the best is looked for."""
+"""Weightings and methods that others published, among which the best is looked for."""
 
 
 class Arm(NamedTuple):
@@ -51,7 +54,11 @@ class Arm(NamedTuple):
         """K·H·B samples a round, and a schedule that all arms go through over equally many of them."""
         stretch = F.replicas if self.pooled == "sequential" else 1
         batch = F.batch_size * (F.replicas if self.pooled == "sync" else 1)
-        return Budget(F.rounds, F.local_steps * stretch, batch, F.warmup * stretch, F.decay == "cosine")
+        steps, warmup, decays = F.rounds * F.local_steps * stretch, F.warmup * stretch, F.decay == "cosine"
+        when = schedule.fixed(F.local_steps * stretch)
+        if self.name in METHODS:
+            when = METHODS[self.name].schedule(steps, shape_of(steps, warmup, decays=decays))
+        return Budget(steps, batch, when, warmup, decays)
 
     def samples(self, sharded: data.ShardedData, scenario: Scenario, seed: int) -> data.ShardedData:
         """What it trains on in a scenario."""
@@ -79,6 +86,6 @@ def make(names: tuple[str, ...]) -> list[Arm]:
             return Arm(name, plain, bare, good=bare != name and "+" not in name, heldout="+" in name)
         if name in ("oracle", "plain"):
             return Arm(name, plain, good=name == "oracle")
-        return Arm(name, wavg.averager(**WEIGHTINGS[name](F)))
+        return Arm(name, METHODS[name].averager() if name in METHODS else wavg.averager(**WEIGHTINGS[name](F)))
 
     return [one(name) for name in names]

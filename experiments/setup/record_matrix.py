@@ -39,6 +39,7 @@ def header(
     *,
     recommend: bool = True,
     roles: Mapping[str, Any] | None = None,
+    series: Mapping[str, Any] | None = None,
 ) -> Row:
     """The first row of a recording.
 
@@ -49,12 +50,14 @@ def header(
       settings: flag name -> value, of the flags that all cells share.
       recommend: whether the report should say which weighting can be recommended.
       roles: which weightings the share of the oracle's gap is told of; see `wavg_jax.storage.schema`.
+      series: the quantity that the scenarios are values of, if they are; see there, too.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     return matrix_row(
         scenarios=scenarios,
         recommend=recommend,
         roles=roles,
+        series=series,
         reference=REFERENCE,
         settings=settings,
         started=machine.now(),

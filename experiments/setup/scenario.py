@@ -1,7 +1,7 @@
 """What can be wrong with replicas, their shards, or the held-out samples that judge them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ class Scenario(NamedTuple):
       spoil: how.
       faults: simulated faults of the replicas.
       heldout: number of held-out samples; None for that of --heldout.
+      axis: the quantity that the scenario is a value of, and the value.
       misjudged: what is wrong with the held-out samples, `(held-out samples, classes, random generator) -> samples`.
     """
 
@@ -36,12 +37,8 @@ class Scenario(NamedTuple):
     spoil: Spoil | None = None
     faults: Faults | None = None
     heldout: int | None = None
+    axis: tuple[str, float] | None = None
     misjudged: Callable[[Split, int, np.random.Generator], Split] | None = None
-
-    @property
-    def sound(self) -> bool:
-        """Whether samples and partition are what the best shards would be: good samples, dealt at random."""
-        return not self.bad and self.faults is None
 
 
 def _iid(k: int) -> Partition:
@@ -127,7 +124,7 @@ def foreign(other: Callable[[], data.Dataset]) -> Spoil:
         if theirs.x.shape[1:] != sharded.train.x.shape[1:]:
             raise SettingsError(
                 f"samples of the other data set have shape {theirs.x.shape[1:]}, these {sharded.train.x.shape[1:]}: "
-                "leave the scenario out (--scenarios)"
+                "leave the scenario out (--evidence_scenarios)"
             )
         x, y = sharded.train.x.copy(), sharded.train.y.copy()
         for k in bad:
@@ -178,8 +175,10 @@ FAULTS: dict[str, Make] = {
         f"{k // 2} of {k} at 1/4 steps", _iid(k), faults=simulate(k, speed=dict.fromkeys(range(k // 2), 0.25))
     ),
 }
+SOUND = "iid"
+"""The scenario in which nothing is wrong."""
 SCENARIOS: dict[str, Make] = {
-    "iid": lambda k: Scenario("IID", _iid(k)),
+    SOUND: lambda k: Scenario("IID", _iid(k)),
     "sized": lambda k: Scenario("sizes 1:16", _sized(k)),
     "dirichlet03": lambda k: Scenario("Dirichlet 0.3", _dirichlet(k, 0.3)),
     "dirichlet01": lambda k: Scenario("Dirichlet 0.1", _dirichlet(k, 0.1)),
@@ -190,9 +189,9 @@ SCENARIOS: dict[str, Make] = {
 """Name -> scenario of the matrix of weightings."""
 
 
-def _judged(title: str, *, heldout: int | None = None, misjudged: Callable | None = None) -> Make:
+def _judged(title: str, **changes: Any) -> Make:
     """Half of the shards noisy, and something about the held-out samples."""
-    return lambda k: _spoilt(k // 2, labels(1.0), "")(k)._replace(title=title, heldout=heldout, misjudged=misjudged)
+    return lambda k: _spoilt(k // 2, labels(1.0), "")(k)._replace(title=title, **changes)
 
 
 @functools.cache
@@ -206,10 +205,21 @@ def every(data_dir: str) -> dict[str, Make]:
     noisyN: N shards with random labels; labelsP: P % of the labels of half of the shards; heldoutN: N held-out samples,
     with half of the shards noisy; wrongP: P % of the held-out labels are random, too.
     """
-    noisy: dict[str, Make] = {f"noisy{n}": _spoilt(n, labels(1.0), "noisy") for n in range(1, 8)}
-    share = {f"labels{p}": _half(labels(p / 100), f"with {p} % random labels") for p in range(10, 100, 10)}
-    sizes = {f"heldout{n}": _judged(f"{n:,} held out", heldout=n) for n in (32, 64, 128, 256, 1000, 5000)}
-    wrong = {f"wrong{p}": _judged(f"{p} % wrong", misjudged=mislabelled(p / 100)) for p in (10, 20, 50)}
+    noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), "noisy shards", n) for n in range(1, 8)}
+    share = {
+        f"labels{p}": _along(
+            _half(labels(p / 100), f"with {p} % random labels"), "random labels on half of the shards, %", p
+        )
+        for p in range(10, 101, 10)
+    }
+    sizes = {
+        f"heldout{n}": _judged(f"{n:,} held out", heldout=n, axis=("held-out samples", n))
+        for n in (32, 64, 128, 256, 1000, 5000)
+    }
+    wrong = {
+        f"wrong{p}": _judged(f"{p} % wrong", misjudged=mislabelled(p / 100), axis=("wrong held-out labels, %", p))
+        for p in (10, 20, 50)
+    }
     spoilt = {
         "shifted": _half(shifted, "shifted labels"),
         "features": _half(features(0.5), "noisy inputs"),
@@ -218,6 +228,18 @@ def every(data_dir: str) -> dict[str, Make]:
         "foreign": _half(foreign(lambda: _mnist(data_dir)), "MNIST"),
     }
     return SCENARIOS | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
+
+
+def _along(make: Make, axis: str, value: float) -> Make:
+    return lambda k: make(k)._replace(axis=(axis, value))
+
+
+def series_of(scenarios: Mapping[str, Scenario]) -> dict[str, Any] | None:
+    """The quantity that all of these scenarios are values of, as the first row of a recording names it, with IID shards
+    as 0; None if there is none, or if they are fewer than three."""
+    titles = {one.axis[0] for one in scenarios.values() if one.axis}
+    at = {name: one.axis[1] if one.axis else 0.0 for name, one in scenarios.items() if one.axis or name == SOUND}
+    return {"title": titles.pop(), "at": at} if len(titles) == 1 and len(at) == len(scenarios) > 2 else None
 
 
 def _half(spoil: Spoil, what: str) -> Make:

@@ -264,6 +264,7 @@ _topic("The run")
 flags.DEFINE_list(
     "seeds", "0,1,2,3,4", "Seeds of data split, initial parameters and sample order; at least 3 for a comparison."
 )
+flags.DEFINE_list("tuning_seeds", "1000,1001", "Seeds to tune on; keep them apart from those you report.")
 flags.DEFINE_list("steps", "10,100,500", "The values of H, local steps between two blends, to try.")
 flags.DEFINE_string("workdir", None, "Folder for rows, report and checkpoints; by default a new one under runs/.")
 flags.DEFINE_bool("resume", False, "Continue from the checkpoints in --workdir.")
@@ -306,6 +307,7 @@ WEIGHTING = ("temperature", "chance", "byzantine")
 LINK = ("link_bandwidth", "link_latency", "link_overhead")
 """Flags of the network that is computed with; without any there is none."""
 _BOOKKEEPING = (
+    "tuning_seeds",
     "workdir",
     "resume",
     "checkpoint_every",

@@ -18,25 +18,32 @@ from wavg_jax import data, tree
 from wavg_jax.base import Averager, PyTree, Task
 from wavg_jax.rounds import policy
 from wavg_jax.rounds.faults import Faults
-from wavg_jax.storage.schema import Row, round_row
+from wavg_jax.storage.schema import Row, lost, round_row
 from wavg_jax.training.recipe import Layout, make_recipe
 from wavg_jax.training.run import Plan, Run
-from wavg_jax.training.schedule import fixed
+from wavg_jax.training.schedule import Past, Schedule
 
 
 class Budget(NamedTuple):
     """How long an arm trains, and how.
 
     Attributes:
-      rounds, local_steps, batch_size: of the arm itself.
-      warmup: local steps in which the rate rises; the others fall by half a cosine, or stay if not `decays`.
+      steps, batch_size: of each of the arm's own replicas, over the whole run.
+      schedule: H over the run.
+      warmup: steps in which the rate rises; then it falls by half a cosine, or stays if not `decays`.
     """
 
-    rounds: int
-    local_steps: int
+    steps: int
     batch_size: int
+    schedule: Schedule
     warmup: int
     decays: bool
+
+
+def shape_of(steps: int, warmup: int, *, decays: bool) -> Callable[[Any], Any]:
+    """The rate of each step, as a share of its peak."""
+    fall = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1)) if decays else optax.constant_schedule(1.0)
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), fall], [warmup])
 
 
 class Trained(NamedTuple):
@@ -56,15 +63,16 @@ class Trained(NamedTuple):
     right: np.ndarray
     rows: list[Row]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the last round left no replica finite, so that older parameters are judged."""
+        return lost(self.rows[-1]["weights"])
+
 
 @functools.cache
-def make_inner(budget: Budget) -> optax.GradientTransformation:
+def make_inner(steps: int, warmup: int, decays: bool) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay, whose `rate` and `decay` are in its state."""
-    steps = budget.rounds * budget.local_steps
-    shape = optax.cosine_decay_schedule(1.0, max(steps - budget.warmup, 1))
-    if not budget.decays:
-        shape = optax.constant_schedule(1.0)
-    course = optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(budget.warmup, 1)), shape], [budget.warmup])
+    course = shape_of(steps, warmup, decays=decays)
 
     def sgd(rate: Any, decay: Any) -> optax.GradientTransformation:
         return optax.chain(
@@ -115,23 +123,28 @@ def train(
         task,
         sharded,
         remembering(averager),
-        make_inner(budget),
+        make_inner(budget.steps, budget.warmup, budget.decays),
         scoring=scoring,
         at_sync=at_sync,
         layout=layout,
         faults=faults,
     )
-    plan = Plan(fixed(budget.local_steps), budget.rounds, budget.batch_size, seed, budget.rounds, 1)
+    plan = Plan(budget.schedule, budget.steps, budget.batch_size, seed, budget.steps, 1)
     run = Run(recipe, sharded, plan, "trial", ())
-    given = {name: jnp.full(replicas, value, jnp.float32) for name, value in setting._asdict().items()}
+    values = {name: jnp.full(replicas, value, jnp.float32) for name, value in setting._asdict().items()}
     state = run.initial
-    opt_state = optax.tree.set(state.replicas.opt_state, **given)
+    opt_state = optax.tree.set(state.replicas.opt_state, **values)
     state = state._replace(replicas=state.replicas._replace(opt_state=opt_state))
-    path, rows, held, right = [], [], [], []
-    elapsed, samples = 0.0, 0
-    for number in range(budget.rounds):
+    path: list[tuple[PyTree, PyTree]] = []
+    rows: list[Row] = []
+    held: list[float] = []
+    right: list[float] = []
+    elapsed, samples, given = 0.0, 0, 0
+    while given < budget.steps:
         begun = time.perf_counter()
-        work = run.work(number * budget.local_steps, budget.local_steps)
+        local_steps = budget.schedule.steps(Past(len(rows), given, ()))
+        work = run.work(given, local_steps)
+        given += local_steps
         state, log, _ = run.step.program.call(state, work, run.shared, run.ask(False))
         log = jax.device_get(log)
         seconds = time.perf_counter() - begun
@@ -140,7 +153,7 @@ def train(
         held.append(float(np.nan_to_num(found["loss"], nan=np.inf)))
         right.append(float(found["accuracy"]))
         path.append(jax.device_get((state.params, state.mutable)))
-        rows.append(_row(number + 1, budget, log, seconds, elapsed, samples))
+        rows.append(_row(len(rows) + 1, local_steps, log, seconds, elapsed, samples))
         advance()
     stacked = jax.device_get(state.averager[1])
     own = [jax.tree.map(lambda x, k=k: x[k], stacked) for k in range(replicas)]
@@ -148,10 +161,10 @@ def train(
     return Trained(path, alive, np.array(held), np.array(right), rows)
 
 
-def _row(number: int, budget: Budget, log: Any, seconds: float, elapsed: float, samples: int) -> Row:
+def _row(number: int, local_steps: int, log: Any, seconds: float, elapsed: float, samples: int) -> Row:
     return round_row(
         number=number,
-        local_steps=budget.local_steps,
+        local_steps=local_steps,
         samples=samples,
         seconds=seconds,
         elapsed=elapsed,

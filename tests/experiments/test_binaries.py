@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from binary import invoke
 
 import wavg_jax as wavg
-from experiments import compare, reductions, report, scenarios, scoring_cost, train, tune
+from experiments import chaos, compare, evidence, reductions, report, scenarios, scoring_cost, stragglers, train, tune
 from experiments.setup import app, arms, choices, problem
 from experiments.setup.shared_flags import COMPARED
 from wavg_jax import data
@@ -302,6 +302,10 @@ def test_help_says_what_the_binary_is_for_and_shows_its_flags(binary):
     for flag in own.get(binary, ["--dataset", "--replicas", "--weighting", "--lr_plain"]):
         assert flag in said
     assert ("--partition" in said) == (binary not in ("report", "scenarios"))
+
+
+PRESETS_OF = (chaos, evidence, stragglers)
+"""Binaries with flags of their own in presets."""
 
 
 @pytest.mark.parametrize(

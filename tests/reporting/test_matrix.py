@@ -54,7 +54,7 @@ def rows():
 def test_means_differences_and_marks():
     found = matrix.tabulate(rows())
     assert found.titles == {"a": "IID", "b": "4 of 8 noisy"}  # what no cell has is left out
-    assert (found.seeds, found.rates, found.lacking) == ((0, 1, 2), {"a": 0.1, "b": 0.05}, 0)
+    assert (found.seeds, found.rates, found.lacking) == ((0, 1, 2), {"a": (0.1,), "b": (0.05,)}, 0)
     entry = found.entries["a", "good"]
     assert entry.accuracy == pytest.approx((0.84, 0.03, 3))
     assert entry.versus == pytest.approx((0.02, 0.01, 3))

@@ -5,11 +5,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from wavg_jax.base import DataError
+from wavg_jax.reporting.recovery import Recovery, Roles, is_control, recovered, roles_of
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
 from wavg_jax.reporting.wording import distinct
 from wavg_jax.storage.schema import Row
@@ -86,10 +88,14 @@ class Matrix(NamedTuple):
       entries: by scenario and weighting; absent if no cell is recorded.
       verdicts: by weighting.
       best: {scenario: weighting with the highest mean test accuracy}.
-      rates: {scenario: learning rate}.
+      rates: {scenario: the learning rates there}, one unless every weighting was tuned.
       seeds: the seeds of all cells.
       headers: the rows of kind "matrix".
       recommend: whether the report recommends weightings.
+      roles: which weightings the share of the oracle's gap is told of, if any.
+      recovered: that share, by scenario.
+      left: `ours` minus every other row, by scenario and name: each of `CELL_METRICS`, paired by seed.
+      controls: further rows, which are none to choose: oracles, and what else could be made of a training.
     """
 
     titles: Mapping[str, str]
@@ -98,10 +104,14 @@ class Matrix(NamedTuple):
     entries: Mapping[tuple[str, str], Entry]
     verdicts: Mapping[str, Verdict]
     best: Mapping[str, str]
-    rates: Mapping[str, float]
+    rates: Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     headers: tuple[Row, ...]
     recommend: bool = True
+    roles: Roles | None = None
+    recovered: Mapping[str, Recovery] = MappingProxyType({})
+    left: Mapping[tuple[str, str], Mapping[str, Statistic]] = MappingProxyType({})
+    controls: tuple[str, ...] = ()
 
     @property
     def recommended(self) -> tuple[str, ...]:
@@ -111,7 +121,7 @@ class Matrix(NamedTuple):
     @property
     def lacking(self) -> int:
         """How many cells of all scenarios, weightings and seeds are missing."""
-        found = sum(entry.accuracy.n for entry in self.entries.values())
+        found = sum(entry.accuracy.n for (_, name), entry in self.entries.items() if name in self.weightings)
         return len(self.titles) * len(self.weightings) * len(self.seeds) - found
 
 
@@ -145,13 +155,15 @@ def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
 
 def _tabulate(rows: Sequence[Row], reference: str | None) -> Matrix:
     headers, cells = _headers(rows), _cells(rows)
-    base = reference or _reference(headers, cells)
+    base, roles = reference or _reference(headers, cells), roles_of(headers)
     titles = {name: str(title) for header in headers for name, title in header["scenarios"].items()}
-    rates = _rates(cells)
+    rates = _rates(cells, tuned=roles is not None)
+    names = tuple(dict.fromkeys(w for _, w in cells))
+    chosen = [name for name in names if not is_control(name, roles)]
     order = {name: title for name, title in titles.items() if name in rates}
-    best = {s: _best(cells, s) for s in order}
+    best = {s: _best(cells, s, chosen) for s in order}
     entries = {key: _entry(cells, key, best, base) for key in cells}
-    verdicts = {w: _verdict(entries, w, tuple(order), base) for w in dict.fromkeys(w for _, w in cells)}
+    verdicts = {w: _verdict(entries, w, tuple(order), base) for w in chosen}
     return Matrix(
         titles=order,
         reference=base,
@@ -163,7 +175,25 @@ def _tabulate(rows: Sequence[Row], reference: str | None) -> Matrix:
         seeds=tuple(sorted({seed for own in cells.values() for seed in own})),
         headers=headers,
         recommend=all(header.get("recommend", True) for header in headers),
+        roles=roles,
+        recovered={} if roles is None else _recovered(cells, order, roles, base),
+        left={} if roles is None else _left(cells, roles.ours),
+        controls=tuple(name for name in names if name not in chosen),
     )
+
+
+def _recovered(cells: Cells, scenarios: Iterable[str], roles: Roles, reference: str) -> dict[str, Recovery]:
+    found = {scenario: recovered(cells, scenario, roles, reference) for scenario in scenarios}
+    return {scenario: one for scenario, one in found.items() if one is not None}
+
+
+def _left(cells: Cells, ours: str) -> dict[tuple[str, str], Mapping[str, Statistic]]:
+    """What is left of the gain of `ours` beside every other row."""
+    return {
+        (scenario, name): {metric: _minus(cells[scenario, ours], own, metric) for metric in CELL_METRICS}
+        for (scenario, name), own in cells.items()
+        if name != ours and (scenario, ours) in cells
+    }
 
 
 def _headers(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -202,16 +232,16 @@ def _cells(rows: Sequence[Row]) -> Cells:
     return cells
 
 
-def _rates(cells: Cells) -> dict[str, float]:
+def _rates(cells: Cells, *, tuned: bool) -> dict[str, tuple[float, ...]]:
     found: dict[str, list[float]] = {}
     for (scenario, _), own in cells.items():
         found.setdefault(scenario, []).extend(float(row["rate"]) for row in own.values())
     for scenario, rates in found.items():
-        if len(distinct(rates)) > 1:
+        if len(distinct(rates)) > 1 and not tuned:
             raise DataError(
                 f"scenario {scenario!r} was trained at several rates {distinct(rates)}; report on them apart"
             )
-    return {scenario: rates[0] for scenario, rates in found.items()}
+    return {scenario: tuple(sorted(set(rates))) for scenario, rates in found.items()}
 
 
 def _over(own: Mapping[int, Row], metric: str) -> Statistic:
@@ -222,9 +252,9 @@ def _minus(a: Mapping[int, Row], b: Mapping[int, Row], metric: str) -> Statistic
     return Statistic.of([as_float(a[seed][metric]) - as_float(b[seed][metric]) for seed in a if seed in b])
 
 
-def _best(cells: Cells, scenario: str) -> str:
+def _best(cells: Cells, scenario: str, chosen: Sequence[str]) -> str:
     """The best weighting with the most seeds: a mean over fewer may be high because those are easy."""
-    own = {w: _over(seeds, "test_accuracy") for (s, w), seeds in cells.items() if s == scenario}
+    own = {w: _over(seeds, "test_accuracy") for (s, w), seeds in cells.items() if s == scenario and w in chosen}
     return max(own, key=lambda w: (own[w].n, own[w].mean))
 
 

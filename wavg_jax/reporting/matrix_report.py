@@ -13,6 +13,8 @@ from wavg_jax.reporting.findings import by_chance
 from wavg_jax.reporting.heatmap import NONE, draw_matrix
 from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix, Verdict
 from wavg_jax.reporting.page import html_fragment
+from wavg_jax.reporting.recovery_report import draw_recovery, left_tables, recovery_tables
+from wavg_jax.reporting.series import draw_series, series_of
 from wavg_jax.reporting.statistic import Floats, Statistic
 from wavg_jax.reporting.tables import TextTable, escape, markdown_table
 from wavg_jax.reporting.terminal import terminal_block
@@ -34,8 +36,12 @@ class MatrixReport(NamedTuple):
     caller: Caller = Caller()
 
     def figures(self) -> tuple[Plot, ...]:
-        """Draws the heat map; a notebook shows it."""
-        return (draw_matrix(self.matrix),)
+        """Draws the heat map, what is recovered where an oracle is recorded, and lines where scenarios are values of a
+        quantity; a notebook shows them."""
+        shares = (draw_recovery(self.matrix),) if any(one.shares for one in self.matrix.recovered.values()) else ()
+        series = series_of(self.matrix.headers)
+        lines = () if series is None else (draw_series(self.matrix, series),)
+        return (*shares, *lines, draw_matrix(self.matrix))
 
     def write(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
         """Writes `report.md`, `report.html` and `plots/matrix.png`, each file whole or not at all.
@@ -101,8 +107,11 @@ def matrix_sentences(matrix: Matrix) -> list[str]:
     lines += by_chance(compared, reference)
     lines += [
         "The best of many means is a little too high by chance, so the gaps to it are a little too large.",
-        f"All weightings of a scenario ran at one learning rate. If that rate was tuned for {reference}, it flatters "
-        f"{reference}: a weighting that tolerates higher rates gets no credit for it.",
+        "Every weighting ran in every scenario at the rate and weight decay that were best for it on other seeds and "
+        "samples."
+        if matrix.roles
+        else f"All weightings of a scenario ran at one learning rate. If that rate was tuned for {reference}, it "
+        f"flatters {reference}: a weighting that tolerates higher rates gets no credit for it.",
         "The seed also decides the shards, so seeds differ most where shards do; hence differences are paired by seed.",
     ]
     return lines
@@ -135,8 +144,8 @@ def _strict(matrix: Matrix) -> str:
 
 
 def matrix_tables(matrix: Matrix) -> list[TextTable]:
-    """The tables that fit a terminal: scenarios, and the verdict on every weighting."""
-    return [_scenarios(matrix), _verdicts(matrix)]
+    """The tables that fit a terminal: what is recovered, scenarios, and the verdict on every weighting."""
+    return [*recovery_tables(matrix), _scenarios(matrix), _verdicts(matrix)]
 
 
 def _scenarios(matrix: Matrix) -> TextTable:
@@ -145,7 +154,9 @@ def _scenarios(matrix: Matrix) -> TextTable:
         best = matrix.best[scenario]
         base, top = matrix.entries.get((scenario, matrix.reference)), matrix.entries[scenario, best]
         shown = NONE if base is None else mean_sd(base.accuracy, 100, 2)
-        rate = f"{matrix.rates[scenario]:g}"
+        rate = " to ".join(
+            f"{rate:g}" for rate in dict.fromkeys((matrix.rates[scenario][0], matrix.rates[scenario][-1]))
+        )
         rows.append((title, rate, shown, best, mean_sd(top.accuracy, 100, 2), _interval(top.versus)))
     note = "Test accuracy, mean ± standard deviation over seeds; the difference is in points, with its 95 % interval."
     heads = ("scenario", "rate", f"{matrix.reference} (%)", "best", "its accuracy (%)", f"minus {matrix.reference}")
@@ -205,8 +216,11 @@ def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], 
         part = f" ({entry.accuracy.n} of {len(matrix.seeds)})" if entry.accuracy.n < len(matrix.seeds) else ""
         return show(entry) + part
 
-    rows = [(name, *(cell(scenario, name) for scenario in matrix.titles)) for name in matrix.weightings]
-    return TextTable(title, note, ("weighting", *matrix.titles.values()), (tuple(rows),))
+    rows, controls = (
+        tuple((name, *(cell(scenario, name) for scenario in matrix.titles)) for name in names)
+        for names in (matrix.weightings, matrix.controls)
+    )
+    return TextTable(title, note, ("weighting", *matrix.titles.values()), (rows, controls) if controls else (rows,))
 
 
 def _wide(matrix: Matrix) -> list[TextTable]:
@@ -216,6 +230,7 @@ def _wide(matrix: Matrix) -> list[TextTable]:
         return lambda entry: _finite(entry.metrics[metric], scale, decimals)
 
     return [
+        *left_tables(matrix),
         _by_scenario(matrix, "Test accuracy (%)", spread, shown("test_accuracy", 100, 2)),
         _by_scenario(matrix, "Test loss", f"{spread} Mean cross-entropy in nats.", shown("test_loss", 1, 3)),
         _by_scenario(

@@ -58,8 +58,9 @@ A matrix has two kinds of its own.
   scenarios             {name: title} of the scenarios asked for
   reference             the weighting that the others are compared with; if missing, the first one recorded
   recommend             whether the report recommends a weighting; if missing, true
-  roles                 where every weighting was tuned: {"oracle": a weighting, "ours": a weighting, "published": several
-                        among which the best is looked for}; else missing, and all weightings of a scenario share a rate
+  roles                 where every weighting was tuned: {"oracle": a weighting, "ours": a weighting, "published":
+                        [several to find the best of]}; else missing, and all weightings of a scenario share a rate
+  series                where scenarios are values of a quantity: {"title": its name, "at": {scenario: value}}
   settings              the settings that all cells share; must agree when the recording resumes
   started               start of the recording: UTC, ISO 8601; may be missing
   dataset, train_samples, heldout_samples, test_samples, parameters, hardware, versions
@@ -244,6 +245,7 @@ def matrix_row(
     scenarios: Mapping[str, str],
     recommend: bool,
     roles: Mapping[str, Any] | None,
+    series: Mapping[str, Any] | None,
     reference: str,
     settings: Mapping[str, Any],
     started: str,
@@ -262,6 +264,7 @@ def matrix_row(
         "scenarios": dict(scenarios),
         "recommend": recommend,
         **({} if roles is None else {"roles": dict(roles)}),
+        **({} if series is None else {"series": dict(series)}),
         "reference": reference,
         "settings": dict(settings),
         "started": started,
