@@ -73,6 +73,23 @@ def test_the_table_of_the_first_command_is_what_was_recorded(noisy):
         assert [row["seed"] for row in last.values() if row["arm"] == "plain"] == [0, 1, 2, 3, 4]
 
 
+def test_the_short_run_of_cifar10_is_what_was_recorded():
+    recorded = [row for row in rows("cifar10_94_short") if row["kind"] == "round"]
+    heads = [row for row in rows("cifar10_94_short") if row["kind"] == "run"]
+    assert {row["train_samples"] for row in heads} == {49_000}
+    assert {round(row["samples_per_round"] * 4 / 49_000, 1) for row in heads} == {1.3}
+    assert {row["parameters"] for row in heads} == {126_520}
+    assert "126,520 parameters" in RESULTS
+    for number in range(1, 5):
+        cells = " | ".join(
+            f"{100 * row['test_accuracy']:.1f}"
+            for arm in ARMS
+            for row in recorded
+            if (row["arm"], row["round"]) == (arm, number)
+        )
+        assert f"| {number} | {cells} |" in RESULTS
+
+
 LANGUAGE = ("sequential", "sync", "plain", "weighted", "diloco", "weighted_diloco")
 
 

@@ -283,6 +283,7 @@ BAD = [
     (["--seeds=1000"], "keep them apart from --seeds"),
     (["--heldout=0"], "--heldout=0"),
     (["--noisy=1"], "--noisy has no effect"),
+    (["--decay=linear"], "--decay=linear: rates fall by half a cosine here"),
 ]
 
 
