@@ -60,6 +60,14 @@ NAMES = {
     "oracle_sequential": "oracle, sequential",
     "sequential+heldout": "sequential, also on held-out samples",
     "sync+heldout": "sync, also on held-out samples",
+    "coordinate_median": "median of each coordinate",
+    "post_local": "post-local SGD: H = 1, then 16",
+    "qsr": "QSR: H from 2 up",
+    "diloco": "DiLoCo: H = 50, Nesterov 0.7, 0.9",
+    "edit128": "EDiT: H = 128, Nesterov 0.8, 0.85",
+    "grawa32": "GRAWA: H = 32, pull 0.5",
+    "papa": "PAPA: H = 10, pull 0.01",
+    "lsgd": "LSGD: H = 10, pull 0.1",
 }
 """Name of a row -> how the tables call it."""
 ARMS = ("sequential", "sync", "plain", "opinion_pool", "learned", "softmax_loss", "accuracy", "grawa", "edit")
@@ -98,6 +106,69 @@ def left(scenarios, metric, scale, digits):
     return lines
 
 
+SETS = {
+    "breast": ("breast_cancer, MLP, K = 4", ("iid", "noisy2"), 0.95),
+    "digits": ("digits, MLP, K = 4", ("iid", "noisy2"), 0.85),
+    "mnist": ("MNIST, MLP, K = 8", ("iid", "noisy4"), 0.95),
+    "k2": ("Fashion-MNIST, MLP, K = 2", ("iid", "labels100"), 0.84),
+    "k4": ("Fashion-MNIST, MLP, K = 4", ("iid", "labels100"), 0.84),
+    "main": ("Fashion-MNIST, MLP, K = 8", ("iid", "noisy4"), 0.84),
+    "k16": ("Fashion-MNIST, MLP, K = 16", ("iid", "labels100"), 0.84),
+}
+"""Folder -> how the table calls it, its clean and its noisy scenario, and the target on held-out samples."""
+
+
+def samples_to(folder, scenario, name, target):
+    """Median over seeds of the samples until the held-out accuracy is at the target, in thousands; "never" if half of the
+    runs end before."""
+    settings = next(row for row in rows(folder) if row["kind"] == "matrix")["settings"]
+    a_round = settings["replicas"] * settings["local_steps"] * settings["batch_size"]
+    reached = []
+    for row in cells(folder)[scenario, name].values():
+        over = np.flatnonzero(np.array(row["heldout_accuracy"]) >= target)
+        reached.append((over[0] + 1) * a_round / 1000 if len(over) else np.inf)
+    median = np.median(reached)
+    return f"{median:.1f}" if np.isfinite(median) else "never"
+
+
+def of_sets():
+    lines = []
+    for folder, (title, scenarios, target) in SETS.items():
+        for scenario, shards in zip(scenarios, ("clean", "half noisy"), strict=True):
+            for name in ("sequential", "sync", "plain", "opinion_pool"):
+                found = (
+                    mean_sd(folder, scenario, name),
+                    mean_sd(folder, scenario, name, "test_macro_f1"),
+                    mean_sd(folder, scenario, name, "test_loss", 1, 2),
+                    mean_sd(folder, scenario, name, "test_ece"),
+                    f"{samples_to(folder, scenario, name, target)} to {100 * target:.0f} %",
+                )
+                lines.append(f"| {title} | {shards} | {NAMES.get(name, name)} | " + " | ".join(found) + " |")
+    return lines
+
+
+def of_steps():
+    """Lines: test accuracy against H."""
+    found = {1: "h1", 5: "h5", 20: "h20", 50: "main", 200: "h200", 500: "h500", 1000: "h1000"}
+    sizes = (784 * 128 + 128 + 128 * 10 + 10) * 4 * 2 / 1e6
+    return [
+        f"| {h:,} | {1000 // h * sizes:,.1f} | "
+        + " | ".join(mean_sd(folder, s, name) for s in ("iid", "noisy4") for name in ("plain", "opinion_pool"))
+        + " |"
+        for h, folder in found.items()
+    ]
+
+
+def of_methods():
+    names = ("plain", "opinion_pool", "post_local", "qsr", "diloco", "edit128", "grawa32", "papa", "lsgd")
+    return accuracies("methods", names, ("iid", "noisy4"))
+
+
+def of_liars():
+    names = ("plain", "opinion_pool", "learned", "softmax_loss", "multi_krum", "trimmed_mean", "geometric_median")
+    return accuracies("liars", (*names, "coordinate_median"), ("flipped3", "scaled1", "reversed3", "idle3"))
+
+
 LEFT = ("iid", "noisy2", "noisy4", "shifted")
 SERIES = {
     "bad": (
@@ -120,6 +191,10 @@ TABLES = {
     "partitions and faults": lambda: accuracies("main", ARMS, FAULTS),
     "what is left in accuracy": lambda: left(LEFT, "test_accuracy", 100, 1),
     "what is left in loss": lambda: left(LEFT, "test_loss", 1, 2),
+    "data sets": of_sets,
+    "H": of_steps,
+    "methods": of_methods,
+    "liars": of_liars,
     **{name: (lambda name=name: accuracies(name, *SERIES[name])) for name in SERIES},
 }
 
