@@ -119,8 +119,7 @@ SETS = {
 
 
 def samples_to(folder, scenario, name, target):
-    """Median over seeds of the samples until the held-out accuracy is at the target, in thousands; "never" if half of the
-    runs end before."""
+    """Thousands of samples until the held-out accuracy is at the target, median over seeds; "never" if it is not."""
     settings = next(row for row in rows(folder) if row["kind"] == "matrix")["settings"]
     a_round = settings["replicas"] * settings["local_steps"] * settings["batch_size"]
     reached = []
