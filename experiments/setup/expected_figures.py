@@ -61,8 +61,8 @@ def draw_share(shares: Sequence[float], lines: Lines, points: Sequence[Point], f
       points: what was measured.
       fitted: the point that the quadratic model was fitted to.
     """
-    title = "What weighting gains, by the share of shards with random labels"
-    subtitle = "test loss of plain averaging minus that of weights fitted to held-out samples"
+    title = "What weighting gains where labels are random"
+    subtitle = "test loss of plain averaging minus that of fitted weights"
     most = max((point.gain.mean for point in points), default=0.0)
 
     def paint(theme: Theme) -> Figure:
@@ -74,16 +74,17 @@ def draw_share(shares: Sequence[float], lines: Lines, points: Sequence[Point], f
             _measured(theme, axes, i, own, f"measured: {recording}")
         if fitted is not None:
             at = (fitted.share, fitted.gain.mean)
-            axes.annotate("fitted here", at, (18, -26), textcoords="offset points", fontsize=canvas.SMALL, color=theme.ink,
-                          arrowprops={"arrowstyle": "-", "color": theme.ink})  # fmt: skip
-        axes.set_ylim(min(0.0, *(point.gain.mean - 0.03 for point in points), 0.0), max(1.0, 1.3 * most))
+            line = {"arrowstyle": "-", "color": theme.ink}
+            style = {"fontsize": canvas.SMALL, "color": theme.ink}
+            axes.annotate("fitted here", at, (18, -26), textcoords="offset points", arrowprops=line, **style)
+        axes.set_ylim(min(0.0, *(point.gain.mean - 0.03 for point in points), 0.0), max(1.0, 1.6 * most))
         axes.set_xlim(-0.02, 1.0)
-        _finish(theme, axes, "share of bad shards", "gain (nats)")
+        _finish(theme, axes, "share of shards with random labels", "gain (nats)")
         return figure
 
     caption = (
-        "Lines are computed: the quadratic model goes through one point, the mixture of labels has nothing fitted. Points: "
-        "means over seeds with 95 % intervals."
+        "Lines are computed: the quadratic model goes through one point, the mixture of labels has nothing fitted. "
+        "Points: means over seeds with 95 % intervals, recordings side by side."
     )
     return canvas.make_plot("share", title, caption, paint)
 

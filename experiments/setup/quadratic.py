@@ -1,16 +1,16 @@
 """What K replicas on a quadratic loss lose: means and variances of their blend, in closed form.
 
 The loss of shard k is `0.5 (x - b_k)' A_k (x - b_k)`, what counts is `0.5 x' A x`, and all matrices share their
-eigenvectors, so that everything is an array over d directions. A local step takes a gradient whose noise has the variance
-c_k. After H steps at rates eta from the global parameters x, replica k is
+eigenvectors, so that everything is an array over d directions. A local step takes a gradient with noise of variance c_k.
+After H steps at rates eta from the global parameters x, replica k is
 
     x_k = P_k x + q_k + n_k        P_k = prod (1 - eta A_k),   q_k = (1 - P_k) b_k,   n_k: noise of variance u_k
 
-and the blend `sum_k w_k x_k` has the mean and the variance that `blend` gives. Nothing here trains or draws numbers; the
-simulation in `experiments.setup.quadratic_runs` does.
+and the blend `sum_k w_k x_k` has the mean and the variance that `blend` gives. Nothing here trains or draws numbers;
+`experiments.setup.quadratic_runs` does.
 
-Where the curvature is common and weights stay, a blend is one network whose noise is averaged: H cancels, as Woodworth et
-al. (2020, arXiv:2002.07839) found for equal weights. Without bias the best weights are inverse variances.
+Where the curvature is common and weights stay, a blend is one network whose noise is averaged: H cancels, as Woodworth
+et al. (2020, arXiv:2002.07839) found for equal weights. Without bias the best weights are inverse variances.
 """
 
 from collections.abc import Callable
@@ -95,8 +95,8 @@ def blend(state: State, steps: Local, weights: Floats) -> State:
 def steady(steps: Local, weights: Floats) -> State:
     """Where rounds with the same steps and weights [K] end, the fixed point of `blend`.
 
-    One direction at the rate 1, two shards of curvature 1 and 0.5 whose optima are 1 and -2. At H = 1 the blend finds the
-    optimum of the mean loss; at a large H the mean of the optima.
+    One direction at the rate 1, two shards of curvature 1 and 0.5 whose optima are 1 and -2. At H = 1 the blend finds
+    the optimum of the mean loss; at a large H the mean of the optima.
 
     >>> skewed = Quadratic(np.array([[1.0], [0.5]]), np.array([[1.0], [-2.0]]), np.zeros((2, 1)), np.array([0.75]))
     >>> for H in (1, 50):
@@ -132,8 +132,8 @@ def parts(problem: Quadratic, state: State) -> tuple[float, float]:
 def best_weights(apart: Floats, noise: Floats) -> Floats:
     """The weights [K] that minimise `|apart w|^2 + sum_k w_k^2 noise_k`, not negative and with the sum 1.
 
-    With `M = apart' apart + diag(noise)` the conditions of Karush, Kuhn and Tucker say that they are `M^-1 1`, scaled to
-    sum to 1, over the shards that have a weight at all; non-negative least squares find which.
+    With `M = apart' apart + diag(noise)` the conditions of Karush, Kuhn and Tucker say that they are `M^-1 1`, scaled
+    to sum to 1, over the shards that have a weight at all; non-negative least squares find which.
 
     Args:
       apart: how far shard k leads from the optimum [any, K], in units in which squares are losses.
@@ -169,9 +169,9 @@ def best_steady(problem: Quadratic, rate: float) -> Floats:
 def best_round(problem: Quadratic) -> Choose:
     """Weights that make each round's own blend best, as weightings do that score blends on held-out data.
 
-    They count noise too much: a round's noise is fresh, of its bias most was there before. At a common curvature the fixed
-    point is that of `best_steady` with the noise of every direction times 1 + P, at most twice, with nothing left of it at
-    a large H.
+    They count noise too much: a round's noise is fresh, while most of its bias was there before. At a common curvature
+    rounds end at the weights that were best to keep if the noise of a direction cost 1 + P times as much: at small H
+    twice, at large H what it does. (A direction also counts in proportion to 1 - P, how fast it is learned.)
     """
 
     def choose(state: State, steps: Local) -> Floats:

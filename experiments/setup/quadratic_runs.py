@@ -1,4 +1,4 @@
-"""The quadratic problem as a task of the library, so that `wavg.fit` trains it: what the closed form is checked against.
+"""The quadratic problem as a task of the library, which `wavg.fit` trains: what the closed form is checked against.
 
 A sample of shard k is a point z around the shard's optimum, with the curvature for its target: its loss is
 `0.5 sum_i A_ki (x_i - z_i)^2`, so the mean of the samples' losses has its optimum at their mean, and a gradient the
@@ -140,8 +140,8 @@ def simulated(case: Case, seeds: Sequence[int], copies: int = 16) -> Floats:
     Args:
       case: what to train.
       seeds: of samples and their order.
-      copies: how often the directions are repeated, for a mean over that many runs at the price of one; weights that are
-        fitted see a single copy, since what they lose depends on the number of directions.
+      copies: how often the directions are repeated, for a mean over that many runs at the price of one; weights that
+        are fitted see a single copy, since what they lose depends on the number of directions.
     """
     copies = copies if case.weighting is None else 1
     weighting = case.weighting or fixed(_constant(case.arm))

@@ -14,7 +14,7 @@ CURVATURE = np.geomspace(0.1, 1.0, 8)
 optimum; a loss of noise and of bias is all that results depend on, but for how soon a run arrives."""
 
 BAD_LOSS, NOISE_LOSS = 4.0, 0.08
-"""What a bad shard and what noise cost, in nats, where nothing else is said: as in the recorded runs on Fashion-MNIST."""
+"""What a bad optimum and what noise cost in nats by default: about as in the recorded runs on Fashion-MNIST."""
 
 
 def with_bad(replicas: int, bad: int, *, bad_loss: float, noise_loss: float, bad_noise: float = 1.0) -> Quadratic:
