@@ -117,9 +117,9 @@ GAINS = (
 POINTS = ("recording", "scenario", "weighting", "samples", "gain", "quadratic", "mixture", "cost")
 CHECKED = "Loss above the best in nats that the library reaches, mean over seeds with its 95 % interval."
 LEARNED = (
-    "Likewise, beside the best fixed weights, alone and with the most that fitting costs. In 8 directions the weights of "
-    "8 replicas can also cancel a round's noise, so simulated losses may be below those of fixed weights; a network has "
-    "far more directions than replicas."
+    "Likewise, beside the best fixed weights, alone and with the most that fitting costs. In 8 directions the weights "
+    "of 8 replicas can also cancel a round's noise, so simulated losses may be below those of fixed weights; a network "
+    "has far more directions than replicas."
 )
 
 
@@ -147,7 +147,8 @@ def _both(parts: tuple[float, float]) -> str:
 
 
 def _spread(row: Row, name: str, digits: int) -> str:
-    return f"{row[name]:.{digits}f} ± {row['half_width']:.{digits}f}"
+    spread = row["half_width"]  # None with a single seed
+    return f"{row[name]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
 def _plots(asked: Asked, rows: Sequence[Row], points: Sequence[Point]) -> list[Plot]:
@@ -171,8 +172,8 @@ def _plots(asked: Asked, rows: Sequence[Row], points: Sequence[Point]) -> list[P
         "steps",
         "H costs where shards differ in curvature",
         f"constant rate, {asked.replicas} replicas, {costs}",
-        "Computed, mean over ten random draws of shards: a shard's optimum costs 1 nat on average, and curvatures differ "
-        "by a factor of e (one standard deviation).",
+        "Computed, mean over ten random draws of shards: a shard's optimum costs 1 nat on average, and curvatures "
+        "differ by a factor of e (one standard deviation).",
         numbers("steps", int),
         of("steps"),
         of="local steps, H",

@@ -127,10 +127,10 @@ def sentences(asked: Asked, rows: Sequence[Row]) -> list[str]:
     gain = found["plain"] - found["best weights"]
     enough = quadratic.samples_to_gain(k, gain) if gain > 1e-9 else np.inf
     return [
-        f"Averaging {k} replicas takes {asked.noise_loss * (1 - 1 / k):.3g} nats of noise off the loss of one network at "
-        "the constant rate; once the rate has fallen to zero there is next to no noise left to take.",
-        f"{asked.bad} of {k} bad shards cost plain averaging and sync {asked.bad_loss * (asked.bad / k) ** 2:.3g} nats, "
-        "at any rate and any H.",
+        f"Averaging {k} replicas takes {asked.noise_loss * (1 - 1 / k):.3g} nats of noise off the loss of one network "
+        "at the constant rate; once the rate has fallen to zero there is next to no noise left to take.",
+        f"{asked.bad} of {k} bad shards cost plain averaging and sync "
+        f"{asked.bad_loss * (asked.bad / k) ** 2:.3g} nats, at any rate and any H.",
         f"The best weights take {gain:.3g} nats off plain averaging's loss. Fitting them to {asked.heldout:,} held-out "
         f"samples costs {cost:.3g} nats at most.",
         "So there is nothing to gain by weights."

@@ -75,8 +75,8 @@ def draw_share(shares: Sequence[float], lines: Lines, points: Sequence[Point], f
         if fitted is not None:
             at = (fitted.share, fitted.gain.mean)
             line = {"arrowstyle": "-", "color": theme.ink}
-            style = {"fontsize": canvas.SMALL, "color": theme.ink}
-            axes.annotate("fitted here", at, (18, -26), textcoords="offset points", arrowprops=line, **style)
+            note = axes.annotate("fitted here", at, (18, -26), textcoords="offset points", arrowprops=line)
+            note.set(fontsize=canvas.SMALL, color=theme.ink)
         axes.set_ylim(min(0.0, *(point.gain.mean - 0.03 for point in points), 0.0), max(1.0, 1.6 * most))
         axes.set_xlim(-0.02, 1.0)
         _finish(theme, axes, "share of shards with random labels", "gain (nats)")

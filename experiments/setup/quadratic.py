@@ -1,7 +1,7 @@
 """What K replicas on a quadratic loss lose: means and variances of their blend, in closed form.
 
 The loss of shard k is `0.5 (x - b_k)' A_k (x - b_k)`, what counts is `0.5 x' A x`, and all matrices share their
-eigenvectors, so that everything is an array over d directions. A local step takes a gradient with noise of variance c_k.
+eigenvectors, so that everything is an array over d directions. The gradient of a local step has noise of variance c_k.
 After H steps at rates eta from the global parameters x, replica k is
 
     x_k = P_k x + q_k + n_k        P_k = prod (1 - eta A_k),   q_k = (1 - P_k) b_k,   n_k: noise of variance u_k
