@@ -151,7 +151,7 @@ def test_sync_is_plain_averaging_and_sequential_has_no_average():
     assert found["sync"] == pytest.approx((0.25, 0.01))
     assert found["plain"] == pytest.approx((0.25, 0.01))
     assert found["sequential"] == pytest.approx((0.25, 0.08))
-    assert sum(found["best weights"]) < sum(found["weights of each round"]) < sum(found["oracle"])
+    assert sum(found["best weights"]) < min(sum(found["weights of each round"]), sum(found["oracle"]))
 
 
 def test_a_decaying_rate_leaves_bias_and_next_to_no_noise():
