@@ -152,37 +152,50 @@ def _spread(row: Row, name: str, digits: int) -> str:
 
 
 def _plots(asked: Asked, rows: Sequence[Row], points: Sequence[Point]) -> list[Plot]:
+    """The figure of what was measured, and one for each kind of curve."""
     from experiments.setup.expected_figures import draw_lines, draw_share
 
-    def of(what: str) -> dict[str, list[float]]:
-        return {row["run"].split(": ")[1]: row["loss"] for row in rows if row["kind"] == "curve" and row["of"] == what}
-
-    costs = f"noise costs {asked.noise_loss:g} nats"
-    by_replicas = draw_lines(
-        "replicas",
-        "Averaging divides the noise; bias stays",
-        f"constant rate, {costs}, a bad optimum {asked.bad_loss:g}",
-        "Computed. None or half of the K shards have the bad optimum.",
-        expectations.WORKERS,
-        of("replicas"),
-        of="replicas, K",
-        log=True,
-    )
-    by_steps = draw_lines(
-        "steps",
-        "H costs where shards differ in curvature",
-        f"constant rate, {asked.replicas} replicas, {costs}",
-        "Computed, mean over ten random draws of shards: a shard's optimum costs 1 nat on average, and curvatures "
-        "differ by a factor of e (one standard deviation).",
-        numbers("steps", int),
-        of("steps"),
-        of="local steps, H",
-    )
     shares = np.linspace(0, 7 / 8, 50).tolist()
     lines = {"mixture of labels": [overlay.mixture(share, F.classes) for share in shares]}
     first, bad_loss = overlay.fitted(points) if points else (None, asked.bad_loss)
     lines["quadratic"] = [bad_loss * share**2 for share in shares]
-    return [draw_share(shares, lines, points, first), by_replicas, by_steps]
+    plots = [draw_share(shares, lines, points, first)]
+    for name, (title, caption, axis) in _curves(asked).items():
+        own = [row for row in rows if row["kind"] == "curve" and row["of"] == name]
+        losses = {row["run"].split(": ")[1]: row["loss"] for row in own}
+        subtitle = f"constant rate, noise costs {asked.noise_loss:g} nats"
+        subtitle += f", a bad optimum {asked.bad_loss:g}" * (name in ("replicas", "bad"))
+        plots.append(draw_lines(name, title, subtitle, caption, own[0]["x"], losses, of=axis, log=name != "steps"))
+    return plots
+
+
+def _curves(asked: Asked) -> dict[str, tuple[str, str, str]]:
+    """Kind of curve -> title, caption and axis of its figure."""
+    k = asked.replicas
+    return {
+        "replicas": (
+            "Averaging divides the noise; bias stays",
+            "Computed. None or half of the K shards have the bad optimum.",
+            "replicas, K",
+        ),
+        "bad": (
+            "Bias grows with the square of the share of bad shards",
+            "Computed. Sync is as plain averaging; one network is trained on all shards. The oracle, which leaves the bad "
+            "shards out, is hidden by the best weights.",
+            f"bad shards of {k}",
+        ),
+        "noise": (
+            "Where noise differs, weights are its inverse",
+            f"Computed, K = {k}. The gradients of {max(k // 4, 1)} shards have so many times the variance.",
+            "noise of a quarter of the shards",
+        ),
+        "steps": (
+            "H costs where shards differ in curvature",
+            f"Computed, K = {k}, mean over ten random draws of shards: a shard's optimum costs 1 nat on average, and "
+            "curvatures differ by a factor of e (one standard deviation).",
+            "local steps, H",
+        ),
+    }
 
 
 def _publish(asked: Asked, rows: Sequence[Row], points: Sequence[Point], folder: pathlib.Path) -> None:

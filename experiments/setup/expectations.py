@@ -15,6 +15,7 @@ from wavg_jax.storage.schema import Row
 START = 2.0
 """What the first parameters of a run lose, in nats: a little less than guessing among ten classes."""
 WORKERS = (2, 4, 8, 16, 32, 64)
+NOISIER = (1, 3, 10, 30, 100)
 DRAWS = 10
 """Random draws of shards that differ, of which the figure shows the mean."""
 FITTED = "fitted to {:,} samples, at most"
@@ -37,6 +38,11 @@ class Asked(NamedTuple):
         problem = with_bad(replicas, bad, bad_loss=self.bad_loss, noise_loss=self.noise_loss)
         return arms(problem, bad, self.batch_size)
 
+    def noisier(self, noisy: int, factor: float) -> dict[str, Arm]:
+        """Every way to train where some shards have more noise instead of a wrong optimum."""
+        problem = with_bad(self.replicas, noisy, bad_loss=0, noise_loss=self.noise_loss, bad_noise=factor)
+        return arms(problem, noisy, self.batch_size)
+
 
 def computed_rows(asked: Asked) -> Iterator[Row]:
     """A row for every arm: its loss of bias and of noise at the constant rate for ever, and at the end of two runs."""
@@ -50,12 +56,16 @@ def computed_rows(asked: Asked) -> Iterator[Row]:
 
 
 def curves(asked: Asked, steps: Sequence[int]) -> Iterator[Row]:
-    """Losses at the constant rate: against K, with clean shards and with half of them bad; and against H, of shards
-    that are equal and of shards that differ."""
-    for name, losses in _by_replicas(asked).items():
-        yield {"kind": "curve", "run": f"replicas: {name}", "of": "replicas", "x": list(WORKERS), "loss": losses}
-    for name, losses in _by_steps(asked, steps).items():
-        yield {"kind": "curve", "run": f"steps: {name}", "of": "steps", "x": list(steps), "loss": losses}
+    """Losses at the constant rate: against K, with clean shards and with half of them bad; against the number of bad
+    shards; against the noise of a quarter of them; and against H, of shards that are equal and that differ."""
+    for of, x, lines in (
+        ("replicas", WORKERS, _by_replicas(asked)),
+        ("bad", range(asked.replicas), _by_bad(asked)),
+        ("noise", NOISIER, _by_noise(asked)),
+        ("steps", steps, _by_steps(asked, steps)),
+    ):
+        for name, losses in lines.items():
+            yield {"kind": "curve", "run": f"{of}: {name}", "of": of, "x": list(x), "loss": losses}
 
 
 def _by_replicas(asked: Asked) -> dict[str, list[float]]:
@@ -70,6 +80,29 @@ def _by_replicas(asked: Asked) -> dict[str, list[float]]:
         "plain, half bad": against("plain", 0.5),
         "best weights, half bad": best,
         FITTED.format(asked.heldout): [a + b for a, b in zip(best, costs, strict=True)],
+    }
+
+
+def _by_bad(asked: Asked) -> dict[str, list[float]]:
+    every = [asked.arms(asked.replicas, bad) for bad in range(asked.replicas)]
+    names = {"sequential": "one network", "plain": "plain", "oracle": "oracle", "best weights": "best weights"}
+    found = {label: [_end(one[name], 1) for one in every] for name, label in names.items()}
+    cost = quadratic.cost_of_learning(asked.replicas, asked.heldout)
+    return found | {FITTED.format(asked.heldout): [loss + cost for loss in found["best weights"]]}
+
+
+def _by_noise(asked: Asked) -> dict[str, list[float]]:
+    bad = max(asked.replicas // 4, 1)
+
+    def against(name: str) -> list[float]:
+        return [_end(asked.noisier(bad, factor)[name], 1) for factor in NOISIER]
+
+    best, cost = against("best weights"), quadratic.cost_of_learning(asked.replicas, asked.heldout)
+    return {
+        "plain": against("plain"),
+        "without them": against("oracle"),
+        "best weights": best,
+        FITTED.format(asked.heldout): [loss + cost for loss in best],
     }
 
 

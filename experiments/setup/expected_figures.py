@@ -19,14 +19,14 @@ Lines = Mapping[str, Sequence[float]]
 def draw_lines(
     name: str, title: str, subtitle: str, caption: str, x: Sequence[float], lines: Lines, *, of: str, log: bool = False
 ) -> Plot:
-    """Draws losses against numbers that double or grow tenfold.
+    """Draws losses against a few numbers.
 
     Args:
       name: of the file.
       title: what the figure shows.
       subtitle: what it was computed with.
       caption: how to read it.
-      x: numbers, on a logarithmic axis that names them all.
+      x: the numbers, all of them named on the axis, which is logarithmic unless they begin with 0.
       lines: losses in nats.
       of: what the numbers are.
       log: whether losses have a logarithmic axis too.
@@ -36,7 +36,8 @@ def draw_lines(
         figure, axes = canvas.make_axes(theme, title, subtitle, HEIGHT)
         for i, (label, values) in enumerate(lines.items()):
             _line(theme, axes, i, x, values, label)
-        axes.set_xscale("log")
+        if x[0] > 0:
+            axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(list(x)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

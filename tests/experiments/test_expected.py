@@ -30,7 +30,7 @@ def test_tables_figures_and_rows_are_written_and_say_what_follows(tmp_path, caps
     assert invoke(expected.main, *arguments) == 0
     said, written = " ".join(capsys.readouterr().out.split()), (tmp_path / "a" / "expected.md").read_text()
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"expected.md", "rows.jsonl", "share.png", "replicas.png", "steps.png"}
+    assert names == {"expected.md", "rows.jsonl", "share.png", "replicas.png", "bad.png", "noise.png", "steps.png"}
     rows = of("computed", read_rows(tmp_path / "a"))
     assert (rows["plain"]["bias"], rows["plain"]["noise"]) == pytest.approx((3.2 / 16, 0.1))
     # The resistors of the good and of the bad: 0.4 / 3, and 0.4 + 3.2.
@@ -155,14 +155,16 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(arguments, tmp_path,
 def test_what_is_recorded_follows_from_the_code():
     asked = expected.Asked(**{name: RECORDED[0]["settings"][name] for name in expected.Asked._fields})
     points = overlay.read_points([RESULTS / "scenarios_256", RESULTS / "scenarios"])
-    again = [*expected.expectations.computed_rows(asked), *expected.expectations.measured_rows(points, 10)]
+    made = expected.expectations
+    again = [*made.computed_rows(asked), *made.curves(asked, RECORDED[0]["settings"]["steps"])]
+    again += made.measured_rows(points, 10)
     for row in again:
         recorded = of(row["kind"])[row["run"]]
         for name, value in row.items():
             assert recorded[name] == (
                 value if isinstance(value, str | bool) else pytest.approx(value, rel=1e-5, abs=1e-9)
             )
-    assert sum(len(of(kind)) for kind in ("computed", "measured")) == len(again)
+    assert sum(len(of(kind)) for kind in ("computed", "curve", "measured")) == len(again)
 
 
 def test_the_page_says_how_the_simulation_came_out():
