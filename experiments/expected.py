@@ -9,8 +9,9 @@ round, the best weights, and an oracle without the bad shards, at a constant rat
 what fitting weights to --heldout samples costs, at most. Nothing is measured. Prints tables, and writes expected.md,
 figures and rows to --workdir.
 
---measured lays recorded matrices of `experiments.scenarios` over it: scenarios with equal shards, some with random
-labels. --simulate trains such problems with the library, over --seeds, and takes some minutes.
+--measured lays recorded matrices of `experiments.scenarios` and `experiments.evidence` over it: scenarios with equal
+shards, some with random labels; the first of them with bad shards gives the quadratic prediction of the others its
+bad_loss. --simulate trains such problems with the library, over --seeds, and takes some minutes.
 """
 
 import datetime
@@ -180,8 +181,8 @@ def _curves(asked: Asked) -> dict[str, tuple[str, str, str]]:
         ),
         "bad": (
             "Bias grows with the square of the share of bad shards",
-            "Computed. Sync is as plain averaging; one network is trained on all shards. The oracle, which leaves the bad "
-            "shards out, is hidden by the best weights.",
+            "Computed. Sync is as plain averaging; one network is trained on all shards. The oracle, which leaves the "
+            "bad shards out, is hidden by the best weights.",
             f"bad shards of {k}",
         ),
         "noise": (

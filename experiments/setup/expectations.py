@@ -133,8 +133,8 @@ def measured_rows(points: Sequence[Point], classes: int) -> Iterator[Row]:
             "half_width": point.gain.half_width,
             "seeds": point.gain.n,
             "fitted": point is first,
-            "quadratic": bad_loss * point.share**2,
-            "mixture": overlay.mixture(point.share, classes),
+            "quadratic": point.predicted(lambda share: bad_loss * share**2),
+            "mixture": point.predicted(lambda share: overlay.mixture(share, classes)),
             "cost": point.cost,
         }
 

@@ -70,8 +70,9 @@ def draw_share(shares: Sequence[float], lines: Lines, points: Sequence[Point], f
         figure, axes = canvas.make_axes(theme, title, subtitle, HEIGHT)
         for i, (label, values) in enumerate(lines.items()):
             _line(theme, axes, i, shares, values, label, marked=False)
-        for i, recording in enumerate(dict.fromkeys(point.recording for point in points)):
-            own = [point for point in points if point.recording == recording]
+        judged_well = [point for point in points if not point.wrong]
+        for i, recording in enumerate(dict.fromkeys(point.recording for point in judged_well)):
+            own = [point for point in judged_well if point.recording == recording]
             _measured(theme, axes, i, own, f"measured: {recording}")
         if fitted is not None:
             at = (fitted.share, fitted.gain.mean)
@@ -80,7 +81,7 @@ def draw_share(shares: Sequence[float], lines: Lines, points: Sequence[Point], f
             note.set(fontsize=canvas.SMALL, color=theme.ink)
         axes.set_ylim(min(0.0, *(point.gain.mean - 0.03 for point in points), 0.0), max(1.0, 1.6 * most))
         axes.set_xlim(-0.02, 1.0)
-        _finish(theme, axes, "share of shards with random labels", "gain (nats)")
+        _finish(theme, axes, "share of random labels in all shards", "gain (nats)")
         return figure
 
     caption = (

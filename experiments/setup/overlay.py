@@ -3,7 +3,7 @@
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.setup.quadratic import cost_of_learning
@@ -14,7 +14,9 @@ from wavg_jax.storage.rows import read_rows
 
 WEIGHTINGS = ("opinion_pool", "learned")
 """Weightings fitted to held-out samples, which the model speaks of."""
-_NOISY = re.compile(r"(\d+) of (\d+) noisy")
+_NOISY = re.compile(r"(\d+) of (\d+) (?:noisy|with (\d+) % random labels)")
+_JUDGED = re.compile(r"([\d,]+) held out|(\d+) % wrong")
+"""Half of the shards have random labels in these, and something is about the held-out samples."""
 
 
 class Point(NamedTuple):
@@ -22,7 +24,8 @@ class Point(NamedTuple):
 
     Attributes:
       recording, scenario, weighting: which.
-      share: of shards with random labels, p.
+      share: of random labels among all shards, p.
+      wrong: share of random labels among the held-out samples.
       samples: held-out samples that a round scored, n.
       replicas: K.
       gain: test loss of plain averaging minus the weighting's, in nats, paired by seed.
@@ -32,6 +35,7 @@ class Point(NamedTuple):
     scenario: str
     weighting: str
     share: float
+    wrong: float
     samples: int
     replicas: int
     gain: Statistic
@@ -40,6 +44,11 @@ class Point(NamedTuple):
     def cost(self) -> float:
         """What fitting the weights costs, at most."""
         return cost_of_learning(self.replicas, self.samples)
+
+    def predicted(self, law: Callable[[float], float]) -> float:
+        """The gain, where a share of random labels costs `law(share)`: weights can follow held-out samples as far as
+        these are wrong."""
+        return law(self.share) - law(self.wrong)
 
 
 def mixture(share: float, classes: int) -> float:
@@ -55,20 +64,19 @@ def mixture(share: float, classes: int) -> float:
 
 
 def fitted(points: Sequence[Point]) -> tuple[Point, float]:
-    """The point with the smallest share of bad shards, and the `bad_loss` at which the quadratic model goes through it.
+    """The first point with bad shards, and the `bad_loss` at which the quadratic model goes through it.
 
     Raises:
       DataError: no point has bad shards.
     """
-    bad = [point for point in points if point.share > 0]
-    if not bad:
+    first = next((point for point in points if point.share > point.wrong == 0), None)
+    if first is None:
         raise DataError("no recorded scenario has noisy shards; give a folder with noisy2, noisy4 or the like")
-    first = min(bad, key=lambda point: point.share)
     return first, first.gain.mean / first.share**2
 
 
 def read_points(folders: Sequence[pathlib.Path]) -> list[Point]:
-    """The scenarios with equal shards, some of them with random labels, of recorded matrices.
+    """The scenarios of recorded matrices with equal shards, some of them with random labels.
 
     Raises:
       DataError: a folder holds no matrix, or none of these scenarios with plain averaging and a weighting of
@@ -77,7 +85,7 @@ def read_points(folders: Sequence[pathlib.Path]) -> list[Point]:
     points: list[Point] = []
     for folder in folders:
         matrix = tabulate(read_rows(folder), "plain")
-        found = list(_points(folder.name, matrix))
+        found = _points(folder.name, matrix)
         if not found:
             wanted = " or ".join(WEIGHTINGS)
             raise DataError(f"{folder}: no scenario iid or noisyN with plain and {wanted}; record one, or leave it out")
@@ -85,16 +93,19 @@ def read_points(folders: Sequence[pathlib.Path]) -> list[Point]:
     return points
 
 
-def _points(name: str, matrix: Matrix) -> Sequence[Point]:
+def _points(name: str, matrix: Matrix) -> list[Point]:
     settings = matrix.headers[0]["settings"]
-    replicas, samples = int(settings["replicas"]), int(settings["score_samples"] or settings["heldout"])
-    return [
-        Point(name, title, weighting, share, samples, replicas, _gain(matrix.entries, scenario, weighting))
-        for scenario, title in matrix.titles.items()
-        if (share := _share(scenario, title)) is not None
-        for weighting in WEIGHTINGS
-        if (scenario, weighting) in matrix.entries and (scenario, "plain") in matrix.entries
-    ]
+    replicas, heldout = int(settings["replicas"]), int(settings["heldout"])
+    found = []
+    for scenario, title in matrix.titles.items():
+        spoilt = _spoilt(title, replicas, heldout)
+        for weighting in WEIGHTINGS:
+            if spoilt and {(scenario, weighting), (scenario, "plain")} <= set(matrix.entries):
+                share, wrong, samples = spoilt
+                scored = min(int(settings["score_samples"] or samples), samples)
+                gain = _gain(matrix.entries, scenario, weighting)
+                found.append(Point(name, title, weighting, share, wrong, scored, replicas, gain))
+    return found
 
 
 def _gain(entries: Mapping[tuple[str, str], Entry], scenario: str, weighting: str) -> Statistic:
@@ -102,9 +113,14 @@ def _gain(entries: Mapping[tuple[str, str], Entry], scenario: str, weighting: st
     return over._replace(mean=-over.mean)
 
 
-def _share(scenario: str, title: str) -> float | None:
-    """The share of shards with random labels; None for other trouble, of which the model says nothing."""
-    if scenario == "iid":
-        return 0.0
-    found = _NOISY.fullmatch(title)
-    return int(found[1]) / int(found[2]) if found else None
+def _spoilt(title: str, replicas: int, heldout: int) -> tuple[float, float, int] | None:
+    """The share of random labels among all shards and among held-out samples, and the number of these; None for other
+    trouble, of which the model says nothing."""
+    if title == "IID":
+        return 0.0, 0.0, heldout
+    if found := _NOISY.fullmatch(title):
+        return int(found[1]) / int(found[2]) * int(found[3] or 100) / 100, 0.0, heldout
+    if found := _JUDGED.fullmatch(title):
+        samples = int(found[1].replace(",", "")) if found[1] else heldout
+        return replicas // 2 / replicas, int(found[2] or 0) / 100, samples
+    return None

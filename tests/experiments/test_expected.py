@@ -101,6 +101,26 @@ def test_recordings_are_laid_over_what_is_computed(tmp_path, capsys):
     capsys.readouterr()
 
 
+FAULTY = {
+    "labels40": ("2 of 4 with 40 % random labels", 0.2, 0.0, 300),
+    "heldout32": ("32 held out", 0.5, 0.0, 32),
+    "heldout5000": ("5,000 held out", 0.5, 0.0, 300),
+    "wrong20": ("20 % wrong", 0.5, 0.2, 300),
+}
+
+
+def test_wrong_labels_and_held_out_samples_are_read_from_titles(tmp_path):
+    losses = {(name, w): (loss, loss) for name in FAULTY for w, loss in (("plain", 0.9), ("opinion_pool", 0.5))}
+    folder = matrix(
+        tmp_path / "a", losses, {name: one[0] for name, one in FAULTY.items()}, heldout=900, score_samples=300
+    )
+    points = overlay.read_points([folder])
+    assert [(p.scenario, p.share, p.wrong, p.samples) for p in points] == list(FAULTY.values())
+    # Weights that follow samples of which 20 % are wrong regain what is worse than that.
+    assert points[-1].predicted(lambda share: 4 * share**2) == pytest.approx(1 - 0.16)
+    assert overlay.fitted(points)[1] == pytest.approx(0.4 / 0.04)
+
+
 def test_all_held_out_samples_count_where_a_round_scores_them_all(tmp_path):
     (point,) = overlay.read_points([matrix(tmp_path / "a", {k: LOSSES[k] for k in list(LOSSES)[:2]}, TITLES)])
     assert point.samples == 500
@@ -182,10 +202,38 @@ def test_the_page_says_how_the_simulation_came_out():
 
 def test_the_rule_of_thumb_is_computed():
     gains = [overlay.mixture(m / 8, 10) for m in (0, 1, 2, 4)]
-    assert f"| g, nats at most | {' | '.join(f'{gain:.2f}' for gain in gains)} |" in PAGE
+    assert f"mixture of labels](#against-measured-runs) | {' | '.join(f'{gain:.2f}' for gain in gains)} |" in PAGE
     enough = [math.ceil(quadratic.samples_to_gain(8, gain)) for gain in gains[1:]]
     assert f"from which weights pay | never | {' | '.join(map(str, enough))} |" in PAGE
     assert f"(n = 256: {quadratic.cost_of_learning(8, 256):.3f})" in PAGE
+
+
+def test_the_table_of_arms_was_recorded():
+    rows = of("computed")
+    names = ("sequential", "sync", "plain", "best weights", "oracle")
+    constant = " | ".join(f"{rows[name]['bias'] + rows[name]['noise']:.3f}" for name in names)
+    decayed = " | ".join(f"{sum(rows[name]['decaying']):.3f}" for name in names)
+    assert f"| constant | {constant} | | decayed to zero | {decayed} |" in PAGE
+
+
+def test_what_the_page_says_of_noise_was_recorded():
+    found = {
+        name: np.mean(
+            [row["test_loss"] for row in read_rows(RESULTS / "scenarios") if row["run"].startswith(f"iid/{name}/")]
+        )
+        for name in ("best_replica", "plain")
+    }
+    assert f"{found['best_replica']:.3f} for the best replica and {found['plain']:.3f} for the blend" in PAGE
+    assert f"so {8 / 7 * (found['best_replica'] - found['plain']):.2f}." in PAGE
+
+
+def test_the_share_of_the_bound_that_the_notes_name_was_recorded():
+    rows = [of("simulated")[f"learned() on 32 samples, {bad} of 8 bad"] for bad in (0, 2)]
+    shares = [f"{100 * (row['simulated'] - row['computed']) / row['cost']:.0f}" for row in rows]
+    notes = " ".join((ROOT / "BUILD_NOTES.md").read_text().split())
+    assert f"on 32 samples `learned()` lost {shares[0]} and {shares[1]} % of it" in notes
+    four = of("measured")["scenarios_256/4 of 8 noisy/opinion_pool"]
+    assert f"misses the second recorded point by {100 * (four['quadratic'] / four['gain'] - 1):.0f} %" in notes
 
 
 def test_what_the_page_says_of_measured_runs_was_recorded():

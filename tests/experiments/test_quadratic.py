@@ -204,7 +204,7 @@ SEEDS, COPIES = 10, 16
 
 
 def agree(wanted, losses):
-    """Whether losses by seed are what was computed, as far as they can tell."""
+    """Whether losses by seed are what was computed, as far as these can tell."""
     error = losses.std(ddof=1) / np.sqrt(len(losses))
     assert error < 0.05 * wanted, "too few draws to tell"
     return abs(losses.mean() - wanted) < 4 * error
