@@ -65,7 +65,11 @@ def _in_words(found: Sequence[str]) -> str:
     return files + (f": {shown}" if shown else "") + (", ..." if 0 < F.named < len(found) else "")
 
 
-_PROGRAMS = {"run": "experiments.compare", "cost": "experiments.scoring_cost"}
+_PROGRAMS = {
+    "run": "experiments.compare",
+    "cost": "experiments.scoring_cost",
+    "expected": "experiments.expected",
+}
 
 
 def program_of(rows: Sequence[Row]) -> str:

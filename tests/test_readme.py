@@ -93,6 +93,7 @@ def test_flags_that_are_named_exist(page):
     for binary in (
         "compare",
         "elastic",
+        "expected",
         "torture",
         "report",
         "soup",

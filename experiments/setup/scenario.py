@@ -203,7 +203,8 @@ def every(data_dir: str) -> dict[str, Make]:
     """All scenarios by name: those of the matrix, other faults of data, and series of them.
 
     noisyN: N shards with random labels; labelsP: P % of the labels of half of the shards; heldoutN: N held-out samples,
-    with half of the shards noisy; wrongP: P % of the held-out labels are random, too.
+    with half of the shards noisy; wrongP: P % of the held-out labels are random, too. Of liars, flipped3 send the
+    opposite of what they learnt, scaled1 ten times it, reversed3 five times the opposite, idle3 nothing.
     """
     noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), "noisy shards", n) for n in range(1, 8)}
     share = {
@@ -227,7 +228,22 @@ def every(data_dir: str) -> dict[str, Make]:
         "stale": _half(stale, "without 3 classes"),
         "foreign": _half(foreign(lambda: _mnist(data_dir)), "MNIST"),
     }
-    return SCENARIOS | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
+    liars = {
+        "flipped3": _lying(3, -1, "flipped"),
+        "scaled1": _lying(1, 10, "\N{MULTIPLICATION SIGN} 10"),
+        "reversed3": _lying(3, -5, "\N{MULTIPLICATION SIGN} \N{MINUS SIGN}5"),
+        "idle3": _lying(3, 0, "idle"),
+    }
+    return (
+        SCENARIOS | liars | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
+    )
+
+
+def _lying(liars: int, factor: float, what: str) -> Make:
+    """Some replicas send their change times a factor."""
+    return lambda k: Scenario(
+        f"{liars} of {k} {what}", _iid(k), faults=simulate(k, sent=dict.fromkeys(range(liars), factor))
+    )
 
 
 def _along(make: Make, axis: str, value: float) -> Make:

@@ -68,6 +68,11 @@ def test_held_out_samples_are_what_their_scenarios_say():
     assert every("nowhere")["heldout64"](K).heldout == 64
 
 
+def test_liars_send_another_change():
+    assert every("nowhere")["reversed3"](K).faults.sent == (-5.0, -5.0, -5.0, 1.0)
+    assert every("nowhere")["idle3"](K).faults.sent == (0.0, 0.0, 0.0, 1.0)
+
+
 def test_foreign_samples_must_have_the_same_shape(monkeypatch):
     other = data.from_arrays(np.zeros((20, 7, 7)), np.arange(20) % 2, np.zeros((2, 7, 7)), np.arange(2), name="other")
     monkeypatch.setattr(data, "load", lambda name, folder: other)

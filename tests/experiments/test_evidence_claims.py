@@ -1,0 +1,204 @@
+"""The tables of the evidence, in README and on the page of results, are what was recorded."""
+
+import collections
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.stats
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECORDED = ROOT / "experiments" / "results" / "evidence"
+MINUS = "\N{MINUS SIGN}"
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "experiments/results/README.md"))
+
+
+@functools.cache
+def rows(folder):
+    return [json.loads(line) for line in (RECORDED / folder / "rows.jsonl").read_text().splitlines()]
+
+
+@functools.cache
+def cells(folder):
+    """(scenario, name) -> seed -> row."""
+    found = collections.defaultdict(dict)
+    for row in rows(folder):
+        if row["kind"] == "cell":
+            found[row["scenario"], row["weighting"]][row["seed"]] = row
+    return dict(found)
+
+
+def mean_sd(folder, scenario, name, metric="test_accuracy", scale=100, digits=1):
+    if (scenario, name) not in cells(folder):
+        return ""
+    values = scale * np.array([row[metric] for row in cells(folder)[scenario, name].values()], np.float64)
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def minus(folder, scenario, a, b, metric="test_accuracy", scale=100, digits=1):
+    """Mean of a - b with its 95 % interval, paired by seed."""
+    ours, theirs = cells(folder)[scenario, a], cells(folder)[scenario, b]
+    d = scale * np.array([ours[seed][metric] - theirs[seed][metric] for seed in ours if seed in theirs], np.float64)
+    half = scipy.stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    mean, low, high = (f"{x:+z.{digits}f}".replace("-", MINUS) for x in (d.mean(), d.mean() - half, d.mean() + half))
+    return f"{mean} ({low} to {high})"
+
+
+NAMES = {
+    "opinion_pool": "`opinion_pool()`",
+    "learned": "`learned()`",
+    "softmax_loss": "softmax of the loss",
+    "accuracy": "by accuracy",
+    "grawa": "GRAWA",
+    "edit": "EDiT's penalty",
+    "geometric_median": "geometric median",
+    "trimmed_mean": "trimmed mean",
+    "multi_krum": "multi-Krum",
+    "greedy_soup": "greedy soup",
+    "oracle_sequential": "oracle, sequential",
+    "sequential+heldout": "sequential, also on held-out samples",
+    "sync+heldout": "sync, also on held-out samples",
+    "coordinate_median": "median of each coordinate",
+    "post_local": "post-local SGD: H = 1, then 16",
+    "qsr": "QSR: H from 2 up",
+    "diloco": "DiLoCo: H = 50, Nesterov 0.7, 0.9",
+    "edit128": "EDiT: H = 128, Nesterov 0.8, 0.85",
+    "grawa32": "GRAWA: H = 32, pull 0.5",
+    "papa": "PAPA: H = 10, pull 0.01",
+    "lsgd": "LSGD: H = 10, pull 0.1",
+}
+"""Name of a row -> how the tables call it."""
+ARMS = ("sequential", "sync", "plain", "opinion_pool", "learned", "softmax_loss", "accuracy", "grawa", "edit")
+ARMS += ("geometric_median", "trimmed_mean", "multi_krum", "greedy_soup")
+CONTROLS = ("oracle", "oracle_sequential", "sequential+heldout", "sync+heldout")
+DATA = ("iid", "noisy2", "noisy4", "labels50", "shifted", "features", "duplicated", "stale", "foreign")
+FAULTS = ("dirichlet01", "sized", "fast1", "flipped1", "slow4")
+READINGS = {
+    "": "as trained",
+    "temperature": "calibrated",
+    "selection": "the round with the least held-out loss",
+    "swa": "SWA",
+    "ema": "EMA",
+    "finetuned": "fine-tuned on the held-out samples",
+    "ensemble": "ensemble of its replicas",
+}
+
+
+def accuracies(folder, names, scenarios):
+    """Lines of a table: test accuracy in % of each name in each scenario."""
+    return [f"| {NAMES.get(n, n)} | " + " | ".join(mean_sd(folder, s, n) for s in scenarios) + " |" for n in names]
+
+
+def left(scenarios, metric, scale, digits):
+    """Lines of a table: the pool's gain over every reading of every other arm."""
+    lines = []
+    for arm in ("sequential", "sync", "plain"):
+        for reading, words in READINGS.items():
+            name = f"{arm}+{reading}" if reading else arm
+            if ("iid", name) in cells("main"):
+                found = (minus("main", s, "opinion_pool", name, metric, scale, digits) for s in scenarios)
+                lines.append(f"| {arm}, {words} | " + " | ".join(found) + " |")
+        if ("iid", f"{arm}+heldout") in cells("main"):
+            found = (minus("main", s, "opinion_pool", f"{arm}+heldout", metric, scale, digits) for s in scenarios)
+            lines.append(f"| {arm}, trained on the held-out samples too | " + " | ".join(found) + " |")
+    return lines
+
+
+SETS = {
+    "breast": ("breast_cancer, MLP, K = 4", ("iid", "noisy2"), 0.95),
+    "digits": ("digits, MLP, K = 4", ("iid", "noisy2"), 0.85),
+    "mnist": ("MNIST, MLP, K = 8", ("iid", "noisy4"), 0.95),
+    "k2": ("Fashion-MNIST, MLP, K = 2", ("iid", "labels100"), 0.84),
+    "k4": ("Fashion-MNIST, MLP, K = 4", ("iid", "labels100"), 0.84),
+    "main": ("Fashion-MNIST, MLP, K = 8", ("iid", "noisy4"), 0.84),
+    "k16": ("Fashion-MNIST, MLP, K = 16", ("iid", "labels100"), 0.84),
+}
+"""Folder -> how the table calls it, its clean and its noisy scenario, and the target on held-out samples."""
+
+
+def samples_to(folder, scenario, name, target):
+    """Thousands of samples until the held-out accuracy is at the target, median over seeds; "never" if it is not."""
+    settings = next(row for row in rows(folder) if row["kind"] == "matrix")["settings"]
+    a_round = settings["replicas"] * settings["local_steps"] * settings["batch_size"]
+    reached = []
+    for row in cells(folder)[scenario, name].values():
+        over = np.flatnonzero(np.array(row["heldout_accuracy"]) >= target)
+        reached.append((over[0] + 1) * a_round / 1000 if len(over) else np.inf)
+    median = np.median(reached)
+    return f"{median:.1f}" if np.isfinite(median) else "never"
+
+
+def of_sets():
+    lines = []
+    for folder, (title, scenarios, target) in SETS.items():
+        for scenario, shards in zip(scenarios, ("clean", "half noisy"), strict=True):
+            for name in ("sequential", "sync", "plain", "opinion_pool"):
+                found = (
+                    mean_sd(folder, scenario, name),
+                    mean_sd(folder, scenario, name, "test_macro_f1"),
+                    mean_sd(folder, scenario, name, "test_loss", 1, 2),
+                    mean_sd(folder, scenario, name, "test_ece"),
+                    f"{samples_to(folder, scenario, name, target)} to {100 * target:.0f} %",
+                )
+                lines.append(f"| {title} | {shards} | {NAMES.get(name, name)} | " + " | ".join(found) + " |")
+    return lines
+
+
+def of_steps():
+    """Lines: test accuracy against H."""
+    found = {1: "h1", 5: "h5", 20: "h20", 50: "main", 200: "h200", 500: "h500", 1000: "h1000"}
+    sizes = (784 * 128 + 128 + 128 * 10 + 10) * 4 * 2 / 1e6
+    return [
+        f"| {h:,} | {1000 // h * sizes:,.1f} | "
+        + " | ".join(mean_sd(folder, s, name) for s in ("iid", "noisy4") for name in ("plain", "opinion_pool"))
+        + " |"
+        for h, folder in found.items()
+    ]
+
+
+def of_methods():
+    names = ("plain", "opinion_pool", "post_local", "qsr", "diloco", "edit128", "grawa32", "papa", "lsgd")
+    return accuracies("methods", names, ("iid", "noisy4"))
+
+
+def of_liars():
+    names = ("plain", "opinion_pool", "learned", "softmax_loss", "multi_krum", "trimmed_mean", "geometric_median")
+    return accuracies("liars", (*names, "coordinate_median"), ("flipped3", "scaled1", "reversed3", "idle3"))
+
+
+LEFT = ("iid", "noisy2", "noisy4", "shifted")
+SERIES = {
+    "bad": (
+        ("sequential", "plain", "opinion_pool", "softmax_loss", "multi_krum", "oracle"),
+        [f"noisy{n}" for n in range(1, 8)],
+    ),
+    "labels": (
+        ("sequential", "plain", "opinion_pool", "softmax_loss", "oracle"),
+        [f"labels{p}" for p in (10, 20, 30, 50, 70, 90, 100)],
+    ),
+    "heldout": (
+        ("plain", "opinion_pool", "learned", "softmax_loss"),
+        [f"heldout{n}" for n in (32, 64, 128, 256, 1000, 5000)],
+    ),
+    "wrong": (("plain", "opinion_pool", "learned", "softmax_loss"), ["wrong10", "wrong20", "wrong50", "skewed"]),
+}
+"""Folder -> rows and scenarios of its table."""
+TABLES = {
+    "bad shards": lambda: accuracies("main", (*ARMS, *CONTROLS), DATA),
+    "partitions and faults": lambda: accuracies("main", ARMS, FAULTS),
+    "what is left in accuracy": lambda: left(LEFT, "test_accuracy", 100, 1),
+    "what is left in loss": lambda: left(LEFT, "test_loss", 1, 2),
+    "data sets": of_sets,
+    "H": of_steps,
+    "methods": of_methods,
+    "liars": of_liars,
+    **{name: (lambda name=name: accuracies(name, *SERIES[name])) for name in SERIES},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_the_evidence_is_what_was_recorded(name):
+    for line in TABLES[name]():
+        assert line in RESULTS
