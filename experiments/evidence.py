@@ -60,8 +60,6 @@ def main(argv: Sequence[str]) -> None:
         )
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rounds and temperatures are chosen on held-out samples, so hold some out")
-    if F.decay == "linear":
-        raise SettingsError("--decay=linear: rates fall by half a cosine here, or stay; choose cosine or none")
     made = every(F.data_dir)
     names = shared_flags.names("evidence_scenarios", made)
     scenarios = {name: made[name](F.replicas) for name in names}

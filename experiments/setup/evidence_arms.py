@@ -54,11 +54,11 @@ class Arm(NamedTuple):
         """K·H·B samples a round, and a schedule that all arms go through over equally many of them."""
         stretch = F.replicas if self.pooled == "sequential" else 1
         batch = F.batch_size * (F.replicas if self.pooled == "sync" else 1)
-        steps, warmup, decays = F.rounds * F.local_steps * stretch, F.warmup * stretch, F.decay == "cosine"
+        steps, warmup = F.rounds * F.local_steps * stretch, F.warmup * stretch
         when = schedule.fixed(F.local_steps * stretch)
         if self.name in METHODS:
-            when = METHODS[self.name].schedule(steps, shape_of(steps, warmup, decays=decays))
-        return Budget(steps, batch, when, warmup, decays)
+            when = METHODS[self.name].schedule(steps, shape_of(steps, warmup, F.decay))
+        return Budget(steps, batch, when, warmup, F.decay)
 
     def samples(self, sharded: data.ShardedData, scenario: Scenario, seed: int) -> data.ShardedData:
         """What it trains on in a scenario."""

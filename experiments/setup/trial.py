@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import wavg_jax as wavg
-from experiments.setup.choices import MOMENTUM
+from experiments.setup.choices import FALLS, MOMENTUM
 from experiments.setup.climb import Setting
 from wavg_jax import data, tree
 from wavg_jax.base import Averager, PyTree, Task
@@ -30,19 +30,20 @@ class Budget(NamedTuple):
     Attributes:
       steps, batch_size: of each of the arm's own replicas, over the whole run.
       schedule: H over the run.
-      warmup: steps in which the rate rises; then it falls by half a cosine, or stays if not `decays`.
+      warmup: steps in which the rate rises; then it falls, or stays.
+      decay: how, of `FALLS`.
     """
 
     steps: int
     batch_size: int
     schedule: Schedule
     warmup: int
-    decays: bool
+    decay: str
 
 
-def shape_of(steps: int, warmup: int, *, decays: bool) -> Callable[[Any], Any]:
+def shape_of(steps: int, warmup: int, decay: str) -> Callable[[Any], Any]:
     """The rate of each step, as a share of its peak."""
-    fall = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1)) if decays else optax.constant_schedule(1.0)
+    fall = FALLS[decay](1.0, max(steps - warmup, 1))
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), fall], [warmup])
 
 
@@ -70,9 +71,9 @@ class Trained(NamedTuple):
 
 
 @functools.cache
-def make_inner(steps: int, warmup: int, decays: bool) -> optax.GradientTransformation:
+def make_inner(steps: int, warmup: int, fall: str) -> optax.GradientTransformation:
     """SGD with momentum and coupled weight decay, whose `rate` and `decay` are in its state."""
-    course = shape_of(steps, warmup, decays=decays)
+    course = shape_of(steps, warmup, fall)
 
     def sgd(rate: Any, decay: Any) -> optax.GradientTransformation:
         return optax.chain(
@@ -123,7 +124,7 @@ def train(
         task,
         sharded,
         remembering(averager),
-        make_inner(budget.steps, budget.warmup, budget.decays),
+        make_inner(budget.steps, budget.warmup, budget.decay),
         scoring=scoring,
         at_sync=at_sync,
         layout=layout,

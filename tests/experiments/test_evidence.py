@@ -105,7 +105,7 @@ def trained():
             TASK,
             sharded,
             averager,
-            Budget(40, 16, wavg.schedule.fixed(10), 5, True),
+            Budget(40, 16, wavg.schedule.fixed(10), 5, "cosine"),
             Setting(0.1, 1e-3),
             seed=3,
             **SOON,
@@ -288,7 +288,6 @@ BAD = [
     (["--seeds=1000"], "keep them apart from --seeds"),
     (["--heldout=0"], "--heldout=0"),
     (["--noisy=1"], "--noisy has no effect"),
-    (["--decay=linear"], "--decay=linear: rates fall by half a cosine here"),
 ]
 
 
