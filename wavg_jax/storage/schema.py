@@ -1,6 +1,6 @@
 """The rows of `rows.jsonl`: what each kind holds, and what builds it.
 
-Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite is null. A run has two kinds.
+Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite, or beyond 1e100, is null. A run has two kinds.
 
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
@@ -94,17 +94,40 @@ from wavg_jax.base import DataError
 FILE = "rows.jsonl"
 """The file of a run folder that holds its rows."""
 Row = dict[str, Any]
+LARGEST = 1e100
+"""Numbers beyond are taken for infinite: float32 has none, and their squares and sums overflow in reports."""
 
 
 def plain(value: Any) -> Any:
-    """Turns arrays and NumPy scalars into what JSON knows, and numbers that are not finite into null."""
+    """Turns arrays and NumPy scalars into what JSON knows, and numbers that are not finite, or beyond `LARGEST`, into
+    null."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if hasattr(value, "__array__"):
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not abs(value) <= LARGEST else value
+
+
+def check_numbers(rows: Iterable[Row]) -> None:
+    """Raises DataError if a row holds a number beyond `LARGEST`, which no run records."""
+    for row in rows:
+        for name, value in row.items():
+            if (odd := _beyond(value)) is not None:
+                said = f"{'-' * (odd < 0)}1e{len(str(abs(odd))) - 1}" if isinstance(odd, int) else f"{odd:g}"
+                raise DataError(
+                    f"a row of run {row.get('run')!r:.60} has {name} of {said}, beyond {LARGEST:g}, the largest number "
+                    f"of a row; restore the row from a copy"
+                )
+
+
+def _beyond(value: Any) -> int | float | None:
+    """The first number beyond `LARGEST` in a value, at any depth; infinity and NaN stand for what was not finite."""
+    if isinstance(value, int | float):
+        return value if abs(value) > LARGEST and not (isinstance(value, float) and math.isinf(value)) else None
+    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((odd for odd in map(_beyond, nested) if odd is not None), None)
 
 
 def run_row(
@@ -324,28 +347,57 @@ def lost_at_the_end(rows: Sequence[Row]) -> int:
     return count
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+_MENTIONED = 10
+"""Gaps that an error lists."""
+Span = tuple[int, int]
+"""Whole numbers from the first to the last, both among them."""
+
+
+def _spans(numbers: Iterable[int]) -> list[Span]:
     """
-    >>> _ranges([7, 3, 4, 5])
+    >>> _spans([7, 3, 4, 5])
+    [(3, 5), (7, 7)]
+    """
+    spans: list[Span] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = spans[-1][0], number
+        else:
+            spans.append((number, number))
+    return spans
+
+
+def _between(spans: Sequence[Span], last: int) -> list[Span]:
+    """What is missing of 1 to `last` where `spans` are there; without a list of it, as a damaged row may say 10**18.
+
+    >>> _between([(0, 1), (3, 5)], 10**18)
+    [(2, 2), (6, 1000000000000000000)]
+    """
+    ends, starts = [0, *(end for _, end in spans)], [*(start for start, _ in spans), last + 1]
+    gaps = [(max(end, 0) + 1, min(start, last + 1) - 1) for end, start in zip(ends, starts, strict=True)]
+    return [(first, end) for first, end in gaps if first <= end]
+
+
+def _in_words(spans: Sequence[Span]) -> str:
+    """
+    >>> _in_words([(3, 5), (7, 7)])
     '3 to 5, 7'
     """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return ", ".join(f"{first} to {end}" if first < end else str(first) for first, end in spans)
 
 
 def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, replicas: int | None = None) -> None:
     """Raises DataError unless `rounds` are rounds 1 to `last` of a run, each once, with K weights each."""
+    if odd := [row["round"] for row in rounds if not isinstance(row["round"], int)]:
+        raise DataError(f"run {run!r} has a round number {odd[0]!r:.40}, not a whole one; restore the row from a copy")
     counts = collections.Counter(row["round"] for row in rounds)
-    if missing := set(range(1, last + 1)) - set(counts):
-        raise DataError(f"run {run!r} lacks round {_ranges(missing)}; restore the rows from a copy, or train again")
+    if missing := _between(_spans(counts), last):
+        more = len(missing) - _MENTIONED
+        said = _in_words(missing[:_MENTIONED]) + f", and {more} gaps more" * (more > 0)
+        raise DataError(f"run {run!r} lacks round {said}; restore the rows from a copy, or train again")
     if twice := [number for number, count in counts.items() if count > 1]:
         raise DataError(
-            f"run {run!r} has round {_ranges(twice)} twice, as if two processes had written at once; keep one row of "
+            f"run {run!r} has round {_in_words(_spans(twice))} twice, as if two processes had written at once; keep one row of "
             f"each in {FILE}"
         )
     for row in rounds:
