@@ -102,10 +102,10 @@ def test_a_round_number_far_beyond_the_others_is_said_to_lack_those_between():
     with pytest.raises(DataError, match=f"lacks round 3 to {10**18 - 1}; restore"):
         reporting.summarise(recorded)
     recorded = [row | {"round": 2 * row["round"]} if "round" in row else row for row in make_run("plain", 0, ())]
-    with pytest.raises(DataError, match="lacks round 1, 3, 5, .* 19, and 2 gaps more; restore"):
+    with pytest.raises(DataError, match=r"lacks round 1, 3, 5, .* 19, and 2 gaps more; restore"):
         reporting.summarise(recorded)
     recorded[-1]["round"] = 2.5
-    with pytest.raises(DataError, match="round number 2.5, not a whole one"):
+    with pytest.raises(DataError, match=r"round number 2\.5, not a whole one"):
         reporting.summarise(recorded)
 
 

@@ -28,7 +28,7 @@ class Statistic(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float] | Floats) -> Self:
-        """Mean and sample standard deviation of `values` [n]; those that are not finite, or beyond `LARGEST`, as a ratio
+        """Mean and sample standard deviation of `values` [n]; those that are not finite, or beyond `LARGEST` as a ratio
         to next to nothing is, are left out and lower `n`.
 
         >>> Statistic.of([1.0, 2.0, 3.0, float("nan")])

@@ -1,6 +1,7 @@
 """The rows of `rows.jsonl`: what each kind holds, and what builds it.
 
-Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite, or beyond 1e100, is null. A run has two kinds.
+Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite, or beyond 1e100, is
+null. A run has two kinds.
 
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
@@ -41,6 +42,9 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
   effective_replicas    1 / sum(weights^2)
   scores                {signal: [K]}, the signals that the weighting needed; null in a round that was not scored
   diagnosis             likewise {leave_one_out: [K], gain, gain_error}; {} without logits, missing in older rows
+  guard                 {loss, bound, rolled_back, rate}: the held-out loss of the blend, the bound beyond which it is
+                        rolled back, whether it was, and what updates are multiplied by from the next round on; missing
+                        without `Scoring(guard=)`
   {name}                every array metric of the task, on a run's last row. A classifier has confusion
                         [classes][classes], counts on the test split with true classes as rows
   sample                {prompt, text, temperature} on a language model's last row: how it goes on from the prompt
@@ -206,7 +210,7 @@ def run_row(
 
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
-    *("effective_replicas", "alive", "scores", "diagnosis", "sample", "stopped_early"),
+    *("effective_replicas", "alive", "scores", "diagnosis", "guard", "sample", "stopped_early"),
     *("missing", "workers", "audits"),
 )
 
@@ -224,6 +228,7 @@ def round_row(
     alive: np.ndarray,
     scores: Mapping[str, np.ndarray],
     diagnosis: Mapping[str, np.ndarray],
+    guard: Mapping[str, np.ndarray],
 ) -> Row:
     """A round's row, without `run`, `arm`, `seed` and the test split (`quality_row`).
 
@@ -243,6 +248,7 @@ def round_row(
         "alive": alive,
         "scores": dict(scores),
         "diagnosis": dict(diagnosis),
+        **({"guard": dict(guard)} if guard else {}),
     }
 
 
@@ -397,8 +403,8 @@ def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, repli
         raise DataError(f"run {run!r} lacks round {said}; restore the rows from a copy, or train again")
     if twice := [number for number, count in counts.items() if count > 1]:
         raise DataError(
-            f"run {run!r} has round {_in_words(_spans(twice))} twice, as if two processes had written at once; keep one row of "
-            f"each in {FILE}"
+            f"run {run!r} has round {_in_words(_spans(twice))} twice, as if two processes had written at once; keep "
+            f"one row of each in {FILE}"
         )
     for row in rounds:
         for name in ("weights", "alive") if replicas is not None else ():
