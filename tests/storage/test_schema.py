@@ -21,7 +21,11 @@ def made_up(build, **given):
 def round_of(train_loss, alive):
     arrays = {"train_loss": np.float32(train_loss), "alive": np.array(alive), "weights": np.float32([0.25, 0.75])}
     return made_up(
-        schema.round_row, **arrays, scores={"loss": np.float32([1, 2])}, diagnosis={"gain": np.float32(np.nan)}
+        schema.round_row,
+        **arrays,
+        scores={"loss": np.float32([1, 2])},
+        diagnosis={"gain": np.float32(np.nan)},
+        guard={"rolled_back": False},
     )
 
 
