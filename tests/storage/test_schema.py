@@ -47,7 +47,7 @@ def described(kind):
     [
         made_up(schema.run_row, shard_sizes=[4, 4]),
         round_of([1, 2], [True, True]) | classifier(last=True),
-        made_up(schema.matrix_row, scenarios={"iid": "IID"}, settings={}),
+        made_up(schema.matrix_row, scenarios={"iid": "IID"}, settings={}, roles={"plain": "rule"}, series={"a": "b"}),
         schema.cell_row(run="iid/plain/0", **CELL, rows=[round_of([1, 2], [True, True]) | classifier(last=True)]),
     ],
     ids=lambda row: row["kind"],

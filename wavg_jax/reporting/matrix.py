@@ -14,7 +14,8 @@ from wavg_jax.base import DataError
 from wavg_jax.reporting.recovery import Recovery, Roles, is_control, recovered, roles_of
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
 from wavg_jax.reporting.wording import distinct
-from wavg_jax.storage.schema import Row, check_numbers
+from wavg_jax.storage.sanity import check_numbers
+from wavg_jax.storage.schema import Row
 
 CELL_METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
 HEADER = (

@@ -14,7 +14,8 @@ from wavg_jax.base import DataError
 from wavg_jax.devices.network import Link, from_entry
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
 from wavg_jax.reporting.wording import distinct
-from wavg_jax.storage.schema import PATIENCE, Row, check_numbers, check_rounds, lost_at_the_end
+from wavg_jax.storage.sanity import check_numbers, check_rounds
+from wavg_jax.storage.schema import PATIENCE, Row, lost_at_the_end
 
 IDENTITY = (
     *("dataset", "noisy_shards", "parameters", "train_samples", "samples_per_round", "target_accuracy"),
