@@ -73,6 +73,31 @@ def odd(rows, draw):
     return rows
 
 
+ABSURD = (1e308, -(10**18), 10**400, 1e99, 1e-308)
+
+
+def absurd(rows, at):
+    """The rows again and again, each time with one number of those `at` these places in them absurd, at any depth."""
+    for number in at:
+        for path in _numbers(rows[number], ()):
+            for value in ABSURD:
+                changed = list(rows)
+                changed[number] = inside = json.loads(json.dumps(rows[number]))
+                for key in path[:-1]:
+                    inside = inside[key]
+                inside[path[-1]] = value
+                yield changed
+
+
+def _numbers(value, path):
+    """The paths of the numbers in a row; of a list, of the first one alone."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+    nested = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, inner in nested:
+        yield from _numbers(inner, (*path, key))
+
+
 @contextlib.contextmanager
 def restored(folder):
     """Yields the content of a folder's files by path, and makes the folder what it was when the block ends."""

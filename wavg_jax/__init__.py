@@ -27,6 +27,7 @@ from wavg_jax.devices.machine import release
 from wavg_jax.devices.placement import place
 from wavg_jax.devices.processes import initialize
 from wavg_jax.rounds import drift, faults, policy
+from wavg_jax.rounds.guard import SpikeGuard
 from wavg_jax.rounds.local import Pace, local_steps
 from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
 from wavg_jax.rounds.score import Scoring
@@ -75,6 +76,7 @@ __all__ = [
     "Scoring",
     "SettingsError",
     "Soup",
+    "SpikeGuard",
     "Stopped",
     "Store",
     "Task",

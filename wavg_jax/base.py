@@ -311,6 +311,7 @@ class TrainState(NamedTuple):
       weights: those of the last round that was scored, as the weighting gave them; `()` if every round is, or where
         `stream` has them.
       drift: the mean of the replicas' control variates; `()` without. See `wavg_jax.rounds.drift`.
+      guard: what the guard against loss spikes remembers; `()` without. See `wavg_jax.rounds.guard`.
     """
 
     params: PyTree
@@ -322,3 +323,4 @@ class TrainState(NamedTuple):
     stream: PyTree = ()
     weights: PyTree = ()
     drift: PyTree = ()
+    guard: PyTree = ()

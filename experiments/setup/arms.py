@@ -191,13 +191,21 @@ def _groups(arm: Arm) -> dict[str, Any]:
         at_sync = wavg.AtSync(keeps, POLICIES[F.stats_at_sync], smoothing, F.wire, fragments, arm.drift)
     return {
         "scoring": wavg.Scoring(
-            samples=F.score_samples, every=F.score_every, diagnose=F.diagnose and not arm.pooled, **chunk_of_texts()
+            samples=F.score_samples,
+            every=F.score_every,
+            diagnose=F.diagnose and not arm.pooled,
+            guard=_guard(F.guard),
+            **chunk_of_texts(),
         ),
         "at_sync": at_sync,
         "layout": wavg.Layout(
             _devices_of_batch(arm.batch_size) if arm.pooled else F.devices, F.replica_map, FEEDS[F.feed]
         ),
     }
+
+
+def _guard(factor: float | None) -> wavg.SpikeGuard | None:
+    return None if factor is None else wavg.SpikeGuard(factor)
 
 
 def chunk_of_texts() -> dict[str, Any]:

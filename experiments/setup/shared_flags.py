@@ -178,6 +178,12 @@ flags.DEFINE_integer(
     "Rounds between scorings; the rounds in between blend with the last weights.",
     lower_bound=1,
 )
+flags.DEFINE_float(
+    "guard",
+    None,
+    "Roll back a round whose blend has a held-out loss above so many times the lowest of the last five, and halve the "
+    "rate from then on; above 1, by default every blend is kept.",
+)
 flags.DEFINE_bool("diagnose", False, "Record every score, and what each replica is worth to the blend.")
 flags.DEFINE_enum(
     "outer",

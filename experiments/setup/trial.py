@@ -175,4 +175,5 @@ def _row(number: int, local_steps: int, log: Any, seconds: float, elapsed: float
         alive=log.alive,
         scores={},
         diagnosis={},
+        guard={},
     )

@@ -83,6 +83,7 @@ def full(workdir):
             "automatic_object_spilling_enabled": False,
             "object_store_full_delay_ms": 10,
             "oom_grace_period_s": 1,
+            "local_fs_capacity_threshold": 0.0,  # else objects without room fill the disk of the machine first
         },
     )
     held, tries = [], []

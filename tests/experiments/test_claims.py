@@ -58,6 +58,17 @@ def test_the_table_of_what_to_expect_is_what_was_recorded(label, metric, folder,
     assert f"| {label} | {said} |" in RESULTS
 
 
+def test_what_is_said_of_the_guard_is_what_was_recorded():
+    found = [finals(folder)["plain"] for folder in ("guard_off", "guard_on")]
+    said = " | ".join(f"{value.mean():.1f} ± {value.std(ddof=1):.1f}" for value in found)
+    assert f"| accuracy | {said} |" in RESULTS
+    assert found[0].max() < found[1].min()
+    counts = collections.Counter(row["seed"] for row in rows("guard_on") if row.get("guard", {}).get("rolled_back"))
+    words = {1: "one", 2: "two", 3: "three", 4: "four"}
+    assert f"`--guard=2` {words[min(counts.values())]} or {words[max(counts.values())]} rounds of each" in RESULTS
+    assert len(counts) == 5
+
+
 @pytest.mark.parametrize("noisy", [0, 2])
 def test_the_table_of_the_first_command_is_what_was_recorded(noisy):
     recorded = rows("digits")

@@ -182,6 +182,7 @@ MADE_BY = {
     "digits": compare,
     "language": compare,
     "fashion": compare,
+    "guard": compare,
     "smoke": train,
     "reductions": reductions,
     "scenarios": scenarios,

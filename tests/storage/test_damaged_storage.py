@@ -3,6 +3,8 @@ restored. `--damage=2000` tries so many of each kind."""
 
 import json
 import random
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from damage import odd, read_damaged
 from reports import make_run, text_of
+from runs import ENVIRONMENT, HERE
 
 from wavg_jax import reporting
 from wavg_jax.base import DataError, Replicas, TrainState
@@ -42,7 +45,6 @@ def test_a_damaged_file_is_read_or_refused_with_one_line(kind, times, tmp_path):
     assert read_damaged(tmp_path, read, times, kind.__name__).total() == times
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # 1e308 overflows
 def test_odd_rows_are_reported_or_refused_with_one_line(times, tmp_path):
     recorded = [row for arm in ("plain", "weighted") for seed in (0, 1) for row in make_run(arm, seed, (), rounds=2)]
     draw, refused = random.Random(0), 0
@@ -55,6 +57,56 @@ def test_odd_rows_are_reported_or_refused_with_one_line(times, tmp_path):
             assert "\n" not in said
         assert said
     assert 0 < refused < times
+
+
+ABSURD = """
+import resource, sys
+sys.path.insert(0, "tests")
+from damage import absurd
+from reports import make_run, text_of
+from runs import ENVIRONMENT, HERE
+from wavg_jax.base import DataError
+from tests.reporting.test_matrix import rows as make_matrix
+
+counts = {"reported": 0, "refused": 0}
+recorded = [row for arm in ("plain", "weighted") for seed in (0, 1) for row in make_run(arm, seed, (), rounds=2)]
+recorded[2] |= {"workers": [{"worker": 0, "was": "computed", "sent": 0.0, "ended": 0.1, "computed": 0.1, "why": ""}]}
+text_of(recorded)  # imports what draws and counts
+resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30,) * 2)
+for rows in [*absurd(recorded, (0, 2)), *absurd(make_matrix(), (0, 1))]:
+    try:
+        assert text_of(rows)
+        counts["reported"] += 1
+    except DataError as error:
+        assert len(str(error)) < 1000 and "\\n" not in str(error)
+        counts["refused"] += 1
+print(counts["reported"], counts["refused"])
+"""
+
+
+@pytest.mark.slow
+def test_numbers_that_are_absurd_take_no_memory_and_overflow_nowhere():
+    """Each number of a row in turn is huge or tiny, under a limit of memory; a warning would be an error."""
+    command = [sys.executable, "-W", "error", "-c", ABSURD]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE.parent, env=ENVIRONMENT, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    reported, refused = map(int, done.stdout.split())
+    assert min(reported, refused) > 100
+
+
+def test_a_round_number_far_beyond_the_others_is_said_to_lack_those_between():
+    recorded = make_run("plain", 0, (), rounds=3)
+    recorded[-1]["round"] = 10**18
+    with pytest.raises(DataError, match=f"lacks round 3 to {10**18 - 1}; restore"):
+        reporting.summarise(recorded)
+    recorded = [row | {"round": 2 * row["round"]} if "round" in row else row for row in make_run("plain", 0, ())]
+    with pytest.raises(DataError, match=r"lacks round 1, 3, 5, .* 19, and 2 gaps more; restore"):
+        reporting.summarise(recorded)
+    recorded[-1]["round"] = 2.5
+    with pytest.raises(DataError, match=r"round number 2\.5, not a whole one"):
+        reporting.summarise(recorded)
 
 
 def same(a, b):

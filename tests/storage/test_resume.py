@@ -17,7 +17,7 @@ from small import blobs, sharded
 
 import wavg_jax as wavg
 from wavg_jax import data
-from wavg_jax.storage.rows import read_rows
+from wavg_jax.storage.rows import as_lines, read_rows
 
 pytestmark = pytest.mark.optimized  # what a resumed run computes
 
@@ -100,6 +100,9 @@ def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
 
 
+DEEPER = wavg.models.from_linen(wavg.models.MLP(hidden=(5,), classes=3), (4,))  # 4 * 5 + 5 + 5 * 3 + 3 numbers
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -109,6 +112,8 @@ def test_resuming_on_more_devices_gives_the_same_run(tmp_path):
         ({"settings": {"lr_plain": 0.3}}, "it was started with lr_plain=0.1, now"),
         ({"rounds": 2}, "more than rounds=2; give at least rounds=3"),
         ({"sharded_data": sharded(noisy=(1,))}, "started with noisy_shards="),
+        ({"sharded_data": sharded(replicas=2)}, "started with replicas=4, now it is 2"),
+        ({"task": DEEPER}, "started with parameters=15, now it is 43"),
         ({"sharded_data": sharded(heldout=24)}, "started with shard_sizes="),
         ({"sharded_data": other("more")}, "data are not what it was started with .training samples: 260, now 300"),
         ({"sharded_data": other("labels"), "settings": {"lr_plain": 0.1}}, "labels, splits or shards are not what"),
@@ -325,3 +330,17 @@ def test_a_checkpoint_holds_everything_and_nothing_else(tmp_path):
     names = {key.split("'")[1] for key in entries}
     assert names == {"params", "mutable", "replicas", "averager", "round"}
     assert len(jax.tree.leaves(result.state)) == len(entries)
+
+
+def test_other_versions_are_named_and_the_run_goes_on(tmp_path):
+    run(sharded(), AVERAGER, workdir=tmp_path, **OPTIONS | {"rounds": 3})
+    first, *rest = read_rows(tmp_path)
+    first["versions"]["jax"], first["versions"]["python"] = "0.1", "3.0"
+    first["hardware"]["isa"] = "SSE1"
+    (tmp_path / "rows.jsonl").write_bytes(as_lines([first, *rest]))
+    with pytest.warns(
+        wavg.WavgWarning, match=r"started with jax 0\.1, now .*; instructions SSE1, now .*: it goes on"
+    ) as told:
+        resumed = run(sharded(), AVERAGER, workdir=tmp_path, resume=True, **OPTIONS)
+    assert "python" not in str(told[0].message)
+    same(resumed, run(sharded(), AVERAGER, **OPTIONS))

@@ -21,7 +21,11 @@ def made_up(build, **given):
 def round_of(train_loss, alive):
     arrays = {"train_loss": np.float32(train_loss), "alive": np.array(alive), "weights": np.float32([0.25, 0.75])}
     return made_up(
-        schema.round_row, **arrays, scores={"loss": np.float32([1, 2])}, diagnosis={"gain": np.float32(np.nan)}
+        schema.round_row,
+        **arrays,
+        scores={"loss": np.float32([1, 2])},
+        diagnosis={"gain": np.float32(np.nan)},
+        guard={"rolled_back": False},
     )
 
 
@@ -43,7 +47,7 @@ def described(kind):
     [
         made_up(schema.run_row, shard_sizes=[4, 4]),
         round_of([1, 2], [True, True]) | classifier(last=True),
-        made_up(schema.matrix_row, scenarios={"iid": "IID"}, settings={}),
+        made_up(schema.matrix_row, scenarios={"iid": "IID"}, settings={}, roles={"plain": "rule"}, series={"a": "b"}),
         schema.cell_row(run="iid/plain/0", **CELL, rows=[round_of([1, 2], [True, True]) | classifier(last=True)]),
     ],
     ids=lambda row: row["kind"],

@@ -173,7 +173,7 @@ refused(first(4), True, state(0)._replace(mutable=jnp.zeros(2)))
         "ResumeError 'run' has done 3 rounds already",
         "ResumeError cannot resume 'run': it was started with rate=None, now it is 0.1",
         "SettingsError process 1 was given rate=1, process 0 rate=0; give all",
-        "is of another network, optimizer or averager: mutable was missing",
+        "is of another network, optimizer, averager or version: mutable was missing",
     )
     said = succeed(2, REFUSED + asked, tmp_path, devices=2)
     assert said[0] == said[1]

@@ -81,6 +81,8 @@ def _checked(given: dict[str, Any], workers: Workers) -> dict[str, Any]:
         raise SettingsError("layout=: workers have a device each and hold their shards; give replica_map= alone")
     if getattr(at_sync, "fragments", 1) != 1 or getattr(at_sync, "wire", "float32") != "float32":
         raise SettingsError("at_sync=: workers send whole replicas in float32; leave out wire= and fragments=")
+    if getattr(given["scoring"], "guard", None) is not None:
+        raise SettingsError("scoring=: workers do not hear of a lowered rate; leave out guard=")
     faults = given["faults"]
     if workers.audit and faults is not None and set(faults.sent) != {1.0}:
         raise SettingsError("audit= with faults that change what is sent: workers score that, auditors the truth")

@@ -14,6 +14,7 @@ from wavg_jax.base import DataError
 from wavg_jax.reporting.recovery import Recovery, Roles, is_control, recovered, roles_of
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
 from wavg_jax.reporting.wording import distinct
+from wavg_jax.storage.sanity import check_numbers
 from wavg_jax.storage.schema import Row
 
 CELL_METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
@@ -154,6 +155,7 @@ def tabulate(rows: Sequence[Row], reference: str | None = None) -> Matrix:
 
 
 def _tabulate(rows: Sequence[Row], reference: str | None) -> Matrix:
+    check_numbers(rows)
     headers, cells = _headers(rows), _cells(rows)
     base, roles = reference or _reference(headers, cells), roles_of(headers)
     titles = {name: str(title) for header in headers for name, title in header["scenarios"].items()}

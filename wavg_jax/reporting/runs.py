@@ -14,7 +14,8 @@ from wavg_jax.base import DataError
 from wavg_jax.devices.network import Link, from_entry
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
 from wavg_jax.reporting.wording import distinct
-from wavg_jax.storage.schema import PATIENCE, Row, check_rounds, lost_at_the_end
+from wavg_jax.storage.sanity import check_numbers, check_rounds
+from wavg_jax.storage.schema import PATIENCE, Row, lost_at_the_end
 
 IDENTITY = (
     *("dataset", "noisy_shards", "parameters", "train_samples", "samples_per_round", "target_accuracy"),
@@ -155,8 +156,9 @@ def read_runs(rows: Sequence[Row]) -> list[RecordedRun]:
       rows: run and round rows in the order of recording; of several folders, one folder after the other.
 
     Raises:
-      DataError: a row lacks a field, rounds are missing, or there is no run.
+      DataError: a row lacks a field or holds an absurd number, rounds are missing, or there is no run.
     """
+    check_numbers(rows)
     # Names are unique within a folder only, so a round belongs to the latest run row of its name.
     headers: list[Row] = []
     members: list[list[Row]] = []

@@ -8,6 +8,8 @@ import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 
+from wavg_jax.storage.schema import LARGEST
+
 Floats = NDArray[np.float64]
 
 
@@ -17,7 +19,7 @@ class Statistic(NamedTuple):
     Attributes:
       mean: mean over the `n` seeds with a finite value; nan if there are none.
       sd: sample standard deviation (n - 1); nan below two seeds.
-      n: seeds with a finite value.
+      n: seeds with a value that counts.
     """
 
     mean: float
@@ -26,13 +28,14 @@ class Statistic(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float] | Floats) -> Self:
-        """Mean and sample standard deviation of `values` [n]; non-finite values are left out and lower `n`.
+        """Mean and sample standard deviation of `values` [n]; those that are not finite, or beyond `LARGEST` as a ratio
+        to next to nothing is, are left out and lower `n`.
 
         >>> Statistic.of([1.0, 2.0, 3.0, float("nan")])
         Statistic(mean=2.0, sd=1.0, n=3)
         """
         array = np.asarray(values, np.float64)
-        finite = array[np.isfinite(array)]
+        finite = array[np.abs(array) <= LARGEST]
         if finite.size < 2 or np.ptp(finite) == 0:  # equal values have spread 0, whatever the rounding of their mean
             first = float(finite[0]) if finite.size else float("nan")
             return cls(first, 0.0 if finite.size > 1 else float("nan"), finite.size)

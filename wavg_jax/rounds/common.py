@@ -31,6 +31,8 @@ class RoundLog(NamedTuple):
       steps: int32 [K], local steps taken.
       diagnosis: of `wavg_jax.rounds.diagnosis`, where logits were kept; else `{}`. NaN in a round that was not
         scored, as scores are.
+      guard: with `Scoring(guard=)`, scalars: the blend's held-out `loss`, its `bound`, `rolled_back`, and the `rate` of
+        the next round; else `{}`.
     """
 
     train_loss: jax.Array
@@ -40,6 +42,7 @@ class RoundLog(NamedTuple):
     alive: jax.Array
     steps: jax.Array
     diagnosis: dict[str, jax.Array]
+    guard: dict[str, jax.Array]
 
 
 class Brought(NamedTuple):
@@ -109,7 +112,7 @@ def report(
     everything = setup.scoring.diagnose  # then also what else was measured, and the loss in training
     scores = {name: x for name, x in signals.items() if name in needs or (everything and name not in _NO_SCORES)}
     logged = {name: x for name, x in scores.items() if isinstance(x, jax.Array) and x.ndim == 1}
-    return RoundLog(signals["train_loss"], logged, weights, effective_replicas(weights), alive, steps, diagnosis)
+    return RoundLog(signals["train_loss"], logged, weights, effective_replicas(weights), alive, steps, diagnosis, {})
 
 
 def diagnosed(

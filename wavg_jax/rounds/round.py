@@ -25,7 +25,7 @@ from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoo
 from wavg_jax.devices.collectives import after as after_exchange
 from wavg_jax.devices.placement import Placement, check_spread, single
 from wavg_jax.devices.transfer import put
-from wavg_jax.rounds import keys, local, score, streaming, sync, wire
+from wavg_jax.rounds import guard, keys, local, score, streaming, sync, wire
 from wavg_jax.rounds.common import (
     Apart,
     Brought,
@@ -184,8 +184,9 @@ def _step(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step`."""
-    check_state(state, setup.faults, setup.every, setup.at_sync)
+    check_state(state, setup)
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
+    pace = guard.paced(state.guard, pace)
     brought = _locally(setup, state.replicas, batches, held_out, state.round, state.drift, shared=shared, pace=pace)
     return _together(setup, state, brought, batches, held_out, shared=shared, sizes=sizes)
 
@@ -255,7 +256,16 @@ def _together(
     last = () if weighed is None else tree.select(weighed & (share.sum() > 0), weights, state.weights)
     new = TrainState(params, mutable, replicas, averager_state, state.round + 1, smoothed, (), last, drift)
     log = report(setup, told.signals | distances, share, told.alive, taken, found)
+    if setup.scoring.guard is not None and window is not None:
+        new, found = guard.judged(setup.scoring.guard, state, new, _loss(setup, new, window), share.sum() > 0)
+        log = log._replace(guard=found)
     return place_state(where, new), everywhere(where, log)
+
+
+def _loss(setup: Setup, new: TrainState, window: Batch) -> jax.Array:
+    """The held-out loss of a blend; measured after all exchanges, as devices share the samples."""
+    samples = Batch(window.x, after_exchange(window.y, tree.floats((new.params, new.mutable, new.smoothed, new.drift))))
+    return setup.where.together(functools.partial(score.scalar_metrics, setup.forward))(*new[:2], samples)["loss"]
 
 
 def _streamed(
@@ -270,7 +280,7 @@ def _streamed(
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
     """`Rounds.step` with fragments."""
-    check_state(state, setup.faults, setup.every, setup.at_sync)
+    check_state(state, setup)
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     numbers = [jnp.int32(s) for s in range(setup.at_sync.fragments)]
     given = (state, batches, held_out, shared, pace, sizes)
@@ -315,6 +325,7 @@ def initial_state(
         round=jnp.zeros((), jnp.int32),
         smoothed=None if at_sync.smoothing is None else _unsmoothed(params, mutable, at_sync.smoothing),
         drift=drift,
+        guard=guard.begin(scoring.guard),
     )
     if at_sync.fragments > 1:
         return streaming.begin(state, averager, at_sync)
@@ -343,6 +354,7 @@ def _unsmoothed(params: PyTree, mutable: PyTree, smoothing: optax.GradientTransf
 def _check_arguments(given: Mapping[str, Any]) -> None:
     check_all(_ARGUMENTS, given)
     check_fields(given["scoring"], SCORING)
+    guard.check(given["scoring"].guard, given["at_sync"].fragments)
     check_fields(given["at_sync"], AT_SYNC)
 
 
@@ -369,14 +381,16 @@ def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs
         raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")
 
 
-def check_state(state: TrainState, faults: Faults | None, every: int, at_sync: AtSync) -> None:
+def check_state(state: TrainState, setup: Setup) -> None:
     """Raises SettingsError if the state was not made for these faults, and by rounds of this form."""
+    faults, every, at_sync, scoring = setup.faults, setup.every, setup.at_sync, setup.scoring
     check_replicas(faults, tree.count_replicas(state.replicas.params))
     variate = jax.eval_shape(lambda params: _first_variate(at_sync, params), state.params)
     for field, differs in (
         ("AtSync(smoothing=)", (state.smoothed is None) != (at_sync.smoothing is None)),
         ("AtSync(fragments=)", (state.stream == ()) != (at_sync.fragments == 1)),
         ("Scoring(every=)", bool(jax.tree.leaves(state.weights)) != (every > 1 and at_sync.fragments == 1)),
+        ("Scoring(guard=)", (state.guard == ()) != (scoring.guard is None)),
         ("AtSync(drift=)", bool(jax.tree.leaves(state.drift)) != bool(jax.tree.leaves(variate))),
     ):
         if differs:

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import FLOATING, NONE, YES_OR_NO, either, whole
+from wavg_jax.arguments import FLOATING, NONE, YES_OR_NO, either, instance, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import Batch, PyTree, Replicas, SettingsError
 from wavg_jax.models.rewrite import fast
 from wavg_jax.rounds import keys
 from wavg_jax.rounds.forward import Forward, cast, here, labels, metrics, metrics_and_logits, metrics_of, together
+from wavg_jax.rounds.guard import SpikeGuard
 from wavg_jax.weighting.scores import per_replica
 from wavg_jax.weighting.signals import FREE, OF_SAMPLES
 
@@ -59,6 +60,8 @@ class Scoring(NamedTuple):
         who are alive, if the weighting reads held-out data. A replica that was dead then has no weight until the next.
       diagnose: keep the replicas' logits also where the weighting does not need them, and report what each replica is
         worth to the blend; see `wavg_jax.rounds.diagnosis`.
+      guard: rolls back a round whose blend is much worse than the last ones; see `wavg_jax.SpikeGuard`. None keeps
+        every blend.
     """
 
     samples: int | None = None
@@ -67,6 +70,7 @@ class Scoring(NamedTuple):
     test_every: int = 1
     every: int = 1
     diagnose: bool = False
+    guard: SpikeGuard | None = None
 
 
 SCORING = {
@@ -76,6 +80,7 @@ SCORING = {
     "test_every": whole(1),
     "every": whole(1),
     "diagnose": YES_OR_NO,
+    "guard": either(NONE, instance(SpikeGuard, "a wavg_jax.SpikeGuard")),
 }
 """What the fields of `Scoring` must be."""
 
@@ -95,8 +100,8 @@ def weighs_every(needs: Iterable[str], scoring: Scoring) -> int:
 
 
 def asked(needs: Iterable[str], scoring: Scoring) -> tuple[str, ...]:
-    """The signals that a round measures: what the weighting `needs` and, to diagnose, logits."""
-    return (*needs, *(["logits"] if scoring.diagnose else []))
+    """What a round measures: what the weighting `needs`, to diagnose, logits, and for a guard, the blend's loss."""
+    return (*needs, *["logits"] * scoring.diagnose, *["loss"] * (scoring.guard is not None))
 
 
 def check_measurable(needs: Iterable[str], metrics: Sequence[str]) -> None:

@@ -155,7 +155,7 @@ class Checkpoints:
             if differing := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
                 name = differing[0]
                 raise ResumeError(
-                    f"the checkpoint {path} is of another network, optimizer or averager: {name} was "
+                    f"the checkpoint {path} is of another network, optimizer, averager or version: {name} was "
                     f"{then.get(name, 'missing')}, now it is {now.get(name, 'missing')}; repeat what it was started "
                     "with, or choose another workdir="
                 )

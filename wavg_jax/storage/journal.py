@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from wavg_jax.base import PyTree, ResumeError, SettingsError, TrainState, WavgWarning
 from wavg_jax.devices import processes
 from wavg_jax.storage.checkpoints import Checkpoints, Found, open_checkpoints, snapshot
-from wavg_jax.storage.resumption import FIXED, check_settings
+from wavg_jax.storage.resumption import FIXED, check_settings, other_versions
 from wavg_jax.storage.rows import Records, as_lines, open_records
 from wavg_jax.storage.schema import Row, plain
 
@@ -77,6 +77,9 @@ class Journal:
         self._records.rows = processes.decided(lambda: self._settle(found, done, before, first))
         if processes.first():
             self._say(found, done, len(before) - 1)
+            if done and (differing := other_versions(before[0], first)):
+                text = f"{self._name!r} was started with {differing}: it goes on, equal to rounding and not bit for bit"
+                warnings.warn(text, WavgWarning, stacklevel=2)
         return state
 
     def _check(self, before: list[Row], first: Row, resume: bool) -> None:

@@ -1,12 +1,14 @@
 """What a run needs of its recorded rows to go on, and what of them must agree with how it is started again."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from wavg_jax.base import DataError, ResumeError
-from wavg_jax.storage.schema import Row, check_rounds, plain
+from wavg_jax.storage.sanity import check_rounds
+from wavg_jax.storage.schema import Row, plain
 
 FIXED = (
-    *("seed", "dataset", "train_samples", "shard_sizes", "noisy_shards"),
+    *("seed", "dataset", "train_samples", "replicas", "shard_sizes", "noisy_shards"),
     *("local_steps", "batch_size", "parameters", "score_samples", "faults"),
 )
 """Entries of a run's first row, beside `settings`, that must not change when the run resumes."""
@@ -33,6 +35,23 @@ def check_kept(run: str, rounds: Sequence[Row], done: int) -> None:
     if lacking := [name for row in rounds for name in ROUND if name not in row]:
         raise DataError(f"a row of {run!r} lacks {lacking[0]!r}; restore it from a copy")
     check_rounds(run, rounds, done)
+
+
+def other_versions(before: Row, first: Row) -> str:
+    """What a run is resumed with that it was not started with, in words: packages, and the instructions of the CPU; ""
+    if nothing. Older rows may say less.
+
+    >>> other_versions({"versions": {"jax": "0.9", "flax": "1"}}, {"versions": {"jax": "0.10", "flax": "1"}})
+    'jax 0.9, now 0.10'
+    """
+    then, now = ({**(row.get("versions") or {}), "instructions": _isa(row)} for row in (before, plain(first)))
+    differing = [name for name in now if then.get(name) and now[name] and name != "python" and then[name] != now[name]]
+    return "; ".join(f"{name} {then[name]}, now {now[name]}" for name in differing)
+
+
+def _isa(row: Row) -> Any:
+    hardware = row.get("hardware")
+    return hardware.get("isa") if isinstance(hardware, dict) else None
 
 
 def check_settings(before: Row, first: Row) -> None:

@@ -1,6 +1,7 @@
 """The rows of `rows.jsonl`: what each kind holds, and what builds it.
 
-Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite is null. A run has two kinds.
+Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is not finite, or beyond 1e100, is
+null. A run has two kinds.
 
 `kind="run"`, one per run, first:
   run, arm, seed        the run's name, unique in the file; the arm it belongs to; its seed
@@ -41,6 +42,9 @@ Times are in seconds, shares between 0 and 1, sizes in bytes. A number that is n
   effective_replicas    1 / sum(weights^2)
   scores                {signal: [K]}, the signals that the weighting needed; null in a round that was not scored
   diagnosis             likewise {leave_one_out: [K], gain, gain_error}; {} without logits, missing in older rows
+  guard                 {loss, bound, rolled_back, rate}: the held-out loss of the blend, the bound beyond which it is
+                        rolled back, whether it was, and what updates are multiplied by from the next round on; missing
+                        without `Scoring(guard=)`
   {name}                every array metric of the task, on a run's last row. A classifier has confusion
                         [classes][classes], counts on the test split with true classes as rows
   sample                {prompt, text, temperature} on a language model's last row: how it goes on from the prompt
@@ -82,29 +86,29 @@ A matrix has two kinds of its own.
   rate, decay, seed, accuracy
 """
 
-import collections
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from wavg_jax.base import DataError
-
 FILE = "rows.jsonl"
 """The file of a run folder that holds its rows."""
 Row = dict[str, Any]
+LARGEST = 1e100
+"""Numbers beyond are taken for infinite: float32 has none, and their squares and sums overflow in reports."""
 
 
 def plain(value: Any) -> Any:
-    """Turns arrays and NumPy scalars into what JSON knows, and numbers that are not finite into null."""
+    """Turns arrays and NumPy scalars into what JSON knows, and numbers that are not finite, or beyond `LARGEST`, into
+    null."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if hasattr(value, "__array__"):
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not abs(value) <= LARGEST else value
 
 
 def run_row(
@@ -183,7 +187,7 @@ def run_row(
 
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
-    *("effective_replicas", "alive", "scores", "diagnosis", "sample", "stopped_early"),
+    *("effective_replicas", "alive", "scores", "diagnosis", "guard", "sample", "stopped_early"),
     *("missing", "workers", "audits"),
 )
 
@@ -201,6 +205,7 @@ def round_row(
     alive: np.ndarray,
     scores: Mapping[str, np.ndarray],
     diagnosis: Mapping[str, np.ndarray],
+    guard: Mapping[str, np.ndarray],
 ) -> Row:
     """A round's row, without `run`, `arm`, `seed` and the test split (`quality_row`).
 
@@ -220,6 +225,7 @@ def round_row(
         "alive": alive,
         "scores": dict(scores),
         "diagnosis": dict(diagnosis),
+        **({"guard": dict(guard)} if guard else {}),
     }
 
 
@@ -322,34 +328,3 @@ def lost_at_the_end(rows: Sequence[Row]) -> int:
             break
         count += 1
     return count
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """
-    >>> _ranges([7, 3, 4, 5])
-    '3 to 5, 7'
-    """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def check_rounds(run: str, rounds: Sequence[Mapping[str, Any]], last: int, replicas: int | None = None) -> None:
-    """Raises DataError unless `rounds` are rounds 1 to `last` of a run, each once, with K weights each."""
-    counts = collections.Counter(row["round"] for row in rounds)
-    if missing := set(range(1, last + 1)) - set(counts):
-        raise DataError(f"run {run!r} lacks round {_ranges(missing)}; restore the rows from a copy, or train again")
-    if twice := [number for number, count in counts.items() if count > 1]:
-        raise DataError(
-            f"run {run!r} has round {_ranges(twice)} twice, as if two processes had written at once; keep one row of "
-            f"each in {FILE}"
-        )
-    for row in rounds:
-        for name in ("weights", "alive") if replicas is not None else ():
-            if len(row[name]) != replicas:
-                what = f"run {run!r}, round {row['round']}: {len(row[name])} {name} for {replicas} replicas"
-                raise DataError(f"{what}; restore the row from a copy, or train again")

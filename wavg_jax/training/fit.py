@@ -32,7 +32,7 @@ from wavg_jax.arguments import (
 from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stopped, Task, TrainState, WavgWarning
 from wavg_jax.data import ShardedData, round_indices
 from wavg_jax.devices import mapping, processes
-from wavg_jax.rounds import score
+from wavg_jax.rounds import guard, score
 from wavg_jax.rounds.exchange import warn_of_wire
 from wavg_jax.rounds.faults import Faults, check_replicas
 from wavg_jax.rounds.forward import Forward, metrics, metrics_and_logits
@@ -279,6 +279,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     check_all(_ARGUMENTS, given)
     for group, rules in _GROUPED.items():
         check_fields(given[group], rules)
+    guard.check(given["scoring"].guard, given["at_sync"].fragments)
     mapping.check(given["layout"].replica_map, "auto")
     check_name(given["store"].name)
 
@@ -332,7 +333,7 @@ def _check(plan: Plan, recipe: Recipe, data: ShardedData) -> tuple[str, ...]:
         )
     round_indices(data.shards, seed=plan.seed, first_step=0, local_steps=1, batch_size=plan.batch_size)  # its errors
     scalars = _metrics(recipe, data)
-    score.check_measurable(recipe.averager.needs, scalars)
+    score.check_measurable(score.asked(recipe.averager.needs, recipe.scoring), scalars)
     return scalars
 
 

@@ -8,7 +8,7 @@ ends a run at the same round whether or not the next one was launched before the
 
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,17 @@ def warn(number: int, weights: Any, alive: np.ndarray, told: np.ndarray) -> None
     else:
         return
     warnings.warn(text, WavgWarning, stacklevel=2)
+
+
+def warn_of_spike(number: int, found: Mapping[str, Any]) -> None:
+    """Warns of a round that the guard rolled back; `found` is of `RoundLog.guard`."""
+    if found["rolled_back"]:
+        warnings.warn(
+            f"round {number} was rolled back: its blend has a held-out loss of {found['loss']:.4g}, beyond "
+            f"{found['bound']:.4g}; updates are multiplied by {found['rate']:.4g} from now on",
+            WavgWarning,
+            stacklevel=2,
+        )
 
 
 def _cause(alive: Any) -> str:

@@ -126,6 +126,8 @@ class _Books:
         if not over:  # else it is an error
             absent = np.isin(np.arange(len(log.alive)), [int(k) for k in launched.entries.get("missing", {})])
             liveness.warn(launched.number, log.weights, log.alive, self._died | absent)
+            if log.guard and not self.lost:
+                liveness.warn_of_spike(launched.number, log.guard)
             self._died |= ~log.alive & ~absent & (not self.lost)
         self._samples += int(log.steps.sum()) * self._run.plan.batch_size
         row = round_row(
@@ -140,6 +142,7 @@ class _Books:
             alive=log.alive,
             scores=log.scores,
             diagnosis=log.diagnosis,
+            guard=log.guard,
         )
         own = {} if state is None or launched.number < self._run.plan.rounds else self._run.final(state)
         self._journal.append(own | row | launched.entries | self._quality(launched, state))
