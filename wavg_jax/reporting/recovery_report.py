@@ -125,8 +125,8 @@ def _paint(matrix: Matrix, theme: Theme) -> Figure:
         _bars(theme, axes, place, one, matrix.roles.ours)
     axes.axvline(0, color=theme.ink, linewidth=0.8)
     axes.axvline(1, color=theme.ink, linewidth=0.8, linestyle=(0, (2, 2)))
-    worst = min((share.mean for one in shown.values() for share in one.shares.values()), default=0.0)
-    axes.set_xlim(-0.55 if worst < 0 else -0.02, 1.35)
+    ends = [share.low for one in shown.values() for share in one.shares.values() if share.low < 0]
+    axes.set_xlim(max(min(ends, default=0.0), -0.5) - 0.05, 1.35)
     axes.set_ylim(len(shown) - 0.45, -0.55)
     titles = [f"{matrix.titles[s]}\n({100 * one.gap.mean:.1f})" for s, one in shown.items()]
     axes.set_yticks(np.arange(len(shown)), titles, fontsize=SMALL)
