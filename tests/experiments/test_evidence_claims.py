@@ -60,6 +60,7 @@ NAMES = {
     "oracle_sequential": "oracle, sequential",
     "sequential+heldout": "sequential, also on held-out samples",
     "sync+heldout": "sync, also on held-out samples",
+    "sequential+finetuned": "sequential, then fine-tuned on the held-out samples",
     "coordinate_median": "median of each coordinate",
     "post_local": "post-local SGD: H = 1, then 16",
     "qsr": "QSR: H from 2 up",
@@ -196,6 +197,77 @@ TABLES = {
     "liars": of_liars,
     **{name: (lambda name=name: accuracies(name, *SERIES[name])) for name in SERIES},
 }
+
+
+HEADLINE = ("sequential", "sync", "plain", "accuracy", "softmax_loss", "opinion_pool", "oracle", "sequential+finetuned")
+
+
+def headline():
+    """Lines of README's table."""
+    return accuracies("main", HEADLINE, LEFT)
+
+
+GAINS = {
+    "iid": "IID",
+    "noisy2": "2 of 8 with random labels",
+    "noisy4": "4 of 8 with random labels",
+    "dirichlet01": "label skew, Dirichlet 0.1",
+    "fast1": "one of 8 at 10 times the rate",
+    "duplicated": "4 of 8 with duplicates",
+    "foreign": "4 of 8 with samples of MNIST",
+}
+
+
+def gains():
+    """Lines of README's other table: points above plain averaging."""
+    lines = []
+    for scenario, words in GAINS.items():
+        found = [minus("main", scenario, name, "plain") for name in ("opinion_pool", "learned", "softmax_loss")]
+        plain = mean_sd("main", scenario, "plain").split(" ")[0]
+        lines.append(f"| {words} | {plain} | " + " | ".join(found) + " |")
+    return lines
+
+
+def shown_worse(name):
+    """Scenarios in which a row is shown to be worse than plain averaging."""
+    found = []
+    for scenario in (*DATA, *FAULTS):
+        ours, plain = cells("main")[scenario, name], cells("main")[scenario, "plain"]
+        d = np.array([ours[seed]["test_accuracy"] - plain[seed]["test_accuracy"] for seed in ours])
+        half = scipy.stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+        found += [scenario] * bool(d.mean() + half < 0)
+    return found
+
+
+RULES = tuple(name for name in ARMS if name not in ("sequential", "sync"))
+ROBUST = ("multi_krum", "trimmed_mean", "geometric_median")
+
+
+def mean(scenario, name):
+    return 100 * np.mean([row["test_accuracy"] for row in cells("main")[scenario, name].values()])
+
+
+def test_what_readme_says_of_fixed_rules_is_what_was_recorded():
+    text = " ".join(README.split())
+    behind = [max(mean(s, n) for n in RULES) - mean(s, "opinion_pool") for s in (*DATA, *FAULTS)]
+    assert f"within {np.ceil(10 * max(behind)) / 10:.1f} points of the best rule" in text
+    lost = [mean("dirichlet01", "plain") - mean("dirichlet01", name) for name in ("softmax_loss", *ROBUST)]
+    assert f"loses {lost[0]:.1f} points under label skew" in text
+    assert f"where robust rules lose {min(lost[1:]):.0f} to {max(lost[1:]):.0f}" in text
+    for name in RULES:
+        assert (shown_worse(name) == []) == (name in ("opinion_pool", "learned", "accuracy", "plain"))
+    said = "Nowhere shown to be worse than plain averaging are `opinion_pool`, `learned` and weights by accuracy"
+    assert said in text
+
+
+def test_the_gains_in_readme_are_what_was_recorded():
+    for line in gains():
+        assert line in README
+
+
+def test_the_table_of_readme_is_what_was_recorded():
+    for line in headline():
+        assert line in README
 
 
 @pytest.mark.parametrize("name", TABLES)
