@@ -126,38 +126,52 @@ class Campaign:
         )
 
     def _settle(self, scenario: str, arm: Arm, records: Records) -> Tuned:
-        """Climbs to the best setting of an arm in a scenario; settings tried before are read from the records."""
+        """The best setting of an arm in a scenario: the recorded one, or what climbing finds, which is recorded."""
         if (scenario, arm.name) in self._tuned:
             return self._tuned[scenario, arm.name]
-        tried = {
-            (row["run"], row["rate"], row["decay"], row["seed"]): as_float(row["accuracy"])
-            for row in records.rows
-            if row["kind"] == "tuning"
-        }
-        trained: dict[tuple[Setting, int], Trained] = {}
-
-        def of(seed: int, setting: Setting) -> float:
-            key = (f"{scenario}/{arm.name}", setting.rate, setting.decay, seed)
-            if key not in tried:
-                trained[setting, seed] = self._train(scenario, arm, seed, setting)
-                run = trained[setting, seed]
-                found = math.nan if run.diverged else self._on_tuning(scenario, seed, run, F.tuned_by, 0.0)
-                tried[key] = round(found, 6)
-                # Of a run that may be fine-tuned, no more than that needs: paths over thousands of rounds are large.
-                trained[setting, seed] = run._replace(path=run.path[-1:])
-                names = ("run", "rate", "decay", "seed", "accuracy")
-                records.append({"kind": "tuning", **dict(zip(names, (*key, tried[key]), strict=True))})
-            return tried[key]
-
-        best = climb(lambda s: float(np.mean([of(seed, s) for seed in self._tuning_seeds])), _start(records, arm.name))
-        accuracy = float(np.mean([of(seed, best) for seed in self._tuning_seeds]))
-        finetuning = (
-            self._finetuning(scenario, arm, best, trained)
-            if self._controlled(arm) and "finetuned" in F.readings
-            else 0.0
-        )
+        run, trained = f"{scenario}/{arm.name}", dict[tuple[Setting, int], Trained]()
+        known = next((row for row in records.rows if row["kind"] == "tuned" and row["run"] == run), None)
+        if known is None:
+            best, accuracy = self._climbed(scenario, arm, records, trained)
+            records.append({"kind": "tuned", "run": run, **best._asdict(), "accuracy": accuracy})
+        else:
+            best, accuracy = Setting(known["rate"], known["decay"]), known["accuracy"]
+        reads = self._controlled(arm) and "finetuned" in F.readings
+        finetuning = self._finetuning(scenario, arm, best, trained) if reads else 0.0
         self._tuned[scenario, arm.name] = Tuned(best, accuracy, finetuning)
         return self._tuned[scenario, arm.name]
+
+    def _climbed(
+        self, scenario: str, arm: Arm, records: Records, trained: dict[tuple[Setting, int], Trained]
+    ) -> tuple[Setting, float]:
+        """Climbs to the best setting, and says how accurate it is; settings tried before are read from the records.
+
+        `trained` gets the trainings.
+        """
+        run = f"{scenario}/{arm.name}"
+        tried = {
+            (row["rate"], row["decay"], row["seed"]): as_float(row["accuracy"])
+            for row in records.rows
+            if row["kind"] == "tuning" and row["run"] == run
+        }
+
+        def of(seed: int, setting: Setting) -> float:
+            key = (*setting, seed)
+            if key not in tried:
+                done = self._train(scenario, arm, seed, setting)
+                found = math.nan if done.diverged else self._on_tuning(scenario, seed, done, F.tuned_by, 0.0)
+                tried[key] = round(found, 6)
+                # Of a run that may be fine-tuned, no more than that needs: paths over thousands of rounds are large.
+                trained[setting, seed] = done._replace(path=done.path[-1:])
+                row = {"kind": "tuning", "run": run, **setting._asdict(), "seed": seed, "accuracy": tried[key]}
+                records.append(row)
+            return tried[key]
+
+        def mean(setting: Setting) -> float:
+            return float(np.mean([of(seed, setting) for seed in self._tuning_seeds]))
+
+        best = climb(mean, _start(records, arm.name))
+        return best, round(mean(best), 6)
 
     def _finetuning(
         self, scenario: str, arm: Arm, best: Setting, trained: Mapping[tuple[Setting, int], Trained]
@@ -200,7 +214,7 @@ class Campaign:
                 rate=tuned.setting.rate,
                 rows=[*trained.rows[:-1], last],
             )
-            rows.append(row | {"decay": tuned.setting.decay, "tuned_accuracy": round(tuned.accuracy, 6)})
+            rows.append(row | {"decay": tuned.setting.decay, "tuned_accuracy": tuned.accuracy})
         rows[0]["heldout_accuracy"] = trained.right.round(5)
         return rows
 

@@ -1,5 +1,6 @@
 """The evidence: scenarios, climbing, one training and its controls, the recording, and which recordings are stale."""
 
+import collections
 import json
 import subprocess
 
@@ -244,7 +245,16 @@ def test_a_recording_goes_on_where_it_was_cut(recorded, tmp_path):
     assert invoke(evidence.main, *FEW, ARMS, f"--workdir={tmp_path}", "--resume") == 0
     rows = read_rows(tmp_path)
     assert {row["run"] for row in rows} == whole
-    for kind, names in (("cell", ("run",)), ("tuning", ("run", "rate", "decay", "seed"))):  # nothing twice
+    settings = collections.defaultdict(set)
+    for row in rows:
+        if row["kind"] == "cell":
+            settings[row["scenario"], row["weighting"]].add((row["rate"], row["decay"]))
+    assert {len(found) for found in settings.values()} == {1}  # seeds before and after the cut share theirs
+    for kind, names in (
+        ("cell", ("run",)),
+        ("tuned", ("run",)),
+        ("tuning", ("run", "rate", "decay", "seed")),
+    ):  # nothing twice
         found = [tuple(row[name] for name in names) for row in rows if row["kind"] == kind]
         assert len(found) == len(set(found))
     assert invoke(report.main, str(tmp_path), f"--out={tmp_path / 'again'}") == 0

@@ -80,6 +80,10 @@ A matrix has two kinds of its own.
 `kind="tuning"`, one per setting tried where every weighting was tuned:
   run                   "<scenario>/<weighting>"
   rate, decay, seed, accuracy
+
+`kind="tuned"`, one per scenario and weighting that was tuned, before its cells:
+  run                   "<scenario>/<weighting>"
+  rate, decay, accuracy     the setting chosen, and its accuracy, mean over the tuning seeds
 """
 
 import collections
