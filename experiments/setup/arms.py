@@ -205,6 +205,9 @@ def _groups(arm: Arm) -> dict[str, Any]:
 
 
 def _guard(factor: float | None) -> wavg.SpikeGuard | None:
+    """The guard of --guard; SettingsError if no loss could pass it."""
+    if factor is not None and not factor > 1:
+        raise SettingsError(f"--guard={factor:g}: give a multiple of the lowest loss that is above 1, such as 2")
     return None if factor is None else wavg.SpikeGuard(factor)
 
 

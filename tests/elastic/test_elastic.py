@@ -300,6 +300,7 @@ REFUSED = {
     r"size\(1\) gave 7": {"workers": Workers(lambda round: 7)},
     "workers is": {"workers": 3},
     "leave out wire= and fragments=": {"workers": Workers(2), "at_sync": wavg.AtSync(wire="int8")},
+    "leave out guard=": {"workers": Workers(2), "scoring": wavg.Scoring(guard=wavg.SpikeGuard())},
     "give replica_map= alone": {"workers": Workers(2), "layout": wavg.Layout(devices=2)},
     "rounds is 0": {"workers": Workers(2), "rounds": 0},
 }

@@ -361,3 +361,12 @@ def test_a_damaged_program_in_the_cache_is_one_line_and_is_mended(tmp_path):
     assert again.returncode == 0
     assert again.stderr.strip() == "warning: the cached program jit_evaluate is damaged; compiling it again"
     assert run(*command, f"--workdir={tmp_path / 'c'}").stderr == ""
+
+
+def test_a_guard_watches_every_blend_and_one_that_cannot_is_refused(tmp_path, capfd):
+    assert invoke(train.main, "--arm=plain", "--guard=3", *QUICK, f"--workdir={tmp_path / 'a'}") == 0
+    _, *rounds = read_rows(tmp_path / "a")
+    assert [set(row["guard"]) for row in rounds] == [{"loss", "bound", "rolled_back", "rate"}] * 2
+    assert rounds[1]["guard"]["bound"] == pytest.approx(3 * rounds[0]["guard"]["loss"], rel=1e-6)
+    assert invoke(train.main, "--arm=plain", "--guard=1", *QUICK, f"--workdir={tmp_path / 'b'}") == 2
+    assert "error: --guard=1: give a multiple" in capfd.readouterr().err
