@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
             "published": [arm.name for arm in chosen if arm.name in PUBLISHED],
         },
         series=series_of(scenarios),
+        apart=F.tuning_samples,
     )
     with open_records(workdir) as records:
         record_matrix.begin(records, header)

@@ -66,7 +66,7 @@ class Campaign:
             for name in scenarios
             for arm in arms
             for seed in seeds
-            if f"{name}/{arm.name}/{seed}" not in done
+            if not {f"{name}/{label}/{seed}" for label in self._labels(arm)} <= done
         ]
         kept: dict[tuple[str, str, int], list[Row]] = {}
         total = len(scenarios) * len(arms) * len(seeds)
@@ -80,8 +80,7 @@ class Campaign:
                 if (where, who.name, seed) not in kept:
                     tuned = self._settle(where, who, records)
                     kept[where, who.name, seed] = self._rows(where, who, seed, tuned)
-                # The training itself last: a cell is done when it is there.
-                for row in reversed(kept[where, who.name, seed][: None if self._controlled(arm) else 1]):
+                for row in kept[where, who.name, seed][: None if self._controlled(arm) else 1]:
                     row = _renamed(row, scenario, arm.name, who.name)
                     if row["run"] not in done:
                         records.append(row)
@@ -195,11 +194,20 @@ class Campaign:
     def _controlled(self, arm: Arm) -> bool:
         return arm.name in F.controlled
 
+    def _labels(self, arm: Arm) -> list[str]:
+        """The names of an arm's rows in a cell: its own, and those of its readings."""
+        return [f"{arm.name}+{reading}" if reading else arm.name for reading in self._wanted(arm)]
+
+    def _wanted(self, arm: Arm) -> list[str]:
+        """The readings of an arm, the first of which is the training itself."""
+        asked = F.readings if self._controlled(arm) else ()
+        return ["", *(reading for reading in asked if self._reader.has(reading, several=not arm.pooled))]
+
     def _rows(self, scenario: str, arm: Arm, seed: int, tuned: Tuned) -> list[Row]:
         """Trains a cell, and judges it and its readings on the test split, once."""
         sharded, _ = self._deal(scenario, seed)
         trained = self._train(scenario, arm, seed, tuned.setting)
-        wanted = ["", *(F.readings if self._controlled(arm) else ())]
+        wanted = self._wanted(arm)
         test = sharded.test
         found = self._reader.read(trained, sharded.heldout, test.x, wanted, seed=seed, finetuning=tuned.finetuning)
         rows = []

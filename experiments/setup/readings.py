@@ -50,7 +50,7 @@ class Reader:
     def read(
         self, trained: Trained, held: Split, x: np.ndarray, wanted: Iterable[str], *, seed: int, finetuning: float
     ) -> Mapping[str, np.ndarray]:
-        """Logits on `x` [N, ...] of each reading wanted, of `READINGS`, that this training has.
+        """Logits on `x` [N, ...] of each reading wanted, of `READINGS` or "", that this training `has`.
 
         Args:
           trained: the training.
@@ -61,17 +61,24 @@ class Reader:
           finetuning: its peak learning rate.
         """
         final = trained.path[-1]
+        own = trained.replicas or [final[0]]  # if none is alive, the blend stands for them
         found: dict[str, Callable[[], np.ndarray]] = {
             "": lambda: self.logits(final, x),
             "temperature": lambda: self.logits(final, x) / temperature(self.logits(final, held.x), held.y),
             "selection": lambda: self.logits(trained.path[int(trained.held.argmin())], x),
             "finetuned": lambda: self.logits(self.finetuned(final, held, seed, finetuning), x),
+            "ensemble": lambda: mixture([self.logits((one, final[1]), x) for one in own]),
+            **{name: functools.partial(self._averaged, trained, name, x) for name in AVERAGES},
         }
-        if not jax.tree.leaves(final[1]):  # statistics of an average would have to be estimated anew
-            found |= {name: functools.partial(self._averaged, trained, name, x) for name in AVERAGES}
-        if len(trained.replicas) > 1:
-            found["ensemble"] = lambda: mixture([self.logits((one, final[1]), x) for one in trained.replicas])
-        return {name: found[name]() for name in wanted if name in found}
+        return {name: found[name]() for name in wanted}
+
+    def has(self, reading: str, *, several: bool) -> bool:
+        """Whether a training has a reading; `several` says whether of several replicas.
+
+        An average's BatchNorm statistics would have to be estimated anew.
+        """
+        averages = not jax.tree.leaves(jax.eval_shape(self._task.init, jax.random.key(0))[1])
+        return {"ensemble": several, **dict.fromkeys(AVERAGES, averages)}.get(reading, True)
 
     def _averaged(self, trained: Trained, name: str, x: np.ndarray) -> np.ndarray:
         shares = AVERAGES[name](len(trained.path))

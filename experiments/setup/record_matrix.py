@@ -40,6 +40,7 @@ def header(
     recommend: bool = True,
     roles: Mapping[str, Any] | None = None,
     series: Mapping[str, Any] | None = None,
+    apart: int = 0,
 ) -> Row:
     """The first row of a recording.
 
@@ -51,6 +52,7 @@ def header(
       recommend: whether the report should say which weighting can be recommended.
       roles: which weightings the share of the oracle's gap is told of; see `wavg_jax.storage.schema`.
       series: the quantity that the scenarios are values of, if they are; see there, too.
+      apart: training samples that are neither trained on nor held out.
     """
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     return matrix_row(
@@ -62,7 +64,7 @@ def header(
         settings=settings,
         started=machine.now(),
         dataset=dataset.name,
-        train_samples=len(dataset.train.y) - F.heldout,
+        train_samples=len(dataset.train.y) - F.heldout - apart,
         heldout_samples=F.heldout,
         test_samples=len(dataset.test.y),
         parameters=tree.count(params),

@@ -1,5 +1,6 @@
 """What can be wrong with replicas, their shards, or the held-out samples that judge them."""
 
+import collections
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -206,12 +207,9 @@ def every(data_dir: str) -> dict[str, Make]:
     with half of the shards noisy; wrongP: P % of the held-out labels are random, too. Of liars, flipped3 send the
     opposite of what they learnt, scaled1 ten times it, reversed3 five times the opposite, idle3 nothing.
     """
-    noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), "noisy shards", n) for n in range(1, 8)}
+    noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), _BAD, n) for n in range(1, 8)}
     share = {
-        f"labels{p}": _along(
-            _half(labels(p / 100), f"with {p} % random labels"), "random labels on half of the shards, %", p
-        )
-        for p in range(10, 101, 10)
+        f"labels{p}": _along(_half(labels(p / 100), f"with {p} % random labels"), _SHARE, p) for p in range(10, 101, 10)
     }
     sizes = {
         f"heldout{n}": _judged(f"{n:,} held out", heldout=n, axis=("held-out samples", n))
@@ -250,12 +248,20 @@ def _along(make: Make, axis: str, value: float) -> Make:
     return lambda k: make(k)._replace(axis=(axis, value))
 
 
+_BAD, _SHARE = "noisy shards", "random labels on half of the shards, %"
+
+
 def series_of(scenarios: Mapping[str, Scenario]) -> dict[str, Any] | None:
-    """The quantity that all of these scenarios are values of, as the first row of a recording names it, with IID shards
-    as 0; None if there is none, or if they are fewer than three."""
-    titles = {one.axis[0] for one in scenarios.values() if one.axis}
-    at = {name: one.axis[1] if one.axis else 0.0 for name, one in scenarios.items() if one.axis or name == SOUND}
-    return {"title": titles.pop(), "at": at} if len(titles) == 1 and len(at) == len(scenarios) > 2 else None
+    """The quantity that most of these scenarios are values of, as the first row of a recording names it; None if fewer
+    than three are. IID shards have 0 of what can be wrong with shards."""
+    titles = collections.Counter(one.axis[0] for one in scenarios.values() if one.axis)
+    if not titles:
+        return None
+    title = max(titles, key=lambda name: titles[name])
+    at = {name: one.axis[1] for name, one in scenarios.items() if one.axis and one.axis[0] == title}
+    if SOUND in scenarios and title in (_BAD, _SHARE):
+        at[SOUND] = 0.0
+    return {"title": title, "at": at} if len(at) > 2 else None
 
 
 def _half(spoil: Spoil, what: str) -> Make:

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import DARK, LIGHT, SMALL, Plot, Theme
 from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix
-from wavg_jax.reporting.wording import seeds, signed
+from wavg_jax.reporting.wording import signed
 
 WIDTH = 9.0  # inches: ten columns of numbers need them, so a narrow page scrolls; more need more
 APART = 0.22  # of a cell: space beside the row of the reference and the column of gaps
@@ -37,7 +37,7 @@ def draw_matrix(matrix: Matrix) -> Plot:
 
 def _paint(matrix: Matrix, theme: Theme) -> Figure:
     rows, columns = len(matrix.weightings), len(matrix.titles)
-    made_from = f"{matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
+    made_from = f"{matrix.headers[0]['dataset']}, {matrix.repeated}"
     figure, axes = canvas.make_axes(theme, TITLE, made_from, 2.7 + 0.31 * rows, max(WIDTH, 3.0 + 0.65 * columns))
     limit = _limit(matrix)
     # Linear within a point, logarithmic beyond: rescues of 10 points must not hide differences of 1.

@@ -13,7 +13,7 @@ import numpy as np
 from wavg_jax.base import DataError
 from wavg_jax.reporting.recovery import Recovery, Roles, is_control, recovered, roles_of
 from wavg_jax.reporting.statistic import Floats, Statistic, as_float
-from wavg_jax.reporting.wording import distinct
+from wavg_jax.reporting.wording import distinct, seeds
 from wavg_jax.storage.sanity import check_numbers
 from wavg_jax.storage.schema import Row
 
@@ -123,7 +123,18 @@ class Matrix(NamedTuple):
     def lacking(self) -> int:
         """How many cells of all scenarios, weightings and seeds are missing."""
         found = sum(entry.accuracy.n for (_, name), entry in self.entries.items() if name in self.weightings)
-        return len(self.titles) * len(self.weightings) * len(self.seeds) - found
+        return len(self.weightings) * sum(map(self.repeats, self.titles)) - found
+
+    def repeats(self, scenario: str) -> int:
+        """Seeds of a scenario: as many as its most repeated weighting has, since scenarios may differ on purpose."""
+        own = (self.entries.get((scenario, name)) for name in self.weightings)
+        return max((entry.accuracy.n for entry in own if entry is not None), default=0)
+
+    @property
+    def repeated(self) -> str:
+        """How many seeds, in words: "5 seeds", or "5 to 10 seeds"."""
+        counts = {self.repeats(scenario) for scenario in self.titles}
+        return seeds(max(counts)) if len(counts) == 1 else f"{min(counts)} to {seeds(max(counts))}"
 
 
 Cells = dict[tuple[str, str], dict[int, Row]]  # (scenario, weighting) -> seed -> row
@@ -162,7 +173,11 @@ def _tabulate(rows: Sequence[Row], reference: str | None) -> Matrix:
     rates = _rates(cells, tuned=roles is not None)
     names = tuple(dict.fromkeys(w for _, w in cells))
     chosen = [name for name in names if not is_control(name, roles)]
-    order = {name: title for name, title in titles.items() if name in rates}
+    judged = {scenario for scenario, name in cells if name in chosen}
+    if not judged:
+        raise DataError("every row recorded so far is a control or an oracle; report when a weighting is done too")
+    cells = {key: own for key, own in cells.items() if key[0] in judged}
+    order = {name: title for name, title in titles.items() if name in judged}
     best = {s: _best(cells, s, chosen) for s in order}
     entries = {key: _entry(cells, key, best, base) for key in cells}
     verdicts = {w: _verdict(entries, w, tuple(order), base) for w in chosen}

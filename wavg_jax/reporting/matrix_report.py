@@ -40,7 +40,8 @@ class MatrixReport(NamedTuple):
         quantity; a notebook shows them."""
         shares = (draw_recovery(self.matrix),) if any(one.shares for one in self.matrix.recovered.values()) else ()
         series = series_of(self.matrix.headers)
-        lines = () if series is None else (draw_series(self.matrix, series),)
+        recorded = series is not None and sum(scenario in self.matrix.titles for scenario in series.at) > 1
+        lines = (draw_series(self.matrix, series),) if series is not None and recorded else ()
         return (*shares, *lines, draw_matrix(self.matrix))
 
     def write(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
@@ -89,7 +90,7 @@ def _tables(matrix: Matrix) -> list[str]:
 
 def _heading(matrix: Matrix) -> str:
     sizes = f"{len(matrix.weightings)} weightings in {len(matrix.titles)} scenarios"
-    return f"{sizes}: {matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
+    return f"{sizes}: {matrix.headers[0]['dataset']}, {matrix.repeated}"
 
 
 def matrix_sentences(matrix: Matrix) -> list[str]:
@@ -213,7 +214,8 @@ def _by_scenario(matrix: Matrix, title: str, note: str, show: Callable[[Entry], 
         entry = matrix.entries.get((scenario, weighting))
         if entry is None:
             return NONE
-        part = f" ({entry.accuracy.n} of {len(matrix.seeds)})" if entry.accuracy.n < len(matrix.seeds) else ""
+        most = matrix.repeats(scenario)
+        part = f" ({entry.accuracy.n} of {most})" if entry.accuracy.n < most else ""
         return show(entry) + part
 
     rows, controls = (

@@ -50,7 +50,7 @@ class Recovery(NamedTuple):
     Attributes:
       gap: the oracle's test accuracy minus plain's, paired by seed.
       best: the published weighting that was best on the tuning seeds; "" if none is recorded.
-      shares: by weighting, the best published one and ours; empty where no gap is shown.
+      shares: by weighting, the best published one and ours, over the seeds that they have; empty where no gap is shown.
       above: the same weightings' accuracy minus plain's.
     """
 
@@ -83,14 +83,12 @@ def recovered(cells: Cells, scenario: str, roles: Roles, reference: str) -> Reco
     best = _best(cells, scenario, roles.published)
     found = {name: cells.get((scenario, name), {}) for name in (best, roles.ours)}
     gap = Statistic.of(_minus(oracle, base, seeds))
-    above = {
-        name: Statistic.of(_minus(own, base, [s for s in seeds if s in own])) for name, own in found.items() if own
-    }
-    shares = {
-        name: ratio(_minus(own, base, seeds), _minus(oracle, base, seeds))
-        for name, own in found.items()
-        if gap.shown and gap.mean > 0 and all(seed in own for seed in seeds)
-    }
+    above, shares = {}, {}
+    for name, own in found.items():
+        common = [seed for seed in seeds if seed in own]
+        above[name] = Statistic.of(_minus(own, base, common))
+        if gap.shown and gap.mean > 0 and len(common) > 2:
+            shares[name] = ratio(_minus(own, base, common), _minus(oracle, base, common))
     return Recovery(gap, best, shares, above)
 
 
@@ -103,11 +101,11 @@ def _best(cells: Cells, scenario: str, names: Sequence[str]) -> str:
     tuned = {}
     for name in names:
         own = cells.get((scenario, name), {})
-        values = [row.get("tuned_accuracy") for row in own.values()]
-        if values:
-            if any(value is None for value in values):
-                raise DataError(f"a row of {scenario}/{name} lacks tuned_accuracy; put the row back from a copy")
-            tuned[name] = as_float(values[0])
+        if any("tuned_accuracy" not in row for row in own.values()):
+            raise DataError(f"a row of {scenario}/{name} lacks tuned_accuracy; put the row back from a copy")
+        values = [as_float(row["tuned_accuracy"]) for row in own.values()]
+        if values and math.isfinite(values[0]):  # else it diverged wherever it was tried
+            tuned[name] = values[0]
     return max(tuned, key=lambda name: tuned[name], default="")
 
 

@@ -13,7 +13,7 @@ from wavg_jax.reporting.matrix import Matrix
 from wavg_jax.reporting.recovery import Recovery
 from wavg_jax.reporting.statistic import Statistic
 from wavg_jax.reporting.tables import TextTable
-from wavg_jax.reporting.wording import interval, mean_sd, seeds, signed
+from wavg_jax.reporting.wording import interval, mean_sd, signed
 
 NONE = "n/a"
 TITLE = "What bad shards and faults cost, and what is recovered"
@@ -106,10 +106,11 @@ def _difference(d: Statistic, scale: float, decimals: int) -> str:
 def draw_recovery(matrix: Matrix) -> Plot:
     """Draws the share of the oracle's gap that the best published weighting and ours recover, by scenario."""
     assert matrix.roles is not None
-    hidden = [matrix.titles[scenario] for scenario, one in matrix.recovered.items() if not one.shares]
+    hidden = [matrix.titles[s] for s, one in matrix.recovered.items() if not (one.gap.shown and one.gap.mean > 0)]
     caption = (
         f"0 %: {matrix.reference} averaging; 100 %: the same without what is wrong (no bad shards, no faults). Bars: "
-        "mean over seeds; lines: Fieller's 95 % interval. In brackets: the gap in points of test accuracy. Beside the "
+        "mean over seeds; lines: Fieller's 95 % interval, with an arrow where cut. "
+        "In brackets: the gap in points of test accuracy. Beside the "
         "upper bar: the published weighting that was best on other seeds."
         + (f" No gap is shown for: {', '.join(hidden)}." if hidden else "")
     )
@@ -119,7 +120,7 @@ def draw_recovery(matrix: Matrix) -> Plot:
 def _paint(matrix: Matrix, theme: Theme) -> Figure:
     assert matrix.roles is not None
     shown = {scenario: one for scenario, one in matrix.recovered.items() if one.shares}
-    made_from = f"{matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
+    made_from = f"{matrix.headers[0]['dataset']}, {matrix.repeated}"
     figure, axes = canvas.make_axes(theme, TITLE, made_from, 1.7 + 0.62 * len(shown), 7.0)
     for place, one in enumerate(shown.values()):
         _bars(theme, axes, place, one, matrix.roles.ours)
@@ -139,25 +140,35 @@ def _paint(matrix: Matrix, theme: Theme) -> Figure:
     return figure
 
 
+_LEAST, _MOST = -0.5, 1.3
+"""Shares at which bars and lines are cut."""
+
+
 def _bars(theme: Theme, axes: Axes, place: int, one: Recovery, ours: str) -> None:
     for name, colour, off in ((one.best, _BEST, -0.2), (ours, _OURS, 0.2)):
         share = one.shares.get(name)
         if share is None:
             continue
         y = place + off
-        axes.barh(y, max(min(share.mean, 1.3), -0.5), 0.36, color=theme.colours[colour])
-        if not math.isnan(share.low):
-            low, high = (max(min(end, 1.33), -0.53) for end in (share.low, share.high))
-            axes.plot([low, high], [y, y], color=theme.ink, linewidth=1.1)
-        if name == one.best:
-            text = f"{name}" + (f" ({100 * share.mean:.0f} %)" if share.mean < -0.5 else "")
-            axes.annotate(
-                text,
-                (max(share.mean, share.high if share.high == share.high else 0, 0), y),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=SMALL - 1.5,
-                color=theme.ink,
-                annotation_clip=False,
-            )
+        axes.barh(y, _within(share.mean), 0.36, color=theme.colours[colour])
+        low, high = (share.mean if math.isnan(end) else end for end in (share.low, share.high))
+        axes.plot([_within(low), _within(high)], [y, y], color=theme.ink, linewidth=1.1)
+        for end, marker in ((low, "<"), (high, ">")):
+            if _within(end) != end:
+                axes.plot(_within(end), y, marker=marker, color=theme.ink, markersize=4)
+        cut = "" if _within(share.mean) == share.mean else f"{100 * share.mean:.0f} %"
+        words = " ".join(part for part in (name if name == one.best else "", cut) if part)
+        axes.annotate(
+            words,
+            (_within(max(high, 0.0)), y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL - 1.5,
+            color=theme.ink,
+            annotation_clip=False,
+        )
+
+
+def _within(share: float) -> float:
+    return max(min(share, _MOST), _LEAST)

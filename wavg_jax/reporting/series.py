@@ -10,7 +10,6 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import DASHES, MARKERS, Plot, Theme
 from wavg_jax.reporting.matrix import Matrix
-from wavg_jax.reporting.wording import seeds
 from wavg_jax.storage.schema import Row
 
 _SPAN = 20
@@ -25,11 +24,11 @@ class Series(NamedTuple):
 
 
 def series_of(headers: Sequence[Row]) -> Series | None:
-    """The series that the first rows of a recording name, if any."""
-    given = next((header["series"] for header in headers if header.get("series")), None)
-    if given is None:
+    """The series that the first rows of a recording name, if they name one."""
+    given = [header["series"] for header in headers if header.get("series")]
+    if not given or len({one["title"] for one in given}) > 1:
         return None
-    return Series(str(given["title"]), {str(name): float(value) for name, value in given["at"].items()})
+    return Series(str(given[0]["title"]), {str(name): float(x) for one in given for name, x in one["at"].items()})
 
 
 def draw_series(matrix: Matrix, series: Series) -> Plot:
@@ -43,7 +42,7 @@ def _title(series: Series) -> str:
 
 
 def _paint(matrix: Matrix, series: Series, theme: Theme) -> Figure:
-    made_from = f"{matrix.headers[0]['dataset']}, {seeds(len(matrix.seeds))}"
+    made_from = f"{matrix.headers[0]['dataset']}, {matrix.repeated}"
     figure, axes = canvas.make_axes(theme, _title(series), made_from, 4.6, 6.4)
     names = [*matrix.weightings, *([matrix.roles.oracle] if matrix.roles else [])]
     places = sorted((value, scenario) for scenario, value in series.at.items() if scenario in matrix.titles)
