@@ -179,6 +179,7 @@ def test_few_replicas_leave_scenarios_that_differ(replicas):
 
 
 MADE_BY = {
+    "cifar10": train,
     "digits": compare,
     "language": compare,
     "fashion": compare,
