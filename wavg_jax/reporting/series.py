@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from wavg_jax.reporting import canvas
 from wavg_jax.reporting.canvas import DASHES, MARKERS, Plot, Theme
 from wavg_jax.reporting.matrix import Matrix
+from wavg_jax.reporting.plots import FOCUS_PLACE, REFERENCE_PLACE
 from wavg_jax.storage.schema import Row
 
 _SPAN = 20
@@ -46,11 +47,13 @@ def _paint(matrix: Matrix, series: Series, theme: Theme) -> Figure:
     figure, axes = canvas.make_axes(theme, _title(series), made_from, 4.6, 6.4)
     names = [*matrix.weightings, *([matrix.roles.oracle] if matrix.roles else [])]
     places = sorted((value, scenario) for scenario, value in series.at.items() if scenario in matrix.titles)
-    for place, name in enumerate(name for name in names if any((s, name) in matrix.entries for _, s in places)):
+    shown = [name for name in names if any((s, name) in matrix.entries for _, s in places)]
+    styles = _styles(shown, matrix)
+    for name in shown:
         found = [(x, matrix.entries[s, name].accuracy) for x, s in places if (s, name) in matrix.entries]
         xs, means = np.array([x for x, _ in found]), 100 * np.array([one.mean for _, one in found])
         spread = 100 * np.nan_to_num([one.sd for _, one in found])
-        style = place % len(MARKERS)
+        style = styles[name]
         colour = theme.colours[style]
         axes.plot(xs, means, color=colour, linestyle=DASHES[style], marker=MARKERS[style], markersize=4.5, label=name)
         axes.fill_between(xs, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
@@ -65,3 +68,11 @@ def _paint(matrix: Matrix, series: Series, theme: Theme) -> Figure:
     axes.set_ylabel("test accuracy (%)")
     canvas.legend(theme, axes)
     return figure
+
+
+def _styles(names: Sequence[str], matrix: Matrix) -> dict[str, int]:
+    """The place of each line among colours, dashes and markers: the reference's and ours are those of other figures."""
+    fixed = {matrix.reference: REFERENCE_PLACE} | ({matrix.roles.ours: FOCUS_PLACE} if matrix.roles else {})
+    free = [place for place in range(len(MARKERS)) if place not in fixed.values()]
+    others = [name for name in names if name not in fixed]
+    return fixed | {name: free[number % len(free)] for number, name in enumerate(others)}
