@@ -20,7 +20,7 @@ from experiments.setup import app, arms, evidence_arms, problem, record_matrix, 
 from experiments.setup.campaign import Campaign
 from experiments.setup.evidence_arms import EVIDENCE, PUBLISHED
 from experiments.setup.readings import READINGS
-from experiments.setup.scenario import SOUND, every, series_of
+from experiments.setup.scenario import SOUND, choose, every, series_of
 from experiments.setup.shared_flags import numbers
 from wavg_jax.base import SettingsError
 from wavg_jax.storage.rows import check_writable, open_records, read_rows
@@ -34,7 +34,9 @@ flags.DEFINE_list(
 flags.DEFINE_list("controlled", ["sequential", "sync", "plain", "opinion_pool"], "Arms that controls are read of.")
 flags.DEFINE_list("readings", list(READINGS), f"Which controls, of {', '.join(READINGS)}.")
 flags.DEFINE_integer("tuning_samples", 5000, "Training samples set apart to tune on.", lower_bound=1)
-flags.DEFINE_string("tuned_by", "", "The reading whose accuracy tunes an arm; by default the training's own.")
+flags.DEFINE_enum(
+    "tuned_by", "", ["", *READINGS], "The reading whose accuracy tunes an arm; by default the training's own."
+)
 F = flags.FLAGS
 
 SETTINGS = (
@@ -60,14 +62,14 @@ def main(argv: Sequence[str]) -> None:
         )
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rounds and temperatures are chosen on held-out samples, so hold some out")
-    made = every(F.data_dir)
-    names = shared_flags.names("evidence_scenarios", made)
-    scenarios = {name: made[name](F.replicas) for name in names}
-    dataset = problem.load()
     chosen = evidence_arms.make(shared_flags.names("evidence_arms", EVIDENCE))
+    made = every(F.data_dir)
+    scenarios = choose("evidence_scenarios", made, F.replicas, good=int(any(arm.good for arm in chosen)))
+    dataset = problem.load()
     arms.check_heldout({arm.name: arm.averager for arm in chosen})
     task = problem.make_task(dataset)
-    campaign = Campaign(dataset, task, {name: made[name](F.replicas) for name in {*names, SOUND}}, tuning)
+    campaign = Campaign(dataset, task, {SOUND: made[SOUND](F.replicas)} | scenarios, tuning)
+    campaign.check_tuning(chosen)
     workdir = arms.choose_workdir("evidence")
     check_writable(workdir)
     header = record_matrix.header(

@@ -30,7 +30,7 @@ from experiments.setup import app, arms, problem, record_matrix, shared_flags
 from experiments.setup.choices import DRIFTS, SCALES
 from experiments.setup.optimizers import make_inner
 from experiments.setup.record_matrix import Cell
-from experiments.setup.scenario import SCENARIOS, Scenario, deal
+from experiments.setup.scenario import SCENARIOS, Scenario, choose, deal
 from experiments.setup.shared_flags import numbers
 from experiments.setup.weightings import WEIGHTINGS
 from wavg_jax import data
@@ -89,12 +89,12 @@ def main(argv: Sequence[str]) -> None:
     app.refuse_arguments(argv)
     shared_flags.refuse_unused(READS)
     seeds = shared_flags.read_seeds()
-    names, weightings = shared_flags.names("scenarios", SCENARIOS), shared_flags.names("weightings", ROWS)
-    rates = {name: _rate(name) for name in names}
+    chosen, weightings = choose("scenarios", SCENARIOS, F.replicas), shared_flags.names("weightings", ROWS)
+    rates = {name: _rate(name) for name in chosen}
     dataset = problem.load()
     schemes = _schemes(weightings)
     arms.check_heldout({name: scheme.averager for name, scheme in schemes.items()})
-    study = Study(dataset, problem.make_task(dataset), {name: SCENARIOS[name](F.replicas) for name in names})
+    study = Study(dataset, problem.make_task(dataset), chosen)
     _check(study)
     if F.tune_rates:
         _tune(study, seeds)

@@ -4,12 +4,14 @@
   python -m experiments.stale experiments/results/evidence
 
 For every recording under experiments/results/ (or in the folders given) it reads the commit in the rows, follows the
-imports of the program that made them, reports left out, and lists the files whose code has changed since: comments,
-docstrings and formatting do not count. A change need not change a number; where something changed, only a new
-recording can tell. It needs the repository with its history, and always exits with 0.
+imports of the program that made them and of the modules that it starts, what only draws and writes reports left out,
+and lists the files whose code has changed since: comments, docstrings and formatting do not count. A change need not
+change a number; where something changed, only a new recording can tell. It needs the repository with its history. A
+folder that cannot be judged has its error in its line, and the exit status is 0.
 """
 
 import ast
+import collections
 import functools
 import pathlib
 import re
@@ -26,8 +28,11 @@ from wavg_jax.storage.schema import FILE, Row
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-UNCOUNTED = ("wavg_jax/reporting/", "experiments/results/")
-"""What is made of rows, not the rows."""
+REPORTS = frozenset(
+    f"wavg_jax/reporting/{name}.py"
+    for name in ("__init__", "publish", "soup_report", "document", "tables", "terminal", "canvas")
+)
+"""What writes reports and draws: not followed, since it is made of rows. What rows are computed with is."""
 flags.DEFINE_integer("named", 0, "How many of the changed files to name.", lower_bound=0)
 F = flags.FLAGS
 flags.declare_key_flag("named")
@@ -38,19 +43,35 @@ def main(argv: Sequence[str]) -> None:
     folders = [pathlib.Path(given).resolve() for given in argv] or sorted(path.parent for path in RESULTS.rglob(FILE))
     if not (ROOT / ".git").exists():
         raise SettingsError("there is no repository here: clone it, since the history says what has changed")
-    table = Table("recording", "commit", "program", "code changed since", box=None)
-    old = 0
+    table, counts = Table("recording", "commit", "program", "code changed since", box=None), collections.Counter[str]()
     for folder in folders:
-        rows = read_rows(folder)
-        program, commits = program_of(rows), commits_of(rows)
-        said = "unknown, since the rows name no commit"
-        if commits:
-            found = sorted({path for commit in commits for path in changed(program, commit)})
-            said = _in_words(found)
-        old += said != "nothing"
-        table.add_row(_short(folder), ", ".join(commits) or "-", program.removeprefix("experiments."), said)
-    app.console().print(table)
-    app.console().print(f"{old} of {len(folders)} recordings ran code that has changed since.")
+        try:
+            verdict, *cells = _judged(folder)
+        except DataError as error:  # the other folders can still be judged
+            verdict, *cells = "failed", "-", "-", f"error: {error}"
+        counts[verdict] += 1
+        table.add_row(_short(folder), *cells)
+    said = f"{counts['changed']} of {len(folders)} recordings ran code that has changed since"
+    said += f"; {counts['unknown']} unknown, since their rows name no commit" * (counts["unknown"] > 0)
+    said += f"; {counts['failed']} not judged, for the errors above" * (counts["failed"] > 0)
+    console = app.console(log_width=200)  # an error in its line is not folded
+    console.print(table)
+    console.print(f"{said}.")
+
+
+def _judged(folder: pathlib.Path) -> tuple[str, str, str, str]:
+    """Verdict, commits, program and what has changed, in words.
+
+    Raises:
+      DataError: the rows cannot be read, no program makes them, or the repository lacks their commit.
+    """
+    rows = read_rows(folder)
+    programs, commits = programs_of(rows, folder), commits_of(rows)
+    shown = " or ".join(program.removeprefix("experiments.") for program in programs)
+    if not commits:
+        return "unknown", "-", shown, "unknown"
+    found = sorted({path for commit in commits for path in changed(programs, commit)})
+    return "changed" if found else "same", ", ".join(commits), shown, _in_words(found)
 
 
 def _short(folder: pathlib.Path) -> str:
@@ -65,30 +86,46 @@ def _in_words(found: Sequence[str]) -> str:
     return files + (f": {shown}" if shown else "") + (", ..." if 0 < F.named < len(found) else "")
 
 
-_PROGRAMS = {
-    "run": "experiments.compare",
-    "cost": "experiments.scoring_cost",
-    "expected": "experiments.expected",
-}
-
-
-def program_of(rows: Sequence[Row]) -> str:
-    """The module that made a recording, from its first row.
+def programs_of(rows: Sequence[Row], folder: pathlib.Path) -> tuple[str, ...]:
+    """The module that made a recording; several where it cannot be told which of them.
 
     Raises:
       DataError: no program of this project makes such rows.
     """
     first = rows[0]
-    if first["kind"] == "matrix":
-        made = "reductions" if "total_steps" in first["settings"] else "evidence" if "roles" in first else "scenarios"
-        return f"experiments.{made}"
-    if first["kind"] == "benchmark":
-        named = re.search(r"python -m (experiments\.[\w.]+)", str(first.get("command", "")))
-        name = str(first.get("name") or first.get("run") or "")
-        return named[1] if named else f"experiments.benchmarks.{name}"
-    if first["kind"] not in _PROGRAMS:
-        raise DataError(f"the first row is of kind {first['kind']!r}, which no program here records")
-    return _PROGRAMS[first["kind"]]
+    match first["kind"]:
+        case "run":
+            found = _trained_by(rows, folder)
+        case "matrix" if "total_steps" in first.get("settings", ()):
+            found = ("experiments.reductions",)
+        case "matrix":
+            found = ("experiments.evidence" if "roles" in first else "experiments.scenarios",)
+        case "cost":
+            found = ("experiments.scoring_cost",)
+        case "expected":
+            found = ("experiments.expected",)
+        case "benchmark":
+            named = _COMMAND.search(str(first.get("command", "")))
+            name = str(first.get("name") or first.get("run") or "")
+            found = (named[1] if named else f"experiments.benchmarks.{name}",)
+        case kind:
+            raise DataError(f"the first row is of kind {kind!r}, which no program here records")
+    if gone := [program for program in found if not (ROOT / f"{program.replace('.', '/')}.py").exists()]:
+        raise DataError(f"{gone[0]}, which made it, is no more")
+    return found
+
+
+_COMMAND = re.compile(r"python -m (experiments\.[\w.]+)")
+
+
+def _trained_by(rows: Sequence[Row], folder: pathlib.Path) -> tuple[str, ...]:
+    """Who trained these runs: the first program that run.flags names; otherwise compare, if there are several, since
+    train does one. Rows of both are alike, so one run is either's."""
+    path = folder / "run.flags"
+    if named := _COMMAND.search(path.read_text() if path.exists() else ""):
+        return (named[1],)
+    runs = sum(row["kind"] == "run" for row in rows)
+    return ("experiments.compare",) if runs > 1 else ("experiments.compare", "experiments.train")
 
 
 def commits_of(rows: Sequence[Row]) -> list[str]:
@@ -98,17 +135,17 @@ def commits_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def changed(program: str, commit: str) -> list[str]:
-    """The files that a program imports, directly or not, whose code differs from that of a commit.
+def changed(programs: Sequence[str], commit: str) -> list[str]:
+    """The files that all of these programs need whose code differs from that of a commit.
 
     Raises:
       DataError: the repository does not have the commit.
     """
     if _git("cat-file", "-e", f"{commit}^{{commit}}") is None:
         raise DataError(f"the repository has no commit {commit}: fetch its whole history (git fetch --unshallow)")
-    listed = _git("diff", "--name-only", commit, "--", "wavg_jax", "experiments") or ""
-    differ = {path for path in listed.split() if path.endswith(".py") and not path.startswith(UNCOUNTED)}
-    return sorted(path for path in differ & needed(program) if _code(_git("show", f"{commit}:{path}")) != _here(path))
+    differ = set((_git("diff", "--name-only", commit, "--", "wavg_jax", "experiments") or "").split())
+    counted = differ.intersection(*map(needed, programs))
+    return sorted(path for path in counted if _code(_git("show", f"{commit}:{path}")) != _here(path))
 
 
 def _git(*arguments: str) -> str | None:
@@ -119,33 +156,46 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def needed(program: str) -> frozenset[str]:
-    """The project's files that a module imports, directly or not, itself included."""
+    """The project's files that a module imports or starts, directly or not, itself included."""
     found: set[str] = set()
     ahead = [program]
     while ahead:
-        path = _path(ahead.pop())
-        if path is not None and path not in found:
+        for path in set(_paths(ahead.pop())) - found:
             found.add(path)
-            ahead += _imported((ROOT / path).read_text())
+            ahead += _named((ROOT / path).read_text())
     return frozenset(found)
 
 
-def _path(module: str) -> str | None:
-    """The file of a module of the project, or of the module that a name is in."""
-    for name in (module, module.rpartition(".")[0]):
-        stem = name.replace(".", "/")
-        for path in (f"{stem}.py", f"{stem}/__init__.py"):
-            if stem.startswith(("wavg_jax", "experiments")) and (ROOT / path).exists():
-                return path
-    return None
+def _paths(module: str) -> Iterator[str]:
+    """The file of a module of the project, or of the module that a name is in, and those of the packages around it."""
+    stems = [name.replace(".", "/") for name in (module, module.rpartition(".")[0]) if _OURS.match(name)]
+    files = [path for stem in stems for path in (f"{stem}.py", f"{stem}/__init__.py") if (ROOT / path).exists()]
+    if files and files[0] not in REPORTS:
+        around = {f"{package}/__init__.py" for package in pathlib.PurePosixPath(files[0]).parents[:-1]}
+        yield from (path for path in {files[0], *around} - REPORTS if (ROOT / path).exists())
 
 
-def _imported(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+_OURS = re.compile(r"(wavg_jax|experiments)(\.|$)")
+_MODULE = re.compile(r"(wavg_jax|experiments)(\.\w+)+")
+_PACKAGE = re.compile(r"(wavg_jax|experiments)\.(\w+\.)*")
+
+
+def _named(source: str) -> Iterator[str]:
+    """What a source imports, and the modules that it may start: strings such as "experiments.train", and where a string
+    is made of a package and a name, f"experiments.{name}", all names among the strings of the source."""
+    nodes = [*ast.walk(ast.parse(source))]
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    yield from filter(_MODULE.fullmatch, texts)
+    for node in nodes:
+        match node:
+            case ast.Import(names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(str(module), names):
+                yield from (f"{module}.{alias.name}" for alias in names)
+            case ast.JoinedStr([ast.Constant(str(package)), *_]) if _PACKAGE.fullmatch(package):
+                yield from (package + text for text in texts if text.isidentifier())
+            case _:
+                pass
 
 
 def _code(source: str | None) -> str:

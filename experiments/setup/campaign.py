@@ -13,11 +13,11 @@ from experiments.setup.choices import SCALES
 from experiments.setup.climb import START, Setting, climb
 from experiments.setup.evidence_arms import Arm
 from experiments.setup.problem import augmentation, classes_of
-from experiments.setup.readings import FINETUNING_RATES, Reader, split_off
+from experiments.setup.readings import FINETUNING_RATES, READINGS, Reader, split_off
 from experiments.setup.scenario import SOUND, Scenario, deal
 from experiments.setup.trial import Trained, train
 from wavg_jax import data
-from wavg_jax.base import Stopped, Task
+from wavg_jax.base import SettingsError, Stopped, Task
 from wavg_jax.data.arrays import Split
 from wavg_jax.reporting.statistic import as_float
 from wavg_jax.storage.rows import Records
@@ -51,6 +51,16 @@ class Campaign:
         self._tuned: dict[tuple[str, str], Tuned] = {}
         self._deal = functools.lru_cache(maxsize=4)(self._dealt)
         self._reader = Reader(task, data.make_prepare(dataset, SCALES[F.scale]))
+
+    def check_tuning(self, arms: Sequence[Arm]) -> None:
+        """Raises SettingsError if an arm lacks the reading that tunes it."""
+        for arm in arms:
+            has = [reading for reading in READINGS if self._reader.has(reading, several=not arm.pooled)]
+            if F.tuned_by and F.tuned_by not in has:
+                raise SettingsError(
+                    f"--tuned_by={F.tuned_by}: {arm.name} has no such reading, but {', '.join(has)}; tune by one of "
+                    "these, or leave the arm out (--evidence_arms)"
+                )
 
     def fill(
         self, records: Records, scenarios: Mapping[str, Scenario], arms: Sequence[Arm], seeds: Sequence[int]

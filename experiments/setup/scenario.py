@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.setup import shared_flags
 from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Split
@@ -235,6 +236,23 @@ def every(data_dir: str) -> dict[str, Make]:
     return (
         SCENARIOS | liars | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
     )
+
+
+def choose(flag: str, makes: Mapping[str, Make], replicas: int, good: int = 0) -> dict[str, Scenario]:
+    """The scenarios that a flag names, of K replicas, by name; `good` shards of each must stay unspoilt.
+
+    Raises:
+      SettingsError: there is no such scenario, or it spoils more shards than there are, or too many of them.
+    """
+    chosen = {name: makes[name](replicas) for name in shared_flags.names(flag, makes)}
+    for name, one in chosen.items():
+        if (least := len(one.bad) + (good if one.bad else 0)) > replicas:
+            why = " and an oracle needs a good one" if good else ""
+            raise SettingsError(
+                f"--replicas={replicas}: {name} spoils {len(one.bad)} shards{why}; give at least --replicas={least}, "
+                f"or leave it out (--{flag})"
+            )
+    return chosen
 
 
 def _lying(liars: int, factor: float, what: str) -> Make:

@@ -132,7 +132,10 @@ BAD = [
     (["--seeds=0,0"], "--seeds"),
     (["--lr_noisy2=nan"], "--lr_noisy2"),
     (["--score_samples=0"], "score_samples"),
-    (["--replicas=3", "--scenarios=noisy4"], "noisy shards [3]"),
+    (
+        ["--replicas=3", "--scenarios=noisy4"],
+        "--replicas=3: noisy4 spoils 4 shards; give at least --replicas=4, or leave it out (--scenarios)",
+    ),
     (["--batch_size=1000"], "--batch_size"),
     (["--devices=64"], "--devices"),
     (["--tune_rates=x"], "--tune_rates"),

@@ -54,10 +54,9 @@ def check(got, step):
 def first(rounds, **settings):
     return {
         "kind": "run", "run": "run", "arm": "a", "seed": 0, "dataset": "d", "classes": 2, "train_samples": 8,
-        "replicas": K, "heldout_samples": 2, "test_samples": 2, "shard_sizes": [2] * K, "noisy_shards": [],
-        "data_crc": 1,
+        "heldout_samples": 2, "test_samples": 2, "shard_sizes": [2] * K, "noisy_shards": [], "data_crc": 1,
         "local_steps": 1, "batch_size": 1, "parameters": 15, "score_samples": 2, "faults": None, "rounds": rounds,
-        "checkpoint_every": 1, "replica_map": "vmap", "settings": settings, "writer": processes.index(),
+        "replicas": K, "checkpoint_every": 1, "replica_map": "vmap", "settings": settings, "writer": processes.index(),
     }
 
 def advance(journal, numbers, save=True):

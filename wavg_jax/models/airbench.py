@@ -84,7 +84,7 @@ class Airbench(nn.Module):
 
     The kernel is a constant of the network, not a parameter: no gradient and no weight decay moves it, it is neither
     sent nor averaged, and a checkpoint does not hold it. Whoever loads one makes it again, with `whitening` and the
-    same images.
+    same images. It is an array, so the network has no hash and cannot be a static argument of `jax.jit`.
 
     Attributes:
       kernel: what `whitening` returned for training images, [2, 2, C, 4 C].
