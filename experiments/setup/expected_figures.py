@@ -77,7 +77,7 @@ def draw_share(shares: Sequence[float], lines: Lines, points: Sequence[Point], f
         if fitted is not None:
             at = (fitted.share, fitted.gain.mean)
             line = {"arrowstyle": "-", "color": theme.ink}
-            note = axes.annotate("fitted here", at, (18, -26), textcoords="offset points", arrowprops=line)
+            note = axes.annotate("fitted here", at, (-52, 34), textcoords="offset points", arrowprops=line)
             note.set(fontsize=canvas.SMALL, color=theme.ink)
         axes.set_ylim(min(0.0, *(point.gain.mean - 0.03 for point in points), 0.0), max(1.0, 1.6 * most))
         axes.set_xlim(-0.02, 1.0)

@@ -172,9 +172,12 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(arguments, tmp_path,
     ]
 
 
+MEASURED = ("scenarios_256", "scenarios", "evidence/bad", "evidence/labels")
+
+
 def test_what_is_recorded_follows_from_the_code():
     asked = expected.Asked(**{name: RECORDED[0]["settings"][name] for name in expected.Asked._fields})
-    points = overlay.read_points([RESULTS / "scenarios_256", RESULTS / "scenarios"])
+    points = overlay.read_points([RESULTS / name for name in MEASURED])
     made = expected.expectations
     again = [*made.computed_rows(asked), *made.curves(asked, RECORDED[0]["settings"]["steps"])]
     again += made.measured_rows(points, 10)
@@ -246,10 +249,16 @@ def test_what_the_page_says_of_measured_runs_was_recorded():
     assert abs(four["quadratic"] - four["gain"]) > 3 * four["half_width"], "it fails"
     predicted = f"{two['mixture']:.2f} and {four['mixture']:.2f}"
     assert f"{predicted} are predicted, {measured[0]} and {measured[1]} measured" in PAGE
-    noisy = [row for row in rows.values() if row["share"]]
-    assert len(noisy) == 6
-    assert "agrees with what was recorded in two scenarios" in PAGE
-    assert all(abs(row["gain"] - row["mixture"]) <= row["half_width"] for row in noisy)
+    seen = [row for name, row in rows.items() if row["share"] and name.startswith("scenarios")]
+    assert len(seen) == 6
+    assert all(abs(row["gain"] - row["mixture"]) <= row["half_width"] for row in seen)
+    later = [rows[f"bad/{m} of 8 noisy/opinion_pool"] for m in (1, 3, 5, 6, 7)]
+    predicted, measured = (", ".join(f"{row[name]:.2f}" for row in later) for name in ("mixture", "gain"))
+    assert f"{predicted} are predicted, {measured} measured" in PAGE
+    later += [row for name, row in rows.items() if name.startswith("labels/")]
+    shares = sorted(row["gain"] / row["mixture"] for row in later)
+    assert len(shares) == 9
+    assert f"are {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} % of it" in PAGE
 
 
 def test_what_the_page_says_of_the_cost_of_fitting_was_recorded():
