@@ -25,6 +25,8 @@ from wavg_jax.storage.schema import Row, cell_row
 from wavg_jax.training import interrupt, progress
 
 F = flags.FLAGS
+_TIE = 1e-5
+"""What a nat of loss counts in tuning beside accuracy, which small splits measure so coarsely that settings tie."""
 
 
 class Tuned(NamedTuple):
@@ -159,28 +161,34 @@ class Campaign:
         """
         run = f"{scenario}/{arm.name}"
         tried = {
-            (row["rate"], row["decay"], row["seed"]): as_float(row["accuracy"])
+            (row["rate"], row["decay"], row["seed"]): (as_float(row["accuracy"]), as_float(row["loss"]))
             for row in records.rows
             if row["kind"] == "tuning" and row["run"] == run
         }
 
-        def of(seed: int, setting: Setting) -> float:
+        def of(seed: int, setting: Setting) -> tuple[float, float]:
             key = (*setting, seed)
             if key not in tried:
                 done = self._train(scenario, arm, seed, setting)
-                found = math.nan if done.diverged else self._on_tuning(scenario, seed, done, F.tuned_by, 0.0)
-                tried[key] = round(found, 6)
+                lost = math.nan, math.nan
+                found = lost if done.diverged else self._on_tuning(scenario, seed, done, F.tuned_by, 0.0)
                 # Of a run that may be fine-tuned, no more than that needs: paths over thousands of rounds are large.
                 trained[setting, seed] = done._replace(path=done.path[-1:])
-                row = {"kind": "tuning", "run": run, **setting._asdict(), "seed": seed, "accuracy": tried[key]}
-                records.append(row)
+                tried[key] = accuracy, loss = round(found[0], 6), round(found[1], 6)
+                row = {"seed": seed, "accuracy": accuracy, "loss": loss}
+                records.append({"kind": "tuning", "run": run, **setting._asdict(), **row})
             return tried[key]
 
-        def mean(setting: Setting) -> float:
-            return float(np.mean([of(seed, setting) for seed in self._tuning_seeds]))
+        def means(setting: Setting) -> tuple[float, float]:
+            accuracy, loss = np.mean([of(seed, setting) for seed in self._tuning_seeds], axis=0)
+            return float(accuracy), float(loss)
 
-        best = climb(mean, _start(records, arm.name))
-        return best, round(mean(best), 6)
+        def value(setting: Setting) -> float:
+            accuracy, loss = means(setting)
+            return accuracy - _TIE * loss
+
+        best = climb(value, _start(records, arm.name))
+        return best, round(means(best)[0], 6)
 
     def _finetuning(
         self, scenario: str, arm: Arm, best: Setting, trained: Mapping[tuple[Setting, int], Trained]
@@ -190,16 +198,19 @@ class Campaign:
             seed: trained.get((best, seed)) or self._train(scenario, arm, seed, best) for seed in self._tuning_seeds
         }
         means = [
-            np.mean([self._on_tuning(scenario, seed, run, "finetuned", rate) for seed, run in runs.items()])
+            np.mean([self._on_tuning(scenario, seed, run, "finetuned", rate)[0] for seed, run in runs.items()])
             for rate in FINETUNING_RATES
         ]
         return FINETUNING_RATES[int(np.argmax(means))]
 
-    def _on_tuning(self, scenario: str, seed: int, trained: Trained, reading: str, finetuning: float) -> float:
-        """Accuracy of a reading on the tuning split."""
+    def _on_tuning(
+        self, scenario: str, seed: int, trained: Trained, reading: str, finetuning: float
+    ) -> tuple[float, float]:
+        """Accuracy and loss of a reading on the tuning split."""
         sharded, tuning = self._deal(scenario, seed)
         found = self._reader.read(trained, sharded.heldout, tuning.x, [reading], seed=seed, finetuning=finetuning)
-        return self._reader.quality(found[reading], tuning.y)["test_accuracy"]
+        quality = self._reader.quality(found[reading], tuning.y)
+        return quality["test_accuracy"], quality["test_loss"]
 
     def _controlled(self, arm: Arm) -> bool:
         return arm.name in F.controlled

@@ -83,7 +83,7 @@ A matrix has two kinds of its own.
 
 `kind="tuning"`, one per setting tried where every weighting was tuned:
   run                   "<scenario>/<weighting>"
-  rate, decay, seed, accuracy
+  rate, decay, seed, accuracy, loss
 
 `kind="tuned"`, one per scenario and weighting that was tuned, before its cells:
   run                   "<scenario>/<weighting>"
