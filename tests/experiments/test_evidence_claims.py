@@ -260,6 +260,20 @@ def test_what_readme_says_of_fixed_rules_is_what_was_recorded():
     assert said in text
 
 
+def test_what_readme_says_of_doubtful_held_out_samples_is_what_was_recorded():
+    text = " ".join(README.split())
+
+    def of(folder, scenario, name):
+        return 100 * np.mean([row["test_accuracy"] for row in cells(folder)[scenario, name].values()])
+
+    where = (("heldout", "heldout32"), ("wrong", "wrong10"), ("wrong", "wrong20"))
+    ahead = [of(*one, "learned") - of(*one, "opinion_pool") for one in where]
+    assert "`learned()` is {:.1f}, {:.1f} and {:.1f} points ahead of `opinion_pool()`".format(*ahead) in text
+    plain = mean("noisy4", "plain")
+    assert max(abs(plain - of("wrong", "wrong50", name)) for name in ("learned", "opinion_pool")) < 0.5
+    assert f"a softmax of the loss is {plain - of('wrong', 'wrong50', 'softmax_loss'):.0f} below it" in text
+
+
 def test_the_gains_in_readme_are_what_was_recorded():
     for line in gains():
         assert line in README
