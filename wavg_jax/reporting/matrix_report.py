@@ -104,7 +104,8 @@ def matrix_sentences(matrix: Matrix) -> list[str]:
     if n <= 2:
         shown = f"{seeds(n)} {'is' if n == 1 else 'are'}"
         lines.append(f"{shown} too few seeds to show a difference: what is not marked may still differ.")
-    compared = sum(not entry.versus.too_few and w != reference for (_, w), entry in matrix.entries.items())
+    others = [name for name in matrix.weightings if name != reference]
+    compared = sum(not entry.versus.too_few for (_, name), entry in matrix.entries.items() if name in others)
     lines += by_chance(compared, reference)
     lines += [
         "The best of many means is a little too high by chance, so the gaps to it are a little too large.",
