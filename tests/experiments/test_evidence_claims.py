@@ -116,6 +116,7 @@ SETS = {
     "digits": ("digits, MLP, K = 4", ("iid", "noisy2"), 0.85),
     "mnist": ("MNIST, MLP, K = 8", ("iid", "noisy4"), 0.95),
     "k2": ("Fashion-MNIST, MLP, K = 2", ("iid", "labels100"), 0.84),
+    "k4": ("Fashion-MNIST, MLP, K = 4", ("iid", "labels100"), 0.84),
     "main": ("Fashion-MNIST, MLP, K = 8", ("iid", "noisy4"), 0.84),
     "k16": ("Fashion-MNIST, MLP, K = 16", ("iid", "labels100"), 0.84),
 }
@@ -162,6 +163,22 @@ def of_steps():
     ]
 
 
+def of_constant():
+    """Lines: test accuracy at constant rates."""
+    lines = []
+    for name in ("sequential", "sync", "plain", "opinion_pool"):
+        found = [mean_sd("constant", s, name + reading) for s in ("iid", "noisy4") for reading in ("", "+swa", "+ema")]
+        lines.append(f"| {NAMES.get(name, name)} | " + " | ".join(found) + " |")
+    return lines
+
+
+def test_what_is_said_of_constant_rates_was_recorded():
+    text = " ".join(RESULTS.split())
+    raw = minus("constant", "noisy4", "opinion_pool", "sequential")
+    averaged = minus("constant", "noisy4", "opinion_pool+swa", "sequential+swa")
+    assert f"{raw} points over one network become {averaged}" in text
+
+
 def of_methods():
     names = ("plain", "opinion_pool", "post_local", "qsr", "diloco", "edit128", "grawa32", "papa", "lsgd")
     return accuracies("methods", names, ("iid", "noisy4"))
@@ -193,6 +210,7 @@ TABLES = {
     "what is left in loss": lambda: left(LEFT, "test_loss", 1, 2),
     "data sets": of_sets,
     "H": of_steps,
+    "constant": of_constant,
     "methods": of_methods,
     "liars": of_liars,
     **{name: (lambda name=name: accuracies(name, *SERIES[name])) for name in SERIES},
