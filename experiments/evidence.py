@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
         )
     if F.heldout < 1:
         raise SettingsError("--heldout=0: rounds and temperatures are chosen on held-out samples, so hold some out")
+    for flag, allowed in (("readings", READINGS), ("controlled", EVIDENCE)):
+        if F[flag].value:  # none is a choice, too
+            shared_flags.names(flag, allowed)
     chosen = evidence_arms.make(shared_flags.names("evidence_arms", EVIDENCE))
     made = every(F.data_dir)
     scenarios = choose("evidence_scenarios", made, F.replicas, good=int(any(arm.good for arm in chosen)))

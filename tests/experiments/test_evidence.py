@@ -302,6 +302,8 @@ BAD = [
     (["--evidence_arms=plain", "--evidence_scenarios=noisy5"], "--replicas=4: noisy5 spoils 5 shards; give at least"),
     (["--evidence_scenarios=noisy4"], "noisy4 spoils 4 shards and an oracle needs a good one; give at least --repl"),
     (["--tuned_by=median"], "--tuned_by=median"),
+    (["--readings=swa,mean"], "--readings=swa,mean: choose from temperature"),
+    (["--controlled=plane"], "--controlled=plane: choose from sequential"),
     (
         [*ONE, "--tuned_by=ensemble"],
         "--tuned_by=ensemble: sequential has no such reading, but temperature, selection, swa",
