@@ -8,6 +8,13 @@ import pathlib
 import numpy as np
 import pytest
 import scipy.stats
+from absl import flags
+from absl.testing import flagsaver
+
+import wavg_jax as wavg
+from experiments import evidence
+from experiments.setup import app
+from experiments.setup.evidence_arms import make
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDED = ROOT / "experiments" / "results" / "evidence"
@@ -261,8 +268,12 @@ RULES = tuple(name for name in ARMS if name not in ("sequential", "sync"))
 ROBUST = ("multi_krum", "trimmed_mean", "geometric_median")
 
 
+def score(folder, scenario, name):
+    return 100 * np.mean([row["test_accuracy"] for row in cells(folder)[scenario, name].values()])
+
+
 def mean(scenario, name):
-    return 100 * np.mean([row["test_accuracy"] for row in cells("main")[scenario, name].values()])
+    return score("main", scenario, name)
 
 
 def test_what_readme_says_of_fixed_rules_is_what_was_recorded():
@@ -281,15 +292,97 @@ def test_what_readme_says_of_fixed_rules_is_what_was_recorded():
 def test_what_readme_says_of_doubtful_held_out_samples_is_what_was_recorded():
     text = " ".join(README.split())
 
-    def of(folder, scenario, name):
-        return 100 * np.mean([row["test_accuracy"] for row in cells(folder)[scenario, name].values()])
-
     where = (("heldout", "heldout32"), ("wrong", "wrong10"), ("wrong", "wrong20"))
-    ahead = [of(*one, "learned") - of(*one, "opinion_pool") for one in where]
+    ahead = [score(*one, "learned") - score(*one, "opinion_pool") for one in where]
     assert "`learned()` is {:.1f}, {:.1f} and {:.1f} points ahead of `opinion_pool()`".format(*ahead) in text
     plain = mean("noisy4", "plain")
-    assert max(abs(plain - of("wrong", "wrong50", name)) for name in ("learned", "opinion_pool")) < 0.5
-    assert f"a softmax of the loss is {plain - of('wrong', 'wrong50', 'softmax_loss'):.0f} below it" in text
+    assert max(abs(plain - score("wrong", "wrong50", name)) for name in ("learned", "opinion_pool")) < 0.5
+    assert f"a softmax of the loss is {plain - score('wrong', 'wrong50', 'softmax_loss'):.0f} below it" in text
+
+
+def spread(differences):
+    """The smallest and the largest, as the sentences write them."""
+    return f"{min(differences):.1f} to {max(differences):.1f}"
+
+
+def test_what_a_sceptic_would_sign_of_bad_shards_was_recorded():
+    text = " ".join(RESULTS.split())
+    ours = "opinion_pool"
+    better = [mean(s, "sequential") - mean(s, ours) for s in DATA[1:] if s not in ("noisy4", "shifted")]
+    assert f"is still {spread(better)} points better" in text
+    faults = [mean("iid", "plain") - mean(s, "plain") for s in ("fast1", "flipped1", "slow4")]
+    assert f"cost plain averaging {spread(faults)} points" in text
+    one, seven = (score("bad", s, ours) - score("bad", s, "plain") for s in ("noisy1", "noisy7"))
+    assert f"from {one:.1f} points with one shard of 8 to {seven:.0f} with seven" in text
+    ahead = [score("bad", f"noisy{n}", "sequential") - score("bad", f"noisy{n}", ours) for n in (1, 3, 5, 6, 7)]
+    assert ahead[0] > 1
+    assert abs(ahead[1]) < 0.1
+    assert max(ahead[2:]) < -1
+
+
+def test_what_a_sceptic_would_sign_of_what_is_left_was_recorded():
+    text = " ".join(RESULTS.split())
+
+    def left(scenario, name, folder="main"):
+        return minus(folder, scenario, "opinion_pool", name)
+
+    kept = left("noisy4", "sequential").replace("+", "")
+    assert f"{kept} are left beside one network" in text.replace(" points (", " (")
+    assert f"({left('noisy4', 'sequential+heldout').split()[0].lstrip('+')} left)" in text
+    loss = [minus("main", "noisy4", "opinion_pool", f"sequential{r}", "test_loss", 1, 2) for r in ("", "+temperature")]
+    raw, calibrated = (one.split()[0].lstrip(MINUS) for one in loss)
+    assert f"({raw} nats become {calibrated})" in text
+    assert f"({left('shifted', 'sequential+finetuned').replace(' (', '; ')}" in text
+    assert f"({left('noisy4', 'sequential+swa', 'constant').replace(' (', '; ')}" in text
+    pairs = (("opinion_pool", "plain"), ("opinion_pool+swa", "plain+swa"))
+    plain = [float(minus("constant", "noisy4", *pair).split()[0]) for pair in pairs]
+    assert f"over plain averaging, {spread(plain)} points" in text
+    methods = {name: score("methods", "iid", name) for name in ("qsr", "post_local", "diloco")}
+    assert f"(QSR {methods['qsr']:.1f}, post-local SGD {methods['post_local']:.1f} %;" in text
+    assert methods["diloco"] - mean("iid", "plain") == pytest.approx(0.5, abs=0.1)
+    assert mean("noisy4", "opinion_pool") - score("methods", "noisy4", "qsr") < 0.5
+    wrong = [score("wrong", s, "learned") - score("wrong", s, "opinion_pool") for s in ("wrong10", "wrong20")]
+    assert "ends {:.1f} and {:.1f} points below `learned()`".format(*wrong) in text
+
+
+def test_what_a_sceptic_would_sign_of_rounds_and_replicas_was_recorded():
+    text = " ".join(RESULTS.split())
+    cost = score("h1", "iid", "plain") - score("h1000", "iid", "plain")
+    assert f"longer rounds cost plain averaging {cost:.1f} points" in text
+    worth = {
+        h: score(folder, "noisy4", "opinion_pool") - score(folder, "noisy4", "plain")
+        for h, folder in {20: "h20", 50: "main", 200: "h200", 500: "h500", 1000: "h1000"}.items()
+    }
+    assert f"weights are worth {spread(worth.values())} points at every H" in text
+    behind = [score(f, "iid", "sequential") - score(f, "iid", "plain") for f in ("k2", "k4", "main", "k16")]
+    said = "({:.1f} points at K = 2, {:.1f} at 4, {:.1f} at 8, {:.1f} at 16)".format(*behind)
+    assert said in text
+    half = {"breast": "noisy2", "digits": "noisy2", "mnist": "noisy4", "main": "noisy4", "k2": "labels100"}
+    gained = [score(f, s, "opinion_pool") - score(f, s, "plain") for f, s in half.items()]
+    assert f"weights are worth {min(gained):.0f} to {max(gained):.0f} points with half of the shards noisy" in text
+
+
+def test_what_is_said_of_how_often_methods_exchange_is_counted():
+    with flagsaver.flagsaver():
+        app.parse(["binary", f"--flagfile={RECORDED / 'methods' / 'run.flags'}"])
+        counts = []
+        for arm in make(("qsr", "post_local")):
+            budget, given, rounds = arm.budget(), 0, 0
+            while given < budget.steps:
+                given += budget.schedule.steps(wavg.schedule.Past(rounds, given, ()))
+                rounds += 1
+            counts.append(rounds / flags.FLAGS.rounds)
+    assert "they exchange {:.0f} and {:.0f} times as often".format(*counts) in " ".join(RESULTS.split())
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in sorted(RECORDED.glob("*/run.flags"))], ids=lambda p: p.name)
+def test_the_flags_of_a_recording_are_those_that_were_recorded(folder):
+    recorded = [row["settings"] for row in rows(folder.name) if row["kind"] == "matrix"]
+    with flagsaver.flagsaver():
+        app.parse(["binary", f"--flagfile={folder / 'run.flags'}"])
+        now = {name: flags.FLAGS[name].value for name in evidence.SETTINGS if name != "chance"}  # known with the data
+    for settings in recorded:
+        assert {name: settings[name] for name in now if name in settings} == {n: now[n] for n in now if n in settings}
 
 
 def test_the_gains_in_readme_are_what_was_recorded():

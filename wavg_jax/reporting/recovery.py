@@ -51,13 +51,11 @@ class Recovery(NamedTuple):
       gap: the oracle's test accuracy minus plain's, paired by seed.
       best: the published weighting that was best on the tuning seeds; "" if none is recorded.
       shares: by weighting, the best published one and ours, over the seeds that they have; empty where no gap is shown.
-      above: the same weightings' accuracy minus plain's.
     """
 
     gap: Statistic
     best: str
     shares: Mapping[str, Share]
-    above: Mapping[str, Statistic]
 
 
 def roles_of(headers: Sequence[Row]) -> Roles | None:
@@ -83,13 +81,12 @@ def recovered(cells: Cells, scenario: str, roles: Roles, reference: str) -> Reco
     best = _best(cells, scenario, roles.published)
     found = {name: cells.get((scenario, name), {}) for name in (best, roles.ours)}
     gap = Statistic.of(_minus(oracle, base, seeds))
-    above, shares = {}, {}
+    shares = {}
     for name, own in found.items():
         common = [seed for seed in seeds if seed in own]
-        above[name] = Statistic.of(_minus(own, base, common))
         if gap.shown and gap.mean > 0 and len(common) > 2:
             shares[name] = ratio(_minus(own, base, common), _minus(oracle, base, common))
-    return Recovery(gap, best, shares, above)
+    return Recovery(gap, best, shares)
 
 
 def _minus(a: Mapping[int, Row], b: Mapping[int, Row], seeds: Sequence[int]) -> list[float]:
