@@ -142,8 +142,14 @@ class Journal:
         self._records.amend(self._name, entries)
 
     def snapshot(self, state: TrainState, *, copy: bool = True) -> PyTree | None:
-        """What to `save` of a state; None if the run has no folder. See `wavg_jax.storage.checkpoints.snapshot`."""
-        return None if self._checkpoints is None else snapshot(state, copy=copy)
+        """What to `save` of a state; None if the run has no folder. See `wavg_jax.storage.checkpoints.snapshot`.
+
+        Waits until the last one is on disk, so that there is one copy of the state at a time.
+        """
+        if self._checkpoints is None:
+            return None
+        self.wait()
+        return snapshot(state, copy=copy)
 
     def save(self, kept: PyTree | None) -> None:
         """Starts saving a `snapshot` as a checkpoint, after the row of its round."""

@@ -15,18 +15,6 @@ def held_bytes(arrays: PyTree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def saving(devices: Sequence[jax.Device], state: int, *, copied: bool) -> int:
-    """Bytes that checkpoints take on each of these devices.
-
-    Args:
-      devices: of the run.
-      state: bytes of the state on each of them.
-      copied: whether a copy is saved while the next round runs, not the state itself.
-    """
-    buffers = devices[0].platform == "cpu"  # the writer's; elsewhere they are not in the devices' memory
-    return state * (copied + buffers)
-
-
 def fits(devices: Sequence[jax.Device], more: int) -> bool:
     """Whether each of these devices has room for so many bytes, beside what this process has taken already."""
     now = memory_of(tuple(devices))

@@ -23,7 +23,7 @@ from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
 from wavg_jax.training.engine import Engine, in_process
-from wavg_jax.training.footprint import check_fits, held_bytes, saving
+from wavg_jax.training.footprint import check_fits, held_bytes
 from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.training.schedule import Schedule
@@ -109,7 +109,7 @@ class Run:
         first = (shapes, self.work(0, 1), self.shared, self.ask(False))
         evaluate = (program.evaluate, *evaluated(shapes), self._test)
         self.step, self._evaluate = engine(recipe, first, evaluate)
-        self.memory = self._foresee(held, saving(where, held, copied=self.copies) if stored else 0)
+        self.memory = self._foresee(held, held if stored and self.copies else 0)
         self.initial = state()
         # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
         processes.agree({"round": self.step.program.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
