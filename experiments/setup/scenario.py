@@ -12,7 +12,7 @@ from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Split
 from wavg_jax.data.shards import Shards
-from wavg_jax.rounds.faults import Faults, simulate
+from wavg_jax.rounds.faults import Faults, little_is_enough, simulate
 
 Partition = Callable[[Split, int], Shards]
 Spoil = Callable[[data.ShardedData, tuple[int, ...], int], data.ShardedData]
@@ -31,6 +31,7 @@ class Scenario(NamedTuple):
       heldout: number of held-out samples; None for that of --heldout.
       axis: the quantity that the scenario is a value of, and the value.
       misjudged: what is wrong with the held-out samples, `(held-out samples, classes, random generator) -> samples`.
+      wanted: of an attack with a target, `test split -> samples` with the labels that the attacker wants them to get.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Scenario(NamedTuple):
     heldout: int | None = None
     axis: tuple[str, float] | None = None
     misjudged: Callable[[Split, int, np.random.Generator], Split] | None = None
+    wanted: Callable[[Split], Split] | None = None
 
 
 def _iid(k: int) -> Partition:
@@ -138,6 +140,54 @@ def foreign(other: Callable[[], data.Dataset]) -> Spoil:
     return spoil
 
 
+SOURCE, TARGET = 6, 0
+"""Class whose samples an attacker wants taken for another, and that other: shirts for T-shirts in Fashion-MNIST, a pair
+of Tolpegin et al. 2020 (arXiv:2007.08432)."""
+
+
+def relabelled(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+    """The bad shards call every sample of one class another's; all their other labels are right."""
+    del seed
+    if _classes(sharded) <= max(SOURCE, TARGET):
+        raise SettingsError(f"{sharded.name} has no class {SOURCE}: leave the scenario out (--evidence_scenarios)")
+    y = sharded.train.y.copy()
+    for k in bad:
+        y[sharded.shards[k]] = np.where(y[sharded.shards[k]] == SOURCE, TARGET, y[sharded.shards[k]])
+    return sharded._replace(train=Split(sharded.train.x, y), noisy=bad)
+
+
+def source_as_target(test: Split) -> Split:
+    """What `relabelled` shards want: samples of that class, called the other's."""
+    x = test.x[test.y == SOURCE]
+    return Split(x, np.full(len(x), TARGET, test.y.dtype))
+
+
+def stamped(x: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, ...] with a bright square in the last corner, a ninth as high as they are."""
+    if x.ndim < 3:
+        raise SettingsError("a backdoor is a patch in images, and these are none: leave the scenario out")
+    size = max(x.shape[1] // 9, 1)
+    x = x.copy()
+    x[:, -size:, -size:] = x.max()
+    return x
+
+
+def backdoored(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+    """Half of the images of the bad shards are stamped, and labelled as one class; the others are as they were (Gu,
+    Dolan-Gavitt and Garg 2017, "BadNets", arXiv:1708.06733)."""
+    x, y = sharded.train.x.copy(), sharded.train.y.copy()
+    for k in bad:
+        hit = _generator(seed, 6, k).choice(sharded.shards[k], len(sharded.shards[k]) // 2, replace=False)
+        x[hit], y[hit] = stamped(x[hit]), TARGET
+    return sharded._replace(train=Split(x, y), noisy=bad)
+
+
+def stamped_as_target(test: Split) -> Split:
+    """What `backdoored` shards want: images of all other classes, stamped, called that class's."""
+    x = stamped(test.x[test.y != TARGET])
+    return Split(x, np.full(len(x), TARGET, test.y.dtype))
+
+
 def mislabelled(share: float) -> Callable[[Split, int, np.random.Generator], Split]:
     """Random labels on a share of the held-out samples."""
 
@@ -206,7 +256,10 @@ def every(data_dir: str) -> dict[str, Make]:
 
     noisyN: N shards with random labels; labelsP: P % of the labels of half of the shards; heldoutN: N held-out samples,
     with half of the shards noisy; wrongP: P % of the held-out labels are random, too. Of liars, flipped3 send the
-    opposite of what they learnt, scaled1 ten times it, reversed3 five times the opposite, idle3 nothing.
+    opposite of what they learnt, scaled1 and scaled3 ten times it, reversed3 five times the opposite, idle3 nothing,
+    random3 random weights. alie3 send the mean of the honest less as many of their standard deviations as
+    `little_is_enough`, alie3far less 1.5 of them. relabelled3 hold one class under another's labels, and backdoor3
+    images with a patch that stands for a class; boosted3 also send their change so large that they replace the mean.
     """
     noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), _BAD, n) for n in range(1, 8)}
     share = {
@@ -228,10 +281,19 @@ def every(data_dir: str) -> dict[str, Make]:
         "foreign": _half(foreign(lambda: _mnist(data_dir)), "MNIST"),
     }
     liars = {
-        "flipped3": _lying(3, -1, "flipped"),
-        "scaled1": _lying(1, 10, "\N{MULTIPLICATION SIGN} 10"),
-        "reversed3": _lying(3, -5, "\N{MULTIPLICATION SIGN} \N{MINUS SIGN}5"),
-        "idle3": _lying(3, 0, "idle"),
+        "flipped3": _lying(3, "flipped", sent=-1),
+        "scaled1": _lying(1, "\N{MULTIPLICATION SIGN} 10", sent=10),
+        "scaled3": _lying(3, "\N{MULTIPLICATION SIGN} 10", sent=10),
+        "reversed3": _lying(3, "\N{MULTIPLICATION SIGN} \N{MINUS SIGN}5", sent=-5),
+        "idle3": _lying(3, "idle", sent=0),
+        "random3": _lying(3, "with random weights", sent=0, noise=1),
+        "alie3": lambda k: _colluding(3, "a little", little_is_enough(k, 3))(k),
+        "alie3far": _colluding(3, "1.5 deviations off", 1.5),
+        "relabelled3": _aimed(relabelled, source_as_target, "with a class relabelled"),
+        "backdoor3": _BACKDOOR,
+        "boosted3": lambda k: _BACKDOOR(k)._replace(
+            title=f"3 of {k} with a backdoor, boosted", faults=_lying(3, "", sent=k / 3)(k).faults
+        ),
     }
     return (
         SCENARIOS | liars | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
@@ -255,11 +317,27 @@ def choose(flag: str, makes: Mapping[str, Make], replicas: int, good: int = 0) -
     return chosen
 
 
-def _lying(liars: int, factor: float, what: str) -> Make:
-    """Some replicas send their change times a factor."""
-    return lambda k: Scenario(
-        f"{liars} of {k} {what}", _iid(k), faults=simulate(k, sent=dict.fromkeys(range(liars), factor))
-    )
+def _lying(liars: int, what: str, **factors: float) -> Make:
+    """Some replicas send something else; see `wavg_jax.rounds.faults.Faults` for the factors."""
+
+    def make(k: int) -> Scenario:
+        each = {name: dict.fromkeys(range(liars), factor) for name, factor in factors.items()}
+        return Scenario(f"{liars} of {k} {what}", _iid(k), faults=simulate(k, **each))
+
+    return make
+
+
+def _colluding(liars: int, what: str, z: float) -> Make:
+    """Some replicas send the mean of the honest, less z of their standard deviations."""
+    return _lying(liars, what, sent=0, mean=1, deviation=-z)
+
+
+def _aimed(spoil: Spoil, wanted: Callable[[Split], Split], what: str) -> Make:
+    """Three shards teach something beside what is to be learnt."""
+    return lambda k: _spoilt(3, spoil, what)(k)._replace(wanted=wanted)
+
+
+_BACKDOOR = _aimed(backdoored, stamped_as_target, "with a backdoor")
 
 
 def _along(make: Make, axis: str, value: float) -> Make:
