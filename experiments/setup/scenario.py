@@ -172,14 +172,19 @@ def stamped(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def backdoored(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
-    """Half of the images of the bad shards are stamped, and labelled as one class; the others are as they were (Gu,
+def backdoored(share: float) -> Spoil:
+    """A share of the images of the bad shards are stamped, and labelled as one class; the others are as they were (Gu,
     Dolan-Gavitt and Garg 2017, "BadNets", arXiv:1708.06733)."""
-    x, y = sharded.train.x.copy(), sharded.train.y.copy()
-    for k in bad:
-        hit = _generator(seed, 6, k).choice(sharded.shards[k], len(sharded.shards[k]) // 2, replace=False)
-        x[hit], y[hit] = stamped(x[hit]), TARGET
-    return sharded._replace(train=Split(x, y), noisy=bad)
+
+    def spoil(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+        x, y = sharded.train.x.copy(), sharded.train.y.copy()
+        for k in bad:
+            shard = sharded.shards[k]
+            hit = _generator(seed, 6, k).choice(shard, int(share * len(shard)), replace=False)
+            x[hit], y[hit] = stamped(x[hit]), TARGET
+        return sharded._replace(train=Split(x, y), noisy=bad)
+
+    return spoil
 
 
 def stamped_as_target(test: Split) -> Split:
@@ -258,8 +263,9 @@ def every(data_dir: str) -> dict[str, Make]:
     with half of the shards noisy; wrongP: P % of the held-out labels are random, too. Of liars, flipped3 send the
     opposite of what they learnt, scaled1 and scaled3 ten times it, reversed3 five times the opposite, idle3 nothing,
     random3 random weights. alie3 send the mean of the honest less as many of their standard deviations as
-    `little_is_enough`, alie3far less 1.5 of them. relabelled3 hold one class under another's labels, and backdoor3
-    images with a patch that stands for a class; boosted3 also send their change so large that they replace the mean.
+    `little_is_enough`, alie3far less 1.5 of them. relabelled3 hold one class under another's labels, backdoor3 a
+    patch in half of their images that stands for a class, faint3 in 5 %; boosted3 have the former and send their change
+    so large that they replace the mean.
     """
     noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), _BAD, n) for n in range(1, 8)}
     share = {
@@ -291,6 +297,7 @@ def every(data_dir: str) -> dict[str, Make]:
         "alie3far": _colluding(3, "1.5 deviations off", 1.5),
         "relabelled3": _aimed(relabelled, source_as_target, "with a class relabelled"),
         "backdoor3": _BACKDOOR,
+        "faint3": _aimed(backdoored(0.05), stamped_as_target, "with a faint backdoor"),
         "boosted3": lambda k: _BACKDOOR(k)._replace(
             title=f"3 of {k} with a backdoor, boosted", faults=_lying(3, "", sent=k / 3)(k).faults
         ),
@@ -337,7 +344,7 @@ def _aimed(spoil: Spoil, wanted: Callable[[Split], Split], what: str) -> Make:
     return lambda k: _spoilt(3, spoil, what)(k)._replace(wanted=wanted)
 
 
-_BACKDOOR = _aimed(backdoored, stamped_as_target, "with a backdoor")
+_BACKDOOR = _aimed(backdoored(0.5), stamped_as_target, "with a backdoor")
 
 
 def _along(make: Make, axis: str, value: float) -> Make:

@@ -99,8 +99,8 @@ def test_relabelled_shards_want_one_class_called_another():
         made.spoil(sound._replace(classes=6), made.bad, 0)
 
 
-@pytest.mark.parametrize("name", ["backdoor3", "boosted3"])
-def test_backdoored_shards_want_stamped_images_called_a_class(name):
+@pytest.mark.parametrize(("name", "part"), [("backdoor3", 2), ("boosted3", 2), ("faint3", 20)])
+def test_backdoored_shards_want_stamped_images_called_a_class(name, part):
     sound, made = digits("iid"), every("nowhere")[name](K)
     sound = sound._replace(train=Split(sound.train.x.copy(), sound.train.y))
     sound.train.x[:, -1, -1] = 0
@@ -108,7 +108,7 @@ def test_backdoored_shards_want_stamped_images_called_a_class(name):
     for k in made.bad:
         before, after = (Split(*(part[sound.shards[k]] for part in sharded.train)) for sharded in (sound, spoilt))
         hit = after.x[:, -1, -1] == 16
-        assert hit.sum() == len(hit) // 2
+        assert hit.sum() == len(hit) // part
         assert set(after.y[hit]) == {TARGET}
         assert np.array_equal(after.x[hit], stamped(before.x[hit]))
         assert np.array_equal(after.x[~hit], before.x[~hit])
@@ -119,7 +119,7 @@ def test_backdoored_shards_want_stamped_images_called_a_class(name):
     assert (aimed.x[:, -1, -1] == 16).all()
     assert set(aimed.y) == {TARGET}
     sent = (1.0,) * 4 if made.faults is None else made.faults.sent
-    assert sent == ((1.0,) * 4 if name == "backdoor3" else (4 / 3,) * 3 + (1.0,))
+    assert sent == ((4 / 3,) * 3 + (1.0,) if name == "boosted3" else (1.0,) * 4)
     with pytest.raises(wavg.SettingsError, match="leave the scenario out"):
         stamped(np.zeros((3, 30)))
 

@@ -57,6 +57,7 @@ NAMES = {
     "opinion_pool": "`opinion_pool()`",
     "learned": "`learned()`",
     "softmax_loss": "softmax of the loss",
+    "softmax_train_loss": "softmax of the training loss",
     "accuracy": "by accuracy",
     "grawa": "GRAWA",
     "edit": "EDiT's penalty",
@@ -196,6 +197,26 @@ def of_liars():
     return accuracies("liars", names, ("flipped3", "reversed3", "idle3"))
 
 
+AIMED = ("relabelled3", "backdoor3", "faint3", "boosted3")
+ATTACKS = ("iid", "flipped3", "scaled3", "random3", "alie3", "alie3far", *AIMED)
+JUDGES = ("opinion_pool", "softmax_loss")
+BLIND = ("plain", "softmax_train_loss", "multi_krum", "geometric_median", "trimmed_mean")
+
+
+def of_attacks():
+    return accuracies("attacks", (*BLIND, *JUDGES, "oracle"), ATTACKS)
+
+
+def of_aims():
+    """Lines: how often attackers get what they want, in %."""
+    return [
+        f"| {NAMES.get(name, name)} | "
+        + " | ".join(mean_sd("attacks", scenario, name, "attack_success") for scenario in AIMED)
+        + " |"
+        for name in (*BLIND, *JUDGES, "oracle")
+    ]
+
+
 LEFT = ("iid", "noisy2", "noisy4", "shifted")
 SERIES = {
     "bad": (("sequential", "plain", "opinion_pool", "softmax_loss", "oracle"), [f"noisy{n}" for n in range(1, 8)]),
@@ -220,6 +241,8 @@ TABLES = {
     "constant": of_constant,
     "methods": of_methods,
     "liars": of_liars,
+    "attacks": of_attacks,
+    "what attackers want": of_aims,
     **{name: (lambda name=name: accuracies(name, *SERIES[name])) for name in SERIES},
 }
 
