@@ -265,7 +265,7 @@ def every(data_dir: str) -> dict[str, Make]:
     random3 random weights. alie3 send the mean of the honest less as many of their standard deviations as
     `little_is_enough`, alie3far less 1.5 of them. relabelled3 hold one class under another's labels, backdoor3 a
     patch in half of their images that stands for a class, faint3 in 5 %; boosted3 have the former and send their change
-    so large that they replace the mean.
+    so large that they replace the mean, hidden3 half of it and half of the mean of the honest.
     """
     noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), _BAD, n) for n in range(1, 8)}
     share = {
@@ -298,9 +298,8 @@ def every(data_dir: str) -> dict[str, Make]:
         "relabelled3": _aimed(relabelled, source_as_target, "with a class relabelled"),
         "backdoor3": _BACKDOOR,
         "faint3": _aimed(backdoored(0.05), stamped_as_target, "with a faint backdoor"),
-        "boosted3": lambda k: _BACKDOOR(k)._replace(
-            title=f"3 of {k} with a backdoor, boosted", faults=_lying(3, "", sent=k / 3)(k).faults
-        ),
+        "boosted3": lambda k: _backdoor("boosted", sent=k / 3)(k),
+        "hidden3": _backdoor("hidden", sent=0.5, mean=0.5),
     }
     return (
         SCENARIOS | liars | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
@@ -345,6 +344,12 @@ def _aimed(spoil: Spoil, wanted: Callable[[Split], Split], what: str) -> Make:
 
 
 _BACKDOOR = _aimed(backdoored(0.5), stamped_as_target, "with a backdoor")
+
+
+def _backdoor(what: str, **factors: float) -> Make:
+    """The replicas with a backdoor lie about it."""
+    lying = _lying(3, "", **factors)
+    return lambda k: _BACKDOOR(k)._replace(title=f"{_BACKDOOR(k).title}, {what}", faults=lying(k).faults)
 
 
 def _along(make: Make, axis: str, value: float) -> Make:

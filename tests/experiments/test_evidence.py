@@ -99,7 +99,7 @@ def test_relabelled_shards_want_one_class_called_another():
         made.spoil(sound._replace(classes=6), made.bad, 0)
 
 
-@pytest.mark.parametrize(("name", "part"), [("backdoor3", 2), ("boosted3", 2), ("faint3", 20)])
+@pytest.mark.parametrize(("name", "part"), [("backdoor3", 2), ("boosted3", 2), ("hidden3", 2), ("faint3", 20)])
 def test_backdoored_shards_want_stamped_images_called_a_class(name, part):
     sound, made = digits("iid"), every("nowhere")[name](K)
     sound = sound._replace(train=Split(sound.train.x.copy(), sound.train.y))
@@ -119,7 +119,8 @@ def test_backdoored_shards_want_stamped_images_called_a_class(name, part):
     assert (aimed.x[:, -1, -1] == 16).all()
     assert set(aimed.y) == {TARGET}
     sent = (1.0,) * 4 if made.faults is None else made.faults.sent
-    assert sent == ((4 / 3,) * 3 + (1.0,) if name == "boosted3" else (1.0,) * 4)
+    assert sent == ({"boosted3": 4 / 3, "hidden3": 0.5}.get(name, 1.0),) * 3 + (1.0,)
+    assert made.faults is None or made.faults.mean == ((0.5 if name == "hidden3" else 0.0),) * 3 + (0.0,)
     with pytest.raises(wavg.SettingsError, match="leave the scenario out"):
         stamped(np.zeros((3, 30)))
 

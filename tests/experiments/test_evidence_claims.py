@@ -197,7 +197,7 @@ def of_liars():
     return accuracies("liars", names, ("flipped3", "reversed3", "idle3"))
 
 
-AIMED = ("relabelled3", "backdoor3", "faint3", "boosted3")
+AIMED = ("relabelled3", "backdoor3", "faint3", "boosted3", "hidden3")
 ATTACKS = ("iid", "flipped3", "scaled3", "random3", "alie3", "alie3far", *AIMED)
 JUDGES = ("opinion_pool", "softmax_loss")
 BLIND = ("plain", "softmax_train_loss", "multi_krum", "geometric_median", "trimmed_mean")
