@@ -17,7 +17,7 @@ INNER = optax.sgd(0.1, momentum=0.9)
 WEIGHTED = wavg.averager(wavg.softmax("loss", 0.5))
 AVERAGER = wavg.averager(wavg.softmax("loss", 0.5), outer=wavg.outer.nesterov())
 OPTIONS = {"rounds": 6, "checkpoint_every": 3}
-CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
+CLOCKS = ("seconds", "elapsed", "compile_seconds", "started", "memory", "peak_memory")
 
 
 GROUPS = {"scoring": wavg.Scoring, "at_sync": wavg.AtSync, "layout": wavg.Layout, "store": wavg.Store}

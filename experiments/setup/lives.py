@@ -20,8 +20,8 @@ from wavg_jax.devices.processes import EXIT_CODE
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.schema import FILE, Row
 
-_CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
-"""Entries of rows that tell the time."""
+_CLOCKS = ("seconds", "elapsed", "compile_seconds", "started", "memory", "peak_memory")
+"""Entries of rows that tell the time, or the memory that a process happened to hold."""
 _PATIENCE = 900.0
 """Seconds after which a process that has not ended hangs; on a busy machine others take long to start."""
 _POLL = 0.002

@@ -23,7 +23,7 @@ from wavg_jax.training.operations import training_flops
 
 BENCHMARKS = (
     *("compile_time", "memory", "own_networks", "roofline"),
-    *("round_anatomy", "startup", "sync_cost", "throughput", "endurance"),
+    *("round_anatomy", "startup", "sync_cost", "throughput", "endurance", "footprint"),
 )
 SMALL = ("--shrink=16", "--round_steps=2", "--replica_counts=2")
 
@@ -142,6 +142,7 @@ CASES = {
 }
 SLOW = {
     "endurance": ("--endured=40", "--weighting=plain"),
+    "footprint": ("--footprints=small",),
     "memory": ("--networks=resnet20,transformer", "--shrink=8", "--replica_counts=1"),
     "own_networks": (*SMALL, "--shrink=4", "--networks=cnn,linen_cnn,strided", "--repeats=1"),
     "roofline": (*SMALL, "--networks=cnn,transformer", "--shrink=8", "--product=16", "--repeats=1"),
@@ -236,6 +237,7 @@ BAD = [
     ("startup", "--starts=tea", "--starts=tea"),
     ("compile_time", "--depths=deep", "--depths=deep"),
     ("endurance", "--endured=25", "--endured=25"),
+    ("footprint", "--footprints=all", "--footprints=all"),
     ("compile_time", "--depths=0", "--depths=0"),
     ("compile_time", "--compiled_weightings=softmax", "--compiled_weightings=softmax"),
 ]

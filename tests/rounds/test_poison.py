@@ -146,6 +146,39 @@ def test_what_was_poisoned_before_the_round_goes_no_further(rounds, part):
     assert all_finite((state.params, state.mutable, state.averager, state.smoothed))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_what_a_narrow_wire_carries_over_is_dropped_where_it_is_not_finite(bad, fragments):
+    """Where the residual of one replica is not finite, the replica is left out for a round and begins anew."""
+    at_sync = wavg.AtSync(wire="int8", fragments=fragments)
+    made = wavg.make_rounds(TASK, wavg.averager(wavg.uniform()), INNER, at_sync=at_sync)
+    start, step = made.init(jax.random.key(0), replicas=K), jax.jit(made.step)
+    given = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :1]], 1), batches(0, 0, 0))  # F divides four steps
+    spoilt = jax.tree.map(lambda x: x.at[VICTIM].set(bad), start.replicas.residual)
+    state, log = step(start._replace(replicas=start.replicas._replace(residual=spoilt)), given, held_out())
+    if fragments == 1:
+        assert np.asarray(log.alive).tolist() == [k != VICTIM for k in range(K)]
+        assert log.weights[VICTIM] == 0
+    assert all_finite((state.params, state.replicas._replace(pending=())))  # a fragment on its way may not be
+    state, log = step(state, given, held_out())
+    assert np.asarray(log.alive).all()
+    assert all_finite(state)
+    assert np.abs(state.params["w"]).max() > 0  # the others went on
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "int8"])
+def test_a_change_that_a_narrow_wire_cannot_carry_is_left_out(how):
+    made = wavg.make_rounds(TASK, wavg.averager(wavg.uniform()), INNER, at_sync=wavg.AtSync(wire=how))
+    start, step = made.init(jax.random.key(0), replicas=K), jax.jit(made.step)
+    most = float(np.finfo(np.float32).max)  # finite, but as a change from its negative it is not, and not in bfloat16
+    huge = jax.tree.map(lambda x: x.at[VICTIM].set(most), start.replicas.params)
+    start = start._replace(replicas=start.replicas._replace(params=huge))
+    state, log = step(start, batches(0, 0, 0), held_out())
+    assert log.weights[VICTIM] == 0
+    assert all_finite(state)
+    assert np.abs(state.params["w"]).max() < 10
+
+
 @pytest.mark.parametrize("code", [LOSS, GRADIENT, STATISTICS, OPTIMIZER])
 def test_where_all_are_poisoned_the_round_is_lost_and_nothing_moves(rounds, code):
     start, step = rounds

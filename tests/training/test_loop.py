@@ -11,14 +11,13 @@ from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
-from wavg_jax.devices import machine, transfer
 from wavg_jax.rounds import policy
 from wavg_jax.storage import checkpoints
 from wavg_jax.storage.rows import Records
 from wavg_jax.training import batches, loop, schedule
 
 TASK, INNER, WEIGHTED = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.softmax("loss", 1.0))
-CLOCKS = ("seconds", "elapsed", "compile_seconds", "started")
+CLOCKS = ("seconds", "elapsed", "compile_seconds", "started", "memory", "peak_memory")
 
 
 def run(**options):
@@ -145,18 +144,18 @@ def test_streamed_data_are_the_same_data(options):
 def test_data_too_large_for_the_devices_are_streamed(monkeypatch):
     nbytes, few = sharded().train.x.nbytes, {"local_steps": 1, "batch_size": 2, "rounds": 1}
     for devices in (1, 4):  # which share the host's memory, and hold the split between them
-        monkeypatch.setattr(machine, "memory", lambda: nbytes / transfer._ROOM)
+        monkeypatch.setattr(batches, "room", lambda devices: nbytes)
         assert run(devices=devices, **few).rows[0]["resident"]
-        monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / transfer._ROOM)
+        monkeypatch.setattr(batches, "room", lambda devices: nbytes - 1)
         assert not run(devices=devices, **few).rows[0]["resident"]
 
 
 def test_streamed_rounds_that_do_not_fit_are_refused(monkeypatch):
     samples = 3 * 4 * 3 * 8  # three rounds of K=4, H=3, B=8
     nbytes = samples * sharded().train.x[:1].nbytes
-    monkeypatch.setattr(machine, "memory", lambda: nbytes / transfer._ROOM)
+    monkeypatch.setattr(batches, "room", lambda devices: nbytes)
     assert not run(rounds=1, resident=False, devices=1).rows[0]["resident"]
-    monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / transfer._ROOM)
+    monkeypatch.setattr(batches, "room", lambda devices: nbytes - 1)
     with pytest.raises(wavg.SettingsError, match="local_steps="):
         run(rounds=1, resident=False, devices=1)
 

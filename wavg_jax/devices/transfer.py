@@ -5,7 +5,6 @@ import numpy as np
 from jax.sharding import Sharding
 
 from wavg_jax.base import PyTree
-from wavg_jax.devices import machine
 from wavg_jax.tree import is_key
 
 
@@ -54,15 +53,3 @@ def put_own(part: PyTree, sharding: Sharding, shape: tuple[int, ...]) -> PyTree:
         return jax.make_array_from_process_local_data(sharding, np.array(x), whole)
 
     return jax.tree.map(leaf, part)
-
-
-_ROOM = 0.25
-"""Share of a device's memory that the training split may take; the rest is for replicas and their activations."""
-
-
-def room(devices: tuple[jax.Device, ...]) -> int:
-    """Bytes of data that each of this process's devices among these can hold for a whole run."""
-    here = [device for device in devices if device.process_index == jax.process_index()]
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in here]
-    # CPU devices share the host's memory.
-    return int(_ROOM * min(limits)) if all(limits) else int(_ROOM * machine.memory()) // len(here)

@@ -195,8 +195,20 @@ def _setup(one: Summary) -> TextTable:
         *(target if one.measure.metric == "accuracy" else []),
         ("weighting", "; ".join(weighting)),
         ("seeds", "; ".join(seeds)),
+        *_memory(one),
         *(("hardware", name_value_pairs(found)) for found in distinct(run.header["hardware"] for run in one.runs)),
         *(("versions", name_value_pairs(found)) for found in distinct(run.header["versions"] for run in one.runs)),
     ]
     heads = ("setting", f"value (local steps, batch size and shards of arm {h['arm']})")
     return TextTable("Setup", "", heads, (tuple(rows),))
+
+
+def _memory(one: Summary) -> list[tuple[str, str]]:
+    """What a device's memory was said to come to, and came to, at most over the runs; nothing where rows do not say."""
+    foreseen = [run.memory for run in one.runs if run.memory is not None]
+    if not foreseen:
+        return []
+    predicted, limit = max(foreseen)
+    held = max((run.peak_memory for run in one.runs if run.peak_memory > 0), default=None)
+    text = f"{predicted / 1e9:.2f} GB a device predicted" + (f", {held / 1e9:.2f} GB held" if held else "")
+    return [("memory", f"{text}, of {limit / 1e9:.2f} GB; at most, with what the process held before")]

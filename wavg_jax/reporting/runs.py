@@ -49,6 +49,7 @@ class RecordedRun(NamedTuple):
       scores: every signal that the weighting needed [R, K], nan in rounds that were not scored.
       diagnosis: `leave_one_out` [R, K], `gain` and `gain_error` [R], likewise; `{}` if no logits were kept.
       workers: what each worker of an elastic run did, in every round; of other runs, `()` each.
+      peak_memory: bytes of a device that its process held at most; nan if the rows do not say.
     """
 
     header: Row
@@ -69,6 +70,7 @@ class RecordedRun(NamedTuple):
     scores: Mapping[str, Floats]
     diagnosis: Mapping[str, Floats]
     workers: Sequence[Sequence[Row]]
+    peak_memory: float
 
     @property
     def arm(self) -> str:
@@ -92,6 +94,12 @@ class RecordedRun(NamedTuple):
         """Index of the last evaluated round; of the last round if none was evaluated."""
         found = np.flatnonzero(self.evaluated)
         return int(found[-1]) if found.size else len(self.rounds) - 1
+
+    @property
+    def memory(self) -> tuple[float, float] | None:
+        """Bytes of a device that the run was to take, and that there are; None if the rows do not say."""
+        found = self.header.get("memory")
+        return None if found is None else (as_float(found["predicted"]), as_float(found["limit"]))
 
     @property
     def failed(self) -> bool:
@@ -234,6 +242,7 @@ def _run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
         scores=_tables_of(rounds, "scores"),
         diagnosis=_tables_of(rounds, "diagnosis"),
         workers=[row.get("workers", ()) for row in rounds],
+        peak_memory=as_float(last.get("peak_memory")),
     )
 
 

@@ -122,11 +122,12 @@ def make_exchange(averager: Averager, forward: Forward, where: Placement, how: s
             blended = blend(averager, forward, where.reduce, before, told._replace(params=sent.params), window)
             return (*blended, {}), told, residual
         packed, left = where.map(pack)((sent.params, residual, rng), state.params)
-        told = where.gather(sent._replace(params=packed))
+        alive = wire.arriving(how, packed, sent.alive)
+        told = where.gather(sent._replace(params=packed, alive=alive))
         blended = where.together(gathered)(before, told, window)
         if how == "int8":  # a change that was not blended in leaves nothing to send
             left = tree.select(per_replica(blended[2]).sum() > 0, left, residual)
-            left = tree.select_replicas(sent.alive, left, jnp.zeros_like(left))
+            left = tree.select_replicas(alive, left, jnp.zeros_like(left))
         return blended, told, left
 
     return exchange

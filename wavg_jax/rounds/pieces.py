@@ -193,10 +193,11 @@ def _swap(
     packed, residual = where.map(functools.partial(_pack, at_sync.wire))(
         (sent, replicas.residual[number], split.wire), start
     )
-    residual = tree.select_replicas(alive, residual, optax.tree.zeros_like(residual))
+    arriving = wire.arriving(at_sync.wire, packed, alive)
+    residual = tree.select_replicas(arriving, residual, optax.tree.zeros_like(residual))
     residuals = (*replicas.residual[:number], residual, *replicas.residual[number + 1 :])
     replicas = Replicas(params, opt_state, stats, split.following, residuals)
-    return replicas, Packet(packed, alive), split._replace(following=(), wire=(), lie=())  # type: ignore[arg-type]
+    return replicas, Packet(packed, arriving), split._replace(following=(), wire=(), lie=())  # type: ignore[arg-type]
 
 
 def _pack(how: str, one: tuple[PyTree, PyTree, jax.Array], start: PyTree) -> tuple[PyTree, PyTree]:

@@ -76,6 +76,18 @@ def pack(wire: str, params: PyTree, start: PyTree, residual: Any, rng: jax.Array
     return blocks, change + residual - restore(blocks, len(change))
 
 
+def arriving(wire: str, packed: PyTree, alive: jax.Array) -> jax.Array:
+    """Which of the `alive` replicas [K] sent finite numbers: a narrow wire overflows sooner than float32, and what it
+    carries over may not be finite where the replica is.
+
+    Args:
+      wire: one of `FORMATS`.
+      packed: what they send [K, ...]; see `pack`.
+      alive: bool [K]; those whose parameters are finite.
+    """
+    return alive if wire == "float32" else alive & tree.all_finite(packed)
+
+
 def unpack(wire: str, sent: PyTree, start: PyTree) -> PyTree:
     """One replica's parameters as its receivers know them; see `pack`."""
     if wire == "float32":
@@ -94,7 +106,7 @@ def quantise(x: jax.Array, rng: jax.Array) -> Blocks:
     blocks = math.ceil(len(x) / BLOCK)
     rows = jnp.pad(x, (0, blocks * BLOCK - len(x))).reshape(blocks, BLOCK)
     largest = jnp.abs(rows).max(1)
-    scales = jnp.where(largest > 0, largest / _MOST, 1)
+    scales = jnp.where(largest == 0, 1, largest / _MOST)  # whole numbers cannot say that something is not finite
     up = jax.random.uniform(rng, rows.shape, jnp.float32)
     numbers = jnp.clip(jnp.floor(rows / scales[:, None] + up), -_MOST, _MOST)
     return Blocks(numbers.astype(jnp.int8), scales)

@@ -22,6 +22,9 @@ null. A run has two kinds.
   parameters            numbers in one replica's parameters
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
   compile_seconds       of the round and the evaluation, added up; spent once per process, and on no other clock
+  memory                {predicted, limit}: bytes of each device, before the first round: what the run will take, with
+                        what its process has taken already, and what there is; CPU devices share the host's; null if
+                        not known, missing in older rows
   critical_path         {local, score, blend, exchange, round, link}: the time of a round on one of K devices, computed
                         from measured parts; exchange over link {bandwidth, latency, overhead} in bits a second (null:
                         unlimited) and seconds; no link is null or missing; all null if not measured
@@ -47,6 +50,8 @@ null. A run has two kinds.
                         without `Scoring(guard=)`
   {name}                every array metric of the task, on a run's last row. A classifier has confusion
                         [classes][classes], counts on the test split with true classes as rows
+  peak_memory           on a run's last row: the most that its process has held of each device by then; null if the
+                        system does not tell
   sample                {prompt, text, temperature} on a language model's last row: how it goes on from the prompt
   missing               of an elastic run: {replica: why it took no part}
   workers               of an elastic run: [{worker, replicas, was, sent, ended, computed, why}], `was` being computed,
@@ -142,6 +147,7 @@ def run_row(
     parameters: int,
     blended_bytes: int,
     compile_seconds: float,
+    memory: Mapping[str, int] | None,
     score_samples: int | None,
     score_every: int,
     faults: Mapping[str, Any] | None,
@@ -181,6 +187,7 @@ def run_row(
         "parameters": parameters,
         "bytes_per_round": 2 * replicas * blended_bytes if replicas > 1 else 0,
         "compile_seconds": compile_seconds,
+        "memory": memory,
         "score_samples": score_samples,
         "score_every": score_every,
         "faults": faults,
@@ -193,7 +200,7 @@ def run_row(
 
 ROUND_ENTRIES = (
     *("kind", "run", "arm", "seed", "round", "local_steps", "samples", "seconds", "elapsed", "train_loss", "weights"),
-    *("effective_replicas", "alive", "scores", "diagnosis", "guard", "sample", "stopped_early"),
+    *("effective_replicas", "alive", "scores", "diagnosis", "guard", "peak_memory", "sample", "stopped_early"),
     *("missing", "workers", "audits"),
 )
 

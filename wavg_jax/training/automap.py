@@ -28,6 +28,7 @@ from wavg_jax.rounds.sync import AtSync
 from wavg_jax.storage.rows import write_atomically
 from wavg_jax.training import progress
 from wavg_jax.training.batches import as_targets, make_work, put_shared
+from wavg_jax.training.footprint import check_fits, fits, held_bytes
 from wavg_jax.training.operations import training_flops
 from wavg_jax.training.phases import local_phase
 from wavg_jax.training.programs import compiled_together, programs_of
@@ -155,22 +156,36 @@ def _fingerprint(recipe: Recipe, loss: jax.stages.Lowered, replicas: int) -> str
 def _trials(
     recipes: dict[str, Recipe], data: ShardedData, batch_size: int, steps: int
 ) -> dict[str, Callable[[], float]]:
-    """For recipes that differ only in their map: functions that take a few local steps and return the seconds."""
+    """For recipes that differ only in their map: functions that take a few local steps and return the seconds.
+
+    They go on from one another's, so that one copy of the replicas is held, as in a round; those without room are left
+    out.
+    """
     one = next(iter(recipes.values()))
     work = make_work(one, data, seed=0, first_step=0, longest=steps, batch_size=batch_size)
-    replicas = programs_of(one, len(data.shards)).init(jax.random.key(0)).replicas
-    arguments = (replicas, work, put_shared(one, data))
-    trains = compiled_together(*((jax.jit(local_phase(recipe)), *arguments) for recipe in recipes.values()), keep=False)
+    shapes, state = programs_of(one, len(data.shards)).begin(jax.random.key(0))
+    where, held = one.placement.devices, held_bytes(shapes)
+    check_fits(where, held)
+    given = (work, put_shared(one, data))
+    requests = (
+        (jax.jit(local_phase(recipe), donate_argnums=0), shapes.replicas, *given) for recipe in recipes.values()
+    )
+    trains = compiled_together(*requests, keep=False)
+    needs = [held + (train.temporary or 0) for train in trains]
+    check_fits(where, min(needs))
+    fitting = [fits(where, need) for need in needs]
+    replicas = state().replicas
 
     def trial(train: Callable) -> Callable[[], float]:
         def run() -> float:
+            nonlocal replicas
             start = time.perf_counter()
-            jax.block_until_ready(train(*arguments))
+            replicas, _ = jax.block_until_ready(train(replicas, *given))
             return time.perf_counter() - start
 
         return run
 
-    return {name: trial(train.call) for name, train in zip(recipes, trains, strict=True)}
+    return {name: trial(train.call) for name, train, small in zip(recipes, trains, fitting, strict=True) if small}
 
 
 def _fastest(trials: dict[str, Callable[[], float]]) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 
 from wavg_jax.base import Batch, SettingsError
 from wavg_jax.data import ShardedData, round_indices
+from wavg_jax.devices.memory import room
 from wavg_jax.devices.placement import Parts
-from wavg_jax.devices.transfer import own_part, put, put_own, room
+from wavg_jax.devices.transfer import own_part, put, put_own
 from wavg_jax.rounds.local import Pace
 from wavg_jax.rounds.score import asked, reads_heldout
 from wavg_jax.training.recipe import Recipe

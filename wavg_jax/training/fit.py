@@ -239,7 +239,7 @@ def carry_out(
         if layout.replica_map == "auto":
             recipe = _settled(recipe, data, plan, recorded_run(folder, store.name) if resume else None)
         # Compiles, and so finds what does not fit together, before anything is written.
-        run = Run(recipe, data, plan, store.name, scalars, store.at_end, engine)
+        run = Run(recipe, data, plan, store.name, scalars, store.at_end, engine, stored=folder is not None)
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         with processes.meeting():

@@ -80,7 +80,10 @@ def compiled_pieces(recipe: Recipe, *arguments: PyTree) -> Compiled:
     order = {id(program): next(calls) for program, *_ in requests}
     pieces = jax.tree.map(lambda program: order[id(program)], programs_of_pieces(recipe))
     digest = "".join(program.digest for program in programs)
-    return Compiled(functools.partial(_play, pieces, _launched, _numbers(recipe)), seconds, digest)
+    call = functools.partial(_play, pieces, _launched, _numbers(recipe))
+    sizes = [program.temporary for program in {id(program.call): program for program in programs}.values()]
+    # They run beside one another, and keep their results for others: all of their memory counts.
+    return Compiled(call, seconds, digest, None if None in sizes else sum(size or 0 for size in sizes))
 
 
 def _play(

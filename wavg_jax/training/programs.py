@@ -110,11 +110,13 @@ class Compiled(NamedTuple):
       call: the program.
       seconds: that tracing and compiling took.
       digest: tells apart programs before compilation, with all constants in them; "" in a process by itself.
+      temporary: bytes on each device that it needs beside its arguments, as the compiler plans; None if unknown.
     """
 
     call: Callable
     seconds: float
     digest: str = ""
+    temporary: int | None = None
 
 
 def compiled(program: jax.stages.Wrapped, *arguments: PyTree) -> Compiled:
@@ -164,6 +166,14 @@ def _compile(
 
     def finish() -> Compiled:
         start = time.perf_counter()
-        return Compiled(lowered.compile(), traced + time.perf_counter() - start, digest)
+        call = lowered.compile()
+        return Compiled(call, traced + time.perf_counter() - start, digest, _temporary(call))
 
     return _COMPILING.submit(finish)
+
+
+def _temporary(call: jax.stages.Compiled) -> int | None:
+    plan = call.memory_analysis()
+    if plan is None:
+        return None
+    return int(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)

@@ -11,8 +11,8 @@ import optax
 from wavg_jax.base import Averager, Batch, PyTree, Task
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import processes
+from wavg_jax.devices.memory import room
 from wavg_jax.devices.placement import Placement, place
-from wavg_jax.devices.transfer import room
 from wavg_jax.rounds.faults import Faults
 from wavg_jax.rounds.forward import Forward
 from wavg_jax.rounds.local import Fetch

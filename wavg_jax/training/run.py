@@ -13,8 +13,9 @@ from wavg_jax import tree
 from wavg_jax.base import Batch, PyTree, TrainState
 from wavg_jax.data import ShardedData
 from wavg_jax.devices import machine, processes
+from wavg_jax.devices.memory import memory_of, room
 from wavg_jax.devices.network import WIRES
-from wavg_jax.devices.transfer import own_part, put, put_own, room
+from wavg_jax.devices.transfer import own_part, put, put_own
 from wavg_jax.devices.trial import try_collectives
 from wavg_jax.rounds import sync
 from wavg_jax.rounds.exchange import gathers
@@ -22,6 +23,7 @@ from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
 from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
 from wavg_jax.training.engine import Engine, in_process
+from wavg_jax.training.footprint import check_fits, held_bytes, saving
 from wavg_jax.training.programs import programs_of
 from wavg_jax.training.recipe import Recipe
 from wavg_jax.training.schedule import Schedule
@@ -58,12 +60,6 @@ def blended_bytes(recipe: Recipe, state: TrainState) -> int:
     return nbytes
 
 
-def held_bytes(state: TrainState) -> int:
-    """Bytes of a state on each of its devices."""
-    arrays = jax.tree.leaves(state)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
-
-
 def exchanged(recipe: Recipe, state: TrainState) -> tuple[int, int]:
     """How large the exchange of parameters is.
 
@@ -94,6 +90,8 @@ class Run:
         metrics: tuple[str, ...],
         at_end: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
         engine: Engine = in_process,
+        *,
+        stored: bool = False,
     ):
         self.recipe, self.data, self.plan, self.name, self.metrics = recipe, data, plan, name, metrics
         self._at_end = at_end
@@ -104,16 +102,27 @@ class Run:
         self._test = put(Batch(data.test.x, as_targets(data.test.y)), recipe.placement.shared)
         program = programs_of(recipe, self.replicas)
         shapes, state = program.begin(jax.random.key(plan.seed))
-        self.copies = held_bytes(shapes) <= room(recipe.placement.devices)
+        where, held = recipe.placement.devices, held_bytes(shapes)
+        check_fits(where, held)  # compiling a program that cannot run may take minutes
+        self.copies = held <= room(where)
         """Whether the devices have room for another copy of the state, to be saved while the next round runs."""
         first = (shapes, self.work(0, 1), self.shared, self.ask(False))
         evaluate = (program.evaluate, *evaluated(shapes), self._test)
         self.step, self._evaluate = engine(recipe, first, evaluate)
+        self.memory = self._foresee(held, saving(where, held, copied=self.copies) if stored else 0)
         self.initial = state()
         # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
         processes.agree({"round": self.step.program.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
         if processes.count() > 1:
             try_collectives(recipe.placement.devices, *exchanged(recipe, self.initial))
+
+    def _foresee(self, state: int, saved: int) -> Row | None:
+        """What the memory of each device will come to; None where that is not known."""
+        sizes = [program.temporary for program in (self.step.program, self._evaluate)]  # one after the other
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes):
+            return None
+        return check_fits(self.recipe.placement.devices, state + saved + max(known))
 
     def work(self, first_step: int, steps: int) -> Work:
         """The batches of a `steps`-step round starting at global local step `first_step`, on the devices."""
@@ -148,8 +157,9 @@ class Run:
         return self._evaluate.call(*evaluated(state), self._test)
 
     def final(self, state: TrainState) -> Row:
-        """What the caller adds to the last row. Off the clock."""
-        return {} if self._at_end is None else dict(self._at_end(*jax.device_get(evaluated(state))))
+        """What the last row says beside its round: what the caller adds, and the memory. Off the clock."""
+        own = {} if self._at_end is None else dict(self._at_end(*jax.device_get(evaluated(state))))
+        return own | {"peak_memory": memory_of(self.recipe.placement.devices).peak or None}
 
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""
@@ -178,6 +188,7 @@ class Run:
             parameters=tree.count(initial.params),
             blended_bytes=blended_bytes(self.recipe, initial),
             compile_seconds=self.step.program.seconds + self._evaluate.seconds,
+            memory=self.memory,
             score_samples=self.recipe.scoring.samples,
             score_every=self.recipe.scoring.every,
             faults=None if self.recipe.faults is None else self.recipe.faults._asdict(),
