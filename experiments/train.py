@@ -20,6 +20,7 @@ from wavg_jax.training import live, progress
 
 flags.DEFINE_enum("arm", "weighted", list(shared_flags.ARMS), "Which arm to run; see experiments.compare.")
 flags.DEFINE_string("export", None, "Also write the final network to this .safetensors file; see experiments.soup.")
+flags.DEFINE_string("start_from", None, "Start from a checkpoint: FILE.safetensors or WORKDIR/checkpoints/RUN/ROUND.")
 flags.DEFINE_integer("seed", 0, "Seed of data split, initial parameters and sample order.", lower_bound=0)
 flags.DEFINE_integer(
     "profile", None, "Trace this round to profile/ in --workdir, for https://ui.perfetto.dev.", lower_bound=1
@@ -48,6 +49,8 @@ def train(binary: str, fit: Callable[..., wavg.Result] | None = None) -> None:
         progress.doing("loading data")
         dataset = problem.load(texts=True)
         task = problem.make_task(dataset)
+        if F.start_from is not None:
+            task = wavg.start_from(task, F.start_from)
         (arm,) = arms.make_arms((F.arm,), condition)
         sharded = problem.make_data(dataset, F.seed, condition.noisy)
         result = arms.run_arm(arm, task, sharded, condition, F.seed, advance, workdir=workdir, views=views, fit=fit)

@@ -11,6 +11,9 @@ import tomllib
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from setuptools import find_packages
 
 from experiments import wavg
@@ -141,3 +144,32 @@ def test_citation_and_project_name_the_same_version_and_licence():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {PROJECT['version']}\n" in citation
     assert f"\nlicense: {PROJECT['license']}\n" in citation
+
+
+def pinned(name):
+    """{project: versions} of a file of pinned versions."""
+    lines = map(Requirement, (ROOT / ".ci" / name).read_text().splitlines())
+    found = {}
+    for one in lines:
+        (pin,) = one.specifier
+        assert pin.operator == "=="
+        found.setdefault(canonicalize_name(one.name), set()).add(Version(pin.version))
+    return found
+
+
+def test_the_pinned_versions_are_the_floors_of_the_project_and_newer_ones():
+    """`.ci/lock` writes them anew."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {**project["optional-dependencies"], "": project["dependencies"]}
+    floors, newest = pinned("floors.txt"), pinned("newest.txt")
+    checked = 0
+    for extra in ("", "run", "report", "tfds", "experiments", "soup", "tokenizers", "sklearn"):
+        for asked in map(Requirement, extras[extra]):
+            least = [Version(one.version).release for one in asked.specifier if one.operator == ">="]
+            name = canonicalize_name(asked.name)
+            if least:
+                (floor,) = floors[name]
+                assert floor.release[: len(least[0])] == least[0], name
+                assert all(asked.specifier.contains(version) for version in newest[name]), name
+                checked += 1
+    assert checked > 15

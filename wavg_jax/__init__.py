@@ -33,6 +33,7 @@ from wavg_jax.rounds.round import RoundLog, Rounds, make_rounds
 from wavg_jax.rounds.score import Scoring
 from wavg_jax.rounds.sync import AtSync
 from wavg_jax.soups.average import Soup, average_checkpoints
+from wavg_jax.soups.start import start_from
 from wavg_jax.storage.tensors import save_safetensors
 from wavg_jax.training import live, schedule
 from wavg_jax.training.callbacks import with_state
@@ -131,6 +132,7 @@ __all__ = [
     "smooth_signals",
     "smoothing",
     "softmax",
+    "start_from",
     "token_weighted",
     "transforms",
     "uniform",

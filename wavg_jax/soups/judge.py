@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavg_jax import tree
-from wavg_jax.base import Batch, DataError, PyTree, Task
+from wavg_jax.base import Batch, Task
 from wavg_jax.data import ShardedData
 from wavg_jax.rounds import score
 from wavg_jax.rounds.forward import Forward, labels
 from wavg_jax.rounds.score import Scoring
+from wavg_jax.soups.network import Named, Network
 from wavg_jax.storage.tensors import Spec
-
-Named = Mapping[str, Any]
-"""{name: array}: the tensors of one network, or of K with leaves [K, ...]."""
 
 
 class Judge:
@@ -27,39 +25,27 @@ class Judge:
         self._forward = Forward(task, data.prepare, scoring.dtype, scoring.chunk)
         held_out, self._test = (Batch(*map(jnp.asarray, split)) for split in (data.heldout, data.test))
         self._window: Any = score.window(held_out, jnp.int32(0), scoring.samples)
-        self._abstract = jax.eval_shape(task.init, jax.random.key(0))
-        self._names = tree.named(*self._abstract)
-        keys = [name for name, x in self._names.items() if tree.is_key(x)]
-        self._keys = tree.named(*jax.jit(task.init)(jax.random.key(0))) if keys else {}
-        for name, x in self._names.items():
-            if name not in keys and (name not in specs or specs[name].shape != x.shape):
-                raise DataError(
-                    f"the task's network has a tensor {name!r} of shape {[*x.shape]}; the checkpoints "
-                    + (f"have {specs[name]} there" if name in specs else f"have none, but {_few(specs)}")
-                    + ": make a task whose parameters have the names and shapes of the checkpoints' tensors"
-                )
-        self._quality = jax.jit(lambda named, samples: score.scalar_metrics(self._forward, *self._of(named), samples))
-
-    def _of(self, named: Named) -> tuple[PyTree, PyTree]:
-        """The task's (params, mutable) of named tensors."""
-        leaves = [self._keys[name] if tree.is_key(x) else named[name] for name, x in self._names.items()]
-        return jax.tree.unflatten(jax.tree.structure(self._abstract), leaves)
+        self._network = Network(task)
+        self._network.check(specs)
+        self._quality = jax.jit(
+            lambda named, samples: score.scalar_metrics(self._forward, *self._network.of(named), samples)
+        )
 
     def names(self) -> set[str]:
         """The names of the network's tensors."""
-        return set(self._names)
+        return set(self._network.shapes)
 
     def quality(self, named: Named) -> dict[str, float]:
         """The network's scalar metrics on the test split."""
         return {name: float(x) for name, x in self._quality(self._needed(named), self._test).items()}
 
     def _needed(self, named: Named) -> Named:
-        return {name: x for name, x in named.items() if name in self._names}
+        return {name: x for name, x in named.items() if name in self._network.shapes}
 
     def measure(self, needs: Iterable[str]) -> Callable[[Named], dict[str, Any]]:
         """Builds `named -> {signal: number, or {name: array}}` for one checkpoint; what needs no data is left out."""
         measured = score.measure(self._forward, needs)
-        run = jax.jit(lambda named, samples: measured(self._of(named), samples))
+        run = jax.jit(lambda named, samples: measured(self._network.of(named), samples))
 
         def one(named: Named) -> dict[str, Any]:
             found = run(self._needed(named), self._window)
@@ -90,15 +76,10 @@ class Judge:
 
             def evaluate(blend: Named, weights: jax.Array) -> Mapping[str, jax.Array]:
                 del weights  # statistics are averaged like all other tensors, and part of the blend
-                return score.scalar_metrics(self._forward, *self._of({**kept, **blend}), samples)
+                return score.scalar_metrics(self._forward, *self._network.of({**kept, **blend}), samples)
 
             found["evaluate"] = evaluate
         return found
-
-
-def _few(specs: Mapping[str, Spec]) -> str:
-    names = list(specs)
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def loaded(read: Callable[[str], np.ndarray], names: Iterable[str]) -> Named:

@@ -84,7 +84,8 @@ def check_settings(before: Row, first: Row) -> None:
         if now.get(name) != then.get(name):
             raise ResumeError(
                 f"cannot resume {before['run']!r}: it was started with {name}={then.get(name)!r}, "
-                f"now it is {now.get(name)!r}; repeat the settings it was started with, or choose another workdir="
+                f"now it is {now.get(name)!r}; repeat the settings it was started with, or choose another workdir=, to "
+                "which start_from takes the blend"
             )
     if before["data_crc"] != first["data_crc"]:
         raise ResumeError(
