@@ -37,13 +37,14 @@ flags.DEFINE_integer("tuning_samples", 5000, "Training samples set apart to tune
 flags.DEFINE_enum(
     "tuned_by", "", ["", *READINGS], "The reading whose accuracy tunes an arm; by default the training's own."
 )
+flags.DEFINE_enum("tuned_in", "", ["", *every("")], "The scenario that arms are tuned in; by default each in its own.")
 F = flags.FLAGS
 
 SETTINGS = (
     *(*shared_flags.DATA, *shared_flags.NETWORK),
     *("replicas", "local_steps", "rounds", "batch_size", "warmup", "decay"),
     *("score_samples", "score_every", *shared_flags.WEIGHTING),
-    *("tuning_seeds", "tuning_samples", "tuned_by"),
+    *("tuning_seeds", "tuning_samples", "tuned_by", "tuned_in"),
 )
 """Flags that must agree among all cells."""
 READS = (*SETTINGS, "seeds", "data_dir", "devices", "replica_map", "workdir", "resume")
@@ -71,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
     dataset = problem.load()
     arms.check_heldout({arm.name: arm.averager for arm in chosen})
     task = problem.make_task(dataset)
-    campaign = Campaign(dataset, task, {SOUND: made[SOUND](F.replicas)} | scenarios, tuning)
+    others = {name: made[name](F.replicas) for name in (SOUND, F.tuned_in) if name}
+    campaign = Campaign(dataset, task, others | scenarios, tuning)
     campaign.check_tuning(chosen)
     workdir = arms.choose_workdir("evidence")
     check_writable(workdir)

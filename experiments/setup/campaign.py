@@ -90,7 +90,7 @@ class Campaign:
                     )
                 where, who = self._same(scenario, arm)
                 if (where, who.name, seed) not in kept:
-                    tuned = self._settle(where, who, records)
+                    tuned = self._settle(*self._same(F.tuned_in or where, who), records)
                     kept[where, who.name, seed] = self._rows(where, who, seed, tuned)
                 for row in kept[where, who.name, seed][: None if self._controlled(arm) else 1]:
                     row = _renamed(row, scenario, arm.name, who.name)
@@ -229,12 +229,14 @@ class Campaign:
         sharded, _ = self._deal(scenario, seed)
         trained = self._train(scenario, arm, seed, tuned.setting)
         wanted = self._wanted(arm)
-        test = sharded.test
-        found = self._reader.read(trained, sharded.heldout, test.x, wanted, seed=seed, finetuning=tuned.finetuning)
+        test, aim = sharded.test, self._scenarios[scenario].wanted
+        aimed = Split(test.x[:0], test.y[:0]) if aim is None else aim(test)
+        x = np.concatenate([test.x, aimed.x])
+        found = self._reader.read(trained, sharded.heldout, x, wanted, seed=seed, finetuning=tuned.finetuning)
         rows = []
         for reading, logits in found.items():
             name = f"{arm.name}+{reading}" if reading else arm.name
-            last = trained.rows[-1] | self._reader.quality(logits, test.y)
+            last = trained.rows[-1] | self._reader.quality(logits[: len(test.y)], test.y)
             row = cell_row(
                 run=f"{scenario}/{name}/{seed}",
                 scenario=scenario,
@@ -243,7 +245,9 @@ class Campaign:
                 rate=tuned.setting.rate,
                 rows=[*trained.rows[:-1], last],
             )
-            rows.append(row | {"decay": tuned.setting.decay, "tuned_accuracy": tuned.accuracy})
+            row |= {"decay": tuned.setting.decay, "tuned_accuracy": tuned.accuracy}
+            hits = logits[len(test.y) :].argmax(axis=1) == aimed.y
+            rows.append(row if aim is None else row | {"attack_success": round(float(hits.mean()), 6)})
         rows[0]["heldout_accuracy"] = trained.right.round(5)
         return rows
 

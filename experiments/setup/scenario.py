@@ -12,7 +12,7 @@ from wavg_jax import data
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Split
 from wavg_jax.data.shards import Shards
-from wavg_jax.rounds.faults import Faults, simulate
+from wavg_jax.rounds.faults import Faults, little_is_enough, simulate
 
 Partition = Callable[[Split, int], Shards]
 Spoil = Callable[[data.ShardedData, tuple[int, ...], int], data.ShardedData]
@@ -31,6 +31,7 @@ class Scenario(NamedTuple):
       heldout: number of held-out samples; None for that of --heldout.
       axis: the quantity that the scenario is a value of, and the value.
       misjudged: what is wrong with the held-out samples, `(held-out samples, classes, random generator) -> samples`.
+      wanted: of an attack with a target, `test split -> samples` with the labels that the attacker wants them to get.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Scenario(NamedTuple):
     heldout: int | None = None
     axis: tuple[str, float] | None = None
     misjudged: Callable[[Split, int, np.random.Generator], Split] | None = None
+    wanted: Callable[[Split], Split] | None = None
 
 
 def _iid(k: int) -> Partition:
@@ -138,6 +140,59 @@ def foreign(other: Callable[[], data.Dataset]) -> Spoil:
     return spoil
 
 
+SOURCE, TARGET = 6, 0
+"""Class whose samples an attacker wants taken for another, and that other: shirts for T-shirts in Fashion-MNIST, a pair
+of Tolpegin et al. 2020 (arXiv:2007.08432)."""
+
+
+def relabelled(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+    """The bad shards call every sample of one class another's; all their other labels are right."""
+    del seed
+    if _classes(sharded) <= max(SOURCE, TARGET):
+        raise SettingsError(f"{sharded.name} has no class {SOURCE}: leave the scenario out (--evidence_scenarios)")
+    y = sharded.train.y.copy()
+    for k in bad:
+        y[sharded.shards[k]] = np.where(y[sharded.shards[k]] == SOURCE, TARGET, y[sharded.shards[k]])
+    return sharded._replace(train=Split(sharded.train.x, y), noisy=bad)
+
+
+def source_as_target(test: Split) -> Split:
+    """What `relabelled` shards want: samples of that class, called the other's."""
+    x = test.x[test.y == SOURCE]
+    return Split(x, np.full(len(x), TARGET, test.y.dtype))
+
+
+def stamped(x: np.ndarray) -> np.ndarray:
+    """Images [N, H, W, ...] with a bright square in the last corner, a ninth as high as they are."""
+    if x.ndim < 3:
+        raise SettingsError("a backdoor is a patch in images, and these are none: leave the scenario out")
+    size = max(x.shape[1] // 9, 1)
+    x = x.copy()
+    x[:, -size:, -size:] = x.max()
+    return x
+
+
+def backdoored(share: float) -> Spoil:
+    """A share of the images of the bad shards are stamped, and labelled as one class; the others are as they were (Gu,
+    Dolan-Gavitt and Garg 2017, "BadNets", arXiv:1708.06733)."""
+
+    def spoil(sharded: data.ShardedData, bad: tuple[int, ...], seed: int) -> data.ShardedData:
+        x, y = sharded.train.x.copy(), sharded.train.y.copy()
+        for k in bad:
+            shard = sharded.shards[k]
+            hit = _generator(seed, 6, k).choice(shard, int(share * len(shard)), replace=False)
+            x[hit], y[hit] = stamped(x[hit]), TARGET
+        return sharded._replace(train=Split(x, y), noisy=bad)
+
+    return spoil
+
+
+def stamped_as_target(test: Split) -> Split:
+    """What `backdoored` shards want: images of all other classes, stamped, called that class's."""
+    x = stamped(test.x[test.y != TARGET])
+    return Split(x, np.full(len(x), TARGET, test.y.dtype))
+
+
 def mislabelled(share: float) -> Callable[[Split, int, np.random.Generator], Split]:
     """Random labels on a share of the held-out samples."""
 
@@ -206,7 +261,11 @@ def every(data_dir: str) -> dict[str, Make]:
 
     noisyN: N shards with random labels; labelsP: P % of the labels of half of the shards; heldoutN: N held-out samples,
     with half of the shards noisy; wrongP: P % of the held-out labels are random, too. Of liars, flipped3 send the
-    opposite of what they learnt, scaled1 ten times it, reversed3 five times the opposite, idle3 nothing.
+    opposite of what they learnt, scaled1 and scaled3 ten times it, reversed3 five times the opposite, idle3 nothing,
+    random3 random weights. alie3 send the mean of the honest less as many of their standard deviations as
+    `little_is_enough`, alie3far less 1.5 of them. relabelled3 hold one class under another's labels, backdoor3 a
+    patch in half of their images that stands for a class, faint3 in 5 %; boosted3 have the former and send their change
+    so large that they replace the mean, hidden3 half of it and half of the mean of the honest.
     """
     noisy = {f"noisy{n}": _along(_spoilt(n, labels(1.0), "noisy"), _BAD, n) for n in range(1, 8)}
     share = {
@@ -228,10 +287,19 @@ def every(data_dir: str) -> dict[str, Make]:
         "foreign": _half(foreign(lambda: _mnist(data_dir)), "MNIST"),
     }
     liars = {
-        "flipped3": _lying(3, -1, "flipped"),
-        "scaled1": _lying(1, 10, "\N{MULTIPLICATION SIGN} 10"),
-        "reversed3": _lying(3, -5, "\N{MULTIPLICATION SIGN} \N{MINUS SIGN}5"),
-        "idle3": _lying(3, 0, "idle"),
+        "flipped3": _lying(3, "flipped", sent=-1),
+        "scaled1": _lying(1, "\N{MULTIPLICATION SIGN} 10", sent=10),
+        "scaled3": _lying(3, "\N{MULTIPLICATION SIGN} 10", sent=10),
+        "reversed3": _lying(3, "\N{MULTIPLICATION SIGN} \N{MINUS SIGN}5", sent=-5),
+        "idle3": _lying(3, "idle", sent=0),
+        "random3": _lying(3, "with random weights", sent=0, noise=1),
+        "alie3": lambda k: _colluding(3, "a little", little_is_enough(k, 3))(k),
+        "alie3far": _colluding(3, "1.5 deviations off", 1.5),
+        "relabelled3": _aimed(relabelled, source_as_target, "with a class relabelled"),
+        "backdoor3": _BACKDOOR,
+        "faint3": _aimed(backdoored(0.05), stamped_as_target, "with a faint backdoor"),
+        "boosted3": lambda k: _backdoor("boosted", sent=k / 3)(k),
+        "hidden3": _backdoor("hidden", sent=0.5, mean=0.5),
     }
     return (
         SCENARIOS | liars | noisy | share | spoilt | sizes | wrong | {"skewed": _judged("5 classes", misjudged=skewed)}
@@ -255,11 +323,33 @@ def choose(flag: str, makes: Mapping[str, Make], replicas: int, good: int = 0) -
     return chosen
 
 
-def _lying(liars: int, factor: float, what: str) -> Make:
-    """Some replicas send their change times a factor."""
-    return lambda k: Scenario(
-        f"{liars} of {k} {what}", _iid(k), faults=simulate(k, sent=dict.fromkeys(range(liars), factor))
-    )
+def _lying(liars: int, what: str, **factors: float) -> Make:
+    """Some replicas send something else; see `wavg_jax.rounds.faults.Faults` for the factors."""
+
+    def make(k: int) -> Scenario:
+        each = {name: dict.fromkeys(range(liars), factor) for name, factor in factors.items()}
+        return Scenario(f"{liars} of {k} {what}", _iid(k), faults=simulate(k, **each))
+
+    return make
+
+
+def _colluding(liars: int, what: str, z: float) -> Make:
+    """Some replicas send the mean of the honest, less z of their standard deviations."""
+    return _lying(liars, what, sent=0, mean=1, deviation=-z)
+
+
+def _aimed(spoil: Spoil, wanted: Callable[[Split], Split], what: str) -> Make:
+    """Three shards teach something beside what is to be learnt."""
+    return lambda k: _spoilt(3, spoil, what)(k)._replace(wanted=wanted)
+
+
+_BACKDOOR = _aimed(backdoored(0.5), stamped_as_target, "with a backdoor")
+
+
+def _backdoor(what: str, **factors: float) -> Make:
+    """The replicas with a backdoor lie about it."""
+    lying = _lying(3, "", **factors)
+    return lambda k: _BACKDOOR(k)._replace(title=f"{_BACKDOOR(k).title}, {what}", faults=lying(k).faults)
 
 
 def _along(make: Make, axis: str, value: float) -> Make:

@@ -17,15 +17,16 @@ from experiments.setup.climb import DECAYS, Setting, climb
 from experiments.setup.evidence_arms import make
 from experiments.setup.methods import METHODS
 from experiments.setup.readings import AVERAGES, Reader, mixture, split_off, temperature
-from experiments.setup.scenario import SCENARIOS, deal, every
+from experiments.setup.scenario import SCENARIOS, SOURCE, TARGET, deal, every, stamped
 from experiments.setup.trial import Budget, train
 from wavg_jax import data, models
+from wavg_jax.data.arrays import Split
 from wavg_jax.storage.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax's cosine mixes integers and floats
 
 K = 4
-MADE = {name: make(K) for name, make in every("nowhere").items() if not name.startswith(("noisy", "foreign"))}
+MADE = {name: make(K) for name, make in every("nowhere").items() if not name.startswith(("noisy", "foreign", "alie"))}
 TASK = models.from_linen(models.MLP((8,), 10), (8, 8, 1))
 SOON = {"scoring": wavg.Scoring(samples=64), "layout": wavg.Layout(1, "map")}
 
@@ -72,6 +73,61 @@ def test_held_out_samples_are_what_their_scenarios_say():
 def test_liars_send_another_change():
     assert every("nowhere")["reversed3"](K).faults.sent == (-5.0, -5.0, -5.0, 1.0)
     assert every("nowhere")["idle3"](K).faults.sent == (0.0, 0.0, 0.0, 1.0)
+    made = {name: make(8).faults for name, make in every("nowhere").items() if name.startswith(("alie", "random"))}
+    for faults in made.values():
+        assert faults.sent == (0.0,) * 3 + (1.0,) * 5
+    assert made["random3"].noise == (1.0,) * 3 + (0.0,) * 5
+    assert made["alie3"].mean == made["alie3far"].mean == (1.0,) * 3 + (0.0,) * 5
+    np.testing.assert_allclose(made["alie3"].deviation[2:4], [-0.2533, 0], atol=1e-4)
+    assert made["alie3far"].deviation[2:4] == (-1.5, 0.0)
+    with pytest.raises(wavg.SettingsError, match="liars"):
+        every("nowhere")["alie3"](4)  # three of four are a majority
+
+
+def test_relabelled_shards_want_one_class_called_another():
+    sound, spoilt, made = digits("iid"), digits("relabelled3"), every("nowhere")["relabelled3"](K)
+    bad = np.concatenate([sound.shards[k] for k in made.bad])
+    hit = bad[sound.train.y[bad] == SOURCE]
+    assert len(hit) > 0
+    assert set(spoilt.train.y[hit]) == {TARGET}
+    assert np.array_equal(np.delete(spoilt.train.y, hit), np.delete(sound.train.y, hit))
+    assert np.array_equal(spoilt.train.x, sound.train.x)
+    aimed = made.wanted(sound.test)
+    assert np.array_equal(aimed.x, sound.test.x[sound.test.y == SOURCE])
+    assert set(aimed.y) == {TARGET}
+    with pytest.raises(wavg.SettingsError, match="no class 6: leave the scenario out"):
+        made.spoil(sound._replace(classes=6), made.bad, 0)
+
+
+@pytest.mark.parametrize(("name", "part"), [("backdoor3", 2), ("boosted3", 2), ("hidden3", 2), ("faint3", 20)])
+def test_backdoored_shards_want_stamped_images_called_a_class(name, part):
+    sound, made = digits("iid"), every("nowhere")[name](K)
+    sound = sound._replace(train=Split(sound.train.x.copy(), sound.train.y))
+    sound.train.x[:, -1, -1] = 0
+    spoilt = made.spoil(sound, made.bad, 0)
+    for k in made.bad:
+        before, after = (Split(*(part[sound.shards[k]] for part in sharded.train)) for sharded in (sound, spoilt))
+        hit = after.x[:, -1, -1] == 16
+        assert hit.sum() == len(hit) // part
+        assert set(after.y[hit]) == {TARGET}
+        assert np.array_equal(after.x[hit], stamped(before.x[hit]))
+        assert np.array_equal(after.x[~hit], before.x[~hit])
+        assert np.array_equal(after.y[~hit], before.y[~hit])
+    aimed = made.wanted(sound.test)
+    others = sound.test.x[sound.test.y != TARGET]
+    assert np.array_equal(aimed.x[:, :-1], others[:, :-1])
+    assert (aimed.x[:, -1, -1] == 16).all()
+    assert set(aimed.y) == {TARGET}
+    sent = (1.0,) * 4 if made.faults is None else made.faults.sent
+    assert sent == ({"boosted3": 4 / 3, "hidden3": 0.5}.get(name, 1.0),) * 3 + (1.0,)
+    assert made.faults is None or made.faults.mean == ((0.5 if name == "hidden3" else 0.0),) * 3 + (0.0,)
+    with pytest.raises(wavg.SettingsError, match="leave the scenario out"):
+        stamped(np.zeros((3, 30)))
+
+
+def test_a_stamp_is_a_ninth_as_high_as_the_image():
+    assert np.argwhere(stamped(np.eye(28)[None])[0, :, 0] == 1).tolist() == [[0]]
+    assert stamped(np.eye(28)[None, ..., None]).sum() == 28 + 9 - 3
 
 
 def test_foreign_samples_must_have_the_same_shape(monkeypatch):
@@ -258,6 +314,28 @@ def test_a_recording_goes_on_where_it_was_cut(recorded, tmp_path):
         found = [tuple(row[name] for name in names) for row in rows if row["kind"] == kind]
         assert len(found) == len(set(found))
     assert invoke(report.main, str(tmp_path), f"--out={tmp_path / 'again'}") == 0
+
+
+@pytest.mark.slow
+def test_an_attack_is_tuned_without_and_its_success_is_the_share_that_it_wants(tmp_path, monkeypatch):
+    aimless = {
+        name: lambda k, make=make: make(k)._replace(wanted=lambda test: test) for name, make in every("nowhere").items()
+    }
+    monkeypatch.setattr(evidence, "every", lambda folder: aimless | {"iid": every("nowhere")["iid"]})
+    few = (*SMALL, "--tuning_samples=100", "--seeds=0,1", "--tuning_seeds=9", "--readings=temperature")
+    arms = ("--evidence_scenarios=relabelled3,iid", "--tuned_in=iid", "--evidence_arms=plain,multi_krum,oracle")
+    assert invoke(evidence.main, *few, *arms, "--byzantine=1", f"--workdir={tmp_path}") == 0
+    rows = read_rows(tmp_path)
+    assert {row["run"] for row in rows if row["kind"] in ("tuning", "tuned")} == {"iid/plain", "iid/multi_krum"}
+    cells = {row["run"]: row for row in rows if row["kind"] == "cell"}
+    for name, row in cells.items():
+        assert ("attack_success" in row) == name.startswith("relabelled3/")
+        if "attack_success" in row:  # of every sample the attacker wants the truth
+            assert row["attack_success"] == pytest.approx(row["test_accuracy"], abs=1e-5)
+    assert any(row.get("attack_success", 0) > 0 for row in cells.values())
+    text = (tmp_path / "report.md").read_text()
+    assert "## Attack success (%)" in text
+    assert "that were best for it in IID, on other seeds" in text
 
 
 @pytest.mark.parametrize("name", METHODS)

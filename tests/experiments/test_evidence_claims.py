@@ -57,6 +57,7 @@ NAMES = {
     "opinion_pool": "`opinion_pool()`",
     "learned": "`learned()`",
     "softmax_loss": "softmax of the loss",
+    "softmax_train_loss": "softmax of the training loss",
     "accuracy": "by accuracy",
     "grawa": "GRAWA",
     "edit": "EDiT's penalty",
@@ -196,6 +197,26 @@ def of_liars():
     return accuracies("liars", names, ("flipped3", "reversed3", "idle3"))
 
 
+AIMED = ("relabelled3", "backdoor3", "faint3", "boosted3", "hidden3")
+ATTACKS = ("iid", "flipped3", "scaled3", "random3", "alie3", "alie3far", *AIMED)
+JUDGES = ("opinion_pool", "softmax_loss")
+BLIND = ("plain", "softmax_train_loss", "multi_krum", "geometric_median", "trimmed_mean")
+
+
+def of_attacks():
+    return accuracies("attacks", (*BLIND, *JUDGES, "oracle"), ATTACKS)
+
+
+def of_aims():
+    """Lines: how often attackers get what they want, in %."""
+    return [
+        f"| {NAMES.get(name, name)} | "
+        + " | ".join(mean_sd("attacks", scenario, name, "attack_success") for scenario in AIMED)
+        + " |"
+        for name in (*BLIND, *JUDGES, "oracle")
+    ]
+
+
 LEFT = ("iid", "noisy2", "noisy4", "shifted")
 SERIES = {
     "bad": (("sequential", "plain", "opinion_pool", "softmax_loss", "oracle"), [f"noisy{n}" for n in range(1, 8)]),
@@ -220,6 +241,8 @@ TABLES = {
     "constant": of_constant,
     "methods": of_methods,
     "liars": of_liars,
+    "attacks": of_attacks,
+    "what attackers want": of_aims,
     **{name: (lambda name=name: accuracies(name, *SERIES[name])) for name in SERIES},
 }
 
@@ -318,6 +341,59 @@ def test_what_a_sceptic_would_sign_of_bad_shards_was_recorded():
     assert ahead[0] > 1
     assert abs(ahead[1]) < 0.1
     assert max(ahead[2:]) < -1
+
+
+def lost(scenario, name):
+    """Points of test accuracy below the same without attackers."""
+    return score("attacks", scenario, "oracle") - score("attacks", scenario, name)
+
+
+def wanted(scenario, name):
+    return float(mean_sd("attacks", scenario, name, "attack_success").split()[0])
+
+
+def test_what_a_sceptic_would_sign_of_attacks_was_recorded():
+    text = " ".join(RESULTS.split())
+    ours = "opinion_pool"
+    assert (
+        f"within {max(lost(s, ours) for s in ATTACKS if s != 'flipped3'):.1f} points of the same without attackers"
+        in text
+    )
+    assert f"the flipped sign ({lost('flipped3', ours):.1f})" in text
+    krum, trimmed, pool = (lost("alie3far", name) for name in ("multi_krum", "trimmed_mean", ours))
+    assert f"costs multi-Krum {krum:.1f} points and the trimmed mean {trimmed:.1f}, the pool {pool:.1f}" in text
+    assert f"at the paper's z no rule loses more than {max(lost('alie3', n) for n in (*BLIND, *JUDGES)):.1f}" in text
+    fooled = ("plain", "geometric_median", ours)
+    least = min(wanted(s, n) for n in fooled for s in ("backdoor3", "faint3", "hidden3"))
+    assert f"it works on {least:.0f} to 100 % of the images" in text
+    boosted = wanted("boosted3", ours), wanted("boosted3", "softmax_loss")
+    assert "it shows in the scores: {:.0f} %, {:.0f} under a softmax of the loss".format(*boosted) in text
+    assert f"stops it ({wanted('backdoor3', 'multi_krum'):.1f} %; {wanted('backdoor3', 'oracle'):.1f} without" in text
+    assert f"it works on {wanted('hidden3', 'multi_krum'):.0f} % again" in text
+    trimmed = [wanted(s, "trimmed_mean") for s in AIMED[1:]]
+    assert f"The trimmed mean leaves {min(trimmed):.0f} to {max(trimmed):.0f} %" in text
+    for scenario in ("alie3", "alie3far", "hidden3"):  # all three liars have all the weight that multi-Krum gives
+        rows_of = cells("attacks")[scenario, "multi_krum"].values()
+        assert np.mean([row["weights"][:3] for row in rows_of]) == pytest.approx(0.2, abs=0.001)
+    assert min(wanted("hidden3", name) for name in (*BLIND, *JUDGES)) > 30
+
+
+def test_rates_tuned_without_an_attack_are_as_good_as_those_tuned_with_it():
+    names = ("plain", "opinion_pool", "multi_krum", "geometric_median")
+    apart = [abs(score("liars", "flipped3", name) - score("attacks", "flipped3", name)) for name in names]
+    assert f"means differ by at most {max(apart):.1f} points" in " ".join((ROOT / "BUILD_NOTES.md").read_text().split())
+
+
+SHORT = {"plain": "plain", "opinion_pool": "`opinion_pool()`", "multi_krum": "`multi_krum(3, keep=5)`"}
+SHORT |= {"geometric_median": "`geometric_median()`", "trimmed_mean": "`trimmed_mean(3)`"}
+
+
+def test_the_table_of_the_page_on_bad_shards_is_what_was_recorded():
+    page = (ROOT / "docs" / "bad_shards.md").read_text()
+    for name, words in SHORT.items():
+        honest = [mean_sd("attacks", s, name).split()[0] for s in ("scaled3", "flipped3", "alie3far")]
+        aimed = [f"{mean_sd('attacks', s, name).split()[0]} ({wanted(s, name):.0f})" for s in ("backdoor3", "hidden3")]
+        assert f"| {words} | {' | '.join(honest + aimed)} |" in page
 
 
 def test_what_a_sceptic_would_sign_of_what_is_left_was_recorded():

@@ -24,6 +24,7 @@ weighting = {"learned": wavg.learned, "softmax": lambda: wavg.softmax("loss", 0.
     "krum": lambda: wavg.robust.multi_krum(1, keep=3), "distance": lambda: wavg.inverse("distance")}
 averager = wavg.averager(weighting[options.get("weighting", "plain")](), outer=optax.sgd(0.9, momentum=0.3))
 inner = optax.sgd(0.05, momentum=0.9)
+liars = wavg.faults.simulate(K, sent={0: 0, 3: 0}, mean={0: 1, 3: 1}, deviation={0: -1, 3: -1}, noise={3: 0.01})
 """
 FIT = """
 result = wavg.fit(
@@ -31,7 +32,7 @@ result = wavg.fit(
     at_sync=wavg.AtSync(wire=options.get("wire", "float32"), drift=options.get("scaffold") and
     wavg.drift.scaffold(options["scaffold"])), workdir=WORKDIR, resume=RESUME, progress=False,
     layout=wavg.Layout(replica_map="vmap", resident=options.get("resident")),
-    store=wavg.Store(checkpoint_every=2),
+    store=wavg.Store(checkpoint_every=2), faults=liars if options.get("liars") else None,
 )
 (folder / f"rows-{P}-{INDEX}.json").write_text(json.dumps(result.rows))
 """
@@ -65,6 +66,7 @@ CASES = {
     "bfloat16, streamed": {"weighting": "learned", "wire": "bfloat16", "resident": False},
     "robust": {"weighting": "krum"},
     "distance": {"weighting": "distance"},
+    "liars": {"weighting": "softmax", "liars": True},
     "control variates": {"weighting": "softmax", "scaffold": 0.5},
     "one replica, split batches": {"pooled": True},
 }

@@ -18,6 +18,7 @@ from wavg_jax.elastic.crew import Crew
 from wavg_jax.elastic.engine import Elastic, shapes_of
 from wavg_jax.elastic.settings import WORKERS, Workers, check_workers, size_in
 from wavg_jax.elastic.worker import CONFIG, Kit, Shard
+from wavg_jax.rounds.faults import Faults, check_apart, lies
 from wavg_jax.storage.schema import Row
 from wavg_jax.training import fit as in_process
 from wavg_jax.training.batches import as_targets, scored_samples
@@ -83,8 +84,9 @@ def _checked(given: dict[str, Any], workers: Workers) -> dict[str, Any]:
         raise SettingsError("at_sync=: workers send whole replicas in float32; leave out wire= and fragments=")
     if getattr(given["scoring"], "guard", None) is not None:
         raise SettingsError("scoring=: workers do not hear of a lowered rate; leave out guard=")
-    faults = given["faults"]
-    if workers.audit and faults is not None and set(faults.sent) != {1.0}:
+    faults = given["faults"] if isinstance(given["faults"], Faults) else None  # else `fit` refuses it
+    check_apart(faults, "workers")
+    if workers.audit and lies(faults):
         raise SettingsError("audit= with faults that change what is sent: workers score that, auditors the truth")
     chosen = getattr(layout, "replica_map", "auto")
     if chosen == "auto":

@@ -18,6 +18,8 @@ from wavg_jax.storage.sanity import check_numbers
 from wavg_jax.storage.schema import Row
 
 CELL_METRICS = ("test_accuracy", "test_loss", "test_ece", "seconds")
+AIMED = "attack_success"
+"""A metric of the cells of a scenario with an attack that has a target."""
 HEADER = (
     *("scenarios", "settings", "dataset", "train_samples", "heldout_samples", "test_samples", "parameters"),
     *("hardware", "versions"),
@@ -31,7 +33,7 @@ class Entry(NamedTuple):
     """One weighting in one scenario, over the seeds recorded.
 
     Attributes:
-      metrics: each of `CELL_METRICS`.
+      metrics: each of `CELL_METRICS`, and `AIMED` where it is recorded.
       differences: minus the reference, paired by seed, over the seeds that both have.
       gap: test accuracy of the best weighting of the scenario minus this one's, over the seeds that both have.
       weights: mean weight of each replica over rounds and seeds [K].
@@ -278,8 +280,9 @@ def _best(cells: Cells, scenario: str, chosen: Sequence[str]) -> str:
 def _entry(cells: Cells, key: tuple[str, str], best: Mapping[str, str], reference: str) -> Entry:
     scenario, _ = key
     own, base, top = cells[key], cells.get((scenario, reference), {}), cells[scenario, best[scenario]]
+    metrics = (*CELL_METRICS, *([AIMED] if all(AIMED in row for row in own.values()) else []))
     return Entry(
-        metrics={metric: _over(own, metric) for metric in CELL_METRICS},
+        metrics={metric: _over(own, metric) for metric in metrics},
         differences={metric: _minus(own, base, metric) for metric in CELL_METRICS},
         gap=_minus(top, own, "test_accuracy"),
         weights=np.stack([np.array(row["weights"], np.float64).reshape(-1) for row in own.values()]).mean(axis=0),

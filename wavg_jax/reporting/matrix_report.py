@@ -11,7 +11,7 @@ from wavg_jax.reporting.canvas import Plot
 from wavg_jax.reporting.document import Caller, assemble, bullets, dated, image_link, write_files
 from wavg_jax.reporting.findings import by_chance
 from wavg_jax.reporting.heatmap import NONE, draw_matrix
-from wavg_jax.reporting.matrix import MARGIN, Entry, Matrix, Verdict
+from wavg_jax.reporting.matrix import AIMED, MARGIN, Entry, Matrix, Verdict
 from wavg_jax.reporting.page import html_fragment
 from wavg_jax.reporting.recovery_report import draw_recovery, left_tables, recovery_tables
 from wavg_jax.reporting.series import draw_series, series_of
@@ -109,14 +109,20 @@ def matrix_sentences(matrix: Matrix) -> list[str]:
     lines += by_chance(compared, reference)
     lines += [
         "The best of many means is a little too high by chance, so the gaps to it are a little too large.",
-        "Every weighting ran in every scenario at the rate and weight decay that were best for it on other seeds and "
-        "samples."
+        f"Every weighting ran in every scenario at the rate and weight decay that were best for it {_tuned(matrix)}on "
+        "other seeds and samples."
         if matrix.roles
         else f"All weightings of a scenario ran at one learning rate. If that rate was tuned for {reference}, it "
         f"flatters {reference}: a weighting that tolerates higher rates gets no credit for it.",
         "The seed also decides the shards, so seeds differ most where shards do; hence differences are paired by seed.",
     ]
     return lines
+
+
+def _tuned(matrix: Matrix) -> str:
+    """Where the weightings were tuned, if not each in the scenario itself."""
+    name = matrix.headers[0]["settings"].get("tuned_in")
+    return f"in {matrix.titles.get(name, name)}, " if name else ""
 
 
 def _recommendation(matrix: Matrix) -> str:
@@ -232,9 +238,16 @@ def _wide(matrix: Matrix) -> list[TextTable]:
     def shown(metric: str, scale: float, decimals: int) -> Callable[[Entry], str]:
         return lambda entry: _finite(entry.metrics[metric], scale, decimals)
 
+    aimed = _by_scenario(
+        matrix,
+        "Attack success (%)",
+        f"{spread} Of the test samples that attackers aim at, those that get the label they want.",
+        lambda entry: _finite(entry.metrics[AIMED], 100, 2) if AIMED in entry.metrics else NONE,
+    )
     return [
         *left_tables(matrix),
         _by_scenario(matrix, "Test accuracy (%)", spread, shown("test_accuracy", 100, 2)),
+        *([aimed] if any(AIMED in entry.metrics for entry in matrix.entries.values()) else []),
         _by_scenario(matrix, "Test loss", f"{spread} Mean cross-entropy in nats.", shown("test_loss", 1, 3)),
         _by_scenario(
             matrix, "Calibration", f"{spread} Expected calibration error in %; 0 is perfect.", shown("test_ece", 100, 2)

@@ -1,13 +1,16 @@
 """What rounds of every form are made of."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from wavg_jax.base import Averager, Batch, PyTree, Replicas, Smoothed, Task, TrainState
+from wavg_jax import tree
+from wavg_jax.arguments import shown
+from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
 from wavg_jax.devices.placement import Placement
 from wavg_jax.rounds import keys, local, score, sync
 from wavg_jax.rounds.diagnosis import diagnose
@@ -200,3 +203,26 @@ def everywhere(placement: Placement, part: PyTree) -> PyTree:
 def constrained(placement: Placement, sharding: Any, part: PyTree) -> PyTree:
     """Lays a tree out over the devices."""
     return part if len(placement.devices) == 1 else jax.lax.with_sharding_constraint(part, sharding)
+
+
+def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs: Iterable[str], kind: type) -> None:
+    """Checks what a step reads.
+
+    Raises:
+      SettingsError: the batches are not of this `kind`, or a leaf is not [K, H, ...]; or the held-out data are no whole
+        `Batch`, or missing where the weighting reads them.
+    """
+    k, shapes = tree.count_replicas(state.replicas.params), [jnp.shape(x) for x in jax.tree.leaves(batches)]
+    if not isinstance(batches, kind) or not shapes:
+        raise SettingsError(f"batches= is {shown(batches)}; give a wavg_jax.Batch with leaves [K, H, B, ...]")
+    for shape in shapes:
+        if len(shape) < 2 or shape[:2] != (k, shapes[0][1]):
+            raise SettingsError(
+                f"batches= has a leaf of shape {shape}; with {k} replicas every leaf must be [{k}, H, ...], H batches "
+                "for each replica"
+            )
+    if held_out is None:
+        if score.reads_heldout(needs):
+            raise SettingsError("the rounds score held-out data and there is none: give held_out=Batch(x, y)")
+    elif not isinstance(held_out, Batch) or not len(held_out.y) or len(held_out.x) != len(held_out.y):
+        raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")

@@ -6,7 +6,7 @@ split, in one place alone, or handed to one consumer:
     key(seed)           init | replicas | states | gradient | fisher          `roots`
       replicas          one key for each of the K
         local step      next step's | fetch | loss                  `wavg_jax.rounds.local`
-        sync            next round's | statistics | smoothing | wire            `at_sync`
+        sync            next round's | statistics | smoothing | wire | lie      `at_sync`
           re-estimation keys that a state holds | batches, each fetch | loss
       states            one for each of the K, from which the keys inside a state are made     `own`
 
@@ -46,12 +46,13 @@ def roots(rng: jax.Array) -> Roots:
 
 class AtSyncKeys(NamedTuple):
     """The keys [K] that the replicas' keys split into at the sync: for the next round, for re-estimating statistics and
-    those of smoothed parameters, and for the stochastic rounding of a narrow wire."""
+    those of smoothed parameters, for the stochastic rounding of a narrow wire, and for simulated noise."""
 
     following: jax.Array
     statistics: jax.Array
     smoothing: jax.Array
     wire: jax.Array
+    lie: jax.Array
 
 
 def at_sync(rng: jax.Array) -> AtSyncKeys:

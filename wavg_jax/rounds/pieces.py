@@ -118,8 +118,8 @@ def _segment(setup: Setup, batches: PyTree, number: Any) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * each, each, axis=1), batches)
 
 
-def _distorted(setup: Setup, stacked: PyTree, start: PyTree) -> PyTree:
-    return distort(setup.faults, stacked, jax.tree.map(lambda x: x[None], start))
+def _distorted(setup: Setup, stacked: PyTree, start: PyTree, alive: jax.Array, rng: jax.Array) -> PyTree:
+    return distort(setup.faults, setup.where, stacked, jax.tree.map(lambda x: x[None], start), alive, rng)
 
 
 def _train(
@@ -129,7 +129,8 @@ def _train(
     own = _pace(setup, pace, batches, number)
     segment = _segment(setup, batches, number)
     after, loss, alive = local.train(setup.steps, setup.where.advance, replicas, segment, shared, own)
-    return after, loss, finite_after(setup.faults, alive, _distorted(setup, after.params, params))
+    sent = _distorted(setup, after.params, params, alive, after.rng)
+    return after, loss, finite_after(setup.faults, alive, sent)
 
 
 def _score(
@@ -149,11 +150,12 @@ def _score(
     steps = sum(taken[1:], taken[0])
     total = sum((loss * n.astype(loss.dtype) for loss, n in zip(losses, taken, strict=True)), jnp.zeros_like(losses[0]))
     loss = total / jnp.maximum(steps.astype(total.dtype), 1)
-    sent = replicas._replace(params=_distorted(setup, replicas.params, params))
+    living = jnp.stack(list(alive)).all(0)
+    sent = replicas._replace(params=_distorted(setup, replicas.params, params, living, replicas.rng))
     window = score.window(held_out, round, setup.scoring.samples)
     due = score.due(setup.scoring.every, round)
     signals = score.of_replicas(setup.measured, setup.where.map, sent, window, due) | score.free(loss, sizes, steps)
-    return jnp.stack(list(alive)).all(0), signals
+    return living, signals
 
 
 def _swap(
@@ -187,7 +189,7 @@ def _swap(
     )
     stats = tree.select_replicas(alive, replicas.mutable, tree.with_floats(replicas.mutable, mutable))
     split, start = keys.at_sync(replicas.rng), fragments.take(after, leaving)
-    sent = _distorted(setup, fragments.take(params, leaving), start)
+    sent = _distorted(setup, fragments.take(params, leaving), start, alive, replicas.rng)
     packed, residual = where.map(functools.partial(_pack, at_sync.wire))(
         (sent, replicas.residual[number], split.wire), start
     )
@@ -195,7 +197,7 @@ def _swap(
     residual = tree.select_replicas(arriving, residual, optax.tree.zeros_like(residual))
     residuals = (*replicas.residual[:number], residual, *replicas.residual[number + 1 :])
     replicas = Replicas(params, opt_state, stats, split.following, residuals)
-    return replicas, Packet(packed, arriving), split._replace(following=(), wire=())  # type: ignore[arg-type]
+    return replicas, Packet(packed, arriving), split._replace(following=(), wire=(), lie=())  # type: ignore[arg-type]
 
 
 def _pack(how: str, one: tuple[PyTree, PyTree, jax.Array], start: PyTree) -> tuple[PyTree, PyTree]:

@@ -1,7 +1,7 @@
 """One round as a pure function: train, score, blend, carry over."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,6 @@ from wavg_jax.arguments import (
     either,
     has,
     instance,
-    shown,
 )
 from wavg_jax.base import Averager, Batch, PyTree, Replicas, SettingsError, Smoothed, Task, TrainState
 from wavg_jax.devices.collectives import after as after_exchange
@@ -32,13 +31,14 @@ from wavg_jax.rounds.common import (
     RoundLog,
     Setup,
     carry_statistics,
+    check_data,
     diagnosed,
     everywhere,
     place_state,
     report,
 )
 from wavg_jax.rounds.exchange import Sent, make_exchange, warn_of_wire
-from wavg_jax.rounds.faults import Faults, check_replicas, distort, finite_after, slow_down
+from wavg_jax.rounds.faults import Faults, check_apart, check_replicas, distort, finite_after, slow_down
 from wavg_jax.rounds.forward import Forward, as_stored
 from wavg_jax.rounds.local import EVERY_STEP, Fetch, Pace
 from wavg_jax.rounds.pieces import Pieces, make_pieces
@@ -129,6 +129,8 @@ def make_rounds(
     ((2,), (4,), 1)
     """
     _check_arguments(locals())
+    if at_sync.fragments > 1:
+        check_apart(faults, "rounds in fragments (AtSync)")
     where = single() if placement is None else placement
     forward = Forward(task, prepare, scoring.dtype, scoring.chunk, where.over_samples)
     every = score.weighs_every(averager.needs, scoring)
@@ -187,11 +189,30 @@ def _step(
     check_state(state, setup)
     check_data(state, batches, held_out, score.asked(setup.averager.needs, setup.scoring), setup.batches)
     pace = guard.paced(state.guard, pace)
-    brought = _locally(setup, state.replicas, batches, held_out, state.round, state.drift, shared=shared, pace=pace)
-    return _together(setup, state, brought, batches, held_out, shared=shared, sizes=sizes)
+    brought, sent = _trained(
+        setup, state.replicas, batches, held_out, state.round, state.drift, shared=shared, pace=pace
+    )
+    return _blended(setup, state, brought, sent, batches, held_out, shared=shared, sizes=sizes)
 
 
-def _locally(
+def _locally(setup: Setup, *given: Any, **options: Any) -> Brought:
+    """`Apart.locally`: train and score."""
+    return _trained(setup, *given, **options)[0]
+
+
+def _together(setup: Setup, state: TrainState, brought: Brought, *given: Any, **options: Any) -> tuple:
+    """`Apart.together`: blend and carry over."""
+    return _blended(
+        setup, state, brought, _sent(setup, brought.replicas, state.replicas, brought.alive), *given, **options
+    )
+
+
+def _sent(setup: Setup, after: Replicas, before: Replicas, alive: jax.Array) -> PyTree:
+    """The parameters that the replicas send."""
+    return distort(setup.faults, setup.where, after.params, before.params, alive, after.rng)
+
+
+def _trained(
     setup: Setup,
     replicas: Replicas,
     batches: PyTree,
@@ -201,37 +222,37 @@ def _locally(
     *,
     shared: PyTree = (),
     pace: Pace = EVERY_STEP,
-) -> Brought:
-    """`Apart.locally`: train and score."""
+) -> tuple[Brought, PyTree]:
+    """Trains and scores; also returns the parameters that the replicas send."""
     where = setup.where
     pace = slow_down(setup.faults, pace, local.longest(batches))
     after, train_loss, alive = local.train(setup.steps, where.advance, replicas, batches, shared, pace, drift)
-    sent = after._replace(params=distort(setup.faults, after.params, replicas.params))
-    alive = finite_after(setup.faults, alive, sent.params)
+    sent = _sent(setup, after, replicas, alive)
+    alive = finite_after(setup.faults, alive, sent)
     window = score.window(held_out, round, setup.scoring.samples)
     due = score.due(setup.scoring.every, round)
-    signals = score.of_replicas(setup.measured, where.map, sent, window, due)
-    return Brought(after, train_loss, alive, local.steps_taken(batches, pace), signals)
+    signals = score.of_replicas(setup.measured, where.map, after._replace(params=sent), window, due)
+    return Brought(after, train_loss, alive, local.steps_taken(batches, pace), signals), sent
 
 
-def _together(
+def _blended(
     setup: Setup,
     state: TrainState,
     brought: Brought,
+    sent: PyTree,
     batches: PyTree,
     held_out: Batch | None,
     *,
     shared: PyTree = (),
     sizes: jax.Array | None = None,
 ) -> tuple[TrainState, RoundLog]:
-    """`Apart.together`: blend and carry over."""
+    """Blends what the replicas send [K, ...], and carries over."""
     where, after, taken = setup.where, brought.replicas, brought.steps
-    sent = after._replace(params=distort(setup.faults, after.params, state.replicas.params))
     window = score.window(held_out, state.round, setup.scoring.samples)
     signals = brought.signals | score.free(brought.train_loss, sizes, taken)
     # Blend.
     split = keys.at_sync(after.rng)
-    outgoing = Sent(sent.params, sent.mutable, brought.alive, signals)
+    outgoing = Sent(sent, after.mutable, brought.alive, signals)
     blended, told, residual = setup.exchange(state, outgoing, after.residual, split.wire, window)
     params, averager_state, weights, distances = blended
     share = everywhere(where, per_replica(weights))
@@ -356,29 +377,6 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     check_fields(given["scoring"], SCORING)
     guard.check(given["scoring"].guard, given["at_sync"].fragments)
     check_fields(given["at_sync"], AT_SYNC)
-
-
-def check_data(state: TrainState, batches: PyTree, held_out: Batch | None, needs: Iterable[str], kind: type) -> None:
-    """Checks what a step reads.
-
-    Raises:
-      SettingsError: the batches are not of this `kind`, or a leaf is not [K, H, ...]; or the held-out data are no whole
-        `Batch`, or missing where the weighting reads them.
-    """
-    k, shapes = tree.count_replicas(state.replicas.params), [jnp.shape(x) for x in jax.tree.leaves(batches)]
-    if not isinstance(batches, kind) or not shapes:
-        raise SettingsError(f"batches= is {shown(batches)}; give a wavg_jax.Batch with leaves [K, H, B, ...]")
-    for shape in shapes:
-        if len(shape) < 2 or shape[:2] != (k, shapes[0][1]):
-            raise SettingsError(
-                f"batches= has a leaf of shape {shape}; with {k} replicas every leaf must be [{k}, H, ...], H batches "
-                "for each replica"
-            )
-    if held_out is None:
-        if score.reads_heldout(needs):
-            raise SettingsError("the rounds score held-out data and there is none: give held_out=Batch(x, y)")
-    elif not isinstance(held_out, Batch) or not len(held_out.y) or len(held_out.x) != len(held_out.y):
-        raise SettingsError("held_out= must be a wavg_jax.Batch of at least one sample, x [N, ...] and y [N, ...]")
 
 
 def check_state(state: TrainState, setup: Setup) -> None:

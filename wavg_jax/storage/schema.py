@@ -18,7 +18,7 @@ null. A run has two kinds.
   checkpoint_every      rounds between checkpoints
   local_steps, samples_per_round    of the longest round
   score_samples, score_every    held-out samples scored in a round, null for all; rounds between scorings
-  faults                simulated faults {speed, rate, sent}, [K] each; null for none
+  faults                simulated faults {speed, rate, sent, mean, deviation, noise}, [K] each; null for none
   parameters            numbers in one replica's parameters
   bytes_per_round       sent and received by all replicas together: parameters up, blend down
   compile_seconds       of the round and the evaluation, added up; spent once per process, and on no other clock
@@ -81,6 +81,8 @@ A matrix has two kinds of its own.
   decay, tuned_accuracy     with roles: weight decay, and accuracy on the tuning split, mean over the tuning seeds
   heldout_accuracy      [R], with roles: on the held-out samples after every round; missing from rows of controls
   test_accuracy, test_loss, test_macro_f1, test_ece     of the final global parameters
+  attack_success        share of the test samples that an attacker aims at which get the label it wants; missing where
+                        none aims
   weights               [K], mean over the rounds
   effective_replicas    mean over the rounds of 1 / sum(weights^2)
   alive_rounds          [K], rounds in which each replica was alive
