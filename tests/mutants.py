@@ -85,7 +85,7 @@ MODULES = {
         "weighting/test_search weighting/test_search_problem",
         "weighting/test_opinion_pool weighting/test_schemes rounds/test_score",
     ),
-    "sync": Module("rounds/sync", "rounds/test_sync", "rounds/test_exchange rounds/test_round"),
+    "sync": Module("rounds/sync", "rounds/test_sync", "rounds/test_drift rounds/test_reestimation rounds/test_round"),
     "journal": Module(
         "storage/journal",
         "storage/test_resume",
