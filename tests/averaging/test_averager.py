@@ -229,6 +229,7 @@ def test_one_replica_is_taken_as_it_is():
     ("weighting", "settings", "reads"),
     [
         (wavg.softmax("loss"), {}, False),
+        (wavg.token_weighted(), {}, False),
         (wavg.softmax("loss"), {"outer": optax.sgd(0.5), "pull": 0.5, "deltas": True}, False),
         (wavg.softmax("loss"), {"transform": wavg.transforms.trim_deltas()}, True),
         (wavg.softmax("loss"), {"reduce": wavg.norm_preserving}, True),

@@ -59,6 +59,11 @@ def test_numbers_worked_by_hand(units, weights, expected):
     np.testing.assert_allclose(unit(blend(kernels(*units), jnp.asarray(weights, jnp.float32))), expected, rtol=1e-6)
 
 
+def test_directions_that_nearly_cancel_still_have_a_mean():
+    # v = (0, 1e-4) to rounding, far from float32's 1e-7: length 1 in the direction (0, 1), not the plain mean.
+    np.testing.assert_allclose(unit(blend(kernels([1, 0], [-1, 2e-4]), jnp.full(2, 0.5))), [0, 1], atol=1e-3)
+
+
 def random_tree(seed, replicas=3):
     rng = np.random.default_rng(seed)
     shapes = {"conv": (2, 3, 4), "dense": (5, 4), "bias": (4,), "scale": ()}
