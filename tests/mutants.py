@@ -1,15 +1,15 @@
 """Which small changes of the library do its tests find? Changes one place at a time, and runs the tests.
 
     python -m pip install -e ".[dev,mutants]"
-    python tests/mutants.py --each=26 --workdir=runs/mutants
-    python tests/mutants.py --again --workdir=runs/mutants
+    python tests/mutants.py --each=26 --minutes=60
+    python tests/mutants.py --again
 
 The changes are cosmic-ray's: another operator, comparison or number, a negated condition, an exception that is not
 caught, a loop that is not entered. Draws places of each module at random and one change of each. A change is killed if
 a test fails or the tests take many times as long; what the module's own tests let pass, those of its neighbours judge.
 
-Writes mutants.json and mutants.md. `--again` tries what survived once more, with the tests of today. Survivors that
-change nothing that matters are named in equivalent.json beside them, each with why.
+Writes mutants.json and mutants.md to --workdir. Read the survivors, and name in survivors.json beside them the test
+that kills each, or why none can; `--again` runs these tests with and without their changes, and writes both anew.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -218,7 +218,7 @@ def run_tests(tests: str, limit: float) -> str:
                 os.dup2(out.fileno(), 2)
             import pytest
 
-            files = [f"tests/{name}.py" for name in tests.split()]
+            files = [f"tests/{name if '::' in name else f'{name}.py'}" for name in tests.split()]
             known = "ignore::pytest.PytestAssertRewriteWarning"  # of plugins that `prepare` has imported
             code = pytest.main(["-x", "-q", "-n0", "--damage=10", "--tb=line", "-W", known, *files])
             sys.stdout.flush()
@@ -254,94 +254,97 @@ def limit(tests: str) -> float:
     return PATIENCE + SLOWER * (time.monotonic() - begun)
 
 
-def judge(mutant: Mutant, tests: str, deadline: float) -> str | None:
+def judge(mutant: Mutant, stages: Sequence[str], deadline: float) -> str | None:
     """What kills a mutant; "" if nothing does, None if the time is over."""
     if time.time() > deadline:
         return None
-    longest = limit(tests)
+    limits = [limit(tests) for tests in stages]
     path = COPY / mutant.path
     source = path.read_text()
     path.write_text(mutate(source, mutant.operator, mutant.occurrence))
     try:
-        return run_tests(tests, longest)
+        return next(filter(None, map(run_tests, stages, limits)), "")
     finally:
         path.write_text(source)
         # Two changes within a second look the same to Python's cache.
         pathlib.Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
 
-def judge_all(mutants: Sequence[Mutant], processes: int, minutes: float) -> Iterator[tuple[Mutant, str]]:
-    """Yields every mutant that is tried in time, with what kills it, and those that survive once more."""
-    deadline = time.time() + 60 * minutes
+def judge_all(tests: dict[Mutant, Sequence[str]], options: argparse.Namespace) -> Iterator[tuple[Mutant, str]]:
+    """Yields every mutant that is tried in time, with what kills it; its tests come in stages."""
+    deadline = time.time() + 60 * options.minutes
     forked = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=forked, initializer=prepare) as pool:
-        for which in ("own", "neighbours"):
-            asked = {pool.submit(judge, m, getattr(MODULES[m.module], which), deadline): m for m in mutants}
-            mutants = []
-            for done in concurrent.futures.as_completed(asked):
-                if (killer := done.result()) is not None:
-                    mutant = asked[done]
-                    print(f"{mutant.path}:{mutant.line}: `{mutant.after}`: {killer or 'survived'}", flush=True)
-                    mutants += [] if killer else [mutant]
-                    yield mutant, killer
+    with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=forked, initializer=prepare) as pool:
+        asked = {pool.submit(judge, mutant, stages, deadline): mutant for mutant, stages in tests.items()}
+        for done in concurrent.futures.as_completed(asked):
+            if (killer := done.result()) is not None:
+                mutant = asked[done]
+                print(f"{mutant.path}:{mutant.line}: `{mutant.after}`: {killer or 'survived'}", flush=True)
+                yield mutant, killer
 
 
 def first_run(options: argparse.Namespace) -> None:
     """Draws and tries mutants, of all modules in turn, so that a run that ends early has tried as many of each."""
     drawn = {module: draw(module, options.each, options.seed) for module in options.modules.split(",")}
     turns = itertools.chain(*itertools.zip_longest(*(mutants for mutants, _ in drawn.values())))
-    tried: dict[Mutant, Row] = {}
-    begun = time.monotonic()
+    begun, rows = time.monotonic(), []
     record = {
         "command": " ".join(["python tests/mutants.py", *(a for a in sys.argv[1:] if not a.startswith("--workdir="))]),
         "places": {module: count for module, (_, count) in drawn.items()},
+        "mutants": rows,
     }
-    for mutant, killer in judge_all(list(filter(None, turns)), options.processes, options.minutes):
-        tried[mutant] = mutant._asdict() | {"killed_by": killer, "killed_since_by": ""}
-        record |= {"seconds": time.monotonic() - begun, "mutants": list(tried.values())}
+    for mutant, killer in judge_all({m: MODULES[m.module][1:] for m in turns if m}, options):
+        rows.append(mutant._asdict() | {"killed_by": killer})
+        record["seconds"] = time.monotonic() - begun
         write(record, options.workdir)
 
 
 def run_again(options: argparse.Namespace) -> None:
-    """Tries what has survived once more. Where the file has changed, a mutant is found again by its line."""
-    record = json.loads((options.workdir / "mutants.json").read_text())
-    asked = {}
+    """Tries each survivor with the test that is named for it. Where the file has changed, its line finds it again."""
+    record, named = json.loads((options.workdir / "mutants.json").read_text()), verdicts(options.workdir)
+    rows, tests = {}, {}
     for row in record["mutants"]:
-        if row["killed_by"] or row["killed_since_by"] or row["equivalent"]:
+        test = named(row)
+        if row["killed_by"] or "::" not in test:
             continue
         for operator, occurrence in itertools.chain(*places(row["path"]).values()):
             mutant = operator == row["operator"] and make(row["module"], row["path"], operator, occurrence)
             if mutant and (mutant.before, mutant.after) == (row["before"], row["after"]):
-                asked[mutant] = row
-    for mutant, killer in judge_all(list(asked), options.processes, options.minutes):
-        asked[mutant] |= {"killed_since_by": killer, "line": mutant.line, "occurrence": mutant.occurrence}
-        write(record, options.workdir)
+                rows[mutant], tests[mutant] = row, (test,)
+    for mutant, killer in judge_all(tests, options):
+        rows[mutant] |= {"killed_since": bool(killer), "line": mutant.line, "occurrence": mutant.occurrence}
+    write(record, options.workdir)
+
+
+def verdicts(folder: pathlib.Path) -> Callable[[Row], str]:
+    """What survivors.json says of a mutant: a test `folder/test_file.py::test_name`, why it is none, or ""."""
+    file = folder / "survivors.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    return lambda row: known.get(row["path"], {}).get(f"{row['before']} -> {row['after']}", "")
 
 
 def write(record: Row, folder: pathlib.Path) -> None:
     """Writes the record with its counts, and as a page."""
     from wavg_jax.devices import machine
 
-    known = folder / "equivalent.json"
-    equivalent = json.loads(known.read_text()) if known.exists() else {}
+    say = verdicts(folder)
     for row in record["mutants"]:
-        row["equivalent"] = equivalent.get(row["path"], {}).get(f"{row['before']} -> {row['after']}", "")
-    rows = record["mutants"]
+        row["verdict"] = "" if row["killed_by"] else say(row)
+    rows = [row for row in record["mutants"] if not row["verdict"] or "::" in row["verdict"]]
     record |= {"hardware": machine.hardware(), "versions": machine.versions() | {"cosmic-ray": version("cosmic-ray")}}
-    record |= {"at_first": score(rows, "killed_by"), "since": score(rows, "killed_by", "killed_since_by")}
+    record["at_first"] = share([bool(row["killed_by"]) for row in rows])
+    record["since"] = share([bool(row["killed_by"] or row.get("killed_since")) for row in rows])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mutants.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "mutants.md").write_text(page(record))
 
 
-def score(rows: list[Row], *killers: str) -> Row:
-    """How many mutants are killed, of those that are not equivalent, with the 95 % interval of a sample's share."""
+def share(killed: Sequence[bool]) -> Row:
+    """How many mutants are killed, with the 95 % interval of a sample's share (Wilson)."""
     import scipy.stats
 
-    judged = [row for row in rows if not row["equivalent"]]
-    killed = sum(any(row[name] for name in killers) for row in judged)
-    low, high = scipy.stats.binomtest(killed, len(judged)).proportion_ci(method="wilson") if judged else (0.0, 1.0)
-    return {"killed": killed, "of": len(judged), "low": low, "high": high}
+    low, high = scipy.stats.binomtest(sum(killed), max(len(killed), 1)).proportion_ci(method="wilson")
+    return {"killed": sum(killed), "of": len(killed), "low": low, "high": high}
 
 
 def page(record: Row) -> str:
@@ -355,44 +358,40 @@ def page(record: Row) -> str:
         f"{hardware['processor']}, {hardware['isa']}, {hardware['cores']} cores; {record['seconds'] / 60:.0f} min; "
         + ", ".join(f"{name} {found}" for name, found in record["versions"].items()),
         "",
-        f"**{share(since)}** of the {len(rows)} changes tried are killed, {len(rows) - since['of']} that change "
-        f"nothing left out; {share(first)}, 95 % interval {100 * first['low']:.0f} to {100 * first['high']:.0f} %, "
-        "before tests were written for those that survived.",
+        f"Of {len(rows)} changes tried {len(rows) - since['of']} change nothing that matters. Of the {since['of']} "
+        f"others the tests found {first['killed']} ({100 * first['killed'] / max(first['of'], 1):.1f} %, 95 % interval "
+        f"{100 * first['low']:.0f} to {100 * first['high']:.0f} %) as they were, and **{since['killed']} "
+        f"({100 * since['killed'] / max(since['of'], 1):.1f} %)** with those written or named since for the survivors. "
+        "Only the first is an estimate for changes that were not drawn.",
         "",
         "| module | places | tried | killed | of these without end | killed since | equivalent | left |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for module, count in record["places"].items():
         own = [row for row in rows if row["module"] == module]
-        left = [row for row in own if not row["killed_by"]]
-        since = [row for row in left if row["killed_since_by"]]
-        equal = [row for row in left if row["equivalent"]]
-        endless = sum(row["killed_by"] == ENDLESS for row in own)
-        counts = (count, len(own), len(own) - len(left), endless, len(since), len(equal))
-        lines.append(f"| {module} | {' | '.join(map(str, counts))} | {len(left) - len(since) - len(equal)} |")
-    lines += ["", "Survivors:", ""]
+        killed = [row["killed_by"] for row in own if row["killed_by"]]
+        since = sum(row.get("killed_since", False) for row in own)
+        equal = sum(bool(row["verdict"]) and "::" not in row["verdict"] for row in own)
+        counts = (count, len(own), len(killed), killed.count(ENDLESS), since, equal)
+        lines.append(f"| {module} | {' | '.join(map(str, counts))} | {len(own) - len(killed) - since - equal} |")
+    lines += ["", "Survivors, and the test that kills each or why none can:", ""]
     for row in rows:
         if not row["killed_by"]:
-            fate = row["equivalent"] or (f"since: {row['killed_since_by']}" if row["killed_since_by"] else "**left**")
-            lines.append(f"- {row['path']}:{row['line']}: `{row['before']}` → `{row['after']}`: {fate}")
+            fate = row["verdict"] if row.get("killed_since") or "::" not in row["verdict"] else ""
+            lines.append(f"- {row['path']}:{row['line']}: `{row['before']}` → `{row['after']}`: {fate or '**left**'}")
     return "\n".join(lines) + "\n"
-
-
-def share(found: Row) -> str:
-    """`271 of 300 (90.3 %)`."""
-    return f"{found['killed']} of {found['of']} ({100 * found['killed'] / max(found['of'], 1):.1f} %)"
 
 
 def main() -> None:
     """Tries changes, and writes what came of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "mutants")
-    parser.add_argument("--again", action="store_true", help="try what has survived once more")
+    parser.add_argument("--again", action="store_true", help="try the survivors with the tests named in survivors.json")
     parser.add_argument("--each", type=int, default=26, help="places of each module")
     parser.add_argument("--modules", default=",".join(MODULES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no further after so many")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no further change after so many")
     options = parser.parse_args()
     run_again(options) if options.again else first_run(options)
     print((options.workdir / "mutants.md").read_text())
