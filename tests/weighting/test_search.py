@@ -128,6 +128,16 @@ def test_a_step_of_exponentiated_gradient_descent_by_hand():
     np.testing.assert_allclose(x, 4 * second, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_steps_are_as_long_whatever_the_unit_of_the_loss(scale):
+    def measured(params, weights):
+        return {"loss": scale * bowl(params)["loss"]}
+
+    weights = blended(LEARNED, [0.0, 4.0])[1]
+    assert np.ptp(weights) > 0.3
+    np.testing.assert_allclose(blended(LEARNED, [0.0, 4.0], evaluate=measured)[1], weights, rtol=1e-3)
+
+
 def test_a_step_too_far_keeps_the_start():
     scheme = search.learned(constant(0.3, 0.7), steps=3, optimizer=optax.sgd(100.0))
     np.testing.assert_allclose(blended(scheme, [0.0, 4.0])[1], [0.3, 0.7], rtol=1e-6)
