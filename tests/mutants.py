@@ -330,21 +330,33 @@ def write(record: Row, folder: pathlib.Path) -> None:
     say = verdicts(folder)
     for row in record["mutants"]:
         row["verdict"] = "" if row["killed_by"] else say(row)
-    rows = [row for row in record["mutants"] if not row["verdict"] or "::" in row["verdict"]]
-    record |= {"hardware": machine.hardware(), "versions": machine.versions() | {"cosmic-ray": version("cosmic-ray")}}
-    record["at_first"] = share([bool(row["killed_by"]) for row in rows])
-    record["since"] = share([bool(row["killed_by"] or row.get("killed_since")) for row in rows])
+    if "versions" not in record:  # `--again` keeps those of the first run
+        found = machine.versions() | {"cosmic-ray": version("cosmic-ray")}
+        record |= {"hardware": machine.hardware(), "versions": found}
+    record["at_first"] = share(record, lambda row: bool(row["killed_by"]))
+    record["since"] = share(record, lambda row: bool(row["killed_by"] or row.get("killed_since")))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mutants.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "mutants.md").write_text(page(record))
 
 
-def share(killed: Sequence[bool]) -> Row:
-    """How many mutants are killed, with the 95 % interval of a sample's share (Wilson)."""
+def equivalent(row: Row) -> bool:
+    """Whether a mutant is said to be none."""
+    return bool(row["verdict"]) and "::" not in row["verdict"]
+
+
+def share(record: Row, killed: Callable[[Row], bool]) -> Row:
+    """How many mutants are killed, the 95 % interval of a sample's share (Wilson), and the share of all places."""
     import scipy.stats
 
-    low, high = scipy.stats.binomtest(sum(killed), max(len(killed), 1)).proportion_ci(method="wilson")
-    return {"killed": sum(killed), "of": len(killed), "low": low, "high": high}
+    rows = [row for row in record["mutants"] if not equivalent(row)]
+    count = sum(map(killed, rows))
+    low, high = scipy.stats.binomtest(count, max(len(rows), 1)).proportion_ci(method="wilson")
+    of_module = {name: [killed(row) for row in rows if row["module"] == name] for name in record["places"]}
+    weights = {name: record["places"][name] for name, own in of_module.items() if own}
+    means = {name: sum(of_module[name]) / len(of_module[name]) for name in weights}
+    of_places = sum(weights[name] * means[name] for name in weights) / max(sum(weights.values()), 1)
+    return {"killed": count, "of": len(rows), "low": low, "high": high, "of_places": of_places}
 
 
 def page(record: Row) -> str:
@@ -360,9 +372,10 @@ def page(record: Row) -> str:
         "",
         f"Of {len(rows)} changes tried {len(rows) - since['of']} change nothing that matters. Of the {since['of']} "
         f"others the tests found {first['killed']} ({100 * first['killed'] / max(first['of'], 1):.1f} %, 95 % interval "
-        f"{100 * first['low']:.0f} to {100 * first['high']:.0f} %) as they were, and **{since['killed']} "
+        f"{100 * first['low']:.1f} to {100 * first['high']:.1f} %) as they were, and **{since['killed']} "
         f"({100 * since['killed'] / max(since['of'], 1):.1f} %)** with those written or named since for the survivors. "
-        "Only the first is an estimate for changes that were not drawn.",
+        f"Only the first estimates what was not drawn: {100 * first['of_places']:.1f} % of all places, as modules were "
+        "not drawn by their size.",
         "",
         "| module | places | tried | killed | of these without end | killed since | equivalent | left |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -371,13 +384,13 @@ def page(record: Row) -> str:
         own = [row for row in rows if row["module"] == module]
         killed = [row["killed_by"] for row in own if row["killed_by"]]
         since = sum(row.get("killed_since", False) for row in own)
-        equal = sum(bool(row["verdict"]) and "::" not in row["verdict"] for row in own)
+        equal = sum(map(equivalent, own))
         counts = (count, len(own), len(killed), killed.count(ENDLESS), since, equal)
         lines.append(f"| {module} | {' | '.join(map(str, counts))} | {len(own) - len(killed) - since - equal} |")
     lines += ["", "Survivors, and the test that kills each or why none can:", ""]
     for row in rows:
         if not row["killed_by"]:
-            fate = row["verdict"] if row.get("killed_since") or "::" not in row["verdict"] else ""
+            fate = row["verdict"] if row.get("killed_since") or equivalent(row) else ""
             lines.append(f"- {row['path']}:{row['line']}: `{row['before']}` → `{row['after']}`: {fate or '**left**'}")
     return "\n".join(lines) + "\n"
 

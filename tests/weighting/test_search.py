@@ -203,6 +203,14 @@ def test_a_dead_replica_comes_back_neutral():
     assert (blended(SMALL_STEPS, [0.0, 4.0, 1.0], state=state)[1] > 0.05).all()
 
 
+def test_a_replica_that_the_start_leaves_out_is_carried_on_neutral():
+    carried = search.learned(constant(0.5, 0.5, 0), carry=True, steps=1, learning_rate=0.05)
+    _, weights, state = blended(carried, [0.0, 4.0, 100.0])
+    logits = np.asarray(state.weighting.logits)
+    assert logits[1] > 0.1 > -0.1 > logits[0]
+    assert (weights[2], abs(logits[2]) < 1e-5) == (0, True)
+
+
 def test_a_carried_logit_never_sinks_out_of_reach():
     scheme = search.learned(carry=True, steps=1, optimizer=optax.sgd(5.0))
     state = None
