@@ -92,7 +92,9 @@ MODULES = {
         "storage/test_lock storage/test_shared_journal training/test_fit_options",
     ),
     "checkpoints": Module(
-        "storage/checkpoints", "storage/test_checkpoints", "storage/test_damaged_storage storage/test_resume"
+        "storage/checkpoints",
+        "storage/test_checkpoints",
+        "storage/test_damaged_storage storage/test_tensors storage/test_resume",
     ),
     "rows": Module(
         "storage/rows",
