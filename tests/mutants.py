@@ -377,7 +377,7 @@ def page(record: Row) -> str:
         f"{100 * first['low']:.1f} to {100 * first['high']:.1f} %) as they were, and **{since['killed']} "
         f"({100 * since['killed'] / max(since['of'], 1):.1f} %)** with those written or named since for the survivors. "
         f"Only the first estimates what was not drawn: {100 * first['of_places']:.1f} % of all places, as modules were "
-        "not drawn by their size.",
+        f"not drawn by their size. {record.get('note', '')}".strip(),
         "",
         "| module | places | tried | killed | of these without end | killed since | equivalent | left |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -197,6 +197,13 @@ def test_a_folder_that_cannot_be_written_is_an_os_error_with_errno_and_filename(
         assert raised.value.filename.startswith(str(tmp_path / "file"))
 
 
+def test_looking_whether_a_folder_can_be_written_makes_nothing(tmp_path):
+    check_writable(None)
+    check_writable(tmp_path)
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_folder_rows_stay_in_memory(tmp_path):
     written = Records(None)
     written.append(header())
