@@ -109,7 +109,7 @@ def test_what_is_said_of_mutants_is_what_was_recorded():
     assert f"Of {first['of']} small changes" in reliability
     assert f"the tests found [{first['killed']} ({share})](../experiments/results/mutants/mutants.md)" in reliability
     assert f"({100 * first['low']:.1f} to {100 * first['high']:.1f} %)" in reliability
-    assert f"{since['killed']} with those written or named" in reliability
+    assert f"and {since['killed']} with those written or named since" in reliability
     assert f"[{first['killed']} of {first['of']}](mutants/mutants.md)" in RESULTS
     assert f"{len(record['mutants'])} changes in {record['seconds'] / 60:.0f} min" in NOTES
 
