@@ -225,6 +225,21 @@ def test_one_replica_is_taken_as_it_is():
     jax.tree.map(np.testing.assert_array_equal, new, wavg.replica(stacked, 0))
 
 
+@pytest.mark.parametrize(
+    ("weighting", "settings", "reads"),
+    [
+        (wavg.softmax("loss"), {}, False),
+        (wavg.token_weighted(), {}, False),
+        (wavg.softmax("loss"), {"outer": optax.sgd(0.5), "pull": 0.5, "deltas": True}, False),
+        (wavg.softmax("loss"), {"transform": wavg.transforms.trim_deltas()}, True),
+        (wavg.softmax("loss"), {"reduce": wavg.norm_preserving}, True),
+        (wavg.learned(), {}, True),
+    ],
+)
+def test_one_sum_over_the_devices_is_enough_for_the_weighted_mean_of_scored_replicas_alone(weighting, settings, reads):
+    assert wavg.averager(weighting, **settings).reads_replicas is reads
+
+
 def test_a_missing_signal_is_named():
     avg = wavg.averager(wavg.softmax("loss", 0.2))
     with pytest.raises(wavg.SettingsError, match="'loss'"):

@@ -59,6 +59,11 @@ def test_numbers_worked_by_hand(units, weights, expected):
     np.testing.assert_allclose(unit(blend(kernels(*units), jnp.asarray(weights, jnp.float32))), expected, rtol=1e-6)
 
 
+def test_directions_that_nearly_cancel_still_have_a_mean():
+    # v = (0, 1e-4) to rounding, far from float32's 1e-7: length 1 in the direction (0, 1), not the plain mean.
+    np.testing.assert_allclose(unit(blend(kernels([1, 0], [-1, 2e-4]), jnp.full(2, 0.5))), [0, 1], atol=1e-3)
+
+
 def random_tree(seed, replicas=3):
     rng = np.random.default_rng(seed)
     shapes = {"conv": (2, 3, 4), "dense": (5, 4), "bias": (4,), "scale": ()}
@@ -140,6 +145,22 @@ def test_over_devices_all_sums_are_complete_before_they_are_combined():
     stacked, weights = random_tree(1, 4), jnp.array([0.1, 0.2, 0.3, 0.4])
     spread = jax.jit(there.reduce(norm_preserving))(*jax.device_put((stacked, weights), there.stacked))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), spread, blend(stacked, weights))
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+@pytest.mark.parametrize("replicas", [3, 70])  # beyond 64 they are summed in blocks of 16
+def test_the_mean_and_its_slopes_are_those_of_a_sum_of_products(replicas, per_element):
+    rng = np.random.default_rng(0)
+    x, slope = rng.normal(size=(replicas, 4)), rng.normal(size=4)
+    w = rng.uniform(0.1, 1, size=(replicas, 4) if per_element else replicas)
+    w[1] = 0  # out for good: a search gives it no weight back
+    given = [jnp.asarray(value, jnp.float32) for value in (x, w, slope)]
+    mean, back = jax.vjp(lambda x, w: weighted_mean({"x": x}, w)["x"], *given[:2])
+    by_replica, by_weight = back(given[2])
+    np.testing.assert_allclose(mean, ((w if per_element else w[:, None]) * x).sum(axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_replica, (w if per_element else w[:, None]) * slope, rtol=1e-5)
+    expected = slope * x if per_element else x @ slope
+    np.testing.assert_allclose(by_weight, np.where(w != 0, expected, 0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("units", [[[3, 4], [-3, -4]], [[0, 0], [0, 0]], [[3, 4], [8, -6]]])

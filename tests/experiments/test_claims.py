@@ -101,6 +101,19 @@ def test_the_short_run_of_cifar10_is_what_was_recorded():
         assert f"| {number} | {cells} |" in RESULTS
 
 
+def test_what_is_said_of_mutants_is_what_was_recorded():
+    record = json.loads((RECORDED / "mutants" / "mutants.json").read_text())
+    first, since = record["at_first"], record["since"]
+    share = f"{100 * first['killed'] / first['of']:.1f} %"
+    reliability = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
+    assert f"Of {first['of']} small changes" in reliability
+    assert f"the tests found [{first['killed']} ({share})](../experiments/results/mutants/mutants.md)" in reliability
+    assert f"({100 * first['low']:.1f} to {100 * first['high']:.1f} %)" in reliability
+    assert f"and {since['killed']} with those written or named since" in reliability
+    assert f"[{first['killed']} of {first['of']}](mutants/mutants.md)" in RESULTS
+    assert f"{len(record['mutants'])} changes in {record['seconds'] / 60:.0f} min" in NOTES
+
+
 LANGUAGE = ("sequential", "sync", "plain", "weighted", "diloco", "weighted_diloco")
 
 

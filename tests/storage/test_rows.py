@@ -11,7 +11,7 @@ import pytest
 from wavg_jax.base import DataError, ResumeError, WorkdirError
 from wavg_jax.storage import resumption
 from wavg_jax.storage.resumption import check_settings
-from wavg_jax.storage.rows import Records, check_writable, read_rows, write_atomically
+from wavg_jax.storage.rows import Records, check_writable, read_rows, recorded_run, write_atomically
 
 
 def header(run="a", **more):
@@ -62,6 +62,40 @@ def test_rewinding_drops_later_rounds_of_that_run_alone(tmp_path):
         written.rewind("a", 2, planned=5)
     written.rewind("a", 0, planned=5)
     assert {r["run"] for r in written.rows} == {"b"}
+
+
+def test_entries_are_added_to_the_last_row_of_that_run_alone(tmp_path):
+    written, in_memory = Records(tmp_path), Records(None)
+    for records in (written, in_memory):
+        for item in (header("a"), row(1, "a"), row(2, "a"), header("b"), row(1, "b")):
+            records.append(item)
+        records.amend("a", {"best": np.float32(0.5)})
+        assert [r.get("best") for r in records.rows] == [None, None, 0.5, None, None]
+        assert records.last("a") == row(2, "a", best=0.5)
+    assert read_rows(tmp_path) == written.rows == in_memory.rows
+
+
+def test_the_first_row_of_a_run_is_found_if_it_has_all_that_resuming_needs(tmp_path):
+    assert recorded_run(None, "a") is None
+    assert recorded_run(tmp_path, "a") is None
+    assert list(tmp_path.iterdir()) == []
+    first = dict.fromkeys((*resumption.READ, "replica_map"), 1) | header("b")
+    written = Records(tmp_path)
+    for item in (header("a"), first, row(1, "b")):
+        written.append(item)
+    assert recorded_run(tmp_path, "b") == first
+    assert recorded_run(tmp_path, "c") is None
+    with pytest.raises(ResumeError, match="its first row lacks"):
+        recorded_run(tmp_path, "a")
+    (tmp_path / "rows.jsonl").write_bytes(b"nonsense\n")
+    assert recorded_run(tmp_path, "b") is None
+
+
+def test_folders_on_the_way_to_a_file_are_made(tmp_path):
+    write_atomically(tmp_path / "a" / "b" / "file", b"new")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"new"
+    Records(tmp_path / "c" / "d").append(header())
+    assert len(read_rows(tmp_path / "c" / "d")) == 1
 
 
 def test_other_settings_are_named():
@@ -161,6 +195,13 @@ def test_a_folder_that_cannot_be_written_is_an_os_error_with_errno_and_filename(
         assert isinstance(raised.value, WorkdirError)
         assert raised.value.errno in (errno.ENOTDIR, errno.EEXIST)
         assert raised.value.filename.startswith(str(tmp_path / "file"))
+
+
+def test_looking_whether_a_folder_can_be_written_makes_nothing(tmp_path):
+    check_writable(None)
+    check_writable(tmp_path)
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_folder_rows_stay_in_memory(tmp_path):

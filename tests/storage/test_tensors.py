@@ -103,6 +103,12 @@ def test_anyones_orbax_checkpoint_of_a_tree_is_read_tensor_by_tensor(tmp_path):
     assert_equal(found, {name: np.asarray(x) for name, x in wanted.items()})
 
 
+def test_two_arrays_of_one_name_are_refused_by_it(tmp_path):
+    ocp.save(tmp_path / "a", {"x": jnp.ones(1), "a": {"b": jnp.ones(1)}, "a.b": jnp.zeros(1)})
+    with pytest.raises(DataError, match=r"two arrays of the name 'a\.b': rename one"), open_tensors(tmp_path / "a"):
+        pass
+
+
 def test_of_a_runs_checkpoint_the_global_network_counts(tmp_path):
     averager = wavg.averager(wavg.uniform())
     options = {"inner": optax.sgd(0.1), "local_steps": 2, "rounds": 1, "batch_size": 8}

@@ -11,6 +11,7 @@ from scheme_table import run, two_rounds
 
 import wavg_jax as wavg
 from wavg_jax.base import SettingsError
+from wavg_jax.weighting import pool
 
 PARAMS = jnp.zeros(2)
 
@@ -172,6 +173,27 @@ def test_labels_of_no_class_do_not_count(ignored):
     [(weights, fitted)], _ = two_classes([2.0, -2.0], THREE_OF_FOUR + [ignored] * 16, prior=PRIOR)
     np.testing.assert_allclose(fitted, [0.75, 0.25], rtol=1e-5)
     np.testing.assert_array_equal(weights, fitted)
+
+
+@pytest.mark.parametrize("samples", [4, 5, 16, 20])
+def test_in_blocks_of_samples_the_weights_are_those_of_all_together(samples, monkeypatch):
+    """Of 21 samples: the last block starts earlier, and counts nothing twice. Two labels do not count."""
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 4, 21)).at[jnp.array([2, 19])].set(-1)
+    sure = jnp.array([2.0, 1.0, 0.0])[:, None, None] * jax.nn.one_hot(labels, 4)[None]
+    given = {"logits": sure + jnp.asarray(rng.normal(size=(3, 21, 4)), jnp.float32), "labels": labels}
+    avg = wavg.averager(wavg.opinion_pool(prior=1.0))
+
+    def found():
+        loss = lambda params, weights: {"loss": -weights[0], "accuracy": jnp.float32(0)}  # noqa: E731
+        _, state, weights = avg.update(jnp.zeros((3, 2)), avg.init(PARAMS, 3), PARAMS, evaluate=loss, **given)
+        return state.weighting.fitted, weights
+
+    together = found()
+    assert np.ptp(together[0]) > 0.1
+    assert np.ptp(together[1]) > 0.1
+    monkeypatch.setattr(pool, "_TOGETHER", samples * 3 * 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found(), together)
 
 
 def test_the_state_is_float32_also_where_floats_are_64_bits_wide():

@@ -128,6 +128,16 @@ def test_a_step_of_exponentiated_gradient_descent_by_hand():
     np.testing.assert_allclose(x, 4 * second, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_steps_are_as_long_whatever_the_unit_of_the_loss(scale):
+    def measured(params, weights):
+        return {"loss": scale * bowl(params)["loss"]}
+
+    weights = blended(LEARNED, [0.0, 4.0])[1]
+    assert np.ptp(weights) > 0.3
+    np.testing.assert_allclose(blended(LEARNED, [0.0, 4.0], evaluate=measured)[1], weights, rtol=1e-3)
+
+
 def test_a_step_too_far_keeps_the_start():
     scheme = search.learned(constant(0.3, 0.7), steps=3, optimizer=optax.sgd(100.0))
     np.testing.assert_allclose(blended(scheme, [0.0, 4.0])[1], [0.3, 0.7], rtol=1e-6)
@@ -191,6 +201,14 @@ def test_a_dead_replica_comes_back_neutral():
     assert state.weighting.logits[2] == 0
     np.testing.assert_allclose(state.weighting.logits[:2].sum(), 0, atol=1e-6)
     assert (blended(SMALL_STEPS, [0.0, 4.0, 1.0], state=state)[1] > 0.05).all()
+
+
+def test_a_replica_that_the_start_leaves_out_is_carried_on_neutral():
+    carried = search.learned(constant(0.5, 0.5, 0), carry=True, steps=1, learning_rate=0.05)
+    _, weights, state = blended(carried, [0.0, 4.0, 100.0])
+    logits = np.asarray(state.weighting.logits)
+    assert logits[1] > 0.1 > -0.1 > logits[0]
+    assert (weights[2], abs(logits[2]) < 1e-5) == (0, True)
 
 
 def test_a_carried_logit_never_sinks_out_of_reach():

@@ -119,6 +119,8 @@ def _of_files(path: pathlib.Path, files: list[pathlib.Path], stack: contextlib.E
 def _of_orbax(path: pathlib.Path) -> Tensors:
     try:
         found = orbax_arrays(path)
+    except DataError:  # it says more than what follows
+        raise
     except (OSError, ValueError, KeyError, TypeError):  # Orbax raises many types
         found = None
     if found is None:
