@@ -101,6 +101,16 @@ def test_the_short_run_of_cifar10_is_what_was_recorded():
         assert f"| {number} | {cells} |" in RESULTS
 
 
+def test_what_is_said_of_kills_is_what_was_recorded():
+    record = json.loads((RECORDED / "torture" / "torture.json").read_text())
+    kills = f"{record['survived']:,} of {record['tried']:,}"
+    reliability = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
+    assert not record["lost"]
+    assert f"[{kills}](../experiments/results/torture/torture.md) kills survived" in reliability
+    assert f"[{kills} kills](torture/torture.md) survived | {record['seconds'] / 60:.0f} min |" in RESULTS
+    assert f"[{kills} kills](experiments/results/torture/torture.md)" in README
+
+
 def test_what_is_said_of_mutants_is_what_was_recorded():
     record = json.loads((RECORDED / "mutants" / "mutants.json").read_text())
     first, since = record["at_first"], record["since"]
