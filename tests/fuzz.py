@@ -8,6 +8,7 @@ import collections
 import contextlib
 import json
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from wavg_jax.devices import machine
 
 LONGEST = 1500
 """Characters of a line that says what is wrong."""
-LIMIT = 120
+LIMIT = 60
 """Seconds after which a case hangs; on a busy machine a compilation takes long."""
 OUTCOMES = ("ran", "refused", "tracebacks", "hangs", "silent changes")
 
@@ -36,12 +37,12 @@ class Cases:
       kind: what the cases are.
       tries: how many are to be drawn.
       counts: {outcome: cases}.
-      defects: what went wrong, in words.
+      defects: {its last line: a defect in words}.
     """
 
     def __init__(self, kind, tries):
         self.kind, self.tries = kind, tries
-        self.counts, self.defects = collections.Counter(), []
+        self.counts, self.defects = collections.Counter(), dict[str, str]()
 
     @contextlib.contextmanager
     def case(self, shown):
@@ -57,7 +58,7 @@ class Cases:
         except AssertionError as error:
             self.defect("silent changes", shown, str(error))
         except Exception:
-            self.defect("tracebacks", shown, traceback.format_exc(limit=-4))
+            self.defect("tracebacks", shown, traceback.format_exc(limit=-3))
 
     def refused(self, said, shown):
         """Counts a refusal, if it is one line."""
@@ -67,9 +68,11 @@ class Cases:
             self.counts["refused"] += 1
 
     def defect(self, outcome, shown, said):
-        """Counts a defect and keeps its description."""
+        """Counts a defect and keeps its description; of those with the same last line the shortest."""
         self.counts[outcome] += 1
-        self.defects.append(f"{outcome}: {shown if isinstance(shown, str) else repr(shown)[:LONGEST]}\n{said}")
+        shown = shown if isinstance(shown, str) else repr(shown)[:500]
+        text, last = f"{outcome}: {shown}\n{said}", re.sub(r"\d+", "", said.strip().rpartition("\n")[2])[:80]
+        self.defects[last] = min(self.defects.get(last, text), text, key=len)
 
     def draw(self, strategy, body):
         """Calls a function with so many values of a strategy of hypothesis, each a case."""
@@ -113,8 +116,9 @@ def cases_of(kind, tries, record):
         yield cases
     finally:
         record("fuzz", [kind, {name: cases.counts[name] for name in OUTCOMES}])
-    shown = "\n".join(dict.fromkeys(cases.defects[:20]))
-    assert not cases.defects, f"{len(cases.defects)} of {cases.counts.total()} cases have a defect:\n{shown}"
+    found = sum(cases.counts[name] for name in OUTCOMES[2:])
+    shown = "\n".join(cases.defects.values())
+    assert not found, f"{found} of {cases.counts.total()} cases have a defect:\n{shown}"
 
 
 class Record:

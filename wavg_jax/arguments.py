@@ -4,6 +4,7 @@ A `Rule` pairs a predicate with a description of the allowed values; `check` app
 integers are whole numbers, and any object with optax's `init` and `update` is an optimizer.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -11,13 +12,16 @@ import operator
 import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavg_jax.base import SettingsError
+from wavg_jax.base import DataError, SettingsError
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 
 class Rule(NamedTuple):
@@ -55,16 +59,30 @@ def check_fields(group: NamedTuple, rules: Mapping[str, Rule]) -> None:
         check(f"{type(group).__name__}: {name}", getattr(group, name), rule)
 
 
-def as_whole(name: str, value: Any, least: int | None = None) -> int:
-    """Returns the argument `name` as an `int`; raises SettingsError if it is not a whole number or below `least`.
+def as_whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Returns the argument `name` as an `int`; raises SettingsError unless it is a whole number within the bounds.
 
     NumPy integers can overflow, and JSON does not accept them.
 
     >>> as_whole("replicas", np.int64(4), 1)
     4
     """
-    check(name, value, whole(least))
+    check(name, value, whole(least, most))
     return operator.index(value)
+
+
+def fits_memory(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Makes a DataError of one line of a function's MemoryError: a shape can promise more than any machine has."""
+
+    @functools.wraps(function)
+    def called(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        try:
+            return function(*args, **kwargs)
+        except MemoryError as error:
+            said = " ".join(str(error).split())
+            raise DataError(f"{function.__name__}: out of memory ({said}); give it less") from None
+
+    return called
 
 
 _SIMPLE = (bool, int, float, str, bytes, np.generic, np.ndarray, type(None))
@@ -106,11 +124,14 @@ def number(
     def fits(value: Any) -> bool:
         if isinstance(value, jax.core.Tracer):  # `optax.inject_hyperparams` passes tracers
             return value.ndim == 0
-        if isinstance(value, bool | str | bytes):
+        # float() takes texts, too, and of NumPy arrays of one number, texts and complex numbers.
+        if isinstance(value, bool | str | bytes) or getattr(value, "shape", ()):
+            return False
+        if getattr(getattr(value, "dtype", None), "kind", "f") in "bcSUO":
             return False
         try:
             x = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
         return math.isfinite(x) and least <= x <= most and above < x < below
 
@@ -163,6 +184,19 @@ def each(rule: Rule, wanted: str, least: int = 0) -> Rule:
     def fits(values: Any) -> bool:
         listed = isinstance(values, Sequence) and not isinstance(values, str)
         return listed and len(values) >= least and all(map(rule.fits, values))
+
+    return Rule(fits, wanted)
+
+
+def iterable(wanted: str) -> Rule:
+    """Allows what yields values."""
+
+    def fits(value: Any) -> bool:
+        try:
+            iter(value)
+        except TypeError:  # an array without axes has __iter__
+            return False
+        return not isinstance(value, str | bytes | type)
 
     return Rule(fits, wanted)
 

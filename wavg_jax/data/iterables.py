@@ -61,7 +61,7 @@ def from_iterable(
     check("from_iterable: batched", batched, YES_OR_NO)
     check("from_iterable: keys", keys, _KEYS)
     if len(keys) != 2:
-        raise SettingsError(f"from_iterable: keys is {keys!r}; give two, of the inputs and of the targets")
+        raise SettingsError(f"from_iterable: keys is {shown(keys)}; give two, of the inputs and of the targets")
     most = None if samples is None else as_whole("from_iterable: samples", samples, 1)
     splits = [_read(part, given, batched, keys, most) for part, given in (("train", train), ("test", test))]
     return from_arrays(*splits[0], *splits[1], name=name, classes=classes)
