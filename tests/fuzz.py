@@ -74,8 +74,8 @@ class Cases:
         text, last = f"{outcome}: {shown}\n{said}", re.sub(r"\d+", "", said.strip().rpartition("\n")[2])[:80]
         self.defects[last] = min(self.defects.get(last, text), text, key=len)
 
-    def draw(self, strategy, body):
-        """Calls a function with so many values of a strategy of hypothesis, each a case."""
+    def draw(self, strategy, body, *, counted=True):
+        """Calls a function with so many values of a strategy of hypothesis; each is a case unless the function counts."""
 
         @settings(
             max_examples=self.tries,
@@ -86,7 +86,7 @@ class Cases:
         )
         @given(strategy)
         def each(value):
-            with self.case(value):
+            with self.case(value) if counted else contextlib.nullcontext():
                 body(value)
 
         each()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wavg_jax.arguments import YES_OR_NO, as_whole, check, either, instance
+from wavg_jax.arguments import YES_OR_NO, as_whole, check, either, instance, shown
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.data.arrays import Dataset, as_array, from_arrays
 
