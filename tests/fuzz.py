@@ -75,7 +75,7 @@ class Cases:
         self.defects[last] = min(self.defects.get(last, text), text, key=len)
 
     def draw(self, strategy, body, *, counted=True):
-        """Calls a function with so many values of a strategy of hypothesis; each is a case unless the function counts."""
+        """Calls a function with values of a strategy of hypothesis: each is a case, unless it counts them itself."""
 
         @settings(
             max_examples=self.tries,

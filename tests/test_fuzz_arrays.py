@@ -3,21 +3,14 @@
 What ran has left its inputs as they were, and arrays that hold the same numbers in another form give the same.
 """
 
-import copy
-
-import fuzz
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from runs import TASK, train
-from small import sharded
 
 import wavg_jax as wavg
 from wavg_jax import data
-from wavg_jax.averaging import outer
 
 pytestmark = pytest.mark.fuzz
 
@@ -36,7 +29,9 @@ JUNK = st.one_of(
     st.integers(-3, 9),
     st.floats(allow_nan=False, width=16),
     st.sampled_from(["", "x", "digits", "1", "a/b", "\0", "\ud800", "é" * 300, b"", b"\xff"]),
-    st.sampled_from([[], (), {}, set(), [[]], [1, [2]], [None], ["a"], {"a": 1}, range(3), slice(2), ..., len, Odd, int]),
+    st.sampled_from(
+        [[], (), {}, set(), [[]], [1, [2]], [None], ["a"], {"a": 1}, range(3), slice(2), ..., len, Odd, int]
+    ),
     st.builds(Odd),
     st.sampled_from([np.float32, np.int64, np.uint8, np.bool_, np.complex64]).map(lambda kind: kind(1)),
     st.sampled_from(["f4", "f8", "i8", "u8", "?", "c8", "M8[s]", "S3", "U3", "O", "V4", "f4,i4"]).flatmap(
@@ -248,7 +243,11 @@ FUNCTIONS = {
     "interleaved": (data.interleaved, {"n": SMALL, "replicas": SMALL, "length": SMALL, "seed": SEED}),
     "sized": (
         data.sized,
-        {"n": SMALL, "proportions": st.lists(st.sampled_from([1, 2.5, 1e-300, 1e300, 0, -1]), max_size=5), "seed": SEED},
+        {
+            "n": SMALL,
+            "proportions": st.lists(st.sampled_from([1, 2.5, 1e-300, 1e300, 0, -1]), max_size=5),
+            "seed": SEED,
+        },
     ),
     "dirichlet": (
         data.dirichlet,

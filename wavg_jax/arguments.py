@@ -11,7 +11,7 @@ import math
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -20,6 +20,8 @@ import numpy as np
 
 from wavg_jax.base import DataError, SettingsError
 
+INT32 = 2**31 - 1
+"""The most that counts and indices can be in compiled programs."""
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
@@ -119,13 +121,16 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
 def number(
     least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Rule:
-    """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar."""
+    """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar.
+
+    It must stay so in float32, in which rounds compute: 1e-50 is 0 there, and 1e50 infinite.
+    """
 
     def fits(value: Any) -> bool:
         if isinstance(value, jax.core.Tracer):  # `optax.inject_hyperparams` passes tracers
             return value.ndim == 0
         # float() takes texts, too, and of NumPy arrays of one number, texts and complex numbers.
-        if isinstance(value, bool | str | bytes) or getattr(value, "shape", ()):
+        if isinstance(value, bool | str | bytes) or np.shape(getattr(value, "shape", ())) != (0,):
             return False
         if getattr(getattr(value, "dtype", None), "kind", "f") in "bcSUO":
             return False
@@ -133,12 +138,16 @@ def number(
             x = float(value)
         except (TypeError, ValueError, OverflowError):
             return False
-        return math.isfinite(x) and least <= x <= most and above < x < below
+        with np.errstate(over="ignore", under="ignore"):
+            narrow = float(np.float32(x))
+        within = least <= x <= most and above < x < below
+        return math.isfinite(narrow) and within and above < narrow < below
 
     said = {f"{least:g} or more": least, f"greater than {above:g}": above}
     said |= {f"at most {most:g}": most, f"less than {below:g}": below}
     bounds = " and ".join(words for words, bound in said.items() if math.isfinite(bound))
-    return Rule(fits, f"a finite number, {bounds}" if bounds else "a finite number")
+    wide = "" if max(least, above) > -math.inf and min(most, below) < math.inf else " (in float32)"
+    return Rule(fits, f"a finite number, {bounds}{wide}" if bounds else f"a finite number{wide}")
 
 
 def has(wanted: str, *names: str, lacks: str = "") -> Rule:
@@ -186,6 +195,12 @@ def each(rule: Rule, wanted: str, least: int = 0) -> Rule:
         return listed and len(values) >= least and all(map(rule.fits, values))
 
     return Rule(fits, wanted)
+
+
+def one_of(names: Iterable[str]) -> Rule:
+    """Allows one of some names."""
+    names = tuple(names)
+    return Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
 def iterable(wanted: str) -> Rule:

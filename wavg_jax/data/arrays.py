@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wavg_jax.arguments import YES_OR_NO, as_whole, check, fits_memory, shown
+from wavg_jax.arguments import INT32, YES_OR_NO, as_whole, check, fits_memory, shown
 from wavg_jax.base import DataError, SettingsError, WavgWarning
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -204,10 +204,6 @@ def _as_number(name: str, classes: Any, samples: int) -> int:
     return classes
 
 
-MOST = 2**31 - 1
-"""Samples, whose indices are int32."""
-
-
 def as_array(what: str, values: ArrayLike) -> np.ndarray:
     """Converts to an array; DataError if the parts differ in shape, or are more than indices can count."""
     if np.ma.is_masked(values):
@@ -216,8 +212,8 @@ def as_array(what: str, values: ArrayLike) -> np.ndarray:
         array = np.asarray(values)
     except (ValueError, OverflowError) as error:
         raise DataError(f"{what} do not form an array ({_one_line(error)}): give every sample the same shape") from None
-    if array.ndim and len(array) > MOST:  # a broadcast array of such a length takes no memory, but hours
-        raise DataError(f"{what} are {len(array)}: give {MOST} at most")
+    if array.ndim and len(array) > INT32:  # a broadcast array of such a length takes no memory, but hours
+        raise DataError(f"{what} are {len(array)}: give {INT32} at most")
     return array
 
 

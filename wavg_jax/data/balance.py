@@ -3,9 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wavg_jax.arguments import as_whole, fits_memory
+from wavg_jax.arguments import INT32, as_whole, fits_memory
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import MOST
 from wavg_jax.data.shards import class_labels
 
 
@@ -28,7 +27,7 @@ def class_weights(labels: ArrayLike, classes: int) -> np.ndarray:
     >>> class_weights([0, 0, 0, 1], 2).tolist()
     [0.6666666865348816, 2.0]
     """
-    labels, classes = class_labels("class_weights", labels), as_whole("classes", classes, 1, MOST)
+    labels, classes = class_labels("class_weights", labels), as_whole("classes", classes, 1, INT32)
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise SettingsError(f"class_weights needs labels in [0, {classes}), one at least; number them from 0")
     counts = np.bincount(labels, minlength=classes)

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from wavg_jax.arguments import as_whole, check, fits_memory, iterable, number, shown
+from wavg_jax.arguments import INT32, as_whole, check, fits_memory, iterable, number, shown
 from wavg_jax.base import SettingsError
-from wavg_jax.data.arrays import MOST, Split, as_array, generator
+from wavg_jax.data.arrays import Split, as_array, generator
 
 Shards = tuple[np.ndarray, ...]
 
@@ -76,7 +76,7 @@ def interleaved(n: int, replicas: int, length: int, seed: int) -> Shards:
     [[6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5]]
     """
     n, replicas = _counts(n, replicas)
-    length = as_whole("length", length, 1, MOST)
+    length = as_whole("length", length, 1, INT32)
     order = generator(seed, "interleaved").permutation(-(-n // length))
     samples = (order[:, None] * length + np.arange(length)).reshape(-1)
     return _cut(samples[samples < n], _even(n, replicas))
@@ -206,7 +206,7 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
     if not noisy:
         return labels
     labels = np.array(class_labels("label noise (noisy=)", labels), np.int32)
-    classes = as_whole("classes", classes, 1, MOST)
+    classes = as_whole("classes", classes, 1, INT32)
     check_within(shards, len(labels))
     for k in noisy:
         labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
@@ -301,7 +301,7 @@ def as_indices(shard: int, indices: Any) -> np.ndarray:
 
 
 def _counts(n: int, replicas: int) -> tuple[int, int]:
-    n = as_whole("n, the number of training samples,", n, 0, MOST)
+    n = as_whole("n, the number of training samples,", n, 0, INT32)
     replicas = as_whole("replicas", replicas, 1)
     if replicas > n:
         raise SettingsError(f"{replicas} replicas for {n} training samples: set replicas= between 1 and {n}")

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wavg_jax.arguments import as_whole, check, fits_memory, instance, number
+from wavg_jax.arguments import INT32, as_whole, check, fits_memory, instance, number
 from wavg_jax.base import DataError
-from wavg_jax.data.arrays import MOST, Dataset, Split, as_array, as_path, from_arrays
+from wavg_jax.data.arrays import Dataset, Split, as_array, as_path, from_arrays
 from wavg_jax.extras import need
 
 BYTES = 256
@@ -38,7 +38,7 @@ def windows(tokens: ArrayLike, context: int) -> Split:
     >>> x.tolist(), y.tolist()
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
-    context = as_whole("context", context, 1, MOST)
+    context = as_whole("context", context, 1, INT32)
     tokens = as_array("the tokens", tokens)
     if tokens.ndim != 1:
         raise DataError(f"the tokens have shape {tokens.shape}: give [N], in the order of the text")
@@ -84,7 +84,7 @@ def from_text(
     """
     check("test", test, number(0, below=1))
     check("text", text, instance((str, bytes), "a str, or bytes"))
-    context = as_whole("context", context, 1, MOST)
+    context = as_whole("context", context, 1, INT32)
     raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if tokenizer is None:
         tokens, classes, starts = np.frombuffer(raw, np.uint8), BYTES, None
