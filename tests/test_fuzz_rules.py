@@ -89,6 +89,8 @@ def test_what_makes_rules(cases):
         function, argument, others = CALLS[name]
         if argument == "replicas" and isinstance(given, int) and given > 10**4:
             return  # as many replicas as asked for
+        if callable(given):
+            return  # a function of one's own fails in its own words
         made = function(**others, **{argument: given})
         if isinstance(made, wavg.Weighting):
             made = wavg.averager(made)

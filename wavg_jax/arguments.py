@@ -73,6 +73,13 @@ def as_whole(name: str, value: Any, least: int | None = None, most: int | None =
     return operator.index(value)
 
 
+def as_number(name: str, value: Any, rule: Rule) -> Any:
+    """Returns the argument `name` as a float, since fractions and NumPy's uint8 do not multiply as one; or as it is, if
+    it is a schedule or JAX's. Raises SettingsError if it breaks the rule."""
+    check(name, value, rule)
+    return value if callable(value) or isinstance(value, jax.Array) else float(value)
+
+
 def fits_memory(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Makes a DataError of one line of a function's MemoryError: a shape can promise more than any machine has."""
 
@@ -130,7 +137,7 @@ def number(
         if isinstance(value, jax.core.Tracer):  # `optax.inject_hyperparams` passes tracers
             return value.ndim == 0
         # float() takes texts, too, and of NumPy arrays of one number, texts and complex numbers.
-        if isinstance(value, bool | str | bytes) or np.shape(getattr(value, "shape", ())) != (0,):
+        if isinstance(value, bool | str | bytes) or getattr(value, "shape", None) not in (None, ()):
             return False
         if getattr(getattr(value, "dtype", None), "kind", "f") in "bcSUO":
             return False
