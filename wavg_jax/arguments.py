@@ -126,11 +126,16 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
 
 
 def number(
-    least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    in_rounds: bool = True,
 ) -> Rule:
     """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar.
 
-    It must stay so in float32, in which rounds compute: 1e-50 is 0 there, and 1e50 infinite.
+    A number for rounds (`in_rounds`) must stay so in float32, in which they compute: 1e-50 is 0 there, 1e50 infinite.
     """
 
     def fits(value: Any) -> bool:
@@ -146,15 +151,16 @@ def number(
         except (TypeError, ValueError, OverflowError):
             return False
         with np.errstate(over="ignore", under="ignore"):
-            narrow = float(np.float32(x))
+            narrow = float(np.float32(x)) if in_rounds else x
         within = least <= x <= most and above < x < below
         return math.isfinite(narrow) and within and above < narrow < below
 
     said = {f"{least:g} or more": least, f"greater than {above:g}": above}
     said |= {f"at most {most:g}": most, f"less than {below:g}": below}
     bounds = " and ".join(words for words, bound in said.items() if math.isfinite(bound))
-    wide = "" if max(least, above) > -math.inf and min(most, below) < math.inf else " (in float32)"
-    return Rule(fits, f"a finite number, {bounds}{wide}" if bounds else f"a finite number{wide}")
+    open_ended = max(least, above) == -math.inf or min(most, below) == math.inf
+    where = " (in float32)" if in_rounds and open_ended else ""
+    return Rule(fits, f"a finite number, {bounds}{where}" if bounds else f"a finite number{where}")
 
 
 def has(wanted: str, *names: str, lacks: str = "") -> Rule:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import INT32, as_whole, check, number
+from wavg_jax.arguments import INT32, as_number, as_whole, number
 from wavg_jax.base import PyTree
 
 __all__ = ["ema", "lawa", "swa"]
@@ -65,7 +65,7 @@ def ema(decay: float) -> optax.GradientTransformation:
     >>> smoothed["w"].tolist()  # (0.5 * 1.5 + 0.5 * 6) / (1 - 0.5^2)
     [5.0]
     """
-    check("decay", decay, number(above=0, below=1))
+    decay = as_number("decay", decay, number(above=0, below=1))
     moment = optax.ema(decay, debias=False)
 
     def init(params: PyTree) -> optax.EmaState:

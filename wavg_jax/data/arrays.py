@@ -186,7 +186,7 @@ def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> in
     classes = _as_number(name, classes, len(train))
     if len(seen) == 1:
         said = f"{name}: every training sample has label {seen[0]}, so there is nothing to learn"
-        warnings.warn(said, WavgWarning, stacklevel=3)
+        warnings.warn(said, WavgWarning, stacklevel=4)  # whoever calls from_arrays, which is wrapped
     return classes
 
 

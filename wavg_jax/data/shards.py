@@ -102,7 +102,7 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     """
     try:
         share = np.asarray(proportions, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         share = np.zeros(())
     if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
         raise SettingsError(f"the shard proportions are {shown(proportions)}: give one positive number per replica")
@@ -149,7 +149,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     labels = class_labels("a dirichlet partition", labels)
     _, replicas = _counts(len(labels), replicas)
     min_size = as_whole("min_size", min_size)
-    check("alpha", alpha, number(above=0))
+    check("alpha", alpha, number(above=0, in_rounds=False))
     if len(labels) // replicas < min_size:
         most = max(len(labels) // min_size, 1)
         raise SettingsError(
