@@ -9,6 +9,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shlex
 import signal
 import sys
 import time
@@ -135,17 +136,19 @@ class Record:
                 self._kinds[kind].update(counts)
 
     def pytest_sessionfinish(self):
-        """Writes fuzz.json and fuzz.md."""
-        kinds = {kind: {name: counts[name] for name in OUTCOMES} for kind, counts in sorted(self._kinds.items())}
+        """Writes fuzz.json and fuzz.md; a kind that was drawn before gives way, the others stay."""
+        path, seconds = self._folder / "fuzz.json", time.monotonic() - self._begun
+        before = json.loads(path.read_text()) if path.exists() else {"kinds": {}, "commands": {}}
+        counts = {kind: {name: found[name] for name in OUTCOMES} for kind, found in self._kinds.items()}
+        command = " ".join(["python -m pytest", *map(shlex.quote, sys.argv[1:])])
         figures = {
-            "command": " ".join(["python -m pytest", *sys.argv[1:]]),
+            "commands": before["commands"] | {command: round(seconds)},
             "hardware": machine.hardware(),
             "versions": machine.versions(),
-            "seconds": time.monotonic() - self._begun,
-            "kinds": kinds,
+            "kinds": dict(sorted((before["kinds"] | counts).items())),
         }
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "fuzz.json").write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n")
         (self._folder / "fuzz.md").write_text(markdown(figures))
 
 
@@ -153,15 +156,16 @@ def markdown(figures):
     """The figures as a page."""
     kinds, hardware = figures["kinds"], figures["hardware"]
     total = {name: sum(counts[name] for counts in kinds.values()) for name in OUTCOMES}
+    minutes = sum(figures["commands"].values()) / 60
     lines = [
         "# Cases drawn at random",
         "",
-        f"    {figures['command']}",
+        *(f"    {command}" for command in figures["commands"]),
         "",
-        f"{hardware['processor']}, {hardware['isa']}, {hardware['cores']} cores; {figures['seconds'] / 60:.0f} min.",
+        f"{hardware['processor']}, {hardware['isa']}, {hardware['cores']} cores; {minutes:.0f} min.",
         "",
-        f"{sum(total.values()):,} cases, of which {total['ran']:,} ran and {total['refused']:,} were refused by one "
-        "error of the library with one line.",
+        f"{sum(total.values()):,} cases: {total['ran']:,} ran, {total['refused']:,} were refused by one error of the "
+        "library with one line.",
         "",
         f"| | cases | {' | '.join(OUTCOMES)} |",
         f"|---|{'--:|' * (1 + len(OUTCOMES))}",

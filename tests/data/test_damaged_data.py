@@ -13,6 +13,8 @@ from test_tfds import official
 from wavg_jax.data import from_npz, load
 from wavg_jax.data.published import PUBLISHED, read_published
 
+pytestmark = pytest.mark.fuzz
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):

@@ -67,6 +67,7 @@ def test_a_flag_of_another_binary_is_found():
         _unread("compare", ["--rundes=3"])
 
 
+@pytest.mark.fuzz
 def test_a_damaged_flag_file_is_read_or_refused_with_one_line(cases, tmp_path, capfd):
     file = tmp_path / "a.flags"
     file.write_text("# a run\n--dataset=digits\n--rounds=20\n--hidden=128,64\n--lr_plain=0.1\n--resume\n")

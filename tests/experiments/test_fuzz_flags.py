@@ -193,5 +193,5 @@ def try_one(cases, inputs, name, arguments):
 
 @pytest.mark.parametrize("name", BINARIES)
 def test_flags_of_any_value_end_with_a_report_or_one_line(name, inputs, cases):
-    with cases(f"flags: {name}", 0.2) as tried:
+    with cases(f"flags: {name}", 0.1) as tried:
         tried.draw(commands(name), lambda arguments: try_one(tried, inputs, name, arguments), counted=False)

@@ -20,6 +20,8 @@ from wavg_jax.storage.checkpoints import open_checkpoints, snapshot
 from wavg_jax.storage.rows import read_rows
 from wavg_jax.storage.tensors import open_tensors, save_safetensors
 
+pytestmark = pytest.mark.fuzz
+
 
 def safetensors(folder):
     params = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(3)}
