@@ -101,7 +101,7 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     [2, 4, 32]
     """
     try:
-        share = np.asarray(proportions, np.float64)
+        share = np.zeros(()) if np.iscomplexobj(proportions) else np.asarray(proportions, np.float64)
     except (TypeError, ValueError, OverflowError):
         share = np.zeros(())
     if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
