@@ -307,8 +307,13 @@ def as_path(name: str, path: str | PathLike[str]) -> Path:
         ) from None
 
 
+_SAID = 300
+"""Characters of what others say that an error of ours repeats."""
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    # zipfile quotes whatever stands where a name should.
+    return " ".join(str(error).split())[:_SAID] or type(error).__name__
 
 
 @fits_memory
