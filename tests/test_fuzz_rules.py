@@ -120,8 +120,6 @@ GIVEN += [
     "heldout.x",
     "shards",
     "classes",
-    "prepare",
-    "augment",
 ]
 
 
