@@ -230,6 +230,8 @@ def iterable(wanted: str) -> Rule:
 
 
 def _floating(value: Any) -> bool:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):  # has a dtype, and is none
+        return False
     try:
         return bool(jnp.issubdtype(jnp.dtype(value), jnp.floating))
     except TypeError:
