@@ -17,7 +17,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-import pytest  # noqa: E402 - jax must be configured before anything else
+import fuzz  # noqa: E402 - jax must be configured before anything else
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from quick import use_plain_loops  # noqa: E402
 
@@ -40,10 +41,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimize", action="store_true", help="compile all tests as users' programs, not those marked optimized alone"
     )
-    parser.addoption("--damage", type=int, default=50, help="how many damaged files of each kind to read")
+    parser.addoption("--fuzz", type=int, default=50, help="how many cases of each kind to draw at random")
+    parser.addoption("--fuzz_record", help="folder for a record of what became of the cases")
 
 
 def pytest_configure(config):
+    if config.getoption("--fuzz_record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(fuzz.Record(config.getoption("--fuzz_record")))
     compile_quickly(not config.getoption("--optimize"))
     if hasattr(config, "cache"):  # there is none under `-p no:cacheprovider`
         kept = config.cache.mkdir("programs")
@@ -98,9 +102,14 @@ def compile_quickly(asked):
 
 
 @pytest.fixture
-def times(request):
-    """How many damaged files of a kind to read."""
-    return request.config.getoption("--damage")
+def cases(request, record_property):
+    """`cases(kind, share=1)` opens the cases of a kind, of which `--fuzz` says how many, times the share."""
+
+    def opened(kind, share=1.0):
+        tries = max(round(share * request.config.getoption("--fuzz")), 1)
+        return fuzz.cases_of(kind, tries, record_property)
+
+    return opened
 
 
 @pytest.fixture

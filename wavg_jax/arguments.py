@@ -4,20 +4,26 @@ A `Rule` pairs a predicate with a description of the allowed values; `check` app
 integers are whole numbers, and any object with optax's `init` and `update` is an optimizer.
 """
 
+import functools
 import inspect
 import json
 import math
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavg_jax.base import SettingsError
+from wavg_jax.base import DataError, SettingsError
+
+INT32 = 2**31 - 1
+"""The most that counts and indices can be in compiled programs."""
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 
 class Rule(NamedTuple):
@@ -55,16 +61,37 @@ def check_fields(group: NamedTuple, rules: Mapping[str, Rule]) -> None:
         check(f"{type(group).__name__}: {name}", getattr(group, name), rule)
 
 
-def as_whole(name: str, value: Any, least: int | None = None) -> int:
-    """Returns the argument `name` as an `int`; raises SettingsError if it is not a whole number or below `least`.
+def as_whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Returns the argument `name` as an `int`; raises SettingsError unless it is a whole number within the bounds.
 
     NumPy integers can overflow, and JSON does not accept them.
 
     >>> as_whole("replicas", np.int64(4), 1)
     4
     """
-    check(name, value, whole(least))
+    check(name, value, whole(least, most))
     return operator.index(value)
+
+
+def as_number(name: str, value: Any, rule: Rule) -> Any:
+    """Returns the argument `name` as a float, since fractions and NumPy's uint8 do not multiply as one; or as it is, if
+    it is a schedule or JAX's. Raises SettingsError if it breaks the rule."""
+    check(name, value, rule)
+    return value if callable(value) or isinstance(value, jax.Array) else float(value)
+
+
+def fits_memory(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Makes a DataError of one line of a function's MemoryError: a shape can promise more than any machine has."""
+
+    @functools.wraps(function)
+    def called(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        try:
+            return function(*args, **kwargs)
+        except MemoryError as error:
+            said = " ".join(str(error).split())
+            raise DataError(f"{function.__name__}: out of memory ({said}); give it less") from None
+
+    return called
 
 
 _SIMPLE = (bool, int, float, str, bytes, np.generic, np.ndarray, type(None))
@@ -99,25 +126,41 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
 
 
 def number(
-    least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    in_rounds: bool = True,
 ) -> Rule:
-    """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar."""
+    """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar.
+
+    A number for rounds (`in_rounds`) must stay so in float32, in which they compute: 1e-50 is 0 there, 1e50 infinite.
+    """
 
     def fits(value: Any) -> bool:
         if isinstance(value, jax.core.Tracer):  # `optax.inject_hyperparams` passes tracers
             return value.ndim == 0
-        if isinstance(value, bool | str | bytes):
+        # float() takes texts, too, and of NumPy arrays of one number, texts and complex numbers.
+        if isinstance(value, bool | str | bytes) or getattr(value, "shape", None) not in (None, ()):
+            return False
+        if getattr(getattr(value, "dtype", None), "kind", "f") in "bcSUO":
             return False
         try:
             x = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
-        return math.isfinite(x) and least <= x <= most and above < x < below
+        with np.errstate(over="ignore", under="ignore"):
+            narrow = float(np.float32(x)) if in_rounds else x
+        within = least <= x <= most and above < x < below
+        return math.isfinite(narrow) and within and above < narrow < below
 
     said = {f"{least:g} or more": least, f"greater than {above:g}": above}
     said |= {f"at most {most:g}": most, f"less than {below:g}": below}
     bounds = " and ".join(words for words, bound in said.items() if math.isfinite(bound))
-    return Rule(fits, f"a finite number, {bounds}" if bounds else "a finite number")
+    open_ended = max(least, above) == -math.inf or min(most, below) == math.inf
+    where = " (in float32)" if in_rounds and open_ended else ""
+    return Rule(fits, f"a finite number, {bounds}{where}" if bounds else f"a finite number{where}")
 
 
 def has(wanted: str, *names: str, lacks: str = "") -> Rule:
@@ -167,7 +210,28 @@ def each(rule: Rule, wanted: str, least: int = 0) -> Rule:
     return Rule(fits, wanted)
 
 
+def one_of(names: Iterable[str]) -> Rule:
+    """Allows one of some names."""
+    names = tuple(names)
+    return Rule(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+
+
+def iterable(wanted: str) -> Rule:
+    """Allows what yields values."""
+
+    def fits(value: Any) -> bool:
+        try:
+            iter(value)
+        except TypeError:  # an array without axes has __iter__
+            return False
+        return not isinstance(value, str | bytes | type)
+
+    return Rule(fits, wanted)
+
+
 def _floating(value: Any) -> bool:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):  # has a dtype, and is none
+        return False
     try:
         return bool(jnp.issubdtype(jnp.dtype(value), jnp.floating))
     except TypeError:

@@ -118,11 +118,22 @@ def replicas(tree: PyTree) -> int:
     return int(x.shape[0])
 
 
+def as_array(name: str, given: Any) -> jax.Array:
+    """Returns `given` as an array; raises SettingsError if it makes none of real numbers."""
+    try:
+        made = jnp.asarray(given)
+    except (TypeError, ValueError, OverflowError):
+        made = None
+    if made is None or jnp.issubdtype(made.dtype, jnp.complexfloating):
+        raise SettingsError(f"{name} is a {type(given).__name__}; it must be an array of real numbers")
+    return made
+
+
 def mask(alive: Any, replicas: int | None = None) -> jax.Array:
     """Returns `alive` as an array; raises SettingsError unless it is bool [K], with K = `replicas` if given."""
     if alive is None:
         raise SettingsError("alive= is missing; it must be a bool for each replica, [K]")
-    alive = jnp.asarray(alive)
+    alive = as_array("alive", alive)
     fits = alive.ndim == 1 if replicas is None else alive.shape == (replicas,)
     if not fits or alive.dtype != bool:
         wanted = "K" if replicas is None else replicas

@@ -59,6 +59,10 @@ F = flags.FLAGS
 Main = Callable[[Sequence[str]], None]
 
 
+_LARGEST = 2**32 - 1
+"""The largest seed; whatever else is counted, no machine holds as many."""
+
+
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags and returns the other arguments.
 
@@ -78,6 +82,8 @@ def parse(argv: Sequence[str]) -> list[str]:
             # absl's bounds let NaN pass: no comparison with it holds.
             if isinstance(value, float) and not math.isfinite(value):
                 raise flags.IllegalFlagValueError(f"--{name}={value}: give a finite number")
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise flags.IllegalFlagValueError(f"--{name}={value}: give {_LARGEST} at most")
     except (flags.Error, UnicodeDecodeError) as error:
         print(f"error: {_refusal(error)}", file=sys.stderr)
         raise SystemExit(2) from None

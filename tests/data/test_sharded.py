@@ -133,7 +133,7 @@ def test_label_noise_and_skew_need_class_labels(dataset):
         (lambda split, seed: (np.arange(5), np.arange(0)), "shard 1 is empty"),
         (lambda split, seed: (np.arange(5000),), "shard 0 is empty or has indices outside 0 to 1336"),
         (lambda split, seed: [[0, 1], []], "shard 1 is empty"),
-        (lambda split, seed: None, "the partition returned None: return one array of indices per replica"),
+        (lambda split, seed: None, "what the partition returned is None; it must be one array of indices per replica"),
         (lambda split, seed: np.arange(5), r"shard 0 is int64 of shape \(\): .*per replica"),
         (lambda split, seed: [[0.5, 1.5]], "shard 0 is float64 of shape .2,.: give its sample indices"),
         (lambda split, seed: [split.y < 5], r"shard 0 is bool .*np\.flatnonzero\(mask\)"),

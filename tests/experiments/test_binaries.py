@@ -90,6 +90,7 @@ BAD = [
     (compare, ["--dataset=mnist", "--data_dir={folder}/empty"], "--data_dir"),
     (compare, ["--dataset=mnist", "--data_dir={folder}/corrupt"], "train-images-idx3-ubyte.gz"),
     (compare, ["--replicas=5000", "--batch_size=1"], "--replicas"),
+    (compare, ["--replicas=9223372036854775808"], "--replicas=9223372036854775808: give 4294967295 at most"),
     (compare, ["--batch_size=1000"], "--batch_size"),
     (compare, ["--heldout=5000"], "--heldout"),
     (compare, ["--heldout=0"], "--heldout"),

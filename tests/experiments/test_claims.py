@@ -297,3 +297,15 @@ def test_what_is_said_of_the_cheap_mode_is_what_was_recorded(gaps):
     assert f"({mean:.1f}, {low:.1f} to {high:.1f})" in RESULTS
     faults = ("noisy2", "noisy4", "fast1", "flipped1", "slow4")
     assert max(abs(gaps(scenario, "learned_online", "learned")[0]) for scenario in faults) < 0.11
+
+
+def test_what_is_said_of_cases_drawn_at_random_is_what_was_recorded():
+    kinds = json.loads((RECORDED / "fuzz" / "fuzz.json").read_text())["kinds"]
+    total = collections.Counter()
+    for counts in kinds.values():
+        total.update(counts)
+    ran, refused = total["ran"], total["refused"]
+    assert total.total() == ran + refused >= 10_000
+    assert max(sum(counts.values()) for counts in kinds.values()) < total.total() / 4
+    said = f"Of {ran + refused:,} cases drawn at random, [{ran:,} ran and {refused:,} were refused]"
+    assert said in " ".join((ROOT / "docs" / "reliability.md").read_text().split())

@@ -67,7 +67,8 @@ def test_a_flag_of_another_binary_is_found():
         _unread("compare", ["--rundes=3"])
 
 
-def test_a_damaged_flag_file_is_read_or_refused_with_one_line(times, tmp_path, capfd):
+@pytest.mark.fuzz
+def test_a_damaged_flag_file_is_read_or_refused_with_one_line(cases, tmp_path, capfd):
     file = tmp_path / "a.flags"
     file.write_text("# a run\n--dataset=digits\n--rounds=20\n--hidden=128,64\n--lr_plain=0.1\n--resume\n")
 
@@ -84,4 +85,6 @@ def test_a_damaged_flag_file_is_read_or_refused_with_one_line(times, tmp_path, c
             raise SettingsError(said.rstrip("\n"))
         assert ended in (None, 0)  # 0 where the damage asks for help
 
-    assert read_damaged(tmp_path, read, times, 0)["refused"] > times / 5
+    with cases("files: flagfile") as tried:
+        read_damaged(tmp_path, read, tried, 0)
+    assert tried.counts["refused"] > tried.tries / 5

@@ -100,7 +100,7 @@ def test_the_last_row_says_what_the_process_held(tmp_path):
     result = run(sharded(), rounds=2)
     peak = result.rows[-1]["peak_memory"]
     assert "peak_memory" not in result.rows[1]
-    assert 0 < peak <= memory_of(tuple(jax.devices()[:1])).peak
+    assert 0 < peak <= 1.01 * memory_of(tuple(jax.devices()[:1])).peak  # Linux counts it lazily
 
 
 _LARGE = """

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wavg_jax.arguments import OPTIMIZER, RATE, check, number
+from wavg_jax.arguments import OPTIMIZER, RATE, as_number, check, number
 from wavg_jax.base import PyTree
 
 __all__ = ["bmuf", "delayed", "fedadagrad", "fedadam", "fedavgm", "fedyogi", "isotropic", "lookahead", "nesterov"]
@@ -31,8 +31,8 @@ def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> optax.Gradien
 
     `m <- momentum m + g`, `p <- p - learning_rate (g + momentum m)`.
     """
-    check("learning_rate", learning_rate, RATE)
-    check("momentum", momentum, _MEMORY)
+    learning_rate = as_number("learning_rate", learning_rate, RATE)
+    momentum = as_number("momentum", momentum, _MEMORY)
     return optax.sgd(learning_rate, momentum=momentum, nesterov=True)
 
 
@@ -52,8 +52,8 @@ def bmuf(momentum: float, block_learning_rate: float = 1.0, *, nesterov: bool = 
       block_learning_rate: 1 in the paper.
       nesterov: whether replicas start ahead of the model W.
     """
-    check("block_learning_rate", block_learning_rate, RATE)
-    check("momentum", momentum, _MEMORY)
+    block_learning_rate = as_number("block_learning_rate", block_learning_rate, RATE)
+    momentum = as_number("momentum", momentum, _MEMORY)
     return optax.sgd(block_learning_rate, momentum=momentum, nesterov=nesterov)
 
 
@@ -62,7 +62,7 @@ def lookahead(alpha: float = 0.5) -> optax.GradientTransformation:
 
     With K = 1 this is Lookahead itself (Zhang et al. 2019, arXiv:1907.08610); its k is the number of local steps.
     """
-    check("alpha", alpha, RATE)
+    alpha = as_number("alpha", alpha, RATE)
     return optax.sgd(alpha)
 
 
@@ -100,8 +100,8 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> optax.Gradient
 
     `v <- momentum v + g`, `p <- p - learning_rate v`; the paper's learning rate is 1.
     """
-    check("learning_rate", learning_rate, RATE)
-    check("momentum", momentum, _MEMORY)
+    learning_rate = as_number("learning_rate", learning_rate, RATE)
+    momentum = as_number("momentum", momentum, _MEMORY)
     return optax.sgd(learning_rate, momentum=momentum)
 
 
@@ -123,9 +123,9 @@ _Second = Callable[[jax.Array, jax.Array], jax.Array]
 
 def _adaptive(learning_rate: Any, b1: Any, tau: Any, second: _Second) -> optax.GradientTransformation:
     """Algorithm 2 of Reddi et al. with this rule for v."""
-    check("learning_rate", learning_rate, RATE)
-    check("b1", b1, _MEMORY)
-    check("tau", tau, number(above=0))
+    learning_rate = as_number("learning_rate", learning_rate, RATE)
+    b1 = as_number("b1", b1, _MEMORY)
+    tau = as_number("tau", tau, number(above=0))
 
     def init(params: PyTree) -> AdaptiveState:
         return AdaptiveState(optax.tree.zeros_like(params), jax.tree.map(lambda x: jnp.full_like(x, tau * tau), params))
@@ -184,7 +184,7 @@ def fedyogi(
     >>> round(step.item(), 4)  # -0.4 / (sqrt(0.25 + 0.25 * 0.64) + 0.5)
     -0.3508
     """
-    check("b2", b2, _MEMORY)
+    b2 = as_number("b2", b2, _MEMORY)
     return _adaptive(learning_rate, b1, tau, lambda v, square: v - (1 - b2) * square * jnp.sign(v - square))
 
 
@@ -211,7 +211,7 @@ def fedadam(
     >>> round(step.item(), 4)  # -0.5 / (sqrt(0.75 * 0.25 + 0.25 * 1) + 0.5)
     -0.4305
     """
-    check("b2", b2, _MEMORY)
+    b2 = as_number("b2", b2, _MEMORY)
     return _adaptive(learning_rate, b1, tau, lambda v, square: b2 * v + (1 - b2) * square)
 
 

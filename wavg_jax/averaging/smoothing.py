@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import as_whole, check, number
+from wavg_jax.arguments import INT32, as_number, as_whole, number
 from wavg_jax.base import PyTree
 
 __all__ = ["ema", "lawa", "swa"]
@@ -65,7 +65,7 @@ def ema(decay: float) -> optax.GradientTransformation:
     >>> smoothed["w"].tolist()  # (0.5 * 1.5 + 0.5 * 6) / (1 - 0.5^2)
     [5.0]
     """
-    check("decay", decay, number(above=0, below=1))
+    decay = as_number("decay", decay, number(above=0, below=1))
     moment = optax.ema(decay, debias=False)
 
     def init(params: PyTree) -> optax.EmaState:
@@ -106,7 +106,7 @@ def swa(start: int = 0, every: int = 1) -> optax.GradientTransformation:
     [2.0]
     [3.0]
     """
-    start, every = as_whole("start", start, 0), as_whole("every", every, 1)
+    start, every = as_whole("start", start, 0, INT32), as_whole("every", every, 1, INT32)
 
     def init(params: PyTree) -> SwaState:
         zero = jnp.zeros((), jnp.int32)
@@ -163,7 +163,7 @@ def lawa(window: int) -> optax.GradientTransformation:
     [5.5]
     [3.0]
     """
-    window = as_whole("window", window, 1)
+    window = as_whole("window", window, 1, INT32)
 
     def init(params: PyTree) -> LawaState:
         empty = jax.tree.map(lambda x: jnp.zeros((window, *jnp.shape(x)), jnp.result_type(x)), params)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import check, number, whole
+from wavg_jax.arguments import as_number, check, number, whole
 from wavg_jax.base import PyTree
 
 __all__ = ["Transform", "drop_deltas", "trim_deltas"]
@@ -67,7 +67,7 @@ def trim_deltas(density: float = 0.2) -> Transform:
     >>> trim({"w": jnp.array([[1.0, -4.0, 0.5, 2.0]])}, {"w": jnp.zeros(4)}, jnp.ones(1, bool))["w"].tolist()
     [[0.0, -4.0, 0.0, 2.0]]
     """
-    check("density", density, number(above=0, most=1))
+    density = as_number("density", density, number(above=0, most=1))
 
     def transform(stacked: PyTree, params: PyTree, alive: jax.Array) -> PyTree:
         del alive
@@ -119,7 +119,7 @@ def drop_deltas(rate: float, seed: int = 0) -> Transform:
     >>> sorted(set(dropped[0].tolist())), bool(abs(dropped.mean() - 1) < 0.1)
     ([0.0, 2.0], True)
     """
-    check("rate", rate, number(0, below=1))
+    rate = as_number("rate", rate, number(0, below=1))
     check("seed", seed, whole(0, 2**32 - 1))
     rate, seed = float(rate), int(seed)
 

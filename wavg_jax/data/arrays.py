@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wavg_jax.arguments import as_whole
+from wavg_jax.arguments import INT32, YES_OR_NO, as_whole, check, fits_memory, shown
 from wavg_jax.base import DataError, SettingsError, WavgWarning
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -70,6 +70,7 @@ def generator(seed: int, purpose: str, *which: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), *which)))
 
 
+@fits_memory
 def from_arrays(
     x_train: ArrayLike,
     y_train: ArrayLike,
@@ -185,7 +186,7 @@ def _classes(name: str, train: np.ndarray, test: np.ndarray, classes: Any) -> in
     classes = _as_number(name, classes, len(train))
     if len(seen) == 1:
         said = f"{name}: every training sample has label {seen[0]}, so there is nothing to learn"
-        warnings.warn(said, WavgWarning, stacklevel=3)
+        warnings.warn(said, WavgWarning, stacklevel=4)  # whoever calls from_arrays, which is wrapped
     return classes
 
 
@@ -193,7 +194,7 @@ def _as_number(name: str, classes: Any, samples: int) -> int:
     """The number of classes as an int; DataError if it cannot be right."""
     number = np.asarray(classes)
     if number.size != 1 or number.dtype.kind not in "uif" or not float(number.item()).is_integer():
-        raise DataError(f"{name}: classes={classes!r} is no number of classes: set classes= to a whole number")
+        raise DataError(f"{name}: classes={shown(classes)} is no number of classes: set classes= to a whole number")
     classes, most = int(number.item()), samples + _UNSEEN
     if not 2 <= classes <= most:
         raise DataError(
@@ -204,11 +205,16 @@ def _as_number(name: str, classes: Any, samples: int) -> int:
 
 
 def as_array(what: str, values: ArrayLike) -> np.ndarray:
-    """Converts to an array; DataError if the parts differ in shape."""
+    """Converts to an array; DataError if the parts differ in shape, or are more than indices can count."""
+    if np.ma.is_masked(values):
+        raise DataError(f"{what} are masked in part: drop those samples, or fill them (np.ma.filled)")
     try:
-        return np.asarray(values)
-    except ValueError as error:
+        array = np.asarray(values)
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{what} do not form an array ({_one_line(error)}): give every sample the same shape") from None
+    if array.ndim and len(array) > INT32:  # a broadcast array of such a length takes no memory, but hours
+        raise DataError(f"{what} are {len(array)}: give {INT32} at most")
+    return array
 
 
 def _split(part: str, x: ArrayLike, y: ArrayLike) -> Split:
@@ -297,14 +303,20 @@ def as_path(name: str, path: str | PathLike[str]) -> Path:
         return Path(path).expanduser()
     except (TypeError, RuntimeError) as error:
         raise SettingsError(
-            f"{name} is {path!r} ({_one_line(error)}): give a name or path, such as data/mine.npz"
+            f"{name} is {shown(path)} ({_one_line(error)}): give a name or path, such as data/mine.npz"
         ) from None
 
 
+_SAID = 300
+"""Characters of what others say that an error of ours repeats."""
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    # zipfile quotes whatever stands where a name should.
+    return " ".join(str(error).split())[:_SAID] or type(error).__name__
 
 
+@fits_memory
 def hold_out(split: Split, n: int, seed: int, *, last: bool = False) -> tuple[Split, Split]:
     """Holds out n training samples, on which replicas and blends are scored.
 
@@ -319,11 +331,14 @@ def hold_out(split: Split, n: int, seed: int, *, last: bool = False) -> tuple[Sp
       first few are a fair sample too.
 
     Raises:
-      SettingsError: `n` is not a whole number, 0 or more, or leaves nothing to train on.
+      SettingsError: `n` is not a whole number, 0 or more, or leaves nothing to train on, or the split is none.
     """
     if not isinstance(split, Split):
         raise SettingsError(f"the samples are a {type(split).__name__}: give a data.Split, such as dataset.train")
+    if not all(isinstance(part, np.ndarray) and part.ndim for part in split) or len(split.x) != len(split.y):
+        raise SettingsError("the samples are no arrays of as many inputs as targets: give what data.from_arrays makes")
     n = as_whole("heldout", n, 0)
+    check("last", last, YES_OR_NO)
     if n >= len(split.y):
         raise SettingsError(
             f"heldout={n} leaves nothing of {len(split.y)} training samples to train on: set heldout= between 0 and "

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wavg_jax.arguments import as_whole
+from wavg_jax.arguments import as_whole, fits_memory
 from wavg_jax.base import SettingsError
-from wavg_jax.data.shards import as_indices
+from wavg_jax.data.shards import index_arrays
 
 
+@fits_memory
 def round_indices(
     shards: Sequence[np.ndarray],
     *,
@@ -46,7 +47,7 @@ def round_indices(
     """
     local_steps, batch_size = as_whole("local_steps", local_steps, 1), as_whole("batch_size", batch_size, 1)
     seed, first_step = as_whole("seed", seed, 0), as_whole("first_step", first_step, 0)
-    shards = [as_indices(k, shard) for k, shard in enumerate(shards)]
+    shards = index_arrays(shards)
     if not shards:
         raise SettingsError("there are no shards: give one array of sample indices per replica")
     sizes = [len(shard) for shard in shards]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wavg_jax.arguments import YES_OR_NO, as_whole, check, either, instance
+from wavg_jax.arguments import INT32, YES_OR_NO, as_whole, check, either, instance, shown
 from wavg_jax.base import DataError, SettingsError
 from wavg_jax.data.arrays import Dataset, as_array, from_arrays
 
@@ -61,8 +61,8 @@ def from_iterable(
     check("from_iterable: batched", batched, YES_OR_NO)
     check("from_iterable: keys", keys, _KEYS)
     if len(keys) != 2:
-        raise SettingsError(f"from_iterable: keys is {keys!r}; give two, of the inputs and of the targets")
-    most = None if samples is None else as_whole("from_iterable: samples", samples, 1)
+        raise SettingsError(f"from_iterable: keys is {shown(keys)}; give two, of the inputs and of the targets")
+    most = None if samples is None else as_whole("from_iterable: samples", samples, 1, INT32)
     splits = [_read(part, given, batched, keys, most) for part, given in (("train", train), ("test", test))]
     return from_arrays(*splits[0], *splits[1], name=name, classes=classes)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wavg_jax.arguments import shown
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Dataset, holds_tokens
 
@@ -85,7 +86,7 @@ def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Callabl
       `x [B, ...] -> float32 [B, ...]`, or `as_tokens`, `x [B, T] -> int32 [B, T]`; call either inside jit.
 
     Raises:
-      SettingsError: `scale` is none of these.
+      SettingsError: `scale` is none of these, or `dataset` no data set.
 
     >>> from wavg_jax.data import from_arrays
     >>> data = from_arrays(np.array([[0.0, 20.0], [4.0, 60.0]]), [0, 1], np.zeros((1, 2)), [0])
@@ -94,8 +95,10 @@ def make_prepare(dataset: Dataset, scale: Scale | None = per_channel) -> Callabl
     >>> make_prepare(data, overall).mean
     (21.0,)
     """
-    if scale not in (None, per_channel, per_feature, overall):
-        raise SettingsError(f"scale is {scale!r}: give data.per_channel, data.per_feature, data.overall or None")
+    if not isinstance(dataset, Dataset):
+        raise SettingsError(f"the data set is a {type(dataset).__name__}: give a data.Dataset, such as data.load makes")
+    if not any(scale is known for known in (None, per_channel, per_feature, overall)):
+        raise SettingsError(f"scale is {shown(scale)}: give data.per_channel, data.per_feature, data.overall or None")
     if holds_tokens(dataset.train):
         return as_tokens
     x = dataset.train.x

@@ -114,15 +114,23 @@ def _read_gzips(name: str, published: Published, folders: list[Path]) -> dict[st
     return found
 
 
+_MOST = 2**30
+"""Bytes of a part, unpacked; the largest published one has 47 million, and a small file can unpack to any number."""
+
+
 def _unzip(path: Path) -> bytes:
     raw = path.read_bytes()
     # By content, not by name: some browsers unpack a download and keep its name.
     if not raw.startswith(b"\x1f\x8b"):
         return raw
     try:
-        return gzip.decompress(raw)
+        with gzip.open(io.BytesIO(raw)) as file:
+            unpacked = file.read(_MOST + 1)
     except _BROKEN:
         raise damaged(path, "it cannot be unpacked") from None
+    if len(unpacked) > _MOST:
+        raise damaged(path, f"it unpacks to more than {_MOST} bytes")
+    return unpacked
 
 
 def _read_archive(name: str, published: Published, folders: list[Path]) -> dict[str, Found]:
@@ -142,6 +150,8 @@ def _untar(published: Published, path: Path) -> dict[str, Found]:
         with tarfile.open(fileobj=packed, mode="r:gz") as archive:
             for member in archive:
                 part = member.name.removeprefix("./").removeprefix(f"{published.folder}/")
+                if part in published.parts and member.size > _MOST:
+                    raise damaged(path, f"{part} has {member.size} bytes")
                 if part in published.parts and (content := archive.extractfile(member)):
                     found[part] = Found(path, content.read())
     except _BROKEN:

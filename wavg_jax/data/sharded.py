@@ -1,16 +1,16 @@
 """The data of a run: the training split in shards, a held-out split and a test split."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from wavg_jax.arguments import shown
+from wavg_jax.arguments import check, fits_memory, iterable
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Dataset, Split, hold_out
 from wavg_jax.data.prepare import Scale, make_prepare, per_channel
-from wavg_jax.data.shards import Shards, as_indices, label_noise, noisy_shards, shuffled_tokens
+from wavg_jax.data.shards import Shards, check_within, index_arrays, label_noise, noisy_shards, shuffled_tokens
 
 
 class ShardedData(NamedTuple):
@@ -43,6 +43,7 @@ class ShardedData(NamedTuple):
     noise: str = "random labels"
 
 
+@fits_memory
 def shard(
     dataset: Dataset,
     partition: Callable[[Split, int], Shards],
@@ -133,14 +134,9 @@ def _check(dataset: Dataset, partition: Callable, augment: Callable | None) -> N
 
 def _dealt(shards: Any, n: int) -> Shards:
     """Checks what a partition of range(n) returned and makes it index arrays."""
-    if not isinstance(shards, Iterable):
-        raise SettingsError(f"the partition returned {shown(shards)}: return one array of indices per replica")
-    shards = tuple(as_indices(k, indices) for k, indices in enumerate(shards))
-    for k, indices in enumerate(shards):
-        if not len(indices) or indices.min() < 0 or indices.max() >= n:
-            raise SettingsError(
-                f"the partition's shard {k} is empty or has indices outside 0 to {n - 1}: fix the partition"
-            )
+    check("what the partition returned", shards, iterable("one array of indices per replica"))
+    shards = index_arrays(shards)
+    check_within(shards, n)
     if not shards or np.bincount(np.concatenate(shards)).max() > 1:
         raise SettingsError("the partition has no shards, or a sample in two of them: fix the partition")
     return tuple(indices.astype(np.int32) for indices in shards)

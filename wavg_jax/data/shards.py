@@ -1,17 +1,18 @@
 """Partitions of the training samples among K replicas, each decided by its seed alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from wavg_jax.arguments import as_whole, check, number, shown
+from wavg_jax.arguments import INT32, as_whole, check, fits_memory, iterable, number, shown
 from wavg_jax.base import SettingsError
 from wavg_jax.data.arrays import Split, as_array, generator
 
 Shards = tuple[np.ndarray, ...]
 
 
+@fits_memory
 def iid(n: int, replicas: int, seed: int) -> Shards:
     """Deals out n samples at random, in shards whose sizes differ by at most 1.
 
@@ -33,6 +34,7 @@ def iid(n: int, replicas: int, seed: int) -> Shards:
     return _cut(generator(seed, "iid").permutation(n), _even(n, replicas))
 
 
+@fits_memory
 def contiguous(n: int, replicas: int) -> Shards:
     """Cuts n samples into contiguous parts, whose sizes differ by at most 1: of a text, one passage per replica.
 
@@ -53,6 +55,7 @@ def contiguous(n: int, replicas: int) -> Shards:
     return _cut(np.arange(n), _even(n, replicas))
 
 
+@fits_memory
 def interleaved(n: int, replicas: int, length: int, seed: int) -> Shards:
     """Deals out blocks of successive samples at random, in shards whose sizes differ by at most 1: of a text, each
     replica gets passages from all over it. A block that does not fit into a shard goes on in the next.
@@ -73,12 +76,13 @@ def interleaved(n: int, replicas: int, length: int, seed: int) -> Shards:
     [[6, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5]]
     """
     n, replicas = _counts(n, replicas)
-    length = as_whole("length", length, 1)
+    length = as_whole("length", length, 1, INT32)
     order = generator(seed, "interleaved").permutation(-(-n // length))
     samples = (order[:, None] * length + np.arange(length)).reshape(-1)
     return _cut(samples[samples < n], _even(n, replicas))
 
 
+@fits_memory
 def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     """Deals out n samples at random in unequal shards, each as close to its proportion as whole numbers allow.
 
@@ -97,8 +101,8 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     [2, 4, 32]
     """
     try:
-        share = np.asarray(proportions, np.float64)
-    except (TypeError, ValueError):
+        share = np.zeros(()) if np.iscomplexobj(proportions) else np.asarray(proportions, np.float64)
+    except (TypeError, ValueError, OverflowError):
         share = np.zeros(())
     if share.ndim != 1 or not (np.isfinite(share) & (share > 0)).all():
         raise SettingsError(f"the shard proportions are {shown(proportions)}: give one positive number per replica")
@@ -112,6 +116,7 @@ def sized(n: int, proportions: Sequence[float], seed: int) -> Shards:
     return _cut(generator(seed, "sized").permutation(n), sizes)
 
 
+@fits_memory
 def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_size: int = 1) -> Shards:
     """Deals out samples with skewed labels: replica k draws its classes from `q_k ~ Dirichlet(alpha * classes * p)`.
 
@@ -144,7 +149,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     labels = class_labels("a dirichlet partition", labels)
     _, replicas = _counts(len(labels), replicas)
     min_size = as_whole("min_size", min_size)
-    check("alpha", alpha, number(above=0))
+    check("alpha", alpha, number(above=0, in_rounds=False))
     if len(labels) // replicas < min_size:
         most = max(len(labels) // min_size, 1)
         raise SettingsError(
@@ -154,7 +159,7 @@ def dirichlet(labels: np.ndarray, replicas: int, alpha: float, seed: int, min_si
     rng = generator(seed, "dirichlet")
     by_class = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     left = np.array([len(samples) for samples in by_class])
-    mixes = rng.dirichlet(alpha * len(left) * left / left.sum(), replicas)
+    mixes = rng.dirichlet(float(alpha) * len(left) * left / left.sum(), replicas)
     taken = np.zeros_like(left)
     shards = []
     for mix, size in zip(mixes, _even(len(labels), replicas), strict=True):
@@ -177,6 +182,7 @@ def _draw_counts(rng: np.random.Generator, mix: np.ndarray, left: np.ndarray, si
     return counts
 
 
+@fits_memory
 def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classes: int | None, seed: int) -> np.ndarray:
     """Replaces every label on the noisy shards by a uniformly random class, the true one included.
 
@@ -195,11 +201,13 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
     Raises:
       SettingsError: `noisy` names a shard that does not exist, or the targets are not class labels.
     """
+    shards = index_arrays(shards)
     noisy = noisy_shards(noisy, len(shards))
     if not noisy:
         return labels
     labels = np.array(class_labels("label noise (noisy=)", labels), np.int32)
-    classes = as_whole("classes", classes, 1)
+    classes = as_whole("classes", classes, 1, INT32)
+    check_within(shards, len(labels))
     for k in noisy:
         labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
     return labels
@@ -248,12 +256,28 @@ def noisy_shards(noisy: Sequence[int], shards: int) -> tuple[int, ...]:
     Raises:
       SettingsError: `noisy` holds something else than the numbers of existing shards.
     """
-    if not isinstance(noisy, Iterable):
-        raise SettingsError(f"noisy is {shown(noisy)}; it must be the numbers of the noisy shards, such as (0, 1)")
+    check("noisy", noisy, iterable("the numbers of the noisy shards, such as (0, 1)"))
     numbers = sorted({as_whole("a shard in noisy=", k) for k in noisy})
     if unknown := [k for k in numbers if k not in range(shards)]:
         raise SettingsError(f"noisy shards {unknown} do not exist: set noisy= to numbers from 0 to {shards - 1}")
     return tuple(numbers)
+
+
+def index_arrays(shards: Any) -> Shards:
+    """The sample indices of all shards, as arrays.
+
+    Raises:
+      SettingsError: `shards` is no sequence, or the indices of one are not whole numbers [n].
+    """
+    check("shards", shards, iterable("one array of sample indices per replica"))
+    return tuple(as_indices(k, shard) for k, shard in enumerate(shards))
+
+
+def check_within(shards: Shards, n: int) -> None:
+    """Raises SettingsError unless every shard has samples, all in range(n)."""
+    for k, indices in enumerate(shards):
+        if not len(indices) or indices.min() < 0 or indices.max() >= n:
+            raise SettingsError(f"shard {k} is empty or has indices outside 0 to {n - 1}: fix the partition")
 
 
 def as_indices(shard: int, indices: Any) -> np.ndarray:
@@ -277,7 +301,8 @@ def as_indices(shard: int, indices: Any) -> np.ndarray:
 
 
 def _counts(n: int, replicas: int) -> tuple[int, int]:
-    n, replicas = as_whole("n, the number of training samples,", n, 0), as_whole("replicas", replicas, 1)
+    n = as_whole("n, the number of training samples,", n, 0, INT32)
+    replicas = as_whole("replicas", replicas, 1)
     if replicas > n:
         raise SettingsError(f"{replicas} replicas for {n} training samples: set replicas= between 1 and {n}")
     return n, replicas

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wavg_jax.arguments import as_whole, check, number
+from wavg_jax.arguments import INT32, as_whole, check, fits_memory, instance, number
 from wavg_jax.base import DataError
-from wavg_jax.data.arrays import Dataset, Split, as_path, from_arrays
+from wavg_jax.data.arrays import Dataset, Split, as_array, as_path, from_arrays
 from wavg_jax.extras import need
 
 BYTES = 256
 """The vocabulary of a text read byte by byte."""
 
 
+@fits_memory
 def windows(tokens: ArrayLike, context: int) -> Split:
     """Cuts tokens into windows of T + 1, which overlap in one token, so that each but the first is a target once.
 
@@ -31,13 +32,16 @@ def windows(tokens: ArrayLike, context: int) -> Split:
 
     Raises:
       SettingsError: T is not a whole number, 1 or more.
+      DataError: the tokens have another shape.
 
     >>> x, y = windows(np.arange(8), context=3)
     >>> x.tolist(), y.tolist()
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
-    context = as_whole("context", context, 1)
-    tokens = np.asarray(tokens)
+    context = as_whole("context", context, 1, INT32)
+    tokens = as_array("the tokens", tokens)
+    if tokens.ndim != 1:
+        raise DataError(f"the tokens have shape {tokens.shape}: give [N], in the order of the text")
     n = max(len(tokens) - 1, 0) // context
     x, y = (tokens[first : first + n * context].reshape(n, context).copy() for first in (0, 1))
     return Split(x, y)
@@ -79,8 +83,9 @@ def from_text(
     ((8, 4), b'ques', b'uest')
     """
     check("test", test, number(0, below=1))
-    context = as_whole("context", context, 1)
-    raw = text.encode() if isinstance(text, str) else text
+    check("text", text, instance((str, bytes), "a str, or bytes"))
+    context = as_whole("context", context, 1, INT32)
+    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if tokenizer is None:
         tokens, classes, starts = np.frombuffer(raw, np.uint8), BYTES, None
     else:

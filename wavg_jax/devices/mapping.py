@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax import tree
+from wavg_jax.arguments import shown
 from wavg_jax.base import PyTree, SettingsError
 
 Mapped = Callable[[PyTree, PyTree], PyTree]
@@ -103,5 +104,5 @@ def mapped(name: str, function: Callable, *, in_place: bool = False) -> Mapped:
 
 def check(name: Any, *more: str) -> None:
     """Raises SettingsError if `name` is neither a mapping nor one of `more`."""
-    if name not in (*MAPS, *more):
-        raise SettingsError(f"replica_map={name}: set replica_map= to one of {', '.join((*more, *MAPS))}")
+    if not isinstance(name, str) or name not in (*MAPS, *more):
+        raise SettingsError(f"replica_map={shown(name)}: set replica_map= to one of {', '.join((*more, *MAPS))}")

@@ -7,6 +7,7 @@ to close.
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,7 +100,10 @@ def make_plot(name: str, title: str, caption: str, paint: Callable[[Theme], Figu
 def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
     # Unlike savefig this draws once; without the writer's version in it, the same rows give the same bytes.
-    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Labels may be so long that no room is left; no reader of the report can do anything about it.
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
+        FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
     return image.getvalue()
 
 

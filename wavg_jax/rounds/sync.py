@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, Rule, either, has, takes, whole
+from wavg_jax.arguments import NONE, OPTIMIZER, either, has, one_of, takes, whole
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Smoothed, Task
 from wavg_jax.rounds import keys, policy, wire
@@ -45,7 +45,7 @@ class AtSync(NamedTuple):
 
 
 _POLICY = takes(2, "a policy (stacked, sync), such as policy.keep; reestimate makes one: call it, policy.reestimate(8)")
-_WIRE = Rule(lambda name: name in wire.FORMATS, f"one of {', '.join(wire.FORMATS)}")
+_WIRE = one_of(wire.FORMATS)
 AT_SYNC = {
     "opt_state": _POLICY,
     "stats": _POLICY,

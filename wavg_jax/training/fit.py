@@ -27,10 +27,11 @@ from wavg_jax.arguments import (
     each,
     either,
     instance,
+    takes,
     whole,
 )
 from wavg_jax.base import Averager, Batch, Diverged, PyTree, SettingsError, Stopped, Task, TrainState, WavgWarning
-from wavg_jax.data import ShardedData, round_indices
+from wavg_jax.data import ShardedData, Split, round_indices
 from wavg_jax.devices import mapping, processes
 from wavg_jax.rounds import guard, score
 from wavg_jax.rounds.exchange import warn_of_wire
@@ -121,8 +122,28 @@ _GROUPED: dict[str, dict[str, Rule]] = {
         "at_end": either(NONE, FUNCTION),
     },
 }
-_INDICES = Rule(lambda shard: isinstance(shard, np.ndarray) and shard.ndim == 1 and shard.dtype.kind in "iu", "indices")
-_SHARDS = each(_INDICES, "K arrays of indices, such as wavg_jax.data.iid makes", least=1)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether JAX takes it as an array of samples as it is."""
+    plain = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, np.ma.MaskedArray)
+    return plain and value.ndim > 0 and value.dtype.isnative and value.dtype.kind not in "OSUMmc"
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, Split) and all(map(_is_array, value)) and len(value.x) == len(value.y)
+
+
+_SPLIT = Rule(_is_split, "a data.Split of two arrays of plain numbers, as many targets as inputs")
+_INDICES = Rule(lambda shard: _is_array(shard) and shard.ndim == 1 and shard.dtype.kind in "iu", "indices")
+_DATA = {
+    "name": TEXT,
+    **dict.fromkeys(("train", "heldout", "test"), _SPLIT),
+    "shards": each(_INDICES, "K arrays of indices, such as wavg_jax.data.iid makes", least=1),
+    "classes": either(NONE, whole(1)),
+    "prepare": takes(1, "a function of inputs"),
+    "augment": either(NONE, takes(2, "a function (rng, x) -> x")),
+}
 
 
 def fit(
@@ -215,7 +236,8 @@ def carry_out(
 ) -> Result:
     """`fit`, its rounds run by `engine`; all other arguments are those of `fit`."""
     _check_arguments(locals())
-    check("data.shards", data.shards, _SHARDS)
+    for name, rule in _DATA.items():
+        check(f"data.{name}", getattr(data, name), rule)
     callbacks = as_callbacks(on_round)
     extra = _entries("facts", store.facts) | {"settings": _entries("settings", store.settings)}
     if resume and workdir is None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax import tree
-from wavg_jax.arguments import as_whole, check, number
+from wavg_jax.arguments import INT32, as_number, as_whole, number
 from wavg_jax.base import PyTree, Weighting
 from wavg_jax.weighting import distances
 from wavg_jax.weighting.make import make_weighting
@@ -91,9 +91,9 @@ def pseudo_gradient_penalty(
     >>> weights.round(4).tolist()
     [0.75, 0.25]
     """
-    check("pseudo_gradient_penalty: threshold", threshold, number(above=0))
-    check("pseudo_gradient_penalty: rate", rate, number(above=0, most=1))
-    warmup = as_whole("pseudo_gradient_penalty: warmup", warmup, 1)
+    threshold = as_number("pseudo_gradient_penalty: threshold", threshold, number(above=0))
+    rate = as_number("pseudo_gradient_penalty: rate", rate, number(above=0, most=1))
+    warmup = as_whole("pseudo_gradient_penalty: warmup", warmup, 1, INT32)
     by_norm = softmax("norm", temperature, higher_is_better=False)
     measure = distances.per_tensor if layerwise else distances.from_centre
 

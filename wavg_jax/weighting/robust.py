@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, as_whole, check, either, number
+from wavg_jax.arguments import INT32, NONE, as_number, as_whole, check, either, number
 from wavg_jax.base import Init, PyTree, SettingsError, Weighting
 from wavg_jax.weighting import distances
 from wavg_jax.weighting.make import make_weighting, stateless
@@ -186,8 +186,8 @@ def geometric_median(iterations: int = 8, smoothing: float = 1e-6) -> Weighting:
     Raises:
       SettingsError: `iterations` is not a positive whole number, or `smoothing` is not a positive number.
     """
-    iterations = as_whole("iterations", iterations, 1)
-    check("smoothing", smoothing, number(above=0))
+    iterations = as_whole("iterations", iterations, 1, INT32)
+    smoothing = as_number("smoothing", smoothing, number(above=0))
 
     def weigh(stacked: PyTree, params: PyTree, alive: jax.Array, blend: Callable) -> jax.Array:
         def closeness(apart: jax.Array, least: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import NONE, OPTIMIZER, RATE, as_whole, check, either
+from wavg_jax.arguments import INT32, NONE, OPTIMIZER, RATE, as_number, as_whole, check, either
 from wavg_jax.averaging.reduce import weighted_mean
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.blends import Held, blended
@@ -232,8 +232,9 @@ def learned(
     [0.2, 0.8]
     """
     start = uniform() if start is None else start
-    steps = as_whole("learned: steps", steps, 1)
-    check("learned: learning_rate", learning_rate, either(NONE, RATE))
+    steps = as_whole("learned: steps", steps, 1, INT32)
+    if learning_rate is not None:
+        learning_rate = as_number("learned: learning_rate", learning_rate, RATE)
     check("learned: optimizer", optimizer, either(NONE, OPTIMIZER))
     if optimizer is not None and learning_rate is not None:
         raise SettingsError("learned: an optimizer has its own learning rate; give only one of the two")

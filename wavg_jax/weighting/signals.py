@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wavg_jax import tree
+from wavg_jax import checks, tree
 from wavg_jax.base import PyTree, SettingsError
 
 __all__ = ["FREE", "HIGHER_IS_BETTER", "OF_SAMPLES", "direction", "values_of", "zeros"]
@@ -94,7 +94,7 @@ def values_of(signal: str, signals: Mapping[str, Any], alive: jax.Array) -> PyTr
         given = jnp.asarray(given, jnp.float32)
 
     def leaf(values: jax.Array) -> jax.Array:
-        values = jnp.asarray(values, jnp.float32)
+        values = checks.as_array(f"the signal {signal!r}", values).astype(jnp.float32)
         if values.shape[:1] != alive.shape:
             raise SettingsError(
                 f"the signal {signal!r} has an entry of shape {values.shape}; it must be an array with one entry per "

@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
     def read(self, name: str) -> Arrays:
         """The arrays of a file in the folder."""
-        with np.load(pathlib.Path(self.folder) / f"{name}.npz") as file:
+        with np.load(pathlib.Path(self.folder) / f"{name}.npz", allow_pickle=False) as file:
             return dict(file)
 
 
