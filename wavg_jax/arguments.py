@@ -20,6 +20,8 @@ import numpy as np
 
 from wavg_jax.base import DataError, SettingsError
 
+_LEAST = float(np.finfo(np.float32).tiny)
+"""The smallest float32 that compiled programs do not flush to 0."""
 INT32 = 2**31 - 1
 """The most that counts and indices can be in compiled programs."""
 _Given = ParamSpec("_Given")
@@ -135,7 +137,7 @@ def number(
 ) -> Rule:
     """Allows a finite number from `least` to `most`, greater than `above`, less than `below`, or any traced scalar.
 
-    A number for rounds (`in_rounds`) must stay so in float32, in which they compute: 1e-50 is 0 there, 1e50 infinite.
+    A number for rounds (`in_rounds`) must stay so in float32, in which they compute: 1e-40 is 0 there, 1e50 infinite.
     """
 
     def fits(value: Any) -> bool:
@@ -152,14 +154,16 @@ def number(
             return False
         with np.errstate(over="ignore", under="ignore"):
             narrow = float(np.float32(x)) if in_rounds else x
+        if in_rounds and abs(narrow) < _LEAST:
+            narrow = 0.0
         within = least <= x <= most and above < x < below
         return math.isfinite(narrow) and within and above < narrow < below
 
     said = {f"{least:g} or more": least, f"greater than {above:g}": above}
     said |= {f"at most {most:g}": most, f"less than {below:g}": below}
     bounds = " and ".join(words for words, bound in said.items() if math.isfinite(bound))
-    open_ended = max(least, above) == -math.inf or min(most, below) == math.inf
-    where = " (in float32)" if in_rounds and open_ended else ""
+    closed = above == -math.inf and below == math.inf and math.isfinite(least) and math.isfinite(most)
+    where = "" if closed or not in_rounds else " (in float32)"
     return Rule(fits, f"a finite number, {bounds}{where}" if bounds else f"a finite number{where}")
 
 

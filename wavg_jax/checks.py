@@ -118,10 +118,16 @@ def replicas(tree: PyTree) -> int:
     return int(x.shape[0])
 
 
+def _as_counted(given: Any) -> Any:
+    """Whole numbers that int32 cannot hold, which JAX wraps without a word, as float32."""
+    whole = isinstance(given, np.ndarray) and given.dtype.kind in "iu" and given.dtype.itemsize > 4
+    return given.astype(np.float32) if whole and np.abs(given.astype(np.float64)).max(initial=0) >= 2**31 else given
+
+
 def as_array(name: str, given: Any) -> jax.Array:
     """Returns `given` as an array; raises SettingsError if it makes none of real numbers."""
     try:
-        made = jnp.asarray(given)
+        made = jnp.asarray(_as_counted(given))
     except (TypeError, ValueError, OverflowError):
         made = None
     if made is None or jnp.issubdtype(made.dtype, jnp.complexfloating):

@@ -42,7 +42,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "int8": (*_MLP, "--wire=int8", "--replicas=4", _MAP, _ONE),
     "fragments": (*_MLP, "--fragments=2", "--replicas=4", "--devices=2", _MAP),
     "no_checkpoints_between": (*_MLP, "--checkpoint_every=6", "--replicas=8", _MAP, _ONE),
-    "cnn": ("--model=cnn", "--weighting=plain", "--batch_size=1024", "--replicas=8", _VMAP, _ONE),
 }
 """Name -> flags of `experiments.train`; later ones count."""
 

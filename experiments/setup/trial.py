@@ -133,7 +133,7 @@ def train(
     plan = Plan(budget.schedule, budget.steps, budget.batch_size, seed, budget.steps, 1)
     run = Run(recipe, sharded, plan, "trial", ())
     values = {name: jnp.full(replicas, value, jnp.float32) for name, value in setting._asdict().items()}
-    state = run.initial
+    state = run.first()
     opt_state = optax.tree.set(state.replicas.opt_state, **values)
     state = state._replace(replicas=state.replicas._replace(opt_state=opt_state))
     path: list[tuple[PyTree, PyTree]] = []

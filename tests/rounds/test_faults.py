@@ -39,6 +39,13 @@ def test_a_little_is_enough_sends_the_mean_of_the_honest_less_z_of_their_deviati
         np.testing.assert_array_equal(told[name][1:4], OWN[name][1:4])
 
 
+def test_where_nobody_is_honest_there_is_nobody_to_imitate():
+    told = sent(alive=jnp.array([True, False, False, False, True]), sent=0, mean=1, deviation=-0.5)
+    for k in (0, 4):
+        np.testing.assert_array_equal(told["w"][k], START["w"][0])
+        np.testing.assert_array_equal(told["b"][k], START["b"][0])
+
+
 def test_z_is_the_papers():
     # n = 50, m = 24: s = 26 - 24 = 2 and phi(z) = (50 - 24 - 2) / (50 - 24) = 24 / 26.
     assert little_is_enough(50, 24) == pytest.approx(1.4261, abs=1e-4)
@@ -60,8 +67,6 @@ def test_the_dead_and_other_liars_are_not_among_the_honest():
     told = sent(broken, ALL.at[2].set(False), sent=0, mean=1, deviation=1)
     np.testing.assert_allclose(told["w"][0], [4.5 + 1.5, 4 + 3], rtol=1e-6)  # of (3, 1) and (6, 7)
     assert np.isnan(told["w"][2]).all()
-    nobody = sent(alive=jnp.zeros(5, bool), sent=0, mean=1, deviation=1)
-    np.testing.assert_array_equal(nobody["w"][0], [0, 0])
 
 
 def test_noise_is_normal_and_differs_between_replicas_tensors_and_rounds():

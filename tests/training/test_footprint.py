@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import jax
+import numpy as np
 import pytest
 from binary import invoke
 from runs import AVERAGER, ENVIRONMENT, run
@@ -13,9 +15,11 @@ from small import sharded
 from experiments import train as binary
 from wavg_jax import tree
 from wavg_jax.base import SettingsError
-from wavg_jax.devices.memory import Memory, memory_of
+from wavg_jax.devices import processes
+from wavg_jax.devices.memory import Memory, memory_of, room
 from wavg_jax.training import automap, footprint
 from wavg_jax.training.programs import Compiled
+from wavg_jax.training.run import Run
 
 
 def machine_with(monkeypatch, limit, taken=0):
@@ -94,6 +98,74 @@ def test_a_way_to_run_replicas_without_room_is_not_timed(monkeypatch):
     monkeypatch.setattr(automap, "_fastest", lambda trials: tried.extend(trials) or fastest(trials))
     run(sharded(4), rounds=1, batch_size=7, replica_map="auto")
     assert tried == ["vmap"]  # and not "map", which is the first
+
+
+def test_a_device_that_does_not_tell_its_memory_is_no_reason_to_refuse(monkeypatch):
+    monkeypatch.setattr(footprint, "memory_of", lambda devices: None)
+    assert run(sharded(), rounds=1).rows[0]["memory"] is None
+
+    class Silent:
+        platform, process_index = "gpu", 0
+
+        def memory_stats(self):
+            return None
+
+    assert memory_of((Silent(),)) is None
+
+
+def test_of_several_devices_the_least_room_and_the_highest_peak_count():
+    class Told:
+        platform, process_index = "gpu", 0
+
+        def __init__(self, *numbers):
+            self._numbers = numbers
+
+        def memory_stats(self):
+            return dict(zip(("bytes_limit", "bytes_in_use", "peak_bytes_in_use"), self._numbers, strict=True))
+
+    assert memory_of((Told(100, 10, 75), Told(100, 30, 40))) == Memory(100, 30, 75)
+
+
+def test_cpu_devices_share_the_memory_of_the_host(monkeypatch):
+    monkeypatch.setattr("wavg_jax.devices.memory.machine.memory", lambda: 8000)
+    assert room(tuple(jax.devices()[:1])) == 2000
+    assert room(tuple(jax.devices()[:4])) == 500
+
+
+def test_all_processes_refuse_what_one_has_no_room_for(monkeypatch):
+    real = processes.gather
+    monkeypatch.setattr(processes, "gather", lambda x: np.array([x, True]) if isinstance(x, np.bool_) else real(x))
+    with pytest.raises(SettingsError, match="another process of the run has too little memory; take fewer replicas"):
+        run(sharded(), rounds=1)
+
+
+def test_a_resumed_run_keeps_one_state(tmp_path):
+    """As a fresh one does, which donates its first."""
+    run(sharded(), rounds=2, workdir=tmp_path, checkpoint_every=1)
+    kept = []
+    real = Run.first
+
+    def first(self):
+        state = real(self)
+        kept.extend(map(weakref.ref, jax.tree.leaves(state.replicas.params)))
+        return state
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "first", first)
+        seen = []
+        run(sharded(), rounds=3, workdir=tmp_path, resume=True, on_round=lambda row: seen.append([x() for x in kept]))
+    assert seen == [[None] * len(kept)]
+    assert kept
+
+
+def test_choices_that_lack_of_memory_forced_are_not_remembered(monkeypatch, tmp_path):
+    monkeypatch.setattr(automap, "_FLOPS", 0)
+    monkeypatch.setattr(automap, "_known", {})
+    remembered = []
+    monkeypatch.setattr(automap, "_remember", lambda key, name: remembered.append(name))
+    monkeypatch.setattr(automap, "_trials", lambda recipes, *rest: {"vmap": lambda: 0.0})
+    run(sharded(4), rounds=1, batch_size=6, replica_map="auto")
+    assert remembered == []
 
 
 def test_the_last_row_says_what_the_process_held(tmp_path):

@@ -136,7 +136,7 @@ def _dealt(shards: Any, n: int) -> Shards:
     """Checks what a partition of range(n) returned and makes it index arrays."""
     check("what the partition returned", shards, iterable("one array of indices per replica"))
     shards = index_arrays(shards)
-    check_within(shards, n)
+    check_within(dict(enumerate(shards)), n)
     if not shards or np.bincount(np.concatenate(shards)).max() > 1:
         raise SettingsError("the partition has no shards, or a sample in two of them: fix the partition")
     return tuple(indices.astype(np.int32) for indices in shards)

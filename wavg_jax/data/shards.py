@@ -1,6 +1,6 @@
 """Partitions of the training samples among K replicas, each decided by its seed alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,11 +205,12 @@ def label_noise(labels: np.ndarray, shards: Shards, noisy: Sequence[int], classe
     noisy = noisy_shards(noisy, len(shards))
     if not noisy:
         return labels
+    spoilt = {k: shards[k] for k in noisy}
     labels = np.array(class_labels("label noise (noisy=)", labels), np.int32)
     classes = as_whole("classes", classes, 1, INT32)
-    check_within(shards, len(labels))
-    for k in noisy:
-        labels[shards[k]] = generator(seed, "label_noise", k).integers(classes, size=len(shards[k]))
+    check_within(spoilt, len(labels))
+    for k, shard in spoilt.items():
+        labels[shard] = generator(seed, "label_noise", k).integers(classes, size=len(shard))
     return labels
 
 
@@ -273,9 +274,9 @@ def index_arrays(shards: Any) -> Shards:
     return tuple(as_indices(k, shard) for k, shard in enumerate(shards))
 
 
-def check_within(shards: Shards, n: int) -> None:
-    """Raises SettingsError unless every shard has samples, all in range(n)."""
-    for k, indices in enumerate(shards):
+def check_within(shards: Mapping[int, np.ndarray], n: int) -> None:
+    """Raises SettingsError unless every shard, by its number, has samples, all in range(n)."""
+    for k, indices in shards.items():
         if not len(indices) or indices.min() < 0 or indices.max() >= n:
             raise SettingsError(f"shard {k} is empty or has indices outside 0 to {n - 1}: fix the partition")
 

@@ -83,9 +83,9 @@ def from_text(
     ((8, 4), b'ques', b'uest')
     """
     check("test", test, number(0, below=1))
-    check("text", text, instance((str, bytes), "a str, or bytes"))
+    check("text", text, instance((str, bytes, bytearray, memoryview), "a str, or bytes"))
     context = as_whole("context", context, 1, INT32)
-    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else bytes(text)
     if tokenizer is None:
         tokens, classes, starts = np.frombuffer(raw, np.uint8), BYTES, None
     else:

@@ -25,14 +25,18 @@ class Memory(NamedTuple):
     peak: int
 
 
-def memory_of(devices: tuple[jax.Device, ...]) -> Memory:
-    """The memory of those among these devices that are this process's: of the one with the least left."""
+def memory_of(devices: tuple[jax.Device, ...]) -> Memory | None:
+    """The memory of those among these devices that are this process's: of the one with the least left, and the highest
+    peak; None if they do not tell."""
     here = [device for device in devices if device.process_index == jax.process_index()]
     found = [device.memory_stats() or {} for device in here]
     if all("bytes_limit" in stats for stats in found):
         names = ("bytes_limit", "bytes_in_use", "peak_bytes_in_use")
         each = [Memory(*(int(stats.get(name, 0)) for name in names)) for stats in found]
-        return min(each, key=lambda one: one.limit - one.taken)
+        least = min(each, key=lambda one: one.limit - one.taken)
+        return least._replace(peak=max(one.peak for one in each))
+    if any(device.platform != "cpu" for device in here):
+        return None
     return Memory(*(part // len(here) for part in (machine.memory(), _told("VmRSS"), _told("VmHWM"))))
 
 
@@ -52,4 +56,5 @@ _ROOM = 0.25
 
 def room(devices: tuple[jax.Device, ...]) -> int:
     """Bytes of data that each of this process's devices among these can hold for a whole run."""
-    return int(_ROOM * memory_of(devices).limit)
+    memory = memory_of(devices)
+    return int(_ROOM * (machine.memory() // len(devices) if memory is None else memory.limit))

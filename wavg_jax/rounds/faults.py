@@ -166,7 +166,9 @@ def distort(
     if faults is None or not lies(faults):
         return stacked
     leaves, structure = jax.tree.flatten(stacked)
-    known = _honest(where, stacked, alive & ~jnp.array(_liars(faults))) if _collude(faults) else None
+    honest = alive & ~jnp.array(_liars(faults))
+    known = _honest(where, stacked, honest) if _collude(faults) else None
+    some = where.gather(honest).any()  # else there is nobody to imitate
     rngs = jax.vmap(lambda key: jax.random.split(key, len(leaves)), out_axes=1)(keys.at_sync(rng).lie)
 
     def lie(i: int, x: jax.Array, start: jax.Array) -> jax.Array:
@@ -178,7 +180,7 @@ def distort(
         told = start + over(faults.sent) * (x.astype(wide) - start)
         if known is not None:
             mean, deviation = (jax.tree.leaves(one)[i][None] for one in known)
-            told += over(faults.mean) * (mean - start) + over(faults.deviation) * deviation
+            told += jnp.where(some, over(faults.mean) * (mean - start) + over(faults.deviation) * deviation, 0)
         if any(faults.noise):
             told += over(faults.noise) * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], wide))(rngs[i])
         return jnp.where(over(_liars(faults)) > 0, told.astype(x.dtype), x)

@@ -113,7 +113,8 @@ def settle(
         ways = {name: _mapped(bare, name) for name in names}
         trials = {} if found in names else _trials(ways, few, batch_size, _steps(flops))
         _known[key] = _fastest(trials) if trials else str(found)
-        _remember(key, _known[key])
+        if len(trials) in (0, len(names)):  # else memory decided, of which another run may have more
+            _remember(key, _known[key])
     return _mapped(recipe, _known[key])
 
 

@@ -111,7 +111,7 @@ def _positions(recipe: Recipe, data: ShardedData, replicas: slice) -> list[np.nd
     return shards
 
 
-_ROUNDS_HELD = 3
+ROUNDS_HELD = 3
 """Rounds whose items are in memory at once: one runs, one waits, one is being made."""
 
 
@@ -124,12 +124,12 @@ def check_room(recipe: Recipe, data: ShardedData, longest: int, batch_size: int)
       longest: H of the longest round.
       batch_size: samples per replica and step.
     """
-    samples = _ROUNDS_HELD * len(data.shards) * longest * batch_size
+    samples = ROUNDS_HELD * len(data.shards) * longest * batch_size
     nbytes = samples * (4 if recipe.resident else data.train.x[:1].nbytes)
     if nbytes // len(recipe.placement.devices) > room(recipe.placement.devices):
         what, also = ("the sample indices", "") if recipe.resident else ("the streamed samples", ", or resident=True")
         raise SettingsError(
-            f"{what} of {_ROUNDS_HELD} rounds would take {nbytes / 1e9:.1f} GB, more than a quarter of the memory; "
+            f"{what} of {ROUNDS_HELD} rounds would take {nbytes / 1e9:.1f} GB, more than a quarter of the memory; "
             f"take fewer local_steps=, a smaller batch_size={also}"
         )
 

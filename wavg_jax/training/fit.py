@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -127,17 +128,20 @@ _GROUPED: dict[str, dict[str, Rule]] = {
 def _is_array(value: Any) -> bool:
     """Whether JAX takes it as an array of samples as it is."""
     plain = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, np.ma.MaskedArray)
-    return plain and value.ndim > 0 and value.dtype.isnative and value.dtype.kind not in "OSUMmc"
+    if not (plain and value.ndim > 0 and value.dtype.isnative and value.dtype.kind not in "mc"):
+        return False
+    return bool(jnp.issubdtype(value.dtype, jnp.number)) or value.dtype == bool
 
 
 def _is_split(value: Any) -> bool:
-    return isinstance(value, Split) and all(map(_is_array, value)) and len(value.x) == len(value.y)
+    pair = isinstance(value, Split | Batch)
+    return pair and all(map(_is_array, value)) and len(value.x) == len(value.y)
 
 
 _SPLIT = Rule(_is_split, "a data.Split of two arrays of plain numbers, as many targets as inputs")
 _INDICES = Rule(lambda shard: _is_array(shard) and shard.ndim == 1 and shard.dtype.kind in "iu", "indices")
 _DATA = {
-    "name": TEXT,
+    "name": instance(str, "a text"),
     **dict.fromkeys(("train", "heldout", "test"), _SPLIT),
     "shards": each(_INDICES, "K arrays of indices, such as wavg_jax.data.iid makes", least=1),
     "classes": either(NONE, whole(1)),
@@ -265,7 +269,7 @@ def carry_out(
         journal = stack.enter_context(open_journal(folder, store.name))
         stopped = stack.enter_context(stop_requests()) if workdir is not None else lambda: False
         with processes.meeting():
-            state = journal.begin(run.describe() | extra, run.initial, resume)
+            state = journal.begin(run.describe() | extra, run.first(), resume)
             with started(callbacks, journal.rows(), show, first=processes.first()) as (waiting, tell):
                 state, message = loop.train(run, journal, state, waiting, tell, stopped)
         asked = bool(processes.gather(stopped()).any())

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from wavg_jax.base import PyTree, SettingsError
+from wavg_jax.devices import processes
 from wavg_jax.devices.memory import memory_of
 from wavg_jax.storage.schema import Row
 
@@ -18,11 +20,13 @@ def held_bytes(arrays: PyTree) -> int:
 def fits(devices: Sequence[jax.Device], more: int) -> bool:
     """Whether each of these devices has room for so many bytes, beside what this process has taken already."""
     now = memory_of(tuple(devices))
-    return now.taken + more <= now.limit
+    return now is None or now.taken + more <= now.limit
 
 
-def check_fits(devices: Sequence[jax.Device], more: int) -> Row:
-    """What the memory of each device will come to: {predicted, limit}, in bytes.
+def check_fits(devices: Sequence[jax.Device], more: int) -> Row | None:
+    """What the memory of each device will come to: {predicted, limit}, in bytes; None if the devices do not tell.
+
+    All processes of a run call it together, and all refuse if one has too little.
 
     Args:
       devices: of the run.
@@ -32,13 +36,20 @@ def check_fits(devices: Sequence[jax.Device], more: int) -> Row:
       SettingsError: they have less.
     """
     now = memory_of(tuple(devices))
-    predicted = now.taken + more
-    if predicted > now.limit:
-        host = devices[0].platform == "cpu"
-        times = sum(device.process_index == jax.process_index() for device in devices) if host else 1
+    short = not fits(devices, more)
+    if processes.gather(np.bool_(short)).any():
+        said = _shortage(devices, more) if short else "another process of the run has too little memory"
         raise SettingsError(
-            f"the run would take {times * predicted / 1e9:.1f} GB {'of memory' if host else 'on each device'}, "
-            f"and there are {times * now.limit / 1e9:.1f} GB; take fewer replicas, a smaller network or batch_size=, "
-            f"or {'a machine with more' if host else 'more devices'}"
+            f"{said}; take fewer replicas, a smaller network or batch_size=, replica_map='map' in layout=, or more "
+            "devices"
         )
-    return {"predicted": predicted, "limit": now.limit}
+    return None if now is None else {"predicted": now.taken + more, "limit": now.limit}
+
+
+def _shortage(devices: Sequence[jax.Device], more: int) -> str:
+    now = memory_of(tuple(devices))
+    assert now is not None
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    times, where = (len(here), "of memory") if here[0].platform == "cpu" else (1, "on each device")
+    taken, limit = times * (now.taken + more) / 1e9, times * now.limit / 1e9
+    return f"the run would take {taken:.1f} GB {where}, and there are {limit:.1f} GB"

@@ -21,7 +21,7 @@ from wavg_jax.rounds import sync
 from wavg_jax.rounds.exchange import gathers
 from wavg_jax.storage.schema import Row, run_row
 from wavg_jax.training import progress
-from wavg_jax.training.batches import Work, as_targets, make_work, put_shared
+from wavg_jax.training.batches import ROUNDS_HELD, Work, as_targets, make_work, put_shared
 from wavg_jax.training.engine import Engine, in_process
 from wavg_jax.training.footprint import check_fits, held_bytes
 from wavg_jax.training.programs import programs_of
@@ -109,20 +109,25 @@ class Run:
         first = (shapes, self.work(0, 1), self.shared, self.ask(False))
         evaluate = (program.evaluate, *evaluated(shapes), self._test)
         self.step, self._evaluate = engine(recipe, first, evaluate)
-        self.memory = self._foresee(held, held if stored and self.copies else 0)
-        self.initial = state()
+        waiting = (ROUNDS_HELD - 1) * held_bytes(first[1])
+        self.memory = self._foresee(held + waiting + (held if stored and self.copies else 0))
+        self._initial: TrainState | None = state()
+        self._sizes = {
+            "parameters": tree.count(shapes.params),
+            "blended_bytes": blended_bytes(recipe, shapes),
+        }
         # Before the first of them runs: different programs wait for one another for ever, or mix up their numbers.
         processes.agree({"round": self.step.program.digest, "evaluation": self._evaluate.digest}, _OTHER_PROGRAM)
         if processes.count() > 1:
-            try_collectives(recipe.placement.devices, *exchanged(recipe, self.initial))
+            try_collectives(recipe.placement.devices, *exchanged(recipe, shapes))
 
-    def _foresee(self, state: int, saved: int) -> Row | None:
+    def _foresee(self, held: int) -> Row | None:
         """What the memory of each device will come to; None where that is not known."""
         sizes = [program.temporary for program in (self.step.program, self._evaluate)]  # one after the other
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
             return None
-        return check_fits(self.recipe.placement.devices, state + saved + max(known))
+        return check_fits(self.recipe.placement.devices, held + max(known))
 
     def work(self, first_step: int, steps: int) -> Work:
         """The batches of a `steps`-step round starting at global local step `first_step`, on the devices."""
@@ -159,11 +164,18 @@ class Run:
     def final(self, state: TrainState) -> Row:
         """What the last row says beside its round: what the caller adds, and the memory. Off the clock."""
         own = {} if self._at_end is None else dict(self._at_end(*jax.device_get(evaluated(state))))
-        return own | {"peak_memory": memory_of(self.recipe.placement.devices).peak or None}
+        memory = memory_of(self.recipe.placement.devices)
+        return own | {"peak_memory": None if memory is None else memory.peak or None}
+
+    def first(self) -> TrainState:
+        """The first state, once. The run keeps none, which would take as much memory as another state."""
+        state, self._initial = self._initial, None
+        assert state is not None
+        return state
 
     def describe(self) -> Row:
         """The run's first row, without what the caller adds."""
-        data, plan, initial = self.data, self.plan, self.initial
+        data, plan = self.data, self.plan
         return run_row(
             run=self.name,
             seed=plan.seed,
@@ -185,8 +197,7 @@ class Run:
             batch_size=plan.batch_size,
             rounds=plan.rounds,
             checkpoint_every=plan.checkpoint_every,
-            parameters=tree.count(initial.params),
-            blended_bytes=blended_bytes(self.recipe, initial),
+            **self._sizes,
             compile_seconds=self.step.program.seconds + self._evaluate.seconds,
             memory=self.memory,
             score_samples=self.recipe.scoring.samples,
