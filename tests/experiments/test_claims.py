@@ -111,6 +111,16 @@ def test_what_is_said_of_kills_is_what_was_recorded():
     assert f"[{kills} kills](experiments/results/torture/torture.md)" in README
 
 
+def test_what_is_said_of_memory_is_what_was_recorded():
+    cases = {row["case"]: row for row in rows("benchmarks_avx512/footprint") if row["kind"] == "case"}
+    late = cases.pop("no_checkpoints_between")["ratio"]
+    ratios = [row["ratio"] for row in cases.values()]
+    assert len(ratios) == 11
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} / {late:.2f} |" in RESULTS
+    assert f"**Memory is foretold** within {100 * max(abs(x - 1) for x in ratios):.0f} %" in RESULTS
+    assert max(abs(x - 1) for x in ratios) < 0.15
+
+
 def test_what_is_said_of_mutants_is_what_was_recorded():
     record = json.loads((RECORDED / "mutants" / "mutants.json").read_text())
     first, since = record["at_first"], record["since"]
