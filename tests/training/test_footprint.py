@@ -192,7 +192,7 @@ print(json.dumps([result.rows[0]["memory"]["predicted"], result.rows[-1]["peak_m
 
 
 def test_a_process_of_its_own_takes_what_was_predicted():
-    """The recorded figures are within 15 % (`benchmarks.footprint`); a machine with more cores may keep more memory for its threads."""
+    """Recorded figures are within 15 % (`benchmarks.footprint`); more cores may keep more memory for their threads."""
     done = subprocess.run([sys.executable, "-c", _LARGE], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     foreseen, held = json.loads(done.stdout)
     assert foreseen > 8e8
