@@ -107,7 +107,7 @@ def test_flags_that_are_named_exist(page):
         "benchmarks.throughput",
     ):  # each defines flags when imported
         assert callable(importlib.import_module(f"experiments.{binary}").main)
-    known = set(flags.FLAGS) | {"help", "flagfile"}
+    known = set(flags.FLAGS) | {"help", "flagfile", "fuzz"}  # the last is pytest's
     assert {name for name in re.findall(r"--([a-z_]+)", TEXTS[page]) if not name.startswith("xla_")} <= known
 
 

@@ -109,7 +109,7 @@ def own_flags(name):
 
 STRANGE = ["--nosuch=1", "rounds=3", "--", "-", "", "--=", "---x", "--rounds", "--norounds", "--seed", "-o", "\udcff"]
 STRANGE += ["--flagfile=nowhere", "--flagfile=.", "--flagfile=self.flags", "--flagfile=", "--undefok=x", "--resume"]
-STRANGE += ["--fromenv=rounds", "--tryfromenv=PATH", "--helpxml", "--help", "--help=x", "--only_check_args", "x" * 300]
+STRANGE += ["--fromenv=rounds", "--tryfromenv=PATH", "--help", "--help=x", "--only_check_args", "x" * 300]
 
 
 @st.composite

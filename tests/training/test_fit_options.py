@@ -18,7 +18,7 @@ INNER = optax.sgd(0.1, momentum=0.9)
 WEIGHTED = wavg.averager(wavg.softmax("loss", 0.5))
 APART = wavg.averager(wavg.uniform(), pull=0.0)
 """Leaves the replicas as they are, so that what each has done can be seen."""
-SKIP = ("seconds", "elapsed", "confusion")
+SKIP = ("seconds", "elapsed", "confusion", "peak_memory")
 """Clocks, and what the last round of each part has."""
 
 

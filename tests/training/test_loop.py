@@ -11,10 +11,11 @@ from runs import train
 from small import regression, sharded
 
 import wavg_jax as wavg
+from wavg_jax.devices import machine, memory
 from wavg_jax.rounds import policy
 from wavg_jax.storage import checkpoints
 from wavg_jax.storage.rows import Records
-from wavg_jax.training import batches, loop, schedule
+from wavg_jax.training import batches, footprint, loop, schedule
 
 TASK, INNER, WEIGHTED = regression(), optax.sgd(0.1, momentum=0.9), wavg.averager(wavg.softmax("loss", 1.0))
 CLOCKS = ("seconds", "elapsed", "compile_seconds", "started", "memory", "peak_memory")
@@ -143,10 +144,11 @@ def test_streamed_data_are_the_same_data(options):
 @pytest.mark.slow
 def test_data_too_large_for_the_devices_are_streamed(monkeypatch):
     nbytes, few = sharded().train.x.nbytes, {"local_steps": 1, "batch_size": 2, "rounds": 1}
+    monkeypatch.setattr(footprint, "memory_of", lambda devices: None)  # the runs need more than the split
     for devices in (1, 4):  # which share the host's memory, and hold the split between them
-        monkeypatch.setattr(batches, "room", lambda devices: nbytes)
+        monkeypatch.setattr(machine, "memory", lambda: nbytes / memory._ROOM)
         assert run(devices=devices, **few).rows[0]["resident"]
-        monkeypatch.setattr(batches, "room", lambda devices: nbytes - 1)
+        monkeypatch.setattr(machine, "memory", lambda: (nbytes - 1) / memory._ROOM)
         assert not run(devices=devices, **few).rows[0]["resident"]
 
 

@@ -50,7 +50,7 @@ def requests(averager, wire):
     layout = wavg.Layout(devices=8, replica_map="vmap")
     recipe = make_recipe(TASK, data, averager, INNER, at_sync=wavg.AtSync(fragments=2, wire=wire), layout=layout)
     made = Run(recipe, data, Plan(fixed(4), 1, 8, 0, 1, 1), "run", ("loss", "accuracy"))
-    return recipe, overlap.requests_of(recipe, made.initial, made.work(0, 1), made.shared, None)
+    return recipe, overlap.requests_of(recipe, made.first(), made.work(0, 1), made.shared, None)
 
 
 def collectives(text):

@@ -374,7 +374,7 @@ def test_needs_are_united():
         (lambda: search.greedy_soup("grad_norm"), '"loss" or "accuracy"'),
         (lambda: search.best_of(uniform(), signal="ece"), '"loss" or "accuracy"'),
         (search.best_of, "at least one weighting"),
-        (lambda: search.learned(steps=0), "1 or more"),
+        (lambda: search.learned(steps=0), "from 1 to"),
         (lambda: search.learned(learning_rate=0.1, optimizer=optax.sgd(0.1)), "give only one of the two"),
         (lambda: search.learned(carry=True).init({"x": jnp.zeros(2)}, None), "replicas is None"),
         (lambda: blended(search.learned(by_part, carry=True), [0.0, 4.0]), "one logit per replica"),

@@ -127,7 +127,7 @@ def qsr(
     least, longest, warmup = as_whole("least", least, 1), as_whole("longest", longest, 1), as_whole("warmup", warmup, 0)
     if longest < least:
         raise SettingsError(f"longest is {longest}; it must not be less than least, which is {least}")
-    positive = number(above=0)
+    positive = number(above=0, in_rounds=False)
     check("alpha", alpha, positive)
     check("learning_rate", learning_rate, either(positive, FUNCTION))
 
