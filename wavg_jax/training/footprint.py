@@ -40,8 +40,7 @@ def check_fits(devices: Sequence[jax.Device], more: int) -> Row | None:
     if processes.gather(np.bool_(short)).any():
         said = _shortage(devices, more) if short else "another process of the run has too little memory"
         raise SettingsError(
-            f"{said}; take fewer replicas, a smaller network or batch_size=, replica_map='map' in layout=, or more "
-            "devices"
+            f"{said}; take fewer replicas, a smaller network or batch_size=, replica_map='map', or more devices"
         )
     return None if now is None else {"predicted": now.taken + more, "limit": now.limit}
 
