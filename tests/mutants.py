@@ -222,7 +222,7 @@ def run_tests(tests: str, limit: float) -> str:
 
             files = [f"tests/{name if '::' in name else f'{name}.py'}" for name in tests.split()]
             known = "ignore::pytest.PytestAssertRewriteWarning"  # of plugins that `prepare` has imported
-            code = pytest.main(["-x", "-q", "-n0", "--fuzz=10", "--tb=line", "-W", known, *files])
+            code = pytest.main(["-x", "-q", "-n0", "--tb=line", "-W", known, *files])
             sys.stdout.flush()
             os._exit(int(code))
         except BaseException:
