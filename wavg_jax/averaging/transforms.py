@@ -119,7 +119,7 @@ def drop_deltas(rate: float, seed: int = 0) -> Transform:
     >>> sorted(set(dropped[0].tolist())), bool(abs(dropped.mean() - 1) < 0.1)
     ([0.0, 2.0], True)
     """
-    rate = as_number("rate", rate, number(0, below=1))
+    check("rate", rate, number(0, below=1))
     check("seed", seed, whole(0, 2**32 - 1))
     rate, seed = float(rate), int(seed)
 

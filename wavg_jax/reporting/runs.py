@@ -196,9 +196,9 @@ def _checked_run(header: Row, rounds: Sequence[Row]) -> RecordedRun:
         run = _run(header, rounds)
         # Reads what is read later, so that a missing or odd field is found here, by name.
         int(header["seed"]), int(header["replicas"])
-        *(header[name].items() for name in ("settings", "hardware", "versions")), len(header["shard_sizes"]), run.memory
-        if header["noisy_shards"]:
-            len(header["noisy_shards"])
+        len(header["shard_sizes"]), len(header["noisy_shards"] or ()), run.memory
+        for name in ("settings", "hardware", "versions"):
+            header[name].items()
         if rounds:
             run.metrics(), links_in_words([run])
     except KeyError as e:

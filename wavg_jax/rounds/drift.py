@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import as_number, number
+from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree
 
 __all__ = ["Correction", "fedprox", "scaffold"]
@@ -61,7 +61,7 @@ def fedprox(mu: float) -> Correction:
     >>> fedprox(0.5).correct(jnp.array(1.0), jnp.array(7.0), jnp.array(3.0), (), ()).item()  # 1 + 0.5 (7 - 3)
     3.0
     """
-    mu = as_number("fedprox: mu", mu, number(0))
+    check("fedprox: mu", mu, number(0))
     mu = float(mu)
 
     def correct(gradient: PyTree, params: PyTree, start: PyTree, own: PyTree, mean: PyTree) -> PyTree:
@@ -98,7 +98,7 @@ def scaffold(learning_rate: float) -> Correction:
     >>> round(correction.finish(c_k, c, start, jnp.array(4.0), jnp.float32(2)).item(), 4)  # 3 - 1 + (5 - 4) / 0.2
     7.0
     """
-    learning_rate = as_number("scaffold: learning_rate", learning_rate, number(above=0))
+    check("scaffold: learning_rate", learning_rate, number(above=0))
     rate = float(learning_rate)
 
     def init(params: PyTree) -> PyTree:

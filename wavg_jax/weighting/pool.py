@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import tree
-from wavg_jax.arguments import as_number, number
+from wavg_jax.arguments import check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.blends import Held, blended
 from wavg_jax.weighting.make import make_weighting
@@ -253,8 +253,8 @@ def opinion_pool(*, prior: float = 100.0, memory: float = 0.95) -> Weighting:
     >>> [round(float(w), 2) for w in weights]
     [0.75, 0.25]
     """
-    prior = as_number("opinion_pool: prior", prior, number(above=0))
-    memory = as_number("opinion_pool: memory", memory, number(0, 1))
+    check("opinion_pool: prior", prior, number(above=0))
+    check("opinion_pool: memory", memory, number(0, 1))
     prior, memory = float(prior), float(memory)
 
     def init(params: PyTree, replicas: int) -> PoolState:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from wavg_jax import checks, tree
-from wavg_jax.arguments import as_number, number
+from wavg_jax.arguments import as_number, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.make import make_weighting
 from wavg_jax.weighting.signals import direction, values_of
@@ -148,7 +148,7 @@ def proportional(
         not a finite number, or `power` is not a positive finite number.
     """
     _check_direction(signal, higher_is_better, needed=True, instead="inverse")
-    chance = as_number("proportional: chance", chance, number())
+    check("proportional: chance", chance, number())
     power = as_number("proportional: power", power, number(above=0))
     chance = float(chance)
 
@@ -247,7 +247,7 @@ def softmax(
     Raises:
       SettingsError: `temperature` is not positive, or the direction of an unknown signal is missing.
     """
-    temperature = as_number("temperature", temperature, number(above=0))
+    check("temperature", temperature, number(above=0))
     temperature = float(temperature)
     sign = direction(signal, higher_is_better)
 
@@ -330,7 +330,7 @@ def fisher_merging(floor: float = 1e-6, *, normalise: bool = False) -> Weighting
     Raises:
       SettingsError: `floor` is negative.
     """
-    floor = as_number("fisher_merging: floor", floor, number(0))
+    check("fisher_merging: floor", floor, number(0))
     floor = float(floor)
 
     def floored(values: jax.Array) -> jax.Array:

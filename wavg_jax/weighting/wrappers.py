@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from wavg_jax import tree
-from wavg_jax.arguments import as_number, as_whole, number
+from wavg_jax.arguments import as_whole, check, number
 from wavg_jax.base import PyTree, SettingsError, Weighting
 from wavg_jax.weighting.make import make_weighting, weights_like
 from wavg_jax.weighting.scores import inverse, normalise, usable
@@ -41,7 +41,7 @@ def uniform_floor(weighting: Weighting, floor: float) -> Weighting:
     >>> weights.tolist()
     [0.75, 0.25]
     """
-    floor = as_number("uniform_floor: floor", floor, number(0, 1))
+    check("uniform_floor: floor", floor, number(0, 1))
     floor = float(floor)
 
     def update(
@@ -74,7 +74,7 @@ def momentum(weighting: Weighting, decay: float) -> Weighting:
     Raises:
       SettingsError: `decay` is outside that range.
     """
-    decay = as_number("momentum: decay", decay, number(0, below=1))
+    check("momentum: decay", decay, number(0, below=1))
     decay = float(decay)
 
     def init(params: PyTree, replicas: int) -> MomentumState:
@@ -118,7 +118,7 @@ def smooth_signals(weighting: Weighting, decay: float = 0.9**8) -> Weighting:
     Raises:
       SettingsError: `decay` is outside that range.
     """
-    decay = as_number("smooth_signals: decay", decay, number(0, below=1))
+    check("smooth_signals: decay", decay, number(0, below=1))
     decay = float(decay)
     names = tuple(name for name in weighting.needs if name not in OF_SAMPLES)
 
